@@ -1,0 +1,348 @@
+"""Real torchrun, real ranks, real signals: how run_ranks() ends and what it leaves behind.
+
+Each scenario is a launcher process of its own, since signals are sent to it. Two at a time run in the
+background from the start, which is also how runs on one machine are shown not to clash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zinf_cli.launch.failure import first_failure
+
+LAUNCHER = """
+import json, sys, dataclasses
+from pathlib import Path
+from zinf_cli.launch.runner import run_ranks
+
+polls, notes = [], []
+scenario, run_dir = sys.argv[1], Path(sys.argv[2])
+outcome = run_ranks("ranks", [scenario, str(run_dir)], ranks=2, run_dir=run_dir, threads_per_rank=1,
+                    on_poll=lambda: polls.append(1), notify=notes.append)
+print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes), default=str))
+"""
+
+RANKS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from zinf_cli.errors import CapacityError
+from zinf_cli.train.rank_process import run_rank, stop_requested
+
+scenario, run_dir, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
+
+def meet():
+    import torch, torch.distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    total = torch.full((1,), float(rank + 1))
+    dist.all_reduce(total)
+    return total.item()
+
+def stand_still():
+    (run_dir / f"standing-{rank}").touch()
+    time.sleep(300)
+
+def main():
+    if scenario == "success":
+        subprocess.Popen(["sleep", "300"], start_new_session=True)  # an orphan in the end
+        print("sum", meet(), "threads", os.environ["OMP_NUM_THREADS"])
+    elif scenario == "capacity":
+        if rank == 1:
+            raise CapacityError("needs 9 GiB of 8", where="host:1")
+        time.sleep(300)
+    elif scenario == "peer_lost_first":  # the innocent rank's error comes before the guilty one's
+        meet()
+        if rank == 0:
+            meet()
+        import torch.distributed as dist
+        dist.destroy_process_group()
+        time.sleep(1)
+        raise RuntimeError("the real reason")
+    elif scenario == "killed":
+        meet()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        meet()
+    elif scenario == "guard_killed":
+        if rank == 1:
+            os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(300)
+    elif scenario == "deaf":
+        if rank == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stand_still()
+        while not (run_dir / "standing-0").exists():
+            time.sleep(0.05)
+        return 7
+    elif scenario == "stop":
+        (run_dir / f"standing-{rank}").touch()
+        while not stop_requested(run_dir):
+            time.sleep(0.05)
+        print("stopped in an orderly way")
+    elif scenario == "still":
+        stand_still()
+    return 0
+
+run_rank(main, run_dir)
+"""
+
+
+@dataclass
+class Ended:
+    """A scenario that is over."""
+
+    exit_code: int | None
+    failure: dict[str, Any] | None
+    interrupted: bool
+    polls: int
+    notes: list[str]
+    run_dir: Path
+    seconds: float
+    ended_at: float
+    left: list[str]
+    """Command lines of what still ran 10 s after the launcher had ended."""
+
+    def log(self, name: str) -> str:
+        return (self.run_dir / "logs" / name).read_text()
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """Every process that inherited `mark` in its environment: pid to command line."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # gone, or another user's
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def run_scenario(
+    folder: Path, scenario: str, disturb: Callable[[subprocess.Popen[str], Path], None]
+) -> Ended:
+    """Launch two ranks in a launcher of their own, disturb them, and see how it ends."""
+    mark = f"ZINF_TEST_MARK={uuid.uuid4().hex}"
+    name, value = mark.split("=")
+    environment = {**os.environ, name: value, "PYTHONPATH": f"{folder}:{ROOT}"}
+    run_dir = folder / f"run-{value}"
+    command = [sys.executable, str(folder / "launcher.py"), scenario, str(run_dir)]
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as launcher:
+        try:
+            disturb(launcher, run_dir)
+            answer, _ = launcher.communicate(timeout=50)
+        finally:
+            launcher.kill()
+    seconds, ended_at = time.monotonic() - started, time.time()
+    deadline = time.monotonic() + 10
+    while (left := processes_with(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    nothing: dict[str, Any] = {
+        "exit_code": None,
+        "failure": None,
+        "interrupted": False,
+        "polls": 0,
+        "notes": [],
+    }
+    outcome = json.loads(answer) if answer else nothing
+    return Ended(**outcome, run_dir=run_dir, seconds=seconds, ended_at=ended_at, left=list(left.values()))
+
+
+def leave_alone(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    pass
+
+
+def await_ranks(run_dir: Path) -> None:
+    wait_until(lambda: all((run_dir / f"standing-{rank}").exists() for rank in (0, 1)), 40)
+
+
+def interrupt(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    await_ranks(run_dir)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+
+
+def interrupt_twice(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    interrupt(launcher, run_dir)
+    wait_until((run_dir / "stop").exists, 5)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+
+
+def kill_launcher(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    await_ranks(run_dir)
+    launcher.kill()
+
+
+def kill_agent(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    await_ranks(run_dir)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (agent,) = (int(pid) for pid in children)
+    os.kill(agent, signal.SIGKILL)
+
+
+ROOT = Path(__file__).parents[2]
+
+SCENARIOS = {
+    "success": ("success", leave_alone),
+    "success beside it": ("success", leave_alone),
+    "capacity": ("capacity", leave_alone),
+    "peer_lost_first": ("peer_lost_first", leave_alone),
+    "killed": ("killed", leave_alone),
+    "guard_killed": ("guard_killed", leave_alone),
+    "deaf": ("deaf", leave_alone),
+    "interrupt": ("stop", interrupt),
+    "interrupt_twice": ("still", interrupt_twice),
+    "kill_launcher": ("still", kill_launcher),
+    "kill_agent": ("still", kill_agent),
+}
+
+Run = Callable[[str], Ended]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "launcher.py").write_text(LAUNCHER)
+    (folder / "ranks.py").write_text(RANKS)
+    with ThreadPoolExecutor(2) as background:
+        ended: dict[str, Future[Ended]] = {
+            name: background.submit(run_scenario, folder, scenario, disturb)
+            for name, (scenario, disturb) in SCENARIOS.items()
+        }
+        yield lambda name: ended[name].result()
+
+
+@pytest.mark.parametrize("name", ["success", "success beside it"])
+def test_ranks_meet_and_end(run: Run, name: str) -> None:
+    ended = run(name)
+    assert (ended.exit_code, ended.failure, ended.interrupted) == (0, None, False)
+    for rank in (0, 1):
+        assert "sum 3.0 threads 1" in ended.log(f"rank-{rank:05d}.log")
+    assert ended.polls > 0.5 * ended.seconds / 0.2
+    assert sorted(path.name for path in ended.run_dir.iterdir()) == ["logs"]
+
+
+def test_zinf_error_decides_the_exit_code(run: Run) -> None:
+    ended = run("capacity")
+    assert ended.exit_code == 4
+    assert ended.failure is not None
+    assert ended.failure["rank"] == 1
+    assert ended.failure["kind"] == "CapacityError"
+    assert ended.failure["message"] == "host:1: needs 9 GiB of 8"
+    assert ended.failure["log"] == str(ended.run_dir / "logs" / "rank-00001.log")
+    assert "Traceback" in ended.log("rank-00001.log")
+
+
+def test_the_culprit_is_named_although_its_peer_failed_earlier(run: Run) -> None:
+    ended = run("peer_lost_first")
+    innocent, culprit = (json.loads(ended.log(f"error-{rank:05d}.json")) for rank in (0, 1))
+    assert innocent["secondary"]
+    assert innocent["time"] < culprit["time"]
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert ended.failure["rank"] == 1
+    assert ended.failure["message"] == "RuntimeError: the real reason"
+
+
+def test_a_killed_rank_is_named_with_its_signal(run: Run) -> None:
+    ended = run("killed")
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert (ended.failure["rank"], ended.failure["kind"]) == (1, "SIGKILL")
+    assert "memory" in ended.failure["message"]
+
+
+def test_a_rank_without_a_record_is_named_from_torchruns_report(run: Run) -> None:
+    ended = run("guard_killed")
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert (ended.failure["rank"], ended.failure["kind"]) == (1, "SIGKILL")
+    assert ended.failure["log"] == str(ended.run_dir / "logs" / "torchrun.log")
+
+
+def test_a_rank_deaf_to_sigterm_is_brought_down_soon(run: Run) -> None:
+    ended = run("deaf")
+    assert ended.exit_code == 7
+    assert ended.failure is not None
+    assert (ended.failure["rank"], ended.failure["message"]) == (1, "ended with exit code 7")
+    record = json.loads(ended.log("error-00001.json"))
+    assert 4 < ended.ended_at - record["time"] < 7
+
+
+def test_ctrl_c_lets_the_ranks_end_their_step(run: Run) -> None:
+    ended = run("interrupt")
+    assert (ended.exit_code, ended.failure, ended.interrupted) == (130, None, True)
+    for rank in (0, 1):
+        assert "stopped in an orderly way" in ended.log(f"rank-{rank:05d}.log")
+    assert len(ended.notes) == 1
+    assert not (ended.run_dir / "stop").exists()
+
+
+def test_second_ctrl_c_kills(run: Run) -> None:
+    ended = run("interrupt_twice")
+    assert (ended.exit_code, ended.failure, ended.interrupted) == (130, None, True)
+    assert not (ended.run_dir / "stop").exists()
+
+
+def test_a_lost_agent_is_a_failure(run: Run) -> None:
+    ended = run("kill_agent")
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert (ended.failure["rank"], ended.failure["kind"]) == (None, "SIGKILL")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_nothing_is_left_running(run: Run, name: str) -> None:
+    assert run(name).left == []
+
+
+def record(run_dir: Path, rank: int, **changes: object) -> None:
+    """What a rank records, by hand."""
+    error = {"rank": rank, "host": "node1", "kind": "E", "message": "m", "exit_code": 1, "time": 10.0 + rank}
+    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs" / f"error-{rank:05d}.json").write_text(
+        json.dumps({**error, "secondary": False} | changes)
+    )
+
+
+def test_the_earliest_primary_error_is_first(tmp_path: Path) -> None:
+    record(tmp_path, 0, secondary=True, time=1.0)
+    record(tmp_path, 1, time=3.0)
+    record(tmp_path, 2, time=2.0, exit_code=4)
+    failure = first_failure(tmp_path, 1)
+    assert failure is not None
+    assert (failure.rank, failure.host, failure.exit_code) == (2, "node1", 4)
+
+
+def test_secondary_errors_count_where_nothing_else_is_known(tmp_path: Path) -> None:
+    record(tmp_path, 0, secondary=True, time=2.0)
+    record(tmp_path, 1, secondary=True, time=1.0)
+    failure = first_failure(tmp_path, None)
+    assert failure is not None
+    assert failure.rank == 1

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CONFIGS, random_source
+from transformers import AutoConfig, PreTrainedModel
+
+from zinf_cli.errors import ModelError
+from zinf_cli.train.model import ModelSource, build_model
+
+
+def ordinary(model: torch.nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+    """The same class and configuration, built by transformers alone with all its weights."""
+    config = AutoConfig.for_model(**model.config.to_dict())
+    return type(model)._from_config(config, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_the_buffers_are_real(name: str, dtype: torch.dtype) -> None:
+    model = build_model(random_source(name), dtype)
+    reference = ordinary(model, dtype)
+
+    assert model.training
+    shapes = {key: (p.shape, p.dtype, p.requires_grad) for key, p in reference.named_parameters()}
+    assert {key: (p.shape, p.dtype, p.requires_grad) for key, p in model.named_parameters()} == shapes
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == dict(reference.named_buffers()).keys()
+    for key, buffer in reference.named_buffers():
+        assert buffers[key].dtype == buffer.dtype
+        assert torch.equal(buffers[key], buffer), key
+
+
+def test_tied_parameters_are_one_object() -> None:
+    tied = build_model(random_source("llama", tie_word_embeddings=True))
+    untied = build_model(random_source("llama", tie_word_embeddings=False))
+    t5 = build_model(random_source("t5"))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+    assert t5.encoder.embed_tokens.weight is t5.shared.weight is t5.lm_head.weight
+
+
+def test_caches_are_off_in_every_submodel() -> None:
+    for name in ("llama", "t5", "mamba"):
+        model = build_model(random_source(name))
+        assert not any(getattr(m.config, "use_cache", False) for m in model.modules() if hasattr(m, "config"))
+
+
+def test_building_leaves_torch_as_it_was() -> None:
+    torch.manual_seed(1)
+    state, register = torch.get_rng_state(), torch.nn.Module.register_parameter
+    build_model(random_source("llama"), torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.nn.Module.register_parameter is register
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_the_class_comes_from_the_architectures_of_a_directory(tmp_path: Path) -> None:
+    def class_of(**entries: object) -> str:
+        config = {"model_type": "bert", **CONFIGS["bert"], **entries}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return type(build_model(ModelSource(tmp_path, None, "pretrained", 0))).__name__
+
+    assert class_of(architectures=["BertForMaskedLM"]) == "BertForMaskedLM"
+    assert class_of(architectures=["BertForSequenceClassification"]) == "BertForSequenceClassification"
+    # neither a bare backbone, which has no loss, nor a class transformers does not know
+    assert class_of(architectures=["BertModel"], is_decoder=True) == "BertLMHeadModel"
+    assert class_of(architectures=["SomeoneElsesBert"], is_decoder=True) == "BertLMHeadModel"
+    assert type(build_model(random_source("t5"))).__name__ == "T5ForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hidden_size": 32}, "model_type is missing"),
+        ({"model_type": "lama"}, "lama"),
+        ({"model_type": "llama", "hiden_size": 32}, "did you mean hidden_size?"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "hidden size"),
+        ({"model_type": "llama", "hidden_act": "tanhh"}, "tanhh"),
+        ({"model_type": "vit"}, "vit"),
+    ],
+)
+def test_a_bad_config_is_named(config: dict[str, object], said: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_model(ModelSource(None, config, "random", 0))
+    assert said in caught.value.describe()
+    assert "\n" not in caught.value.describe()
+
+
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    source = ModelSource(tmp_path, None, "pretrained", 0)
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        build_model(source)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json is not usable"):
+        build_model(source)
+    quantized = {"model_type": "llama", **CONFIGS["llama"], "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(ModelError, match="quantized"):
+        build_model(source)

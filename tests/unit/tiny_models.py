@@ -1,0 +1,52 @@
+"""Configurations of the architectures zinf is tried on, two layers of width 32 each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zinf_cli.train.model import ModelSource
+
+_SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {**_SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_GEMMA = {**_LLAMA, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], **_TOKENS}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "llama-tied": {**_LLAMA, "model_type": "llama", "tie_word_embeddings": True},
+    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_TOKENS},
+    "qwen3": {**_LLAMA, "head_dim": 8},
+    "qwen3_moe": {**_LLAMA, "head_dim": 8, "num_experts": 4, **_EXPERTS},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "mistral": _LLAMA,
+    "phi3": {**_LLAMA, **_TOKENS},
+    "gpt_neox": {**_SIZE, "intermediate_size": 48, "max_position_embeddings": 64},
+    "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "opt": {**_SIZE, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    "t5": {**_T5, "decoder_start_token_id": 0},
+    "bert": {**_SIZE, "intermediate_size": 48, "architectures": ["BertForMaskedLM"]},
+    "deepseek_v3": {
+        **_LLAMA, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8, **_EXPERTS,
+    },
+    "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+
+
+def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
+    """The source of an architecture of CONFIGS with random weights; `changes` override its settings."""
+    config = {"model_type": name, **CONFIGS[name], **changes}
+    return ModelSource(name_or_path=None, config=config, init="random", seed=seed)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Two sequences of 12 tokens with labels, for any of CONFIGS."""
+    ids = torch.arange(24).reshape(2, 12) % 90 + 3
+    return {"input_ids": ids, "labels": ids.clone()}

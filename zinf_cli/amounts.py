@@ -1,0 +1,53 @@
+"""Sizes and counts as people write them: 48GiB, 1.5 GB, 135M, 7B, 1T."""
+
+from __future__ import annotations
+
+import re
+
+BYTES_PER_UNIT = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "PIB": 2**50,
+}  # fmt: skip
+COUNT_PER_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+_AMOUNT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "48GiB", "1.5 GB" or a plain number; ValueError names the accepted forms."""
+    return _parse(text, BYTES_PER_UNIT, "a size such as 48GiB or 500MB")
+
+
+def parse_count(text: str | int) -> int:
+    """A count such as 135M, 7B or 1T parameters."""
+    return _parse(text, COUNT_PER_SUFFIX, "a count such as 135M, 7B or 1T")
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Binary units, three significant digits: 1.50 GiB."""
+    return _format(num_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), " ")
+
+
+def format_count(count: float) -> str:
+    """Decimal suffixes: 135M, 1.01T."""
+    return _format(count, 1000, ("", "K", "M", "B", "T"), "")
+
+
+def _parse(text: str | int, factors: dict[str, int], expected: str) -> int:
+    match = _AMOUNT.fullmatch(str(text))
+    if match is None or match[2].upper() not in factors:
+        raise ValueError(f"expected {expected}, got {text!r}")
+    return int(float(match[1]) * factors[match[2].upper()])
+
+
+def _format(amount: float, base: int, suffixes: tuple[str, ...], gap: str) -> str:
+    size = float(amount)
+    for suffix in suffixes[:-1]:
+        if abs(size) < base * 0.9995:
+            break
+        size /= base
+    else:
+        suffix = suffixes[-1]
+    digits = 0 if suffix == suffixes[0] or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f}{gap}{suffix}".rstrip()

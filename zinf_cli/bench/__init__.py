@@ -1,0 +1,1 @@
+"""Measurements of drives and links, in the form the planner uses."""

@@ -1,0 +1,1 @@
+"""Infinity offload for unmodified modules: units, tape, slices, fetches, deferred update."""

@@ -1,0 +1,143 @@
+"""Inputs of units between forward and backward: kept as they are, or on a tier, written behind and read ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.errors import CapacityError, ModelError
+from zinf_cli.tiers.arena import Arena, Buffer, round_up
+from zinf_cli.tiers.tier import Extent, Tier, Transfer
+
+PAGE = 4096
+SMALL = 64 * 1024
+"""Bytes below which moving a tensor costs more than keeping it."""
+
+
+class Saved(Protocol):
+    """One tensor that will be needed again in the backward pass."""
+
+    def prefetch(self) -> bool:
+        """Start bringing it back if there is room; True when it is on its way or there."""
+
+    def get(self) -> torch.Tensor:
+        """The tensor, detached."""
+
+    def free(self) -> None: ...
+
+
+class Kept:
+    """The tensor itself; changing it in place meanwhile would change the result, so that is an error."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor: torch.Tensor | None = tensor.detach()
+        self._version = tensor._version
+
+    def prefetch(self) -> bool:
+        return True
+
+    def get(self) -> torch.Tensor:
+        assert self._tensor is not None
+        if self._tensor._version != self._version:
+            raise ModelError(
+                "the input of a unit was changed in place after the unit had used it",
+                hint="this model can't be recomputed; keep offload.activations on nvme, where a copy is taken",
+            )
+        return self._tensor
+
+    def free(self) -> None:
+        self._tensor = None
+
+
+class Activations:
+    """Saves tensors on `tier` through `staging`, an arena of the compute device; without one, keeps them."""
+
+    def __init__(self, tier: Tier, staging: Arena | None, wait: Callable[[Transfer], None]) -> None:
+        self._tier = tier
+        self._staging = staging
+        self.wait = wait
+        self._leaving: deque[tuple[Transfer, Buffer]] = deque()
+
+    def save(self, tensor: torch.Tensor, label: str) -> Saved:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._staging is None or num_bytes < SMALL:
+            return Kept(tensor)
+        size = round_up(num_bytes, PAGE)
+        buffer = self.take(size)
+        buffer.data[:num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        extent = self._tier.allocate(size, f"{label} activations")
+        self._leaving.append((extent.write(0, buffer.data), buffer))
+        return Offloaded(self, self._tier, extent, tensor.shape, tensor.dtype)
+
+    def take(self, num_bytes: int) -> Buffer:
+        """A staging buffer, waiting for the oldest writes where none is free."""
+        buffer = self.try_take(num_bytes)
+        while buffer is None:
+            if not self._leaving:
+                assert self._staging is not None
+                raise CapacityError(
+                    f"an activation of {format_bytes(num_bytes)} does not fit the planned staging memory of "
+                    f"{format_bytes(self._staging.capacity)}",
+                    hint="raise offload.cpu_memory, or set offload.activations=cpu",
+                )
+            transfer, leaving = self._leaving.popleft()
+            self.wait(transfer)
+            leaving.free()
+            buffer = self.try_take(num_bytes)
+        return buffer
+
+    def try_take(self, num_bytes: int) -> Buffer | None:
+        while self._leaving and self._leaving[0][0].done():
+            transfer, leaving = self._leaving.popleft()
+            transfer.wait()
+            leaving.free()
+        assert self._staging is not None
+        return self._staging.allocate(num_bytes)
+
+
+class Offloaded:
+    """A tensor on a tier."""
+
+    def __init__(
+        self, home: Activations, tier: Tier, extent: Extent, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        self._home = home
+        self._tier = tier
+        self._extent: Extent | None = extent
+        self._shape = shape
+        self._dtype = dtype
+        self._buffer: Buffer | None = None
+        self._read: Transfer | None = None
+
+    def prefetch(self) -> bool:
+        if self._read is None and self._extent is not None:
+            self._start(self._home.try_take(self._extent.num_bytes))
+        return self._read is not None
+
+    def get(self) -> torch.Tensor:
+        assert self._extent is not None
+        if self._read is None:
+            self._start(self._home.take(self._extent.num_bytes))
+        assert self._read is not None and self._buffer is not None
+        self._home.wait(self._read)
+        num_bytes = self._shape.numel() * self._dtype.itemsize
+        return self._buffer.data[:num_bytes].view(self._dtype).view(self._shape)
+
+    def free(self) -> None:
+        if self._read is not None and self._buffer is not None:
+            self._home.wait(self._read)
+            self._buffer.free()
+        if self._extent is not None:
+            for write in self._extent.writes:
+                self._home.wait(write)  # the extent may be handed out again at once
+            self._tier.free(self._extent)
+        self._extent = self._buffer = self._read = None
+
+    def _start(self, buffer: Buffer | None) -> None:
+        if buffer is not None and self._extent is not None:
+            self._buffer = buffer
+            self._read = self._extent.read(0, buffer.data)

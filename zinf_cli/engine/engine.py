@@ -1,0 +1,268 @@
+"""The engine: an unmodified model, its state on tiers, one training step after another.
+
+    engine = Engine(model, units, options, ranks, trace)
+    engine.load(weights.read)
+    for ...:
+        result = engine.train_step(micro_batches, adamw)
+    engine.flush()
+
+`model` stays an ordinary module: a micro-batch's `forward` calls it as always. Only the gradient norm and the loss of a
+step are known when `train_step` returns; its update happens inside the next forward (see fetch.py), or in `flush`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.activations import Activations
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.fetch import Kind, Memory, Pipeline, Visit
+from zinf_cli.engine.micro_batch import intercept
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.store import TierSet, Unit, to_placeholders
+from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
+from zinf_cli.engine.units import UnitLayout
+from zinf_cli.tiers.arena import Arena
+from zinf_cli.tiers.memory import MemoryTier
+from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.tiers.tier import Tier
+from zinf_cli.trace import Trace
+
+log = logging.getLogger("zinf")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Where things lie and how much memory the engine works in, per rank. Sizes in bytes."""
+
+    params: str = "cpu"
+    grads: str = "cpu"
+    optimizer: str = "cpu"
+    activations: str = "cpu"
+    """Each "device", "cpu" or "nvme"."""
+    nvme_folders: tuple[Path, ...] = ()
+    nvme_bytes: int = 0
+    """Space taken on the drives at the start."""
+    slot_bytes: int = 0
+    resident_bytes: int = 0
+    chunk_numel: int = 1 << 20
+    num_chunks: int = 8
+    staging_bytes: int = 0
+    """Memory through which activations go to NVMe."""
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    micro_batches_per_sweep: int | None = None
+    """None: all of a step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step knows when its backward is done. `losses`: this rank's, one fp32 value per micro-batch, unscaled."""
+
+    losses: list[float]
+    grad_norm: float
+    """Before clipping, over all ranks; NaN or infinite where a loss or gradient was."""
+    wait_s: float
+    """Seconds the compute thread waited for data."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.grad_norm)
+
+
+class Engine:
+    """Trains `model` (parameters on the meta device) with its state on the tiers of `options`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Sequence[UnitLayout],
+        options: EngineOptions,
+        ranks: Ranks | None = None,
+        trace: Trace | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        notice: Callable[[str], None] = log.warning,
+    ) -> None:
+        """`order` is the expected order of units in a forward (by index); without it, module order."""
+        self._options = options
+        self._ranks = ranks or Ranks()
+        self._notice = notice
+        self.trace = trace or Trace()
+        to_placeholders(model, options.dtype, options.device)
+        self.tiers = _open_tiers(options, self.trace, self._ranks.rank, notice)
+        self.units = [Unit(layout, model, self.tiers, self._ranks, options.dtype) for layout in layouts]
+        self.memory = _open_memory(options)
+        self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
+        self.staging = Arena(options.staging_bytes, options.device) if options.activations == "nvme" else None
+        activations = Activations(self.tiers.activations, self.staging, self._pipeline.wait)
+        if order is None:
+            order = [number for number, layout in enumerate(layouts) if not layout.resident]
+        self._sweep = Sweep(self._pipeline, activations, options.device, order, self.trace)
+        self._restore = intercept(model, [layout.modules for layout in layouts])
+        self._per_sweep = options.micro_batches_per_sweep
+
+    def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
+        """Fill every unit from `read(parameter names)`; memory is one unit's."""
+        for unit in self.units:
+            unit.fill(read, self.memory.slots)
+
+    def train_step(
+        self,
+        batches: Sequence[MicroBatch],
+        adamw: AdamW,
+        *,
+        max_grad_norm: float | None = 1.0,
+        more: bool = True,
+    ) -> StepResult:
+        """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
+
+        Every rank passes the same number of batches. `more` says that another forward will follow. A result that is
+        not finite has no pending update: nothing changes.
+        """
+        self._pipeline.wait_s = 0.0
+        self._pipeline.norms.clear()
+        sweeps = self._deal(batches)
+        self._sweep.announce_step(len(sweeps))
+        losses: list[torch.Tensor] = []
+        while sweeps:
+            try:
+                losses += self._sweep.train(sweeps[0], last=len(sweeps) == 1, forward_done=self._forward_done)
+                sweeps.pop(0)
+            except Disagreement:
+                self._split()
+                sweeps = [[batch] for sweep in sweeps for batch in sweep]
+        self._sweep.finish_step()
+        if more:
+            self._sweep.announce_forward(update=True)
+        self._pipeline.finish_gradients()
+        norm = self._grad_norm()
+        self._set_update(adamw, norm, max_grad_norm)
+        return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """The losses of `batches`, forward only; pending updates are done on the way."""
+        losses: list[torch.Tensor] = []
+        sweeps = self._deal(batches)
+        while sweeps:
+            self._sweep.announce_forward(update=False)
+            try:
+                losses += self._sweep.evaluate(sweeps[0])
+                sweeps.pop(0)
+            except Disagreement:
+                self._split()
+                sweeps = [[batch] for sweep in sweeps for batch in sweep]
+        return [loss.item() for loss in losses]
+
+    def flush(self) -> None:
+        """Do every pending update; afterwards the tiers hold the parameters of the last step."""
+        self._flush_pending()
+        self._pipeline.settle()
+
+    def read_params(self, number: int) -> dict[str, torch.Tensor]:
+        """The parameters of a unit (cloned, compute dtype, whole on every rank); pending updates are done first."""
+        unit = self.units[number]
+        visit = Visit(number, Kind.FORWARD)
+        self._pipeline.acquire_aside(visit)
+        named = {
+            place.name: place.view(flat).clone()
+            for layout, flat in zip(unit.layout.flats, self._pipeline.held_flats(number), strict=True)
+            for place in layout.params
+        }
+        self._pipeline.release(visit)
+        return named
+
+    def close(self) -> None:
+        """Give back threads, files and memory; the model's forwards are its own again."""
+        self._restore()
+        self._sweep.close()
+        for tier in self.tiers.distinct():
+            tier.close()
+
+    def _deal(self, batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
+        size = self._per_sweep or len(batches)
+        return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
+
+    def _split(self) -> None:
+        """From now on one micro-batch per sweep."""
+        if self._per_sweep == 1:
+            raise AssertionError("one micro-batch can't disagree with itself")
+        self._per_sweep = 1
+        self._pipeline.forget_coming()
+        self._notice(
+            "micro-batches take different ways through the model: one micro-batch per sweep from here on"
+        )
+
+    def _forward_done(self) -> None:
+        """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
+        self._flush_pending()
+        self._pipeline.adamw = None
+
+    def _flush_pending(self) -> None:
+        for number, unit in enumerate(self.units):
+            if unit.grad_ready and self._pipeline.adamw is not None:
+                visit = Visit(number, Kind.FLUSH, update=True)
+                self._pipeline.acquire_aside(visit)
+                self._pipeline.release(visit)
+
+    def _grad_norm(self) -> torch.Tensor:
+        """The 2-norm over all gradients (fp32 scalar), computed as clip_grad_norm_ does at one rank."""
+        norms = self._pipeline.norms
+        if self._ranks.world_size == 1:
+            ordered = [norms[index] for index in sorted(norms)]
+            return torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
+        touched = [unit.touched for unit in self.units]
+        values = [sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))]
+        flags = torch.tensor([float(flag) for unit in touched for flag in unit], dtype=torch.float64)
+        summed = self._ranks.sum(torch.cat([torch.stack(values).cpu(), flags]).to(self._options.device)).cpu()
+        place = 1
+        for unit in self.units:
+            unit.touched = [bool(flag > 0) for flag in summed[place : place + len(unit.touched)]]
+            place += len(unit.touched)
+        return summed[0].sqrt().float()
+
+    def _set_update(self, adamw: AdamW, norm: torch.Tensor, max_grad_norm: float | None) -> None:
+        clip = None
+        if max_grad_norm is not None:
+            clip = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0).to(self._options.device)
+        for unit in self.units:
+            if not math.isfinite(norm.item()):
+                unit.touched = [False] * len(unit.touched)  # an update of nothing
+            if unit.grad_ready:
+                unit.steps = [step + touched for step, touched in zip(unit.steps, unit.touched, strict=True)]
+        self._pipeline.adamw = replace(adamw, clip=clip)
+        self._pipeline.advance()
+
+
+def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable[[str], None]) -> TierSet:
+    opened: dict[str, Tier] = {}
+    for name in (options.params, options.grads, options.optimizer, options.activations):
+        if name in opened:
+            continue
+        if name == "nvme":
+            tier = NvmeTier(options.nvme_folders, trace, rank=rank, notice=notice)
+            tier.reserve(options.nvme_bytes)
+            opened[name] = tier
+        else:
+            device = options.device if name == "device" else torch.device("cpu")
+            opened[name] = MemoryTier(name, device, options.device, trace, pin=name == "cpu")
+    return TierSet(
+        opened[options.params], opened[options.grads], opened[options.optimizer], opened[options.activations]
+    )
+
+
+def _open_memory(options: EngineOptions) -> Memory:
+    device = options.device
+    return Memory(
+        slots=Arena(options.slot_bytes, device),
+        resident=Arena(options.resident_bytes, device),
+        chunks=Arena(options.num_chunks * options.chunk_numel * 4, device),
+        chunk_numel=options.chunk_numel,
+    )

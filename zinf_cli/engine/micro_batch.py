@@ -1,0 +1,142 @@
+"""A micro-batch under way: the model's own forward in a thread, paused at every unit.
+
+The layer-major sweep lets all micro-batches pass unit k before any passes unit k+1, so each forward must be able to
+stop in the middle. It runs in a thread of its own (grad mode and autocast are thread-local, so contexts that span
+units stay right) of which only one is ever awake. At a unit it hands the call to the compute thread and sleeps; the
+heavy work thus stays on one thread, with one pool of OpenMP workers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.errors import ModelError
+
+
+@dataclass
+class UnitCall:
+    """A unit is called: run `forward(*args, **kwargs)` and resume the micro-batch with what it returns."""
+
+    unit: int
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    grad_enabled: bool
+    autocast: tuple[bool, torch.dtype]
+
+
+@dataclass
+class Finished:
+    """The forward returned its loss."""
+
+    loss: torch.Tensor
+
+
+@dataclass
+class _Failed:
+    error: BaseException
+
+
+_running = threading.local()
+
+
+class _Abandoned(BaseException):
+    """Raised inside a paused forward that nobody will resume."""
+
+
+class MicroBatchThread:
+    """One forward at a time; `start` and `resume` return at its next pause."""
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        self._device = device
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[UnitCall | Finished | _Failed] = queue.SimpleQueue()
+        self._paused = False
+        self._thread = threading.Thread(target=self._loop, name=f"micro-batch-{number}", daemon=True)
+        self._thread.start()
+
+    def start(self, forward: Callable[[], torch.Tensor], *, grad: bool) -> UnitCall | Finished:
+        return self._hand_over((forward, grad))
+
+    def resume(self, outputs: Any) -> UnitCall | Finished:
+        return self._hand_over(outputs)
+
+    def abandon(self) -> None:
+        """Unwind a paused forward."""
+        if self._paused:
+            self._inbox.put(_Abandoned())
+            self._outbox.get()
+            self._paused = False
+
+    def close(self) -> None:
+        self.abandon()
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _hand_over(self, message: Any) -> UnitCall | Finished:
+        self._inbox.put(message)
+        answer = self._outbox.get()
+        self._paused = isinstance(answer, UnitCall)
+        if isinstance(answer, _Failed):
+            raise answer.error
+        return answer
+
+    def _loop(self) -> None:
+        _running.thread = self
+        while (job := self._inbox.get()) is not None:
+            forward, grad = job
+            answer: Finished | _Failed
+            try:
+                with torch.set_grad_enabled(grad):
+                    answer = Finished(forward())
+            except BaseException as error:
+                answer = _Failed(error)
+            del job, forward
+            self._outbox.put(answer)
+            del answer
+
+    def call_unit(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """From inside the thread: pause at a unit, go on with its outputs."""
+        kind = self._device.type
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        self._outbox.put(UnitCall(unit, forward, args, kwargs, torch.is_grad_enabled(), autocast))
+        outputs = self._inbox.get()
+        if isinstance(outputs, _Abandoned):
+            raise outputs
+        return outputs
+
+
+def intercept(model: nn.Module, modules_of_units: Sequence[Sequence[str]]) -> Callable[[], None]:
+    """Route the forward of every unit's modules through the micro-batch that calls it; returns what undoes it."""
+    replaced = []
+    for unit, paths in enumerate(modules_of_units):
+        for path in paths:
+            module = model.get_submodule(path)
+            module.forward = _routed(unit, path, module.forward)
+            replaced.append(module)
+
+    def restore() -> None:
+        for module in replaced:
+            del module.__dict__["forward"]
+
+    return restore
+
+
+def _routed(unit: int, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        thread: MicroBatchThread | None = getattr(_running, "thread", None)
+        if thread is None:
+            raise ModelError(
+                f"module {path} is called from inside another unit",
+                hint="the engine found it to be called by itself; please report the architecture",
+            )
+        return thread.call_unit(unit, forward, args, kwargs)
+
+    return routed

@@ -1,0 +1,86 @@
+"""The ranks of a run, and the collectives between them.
+
+Order of collectives: every rank must start the same collectives in the same order, or the run hangs. Gathers follow
+the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. So each kind has
+a process group of its own; sums of a few numbers at the end of a step use a third.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zinf_cli.tiers.tier import DONE, Transfer
+from zinf_cli.trace import Trace
+
+# torch 2.13 renames reduce_scatter_tensor to reduce_scatter_single
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank's place among `world_size`; without process groups, a world of one."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather_group: Any = None
+    reduce_group: Any = None
+    sum_group: Any = None
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Join the ranks torchrun started (RANK and WORLD_SIZE in the environment), over NCCL or gloo."""
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        world_size = dist.get_world_size()
+        gather, reduce = dist.new_group(), dist.new_group()
+        return cls(dist.get_rank(), world_size, gather, reduce, dist.group.WORLD)
+
+    def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:
+        """Fill `flat` with every rank's slice; `own_slice` may be this rank's range of `flat`."""
+        if self.world_size == 1:
+            return DONE
+        work = dist.all_gather_into_tensor(flat, own_slice, group=self.gather_group, async_op=True)
+        return Collective(work, trace, "gather", label, flat.numel() * flat.element_size())
+
+    def reduce_scatter(
+        self, own_slice: torch.Tensor, flat: torch.Tensor, trace: Trace, label: str
+    ) -> Transfer:
+        """Sum `flat` over ranks into each rank's slice; `own_slice` may be this rank's range of `flat`."""
+        if self.world_size == 1:
+            return DONE
+        work = _reduce_scatter(own_slice, flat, group=self.reduce_group, async_op=True)
+        return Collective(work, trace, "reduce", label, flat.numel() * flat.element_size())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.sum_group)
+        return values
+
+    def leave(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+class Collective:
+    """A collective under way."""
+
+    def __init__(self, work: Any, trace: Trace, lane: str, label: str, num_bytes: int) -> None:
+        self._work = work
+        self._span = (trace, lane, label, num_bytes)
+        self._start = time.perf_counter()
+        self._waited = False
+
+    def done(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        if not self._waited:
+            self._work.wait()
+            self._waited = True
+            trace, lane, label, num_bytes = self._span
+            trace.add(lane, label, self._start, time.perf_counter(), num_bytes)

@@ -1,0 +1,244 @@
+"""The unit tape: activation checkpointing per unit, for models that know nothing of it.
+
+Forward runs each unit without autograd and records (inputs, RNG state); its outputs go on as outputs of `Emit`, an
+autograd function with no inputs and no storage. What the model computes between units, the glue, is left to autograd.
+Backward walks the records in reverse: run the unit again with grad on detached inputs, backward with the gradients
+that Emit collected, and hand the input gradients to the glue.
+
+Why this is right: let g be a glue tensor whose first consumer is record i. Everything g depends on was emitted before
+i, everything that adds to its gradient is a record >= i. So when the reverse walk has done record i, the gradient of g
+is complete, and its glue runs once, before any record that feeds it. Several glue tensors may share a graph, hence
+retain_graph; the graph goes when the tape lets go of it.
+
+No autograd graph of a unit outlives the visit in which its parameters are bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zinf_cli.engine.activations import Activations, Saved
+from zinf_cli.engine.micro_batch import UnitCall
+from zinf_cli.errors import ModelError
+
+_Edge = torch.autograd.graph.GradientEdge
+
+
+class RngState:
+    """The CPU's and the device's random state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@dataclass
+class GlueTensor:
+    """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
+
+    edge: _Edge
+    saved: Saved
+    first_record: int
+    grad: torch.Tensor | None = None
+
+    def add_grad(self, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            self.grad = grad if self.grad is None else self.grad + grad
+
+
+@dataclass
+class Graph:
+    """A unit's forward with grad, ready for its backward."""
+
+    inputs: list[tuple[GlueTensor, torch.Tensor]]
+    outputs: list[torch.Tensor]
+
+
+@dataclass
+class Record:
+    """One call of a unit by one micro-batch."""
+
+    number: int
+    call: UnitCall
+    leaves: list[Any]
+    """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
+    spec: pytree.TreeSpec
+    rng: RngState
+    output_grads: list[torch.Tensor | None] = field(default_factory=list)
+    graph: Graph | None = None
+
+    def glue_inputs(self) -> list[GlueTensor]:
+        return list({id(leaf): leaf for leaf in self.leaves if isinstance(leaf, GlueTensor)}.values())
+
+    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            before = self.output_grads[index]
+            self.output_grads[index] = grad if before is None else before + grad
+
+
+class Emit(torch.autograd.Function):
+    """Outputs of a unit enter the glue; their gradients arrive at the record."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, record: Record, outputs: list[torch.Tensor]) -> Any:
+        ctx.record = record
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        for index, grad in enumerate(grads):
+            ctx.record.add_output_grad(index, grad)
+        return None, None, None
+
+
+class Tape:
+    """The records of one micro-batch, newest last."""
+
+    def __init__(self, device: torch.device, activations: Activations, *, trainable: set[int]) -> None:
+        self._device = device
+        self._activations = activations
+        self._trainable = trainable
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._glue: dict[tuple[int, int], GlueTensor] = {}
+        self.records: list[Record] = []
+
+    def forward(self, call: UnitCall, label: str, *, hot: bool = False) -> Any:
+        """Run a unit's call and return what the model gets; `hot` keeps the graph, so that backward need not recompute."""
+        flat, spec = pytree.tree_flatten((call.args, call.kwargs))
+        needs_grad = call.grad_enabled and (
+            call.unit in self._trainable or any(_differentiable(leaf) for leaf in flat)
+        )
+        if not needs_grad:
+            with torch.no_grad(), _autocast(call, self._device):
+                return call.forward(*call.args, **call.kwargs)
+        record = Record(len(self.records), call, [], spec, RngState(self._device))
+        versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in flat]
+        record.leaves = [self._take(leaf, record.number, label) for leaf in flat]
+        call.args, call.kwargs = (), {}
+        self.records.append(record)
+        if hot:
+            record.graph, outputs = self._run(record)
+        else:
+            with torch.no_grad(), _autocast(call, self._device):
+                args, kwargs = pytree.tree_unflatten([_detached(leaf) for leaf in flat], spec)
+                outputs = call.forward(*args, **kwargs)
+        for leaf, version in zip(flat, versions, strict=True):
+            if isinstance(leaf, torch.Tensor) and leaf._version != version:
+                raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
+        return self._emit(record, outputs)
+
+    def backward(self, record: Record) -> None:
+        """Backward of the newest record, into p.grad of the bound unit and into the glue before it."""
+        assert record is self.records[-1]
+        grads = record.output_grads
+        if any(grad is not None for grad in grads):
+            if record.graph is None:
+                record.rng.restore()
+                record.graph, _ = self._run(record)
+            pairs = [
+                (output, grad)
+                for output, grad in zip(record.graph.outputs, grads, strict=True)
+                if grad is not None and output.requires_grad
+            ]
+            record.output_grads = []
+            if pairs:
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            del pairs, grads
+            for glue, leaf in record.graph.inputs:
+                glue.add_grad(leaf.grad)
+            record.graph = None
+        self.records.pop()
+        for glue in record.glue_inputs():
+            if glue.first_record == record.number:
+                self._glue_backward(glue)
+
+    def prefetch(self) -> bool:
+        """Start bringing back the inputs of the newest record; False when there was no room."""
+        return not self.records or all(glue.saved.prefetch() for glue in self.records[-1].glue_inputs())
+
+    def cool(self) -> None:
+        """Drop the graph of a hot forward: the unit was not the last."""
+        self.records[-1].graph = None
+
+    def close(self) -> None:
+        """Let go of everything (a sweep that was given up)."""
+        for glue in self._glue.values():
+            glue.saved.free()
+        self._glue.clear()
+        self.records.clear()
+
+    def _take(self, leaf: Any, record: int, label: str) -> Any:
+        """What a record keeps of one argument."""
+        if not _differentiable(leaf):
+            return _detached(leaf)
+        edge = torch.autograd.graph.get_gradient_edge(leaf)
+        key = (id(edge.node), edge.output_nr)
+        if key not in self._glue:
+            self._glue[key] = GlueTensor(edge, self._activations.save(leaf.detach(), label), record)
+        return self._glue[key]
+
+    def _run(self, record: Record) -> tuple[Graph, Any]:
+        """The unit's forward with grad on detached inputs."""
+        inputs = [(glue, glue.saved.get().detach().requires_grad_()) for glue in record.glue_inputs()]
+        leaf_of = {id(glue): leaf for glue, leaf in inputs}
+        values = [leaf_of.get(id(leaf), leaf) for leaf in record.leaves]
+        args, kwargs = pytree.tree_unflatten(values, record.spec)
+        with torch.enable_grad(), _autocast(record.call, self._device):
+            outputs = record.call.forward(*args, **kwargs)
+        return Graph(inputs, [leaf for leaf in pytree.tree_leaves(outputs) if _floating(leaf)]), outputs
+
+    def _emit(self, record: Record, outputs: Any) -> Any:
+        flat, spec = pytree.tree_flatten(outputs)
+        places = [place for place, leaf in enumerate(flat) if _floating(leaf)]
+        emitted = Emit.apply(self._anchor, record, [flat[place].detach() for place in places])
+        record.output_grads = [None] * len(places)
+        for place, tensor in zip(places, emitted, strict=True):
+            flat[place] = tensor
+        return pytree.tree_unflatten(flat, spec)
+
+    def _glue_backward(self, glue: GlueTensor) -> None:
+        grad, glue.grad = glue.grad, None
+        glue.saved.free()
+        del self._glue[(id(glue.edge.node), glue.edge.output_nr)]
+        if grad is None:
+            return
+        record = getattr(glue.edge.node, "record", None)
+        if isinstance(record, Record):  # the tensor came straight from a unit: no glue to run
+            record.add_output_grad(glue.edge.output_nr, grad)
+        else:
+            torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+@contextmanager
+def _autocast(call: UnitCall, device: torch.device) -> Iterator[None]:
+    enabled, dtype = call.autocast
+    if not enabled:
+        yield
+        return
+    with torch.autocast(device.type, dtype=dtype):
+        yield

@@ -1,0 +1,177 @@
+"""Units: what is fetched, computed and freed together, and how its parameters lie in flat buffers.
+
+A unit is an element of one of the model's outermost module lists (a transformer block), or a leaf module outside of
+them that is worth streaming (an embedding, the head). Modules that share a parameter share one unit. What belongs to
+none (a final norm, a bare parameter of the root) forms the resident unit, which is held for the whole step.
+
+A unit has up to two flats, one of its trainable and one of its frozen parameters. Every parameter starts at a multiple
+of ALIGN elements, so that kernels see the alignment torch's own allocator gives; a flat is padded so that it cuts into
+world_size equal slices of whole pages in any dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+ALIGN = 128
+SLICE_MULTIPLE = 2048
+RESIDENT = "resident"
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """One parameter inside a flat: `numel` elements from element `offset`."""
+
+    name: str
+    index: int
+    """Its place in model.parameters(), which orders the gradient norms as clip_grad_norm_ does."""
+    shape: torch.Size
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The parameter's own shape, as a view of a whole flat."""
+        return flat[self.offset : self.offset + self.numel].view(self.shape)
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Parameters side by side. `numel` is divisible by world_size × SLICE_MULTIPLE."""
+
+    params: tuple[ParamLayout, ...]
+    trainable: bool
+    numel: int
+    slice_numel: int
+
+    def slice_of(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        return flat[rank * self.slice_numel : (rank + 1) * self.slice_numel]
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """A unit by name: module paths, and the flats of their parameters (trainable first)."""
+
+    name: str
+    modules: tuple[str, ...]
+    flats: tuple[FlatLayout, ...]
+
+    @property
+    def resident(self) -> bool:
+        return self.name == RESIDENT
+
+    @property
+    def trainable(self) -> FlatLayout | None:
+        return self.flats[0] if self.flats and self.flats[0].trainable else None
+
+    @property
+    def numel(self) -> int:
+        return sum(flat.numel for flat in self.flats)
+
+    def params(self) -> Iterator[ParamLayout]:
+        for flat in self.flats:
+            yield from flat.params
+
+
+def discover(
+    model: nn.Module, world_size: int, demoted: frozenset[str] = frozenset()
+) -> tuple[UnitLayout, ...]:
+    """The units of a model (any device, meta included), in module order; the resident unit last, if there is one.
+
+    `demoted` names modules whose parameters are used outside of their own forward: they become resident.
+    """
+    groups = _merge_shared([(name, module) for name, module in _candidates(model) if name not in demoted])
+    names = {id(param): name for name, param in model.named_parameters()}
+    order = {name: index for index, name in enumerate(names.values())}
+    taken: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        for _, module in group:
+            taken.update((id(param), number) for param in module.parameters())
+    for param in _params_outside(model, {id(m) for group in groups for _, m in group}):
+        taken.pop(id(param), None)  # also owned by a module outside of every unit: held for the whole step
+
+    units = []
+    for number, group in enumerate(groups):
+        params = [p for p in model.parameters() if taken.get(id(p)) == number]
+        if params:
+            paths = tuple(name for name, _ in group)
+            units.append(UnitLayout(paths[0], paths, _flats(params, names, order, world_size)))
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    if rest:
+        units.append(UnitLayout(RESIDENT, (), _flats(rest, names, order, world_size)))
+    return tuple(units)
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of list elements and of leaf modules with a weight of two or more dimensions."""
+
+    def walk(path: str, module: nn.Module, *, in_list: bool) -> Iterator[tuple[str, nn.Module]]:
+        is_list = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        has_children = any(True for _ in module.children())
+        if is_list or (has_children and not in_list):
+            for name, child in module.named_children():
+                yield from walk(f"{path}.{name}" if path else name, child, in_list=is_list)
+        elif in_list or any(param.dim() >= 2 for param in module.parameters(recurse=False)):
+            yield path, module
+
+    seen: set[int] = set()
+    for path, module in walk("", model, in_list=False):
+        if path and id(module) not in seen and any(True for _ in module.parameters()):
+            seen.add(id(module))
+            yield path, module
+
+
+def _merge_shared(candidates: Sequence[tuple[str, nn.Module]]) -> list[list[tuple[str, nn.Module]]]:
+    """Group the candidates that share a parameter (a tied embedding and head)."""
+    groups: list[list[tuple[str, nn.Module]]] = []
+    group_of: dict[int, list[tuple[str, nn.Module]]] = {}
+    for candidate in candidates:
+        group = [candidate]
+        groups.append(group)
+        for param in candidate[1].parameters():
+            other = group_of.get(id(param))
+            if other is not None and other is not group:
+                other.extend(group)
+                groups = [g for g in groups if g is not group]
+                for key, value in group_of.items():
+                    if value is group:
+                        group_of[key] = other
+                group = other
+            group_of[id(param)] = group
+    return groups
+
+
+def _params_outside(model: nn.Module, unit_modules: set[int]) -> Iterator[nn.Parameter]:
+    def walk(module: nn.Module) -> Iterator[nn.Parameter]:
+        if id(module) in unit_modules:
+            return
+        yield from module.parameters(recurse=False)
+        for child in module.children():
+            yield from walk(child)
+
+    yield from walk(model)
+
+
+def _flats(
+    params: Sequence[nn.Parameter], names: dict[int, str], order: dict[str, int], world_size: int
+) -> tuple[FlatLayout, ...]:
+    flats = []
+    for trainable in (True, False):
+        layouts = []
+        offset = 0
+        for param in params:
+            if param.requires_grad == trainable:
+                name = names[id(param)]
+                layouts.append(ParamLayout(name, order[name], param.shape, offset))
+                offset += -(-param.numel() // ALIGN) * ALIGN
+        if layouts:
+            multiple = world_size * SLICE_MULTIPLE
+            numel = max(1, -(-offset // multiple)) * multiple
+            flats.append(FlatLayout(tuple(layouts), trainable, numel, numel // world_size))
+    return tuple(flats)

@@ -1,0 +1,106 @@
+"""The deferred update of a slice, chunk by chunk.
+
+A chunk's gradient and optimizer states are used where they lie when that is memory of the compute device; otherwise
+they are read into chunk buffers and written back after AdamW has changed them. The parameters are updated in the slot
+(or in place). With bf16 compute, AdamW acts on the fp32 master and the slot gets its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.store import Unit, overlap
+from zinf_cli.tiers.arena import Arena, Buffer
+from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.trace import Trace
+
+
+class ChunkUpdate:
+    """AdamW on elements [begin, begin + numel) of a unit's trainable slice."""
+
+    def __init__(self, unit: Unit, param: torch.Tensor, begin: int, trace: Trace) -> None:
+        self._unit = unit
+        self._param = param
+        self._begin = begin
+        self._trace = trace
+        self._fields: dict[str, torch.Tensor] = {}
+        self._buffers: list[Buffer] = []
+        self._writes: list[Transfer] = []
+        self.reads: list[Transfer] = []
+
+    def _sources(self) -> dict[str, Extent]:
+        assert self._unit.grad is not None
+        return {"grad": self._unit.grad, **self._unit.optimizer}
+
+    def read(self, chunks: Arena) -> bool:
+        """Start reading what is not in place; False when there are not enough chunk buffers now."""
+        num_bytes = self._param.numel() * 4
+        away = [name for name, extent in self._sources().items() if extent.view() is None]
+        buffers: list[Buffer] = []
+        for _ in away:
+            buffer = chunks.allocate(num_bytes)
+            if buffer is None:
+                for taken in buffers:
+                    taken.free()
+                return False
+            buffers.append(buffer)
+        self._buffers = buffers
+        where = dict(zip(away, buffers, strict=True))
+        for name, extent in self._sources().items():
+            memory = extent.view()
+            if memory is None:
+                self._fields[name] = where[name].data.view(torch.float32)
+                self.reads.append(extent.read(self._begin * 4, where[name].data))
+            else:
+                end = self._begin + self._param.numel()
+                self._fields[name] = memory.view(torch.float32)[self._begin : end]
+        return True
+
+    def apply(self, adamw: AdamW) -> list[Transfer]:
+        """Compute, start the write-back; returns the parameter writes, which hold the slot until they are done."""
+        unit = self._unit
+        with self._trace.span("update", unit.name, self._param.numel() * 4):
+            target = self._fields.get("master", self._param)
+            for start, end, step in self._segments():
+                grad, exp_avg, exp_avg_sq = (
+                    self._fields[name][start:end] for name in ("grad", "exp_avg", "exp_avg_sq")
+                )
+                adamw.update(target[start:end], grad, exp_avg, exp_avg_sq, step)
+            if target is not self._param:
+                self._param.copy_(target)
+        for name, extent in unit.optimizer.items():
+            if extent.view() is None:
+                data = self._fields[name].view(torch.uint8)
+                self._writes.append(extent.write(self._begin * 4, data))
+        home = unit.slices[0]
+        if home.view() is not None:
+            return []
+        return [home.write(self._begin * unit.dtype.itemsize, self._param.view(torch.uint8))]
+
+    def trailing(self) -> tuple[list[Transfer], list[Buffer]]:
+        """The write-backs, and the buffers they free."""
+        return self._writes, self._buffers
+
+    def _segments(self) -> Iterator[tuple[int, int, int]]:
+        """(start, end, step) of ranges that share an update count; parameters without a gradient are left out."""
+        unit, layout = self._unit, self._unit.layout.trainable
+        assert layout is not None
+        if all(unit.touched) and len(set(unit.steps)) == 1:
+            yield 0, self._param.numel(), unit.steps[0]
+            return
+        base = unit.ranks.rank * layout.slice_numel + self._begin
+        for place, touched, step in zip(layout.params, unit.touched, unit.steps, strict=True):
+            first, last = overlap(place, base, base + self._param.numel())
+            if touched and first < last:
+                yield first - base, last - base, step
+
+
+def chunk_updates(unit: Unit, own: torch.Tensor, chunk_numel: int, trace: Trace) -> list[ChunkUpdate]:
+    """The chunks of a unit's update, in order; `own` is this rank's parameter slice where compute sees it."""
+    return [
+        ChunkUpdate(unit, own[begin : begin + chunk_numel], begin, trace)
+        for begin in range(0, own.numel(), chunk_numel)
+    ]

@@ -1,0 +1,92 @@
+"""Every error a user can meet, each with its exit code.
+
+    ZinfError                 1   base: a message, where it happened, what to do next
+    ├── UsageError            2   a flag or argument that makes no sense
+    ├── RecipeError           2   a recipe that does not parse or validate (all problems at once)
+    ├── DatasetError          2   text that is missing, unreadable or too short
+    ├── CheckpointError       2   missing, extra or misshaped tensors
+    ├── ModelError            2   a model the engine can't run, named with the reason
+    ├── PreflightError        3   a machine that lacks something the run needs
+    ├── CapacityError         4   bytes that do not fit, with the numbers
+    ├── TierError             1   an I/O error or short transfer, with rank, path and offset
+    ├── NonFiniteError        1   a loss or gradient that is NaN or infinite
+    ├── RankError             1   a rank that raised or died
+    └── Interrupted         130   Ctrl-C
+
+`describe()` is what the user sees after "error: "; it is one line for one problem.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ZinfError(Exception):
+    """An error for the user: what went wrong, `where` (file:line, key, host:rank), and the next step."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def describe(self) -> str:
+        """`where: message (hint)`, on one line."""
+        place = f"{self.where}: " if self.where else ""
+        step = f" ({self.hint})" if self.hint else ""
+        return f"{place}{self.message}{step}"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+class UsageError(ZinfError):
+    exit_code = 2
+
+
+class RecipeError(ZinfError):
+    """All problems of one recipe; each is a complete line of its own."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DatasetError(ZinfError):
+    exit_code = 2
+
+
+class CheckpointError(ZinfError):
+    exit_code = 2
+
+
+class ModelError(ZinfError):
+    exit_code = 2
+
+
+class PreflightError(ZinfError):
+    exit_code = 3
+
+
+class CapacityError(ZinfError):
+    exit_code = 4
+
+
+class TierError(ZinfError):
+    exit_code = 1
+
+
+class NonFiniteError(ZinfError):
+    exit_code = 1
+
+
+class RankError(ZinfError):
+    exit_code = 1
+
+
+class Interrupted(ZinfError):  # noqa: N818 (named as users of Ctrl-C think of it)
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""From a plan to running ranks and back: spawn, watch, first failure, teardown."""

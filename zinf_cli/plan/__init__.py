@@ -1,0 +1,1 @@
+"""What a run will need, in bytes and by tier, before it starts."""

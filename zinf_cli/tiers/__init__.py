@@ -1,0 +1,1 @@
+"""Where bytes lie: device, CPU and NVMe behind one protocol."""

@@ -1,0 +1,104 @@
+"""Exact-size, page-aligned buffers from one region of memory.
+
+The region is mapped once, with the capacity the plan allows; pages that were never used cost nothing. Buffers are cut
+first-fit from the low end, so the peak of resident memory is the peak of what was in use, and freed ranges merge
+with their neighbours. torch's own CPU allocator is not used for streamed bytes: it aligns to 64 bytes, which O_DIRECT
+refuses, and what it returns to malloc may stay resident.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left, insort
+
+import torch
+
+PAGE = 4096
+
+
+def round_up(amount: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `amount`."""
+    return -(-amount // multiple) * multiple
+
+
+class Buffer:
+    """A range of an arena: `data` is its uint8 view, on the arena's device. Free it exactly once."""
+
+    __slots__ = ("_arena", "_offset", "data")
+
+    def __init__(self, arena: Arena, offset: int, data: torch.Tensor) -> None:
+        self._arena = arena
+        self._offset = offset
+        self.data = data
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel()
+
+    def free(self) -> None:
+        """Give the range back; the tensor must not be used afterwards."""
+        self._arena.give_back(self._offset, round_up(self.data.numel(), PAGE))
+
+    def split(self, first_bytes: int) -> tuple[Buffer, Buffer]:
+        """Two buffers in place of this one, each freed by itself; `first_bytes` is a multiple of PAGE."""
+        return (
+            Buffer(self._arena, self._offset, self.data[:first_bytes]),
+            Buffer(self._arena, self._offset + first_bytes, self.data[first_bytes:]),
+        )
+
+
+class Arena:
+    """`capacity` bytes on `device`, handed out in page-aligned buffers of exact size.
+
+    On CUDA a freed range may still be read by kernels that were queued before: `freed` is an event recorded at the
+    last `free`, and whoever fills a new buffer from another stream waits for it first.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
+        self.capacity = round_up(capacity, PAGE)
+        self.device = device
+        self.used = 0
+        self.peak = 0
+        self.freed: torch.cuda.Event | None = None
+        self._holes: list[tuple[int, int]] = [(0, self.capacity)]  # (offset, size), by offset
+        if device.type == "cpu":
+            self._map = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._region = torch.frombuffer(self._map, dtype=torch.uint8)
+        else:
+            self._region = torch.empty(self.capacity, dtype=torch.uint8, device=device)
+        self.pinned = pin and self._register()
+
+    def allocate(self, num_bytes: int) -> Buffer | None:
+        """A buffer of `num_bytes`, or None when no hole is large enough now."""
+        size = round_up(num_bytes, PAGE)
+        for index, (offset, hole) in enumerate(self._holes):
+            if hole >= size:
+                if hole == size:
+                    del self._holes[index]
+                else:
+                    self._holes[index] = (offset + size, hole - size)
+                self.used += size
+                self.peak = max(self.peak, self.used)
+                return Buffer(self, offset, self._region[offset : offset + num_bytes])
+        return None
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Merge a range with the holes beside it (Buffer.free calls this)."""
+        if self.device.type == "cuda":
+            self.freed = torch.cuda.Event()
+            self.freed.record()
+        self.used -= size
+        index = bisect_left(self._holes, (offset, 0))
+        if index < len(self._holes) and self._holes[index][0] == offset + size:
+            size += self._holes.pop(index)[1]
+        if index > 0 and sum(self._holes[index - 1]) == offset:
+            offset, before = self._holes.pop(index - 1)
+            size += before
+        insort(self._holes, (offset, size))
+
+    def _register(self) -> bool:
+        """Page-lock the region in place, so that copies to the device run beside compute; False where refused."""
+        if not torch.cuda.is_available():
+            return False
+        result = torch.cuda.cudart().cudaHostRegister(self._region.data_ptr(), self.capacity, 0)
+        return int(result) == 0

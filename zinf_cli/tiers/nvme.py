@@ -1,0 +1,288 @@
+"""The NVMe tier: nameless, preallocated O_DIRECT files striped over folders, moved by a pool of threads.
+
+One file per folder. The tier's address space is cut into stripes of STRIPE bytes dealt round-robin over the files, so
+every large transfer uses every drive. Threads call preadv and pwritev on 4 MiB blocks and hold no GIL while they do;
+beside fio with io_uring this reaches the drive's limit, so there is no native code here.
+
+The files have no name while they are used (O_TMPFILE, or unlinked at once), so a killed run leaves nothing behind.
+posix_fallocate takes their space at the start: a full drive is found before the first step, and extents that were
+never written read as zeros, which is how optimizer states begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.errors import CapacityError, PreflightError, TierError, ZinfError
+from zinf_cli.tiers.arena import PAGE, Arena, round_up
+from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.trace import Trace
+
+STRIPE = 4 * 2**20
+READERS = 4
+WRITERS = 4
+
+
+def open_nameless(folder: Path) -> tuple[int, bool]:
+    """A new file in `folder` that no name leads to: (descriptor, whether O_DIRECT works there).
+
+    PreflightError where the folder can't be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_nameless(folder)
+    except OSError as error:
+        raise PreflightError(
+            f"can't create a file: {error.strerror}",
+            where=str(folder),
+            hint="choose another offload.nvme_path",
+        ) from error
+    return descriptor, _supports_direct(descriptor, folder)
+
+
+def _open_nameless(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)  # noqa: PTH108
+        return descriptor
+
+
+def _supports_direct(descriptor: int, folder: Path) -> bool:
+    """Try one direct read; tmpfs is memory whatever it answers (since Linux 6.6 it accepts the flag)."""
+    if is_tmpfs(folder):
+        return False
+    import fcntl
+
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+        os.posix_fallocate(descriptor, 0, PAGE)
+        probe = Arena(PAGE, torch.device("cpu")).allocate(PAGE)
+        assert probe is not None
+        os.preadv(descriptor, [memoryview(probe.data.numpy())], 0)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return True  # `reserve` will say how much is missing
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+        return False
+    return True
+
+
+def is_tmpfs(folder: Path) -> bool:
+    """Whether `folder` lies on tmpfs, by the longest mount point above it."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, mount, fs_type, *_ = line.split(" ")
+            inside = str(folder.resolve()) == mount or str(folder.resolve()).startswith(
+                mount.rstrip("/") + "/"
+            )
+            if inside and len(mount) >= len(best):
+                best, kind = mount, fs_type
+    return kind in ("tmpfs", "ramfs")
+
+
+class _Job:
+    """One read or write, split into blocks that several threads move; a Transfer."""
+
+    def __init__(self, blocks: int, after: Sequence[Transfer]) -> None:
+        self.after = after
+        self._left = blocks
+        self._lock = threading.Lock()
+        self._finished = threading.Event()
+        self._error: ZinfError | None = None
+
+    def block_done(self, error: ZinfError | None) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            if self._left == 0:
+                self._finished.set()
+
+    def done(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self) -> None:
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class NvmeTier:
+    """Extents on drives. `notice` is called once with a line for the user where O_DIRECT is not to be had."""
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        trace: Trace,
+        *,
+        rank: int = 0,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.name = "nvme"
+        self.used = 0
+        self.read_bytes = 0
+        self.write_bytes = 0
+        self._trace = trace
+        self._rank = rank
+        self._folders = list(folders)
+        self._files: list[int] = []
+        self._reserved = 0
+        self._next = 0
+        self._freed: dict[int, list[int]] = defaultdict(list)  # num_bytes -> starts
+        for folder in self._folders:
+            descriptor, direct = open_nameless(folder)
+            self._files.append(descriptor)
+            if not direct and notice is not None:
+                notice(
+                    f"{folder}: no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
+                )
+        self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
+            queue.SimpleQueue(),
+            queue.SimpleQueue(),
+        )
+        self._threads = [
+            threading.Thread(target=_work, args=(jobs,), name=f"zinf-nvme-{lane}", daemon=True)
+            for jobs, lane, count in zip(self._queues, ("read", "write"), (READERS, WRITERS), strict=True)
+            for _ in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Take the space for `num_bytes` of extents now; CapacityError with the numbers where the drives are full."""
+        if num_bytes <= self._reserved:
+            return
+        stripes = -(-num_bytes // STRIPE)
+        per_file = -(-stripes // len(self._files)) * STRIPE
+        for descriptor, folder in zip(self._files, self._folders, strict=True):
+            status = os.statvfs(folder)
+            try:
+                os.posix_fallocate(descriptor, 0, per_file)
+            except OSError as error:
+                raise CapacityError(
+                    f"rank {self._rank} needs {format_bytes(per_file)} on this drive, "
+                    f"{format_bytes(status.f_bavail * status.f_frsize)} are left ({error.strerror})",
+                    where=str(folder),
+                    hint="free space, add a folder to offload.nvme_path, or keep a class of state in CPU memory",
+                ) from error
+        self._reserved = per_file * len(self._files)
+
+    def allocate(self, num_bytes: int, label: str) -> Extent:
+        size = round_up(num_bytes, PAGE)
+        if self._freed[size]:
+            start = self._freed[size].pop()
+        else:
+            start = self._next
+            self._next += size
+            if self._next > self._reserved:
+                self.reserve(self._next + 16 * STRIPE)
+        self.used += size
+        return Extent(self, size, label, start=start)
+
+    def free(self, extent: Extent) -> None:
+        self.used -= extent.num_bytes
+        self._freed[extent.num_bytes].append(extent.start)
+
+    def view(self, extent: Extent) -> None:
+        return None
+
+    def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer:
+        self.read_bytes += into.numel()
+        return self._start(extent, offset, into, write=False)
+
+    def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
+        self.write_bytes += source.numel()
+        job = self._start(extent, offset, source, write=True)
+        extent.writes = [write for write in extent.writes if not write.done()] + [job]
+        return job
+
+    def close(self) -> None:
+        """Stop the threads and drop the files; the space is free again."""
+        for jobs, count in zip(self._queues, (READERS, WRITERS), strict=True):
+            for _ in range(count):
+                jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        for descriptor in self._files:
+            os.close(descriptor)
+        self._files.clear()
+
+    def _start(self, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> _Job:
+        if offset + data.numel() > extent.num_bytes:
+            raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
+        memory = memoryview(data.numpy())
+        blocks = list(self._blocks(extent.start + offset, data.numel()))
+        job = _Job(len(blocks), [] if write else list(extent.writes))
+        jobs = self._queues[1 if write else 0]
+        for file, position, begin, end in blocks:
+            jobs.put(self._block(job, extent.label, file, position, memory[begin:end], write=write))
+        return job
+
+    def _blocks(self, start: int, num_bytes: int) -> list[tuple[int, int, int, int]]:
+        """(file, position in the file, begin, end in the transfer) for each stripe that is touched."""
+        blocks = []
+        begin = 0
+        while begin < num_bytes:
+            stripe, inside = divmod(start + begin, STRIPE)
+            length = min(STRIPE - inside, num_bytes - begin)
+            row, file = divmod(stripe, len(self._files))
+            blocks.append((file, row * STRIPE + inside, begin, begin + length))
+            begin += length
+        return blocks
+
+    def _block(
+        self, job: _Job, label: str, file: int, position: int, memory: memoryview, *, write: bool
+    ) -> Callable[[], None]:
+        def move() -> None:
+            error: ZinfError | None = None
+            try:
+                for write_before in job.after:
+                    write_before.wait()  # its own threads are at work on it: no deadlock
+                start = time.perf_counter()
+                self._move(file, position, memory, write=write)
+                lane = "nvme write" if write else "nvme read"
+                self._trace.add(lane, label, start, time.perf_counter(), len(memory))
+            except ZinfError as failure:
+                error = failure
+            except OSError as failure:
+                verb = "write" if write else "read"
+                error = TierError(
+                    f"rank {self._rank}: {verb} of {len(memory)} bytes at offset {position} failed: {failure.strerror}",
+                    where=str(self._folders[file]),
+                    hint=f"of {label}; the run can resume from its last checkpoint",
+                )
+            job.block_done(error)
+
+        return move
+
+    def _move(self, file: int, position: int, memory: memoryview, *, write: bool) -> None:
+        """Move all of `memory`; a transfer that makes no progress is an error, never silence."""
+        moved = 0
+        while moved < len(memory):
+            part = [memory[moved:]]
+            descriptor = self._files[file]
+            count = (os.pwritev if write else os.preadv)(descriptor, part, position + moved)
+            if count <= 0:
+                raise OSError(errno.EIO, f"short transfer: {moved} of {len(memory)} bytes")
+            moved += count
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()

@@ -1,0 +1,1 @@
+"""What a rank runs: model, data, the loop, metrics."""

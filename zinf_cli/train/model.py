@@ -1,0 +1,204 @@
+"""A transformers model without its weights: parameters on the meta device, buffers real.
+
+The engine fills the parameters group by group (see train/weights.py), so a model never has to fit in memory.
+Buffers are small and many belong to no checkpoint (rotary frequencies, position ids): the model's own
+`__init__` computes them, here, on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
+
+from zinf_cli.errors import ModelError
+
+# The kinds of model whose own loss zinf trains, in the order they are tried.
+_TRAINABLE = (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to train and where its weights come from: `name_or_path` or else `config`."""
+
+    name_or_path: Path | None
+    """A Hugging Face checkpoint directory."""
+    config: dict[str, Any] | None
+    """A transformers configuration, `model_type` included."""
+    init: Literal["pretrained", "random"]
+    seed: int
+    """Of the random weights, and of buffers that a model draws."""
+
+
+def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in train mode: parameters of `dtype` on the meta device, tied ones one object.
+
+    The class is the configuration's own `architectures`, or else the causal, sequence-to-sequence or masked
+    language model of its type. Buffers are real, on the CPU. KV caches are off, since they would outlive a
+    unit's forward. Raises ModelError.
+    """
+    where = str(source.name_or_path or f"model.config (model_type {(source.config or {}).get('model_type')})")
+    config = _load_config(source)
+    model_class = _model_class(config, where)
+    config.use_cache = False
+    try:
+        # default_generator and not torch.manual_seed: the accelerators' generators are none of our business.
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta(), no_init_weights():
+            torch.default_generator.manual_seed(source.seed)
+            model = model_class._from_config(config, dtype=dtype)
+    except Exception as error:  # a model's __init__ is foreign code and raises what it likes
+        raise ModelError(f"{model_class.__name__} can't be built: {_one_line(error)}", where=where) from error
+    model.tie_weights()  # no_init_weights skipped it
+    for module in model.modules():  # sub-models may hold copies of the configuration made by their __init__
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise ModelError(
+                f"buffer {name} is computed from a parameter, which is not there yet", where=where
+            )
+    trainable: nn.Module = model.train()
+    return trainable
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A deep copy of `model` that holds no weights: all its parameters lie on the meta device.
+
+    Reading weights needs shapes and modules that stay put while the engine swaps the model's own parameters.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
+    """What the model's `__init__` gives the parameters `names`, float32 on the CPU; O(their bytes) of memory.
+
+    A parameter's name is not known when it is registered, its place in the order of registrations is: so the
+    model is built once to learn the places and once to keep what stands there.
+    """
+
+    def build(keep: Collection[int]) -> tuple[PreTrainedModel, list[nn.Parameter]]:
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta(keep) as registered:
+            torch.default_generator.manual_seed(seed)
+            return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32), registered
+
+    twin, registered = build(keep=())
+    order = [
+        id(parameter) for parameter in registered
+    ]  # tied ones stand in it more than once: the first counts
+    twin, _ = build(keep={order.index(id(twin.get_parameter(name))) for name in names})
+    return {name: twin.get_parameter(name).detach() for name in names}
+
+
+def _load_config(source: ModelSource) -> PreTrainedConfig:
+    if source.name_or_path is None:
+        return _config_from_dict(source.config or {})
+    where = str(source.name_or_path)
+    if not (source.name_or_path / "config.json").is_file():
+        raise ModelError(
+            "no config.json here",
+            where=where,
+            hint="name_or_path is a Hugging Face checkpoint directory on this machine",
+        )
+    try:
+        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"config.json is not usable: {_one_line(error)}", where=where) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the checkpoint is quantized",
+            where=where,
+            hint="train from the unquantized checkpoint of this model",
+        )
+    return config
+
+
+def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
+    settings = copy.deepcopy(entries)  # configuration classes keep, and change, the dicts they are given
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ModelError("model_type is missing", where="model.config", hint="such as model_type: llama")
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+    except Exception as error:
+        raise ModelError(_one_line(error), where="model.config") from error
+    # transformers keeps unknown keys as attributes, so that a typo would train another model.
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    for key in settings.keys() - known:
+        if close := difflib.get_close_matches(key, known, n=1, cutoff=0.9):
+            raise ModelError(
+                f"{model_type} has no setting {key!r}", where="model.config", hint=f"did you mean {close[0]}?"
+            )
+    return config
+
+
+def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    for name in config.architectures or []:
+        named = getattr(transformers, name, None)
+        # A bare backbone has no loss; the language model built on it has.
+        is_backbone = type(config) in MODEL_MAPPING and named is MODEL_MAPPING[type(config)]
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and not is_backbone:
+            return named
+    for mapping in _TRAINABLE:
+        if type(config) in mapping:
+            model_class: type[PreTrainedModel] = mapping[type(config)]
+            return model_class
+    raise ModelError(
+        f"transformers has no language model of type {config.model_type!r}: causal, seq2seq or masked",
+        where=where,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """What transformers says, without its list of some 500 known model types."""
+    return " ".join(str(error).partition(". Should contain one of")[0].split())
+
+
+@contextmanager
+def _parameters_on_meta(keep: Collection[int] = ()) -> Iterator[list[nn.Parameter]]:
+    """Every parameter registered inside goes to the meta device at once; buffers stay where they are made.
+
+    Yields the parameters in the order of their registration; those at the positions `keep` stay real.
+    A torch.device("meta") context would take the buffers along. What `__init__` allocates for a parameter is
+    freed before the next one is made, and an untouched torch.empty costs no memory.
+    """
+    registered: list[nn.Parameter] = []
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            # One that lies on meta already may be tied to another name: keep the object.
+            if not param.is_meta and len(registered) not in keep:
+                param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            registered.append(param)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield registered
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,124 @@
+"""Weights drawn from the model's own initialisation, a block at a time.
+
+Note "same bits for every grouping". transformers initialises a model in one walk over one generator, so its
+values depend on all that was drawn before. Here every *subtree* has a generator of its own, seeded by
+(seed, the subtree's name): a transformer block (an element of an outermost ModuleList), or, outside of the
+blocks, one module with the parameters it holds itself. Values then do not depend on which parameters are
+asked for together, by which rank, or in what order. Distributions are transformers': within a subtree the
+walk is its own (children first, each module by the `_init_weights` of the innermost model around it),
+followed by the modules above, since a model's `_init_weights` may reach into its children (t5 draws
+`shared`, gpt2 rescales `c_proj`). What the walk meets outside the subtree lies on the meta device, where
+drawing costs nothing and moves no generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from zinf_cli.train.model import parameters_as_built, skeleton
+
+
+class RandomWeights:
+    """A WeightSource of values drawn from `seed`: float32 on the CPU; the global generator is left as it was.
+
+    Reading part of a block draws the whole block: ask for a block's parameters together.
+    """
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self._skeleton = skeleton(model)
+        self._seed = seed
+        self._drawn_as: dict[str, str] = {}  # parameter -> the name its value is drawn under
+        self._members: dict[str, list[str]] = {}  # subtree -> the parameters drawn in it
+        blocks = set(_outermost_list_elements(self._skeleton))
+        for name, _ in self._skeleton.named_parameters():
+            # Of tied parameters transformers draws all and keeps the source's.
+            source = model.all_tied_weights_keys.get(name, name)
+            owners = ["", *accumulate(source.split(".")[:-1], "{}.{}".format)]
+            subtree = next((module for module in owners if module in blocks), owners[-1])
+            self._drawn_as[name] = source
+            self._members.setdefault(subtree, []).append(source)
+        self._subtree_of = {name: subtree for subtree, names in self._members.items() for name in names}
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """float32 values of the parameters `names` (as in `model.named_parameters()`), in their shapes."""
+        sources = {name: self._drawn_as[name] for name in names}
+        drawn: dict[str, torch.Tensor] = {}
+        for subtree in dict.fromkeys(self._subtree_of[source] for source in sources.values()):
+            values = self._draw(subtree)
+            drawn.update((source, values[source]) for source in sources.values() if source in values)
+        return {name: drawn[source] for name, source in sources.items()}
+
+    def _draw(self, subtree: str) -> dict[str, torch.Tensor]:
+        digest = hashlib.sha256(f"{self._seed}:{subtree}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little") >> 1
+        above = list(_path(self._skeleton, subtree))
+        module, model = above.pop()
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            _materialised(self._skeleton, self._members[subtree]) as values,
+        ):
+            torch.default_generator.manual_seed(seed)
+            _initialise(module, model)
+            for ancestor, ancestor_model in reversed(above):
+                ancestor_model._init_weights(ancestor)
+        # A few models leave parameters as `__init__` made them (a head's bias, an activation's slope).
+        untouched = [name for name, value in values.items() if bool(value.isnan().any())]
+        if untouched:
+            values.update(parameters_as_built(self._skeleton, untouched, seed))
+        return values
+
+
+def _outermost_list_elements(root: nn.Module) -> Iterator[str]:
+    """Names of the elements of every ModuleList that lies in no other ModuleList."""
+    outermost = ""
+    for name, module in root.named_modules():
+        if isinstance(module, nn.ModuleList) and not (outermost and name.startswith(outermost)):
+            outermost = f"{name}."
+            yield from (f"{name}.{index}" for index in range(len(module)))
+
+
+def _path(root: nn.Module, name: str) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """The modules from the root down to `name`, each with the innermost model around it."""
+    module, model = root, root
+    yield module, model
+    for part in name.split(".") if name else ():
+        module = getattr(module, part)
+        model = module if isinstance(module, PreTrainedModel) else model
+        yield module, model
+
+
+def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
+    """PreTrainedModel.initialize_weights, for a part of a model."""
+    for child in module.children():
+        _initialise(child, child if isinstance(child, PreTrainedModel) else model)
+    model._init_weights(module)
+
+
+@contextmanager
+def _materialised(root: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """The parameters `names` of `root` on the CPU, float32 and filled with NaN, while the context lasts."""
+    on_meta = {name: root.get_parameter(name) for name in names}
+    values: dict[str, torch.Tensor] = {}
+    for name, parameter in on_meta.items():
+        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
+        fill = float("nan") if parameter.is_floating_point() else 0
+        values[name] = torch.full(parameter.shape, fill, dtype=dtype)
+        _put(root, name, nn.Parameter(values[name], requires_grad=False))
+    try:
+        yield values
+    finally:
+        for name, parameter in on_meta.items():
+            _put(root, name, parameter)
+
+
+def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    root.get_submodule(owner)._parameters[attribute] = parameter

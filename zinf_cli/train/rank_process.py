@@ -1,0 +1,220 @@
+"""The process a rank lives in: its log, its tether to the launcher, and the record of how it failed.
+
+run_rank() splits the process torchrun started in two. The child is the rank: it runs `main`. The parent is
+its guard, which only waits: a rank killed by a signal can't say so itself, and when the kernel picks one
+because memory ran out, that is the one thing the user must hear. Agent, guard and rank are tethered
+(PR_SET_PDEATHSIG), so the rank dies with the guard and the guard with the agent; launch/process.py has the
+rest of the chain.
+
+Nothing here imports torch, and run_rank() is to be called before torch is: the fork must come first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NoReturn
+
+from zinf_cli.errors import ZinfError
+
+_PR_SET_PDEATHSIG = 1
+
+_PATIENCE_S = 2.0
+"""How long a rank with a secondary error stays: its exit makes torchrun terminate the others, and the rank
+that failed first may still be on its way to recording why."""
+
+_PEER_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_PEER_MESSAGE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|socket closed|gloo/transport|ncclRemoteError|got 0 bytes",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `logs/error-00003.json` holds; launch/failure.py reads it."""
+
+    rank: int
+    pid: int
+    kind: str
+    """The exception's type, or the signal's name."""
+    message: str
+    exit_code: int
+    traceback: str = ""
+    secondary: bool = False
+    """Caused by the loss of a peer."""
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+
+def run_rank(main: Callable[[], int], run_dir: Path) -> NoReturn:
+    """Run `main` as the rank that the environment's RANK names, and exit with what it returns.
+
+    Both output streams go to run_dir/logs/rank-00003.log, appended. Ctrl-C is the launcher's business and
+    ignored here: `main` looks for stop_requested() and then returns 0. An exception, a code other than 0
+    and a deadly signal are recorded in run_dir/logs/error-00003.json. The process ends with os._exit, since
+    a process group or a thread that waits for lost peers would hold up an ordinary exit: `main` closes what
+    it opened, atexit handlers don't run.
+    """
+    _die_with(int(os.environ.get("ZINF_AGENT_PID", os.getppid())))
+    rank = int(os.environ["RANK"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _redirect_output(run_dir / "logs" / f"rank-{rank:05d}.log", rank)
+    oom_kills = _count_oom_kills()
+    # The guard keeps SIGTERM pending: that it came tells torchrun's teardown from a rank killed on its own.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    guard = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _die_with(guard)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        code = 1
+        try:
+            code = _run_main(main, rank, run_dir)
+        finally:
+            os._exit(code)
+    os._exit(_guard(child, oom_kills, rank, run_dir))
+
+
+def stop_requested(run_dir: Path) -> bool:
+    """Whether the user asked the run to stop at the end of the step. One rank asks and tells the others."""
+    return (run_dir / "stop").exists()
+
+
+def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
+    """The rank's life; its exit code."""
+    record = None
+    code = 1
+    try:
+        code = main()
+        if code != 0:
+            record = _Record(rank, os.getpid(), "exit", f"ended with exit code {code}", code)
+    except BaseException as error:
+        record = _record_of(error, rank)
+        code = record.exit_code
+    with suppress(OSError):  # a full disk must not hide the exit code
+        if record is not None:
+            _write_record(record, run_dir)
+            print(record.traceback, end="", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if record is not None and record.secondary:
+        time.sleep(_PATIENCE_S)
+    return code
+
+
+def _record_of(error: BaseException, rank: int) -> _Record:
+    kind = type(error).__name__
+    return _Record(
+        rank,
+        os.getpid(),
+        kind,
+        error.describe() if isinstance(error, ZinfError) else f"{kind}: {error}",
+        error.exit_code if isinstance(error, ZinfError) else 1,
+        "".join(traceback.format_exception(error)),
+        _is_secondary(error),
+    )
+
+
+def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
+    """Wait for the rank and record the signal that killed it, if one did; its exit code, as in a shell."""
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        return os.WEXITSTATUS(status)
+    number = signal.Signals(os.WTERMSIG(status))
+    torn_down = number == signal.SIGTERM and signal.SIGTERM in signal.sigpending()
+    if not torn_down:
+        message = _describe_signal(number, oom_kills)
+        with suppress(OSError):
+            _write_record(_Record(rank, child, number.name, message, exit_code=1), run_dir)
+            print(message, file=sys.stderr)
+    return 128 + number
+
+
+def _describe_signal(number: signal.Signals, oom_kills_before: int | None) -> str:
+    killed = f"killed by {number.name}"
+    if number != signal.SIGKILL:
+        return f"{killed} ({signal.strsignal(number)})"
+    oom_kills = _count_oom_kills()
+    if oom_kills is not None and oom_kills_before is not None and oom_kills > oom_kills_before:
+        return f"{killed}: the kernel's out-of-memory killer struck in this control group"
+    return f"{killed}, as the kernel does when memory runs out; dmesg says whether it did"
+
+
+def _count_oom_kills() -> int | None:
+    """How often the out-of-memory killer struck in this control group (v1 or v2); None if unreadable."""
+    mounted = Path("/sys/fs/cgroup")
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "":
+                root, name = mounted, "memory.events"
+            elif "memory" in controllers.split(","):
+                root, name = mounted / "memory", "memory.oom_control"
+            else:
+                continue
+            # In a container the group's path may be the host's, with the group itself mounted as the root.
+            for folder in (root / group.lstrip("/"), root):
+                with suppress(OSError):
+                    count = re.search(r"^oom_kill (\d+)$", (folder / name).read_text(), re.MULTILINE)
+                    if count:
+                        return int(count[1])
+    return None
+
+
+def _is_secondary(error: BaseException) -> bool:
+    """Whether the loss of a peer caused `error`: how torch.distributed, gloo and NCCL tell the survivors."""
+    return any(
+        isinstance(link, ConnectionError)
+        or not _PEER_ERRORS.isdisjoint(kind.__name__ for kind in type(link).__mro__)
+        or (isinstance(link, RuntimeError) and _PEER_MESSAGE.search(str(link)) is not None)
+        for link in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _write_record(record: _Record, run_dir: Path) -> None:
+    """Whole or not at all, since the launcher may be reading."""
+    path = run_dir / "logs" / f"error-{record.rank:05d}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(record), indent=1))
+    partial.rename(path)
+
+
+def _redirect_output(log: Path, rank: int) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    os.close(descriptor)
+    faulthandler.enable()
+    print(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies, and end here if it already has."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

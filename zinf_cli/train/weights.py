@@ -1,0 +1,217 @@
+"""Where a model's weights come from, a group of parameters at a time.
+
+Note "two names for one tensor". A checkpoint's keys and the model's parameter names differ: transformers
+renames, stacks, splits and transposes as it loads (a saved Mixtral holds
+`block_sparse_moe.experts.0.w1.weight` where the module has `mlp.experts.gate_up_proj`). `_plan` therefore
+puts every key through transformers' own renaming, in the order of its
+`convert_and_load_state_dict_in_model`, and notes which conversion takes it. Run on meta tensors, the
+conversions give names and shapes, so that a checkpoint is judged by its headers alone; run on the tensors
+of one group they give its values, in memory that follows the group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from zinf_cli.errors import CheckpointError
+from zinf_cli.train.model import ModelSource, skeleton
+from zinf_cli.train.random_weights import RandomWeights
+from zinf_cli.train.safetensors_files import SafetensorsFiles
+
+_LISTED = 10  # tensors of each kind that an error names
+
+
+class WeightSource(Protocol):
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The parameters `names` (as in `model.named_parameters()`) on the CPU, in their shape and any dtype.
+
+        Memory follows what is read, so ask for a block's parameters together, and copy what is to stay: the
+        tensors may be views of mapped files.
+        """
+
+
+def open_weights(model: nn.Module, source: ModelSource) -> WeightSource:
+    """The weights of a model from `build_model(source)`, which keeps its parameters on the meta device.
+
+    A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing, extra or
+    misshaped.
+    """
+    if source.init == "random" or source.name_or_path is None:
+        return RandomWeights(model, source.seed)
+    return PretrainedWeights(model, SafetensorsFiles(source.name_or_path), source.seed)
+
+
+def load_buffers(model: nn.Module, source: ModelSource) -> None:
+    """Fill the persistent buffers from the checkpoint; random weights leave them as `__init__` made them."""
+    stored = model.state_dict().keys() & dict(model.named_buffers()).keys()
+    if source.init == "random" or source.name_or_path is None or not stored:
+        return
+    files = SafetensorsFiles(source.name_or_path)
+    with files.reader() as fetch:
+        for conversion in _plan(model, files.keys()).conversions:
+            if conversion.target in stored:
+                for name, value in conversion.run(model, fetch).items():
+                    model.get_buffer(name).copy_(value)
+
+
+class PretrainedWeights:
+    """A WeightSource over a checkpoint directory; raises CheckpointError at once where the two do not fit.
+
+    Parameters that the model class allows to be absent are drawn from `seed`.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: SafetensorsFiles, seed: int) -> None:
+        self._model = skeleton(model)
+        self._files = files
+        self._origins = _judge(self._model, _plan(self._model, files.keys()), files)
+        self._seed = seed
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See WeightSource; raises CheckpointError where tied names are stored with values that differ."""
+        values: dict[str, torch.Tensor] = {}
+        converted: dict[int, dict[str, torch.Tensor]] = {}
+        with self._files.reader() as fetch:
+            for name in names:
+                copies = {}
+                for stored_name, conversion in self._origins[name].items():
+                    if id(conversion) not in converted:  # one may yield several of the parameters
+                        converted[id(conversion)] = conversion.run(self._model, fetch)
+                    copies[stored_name] = converted[id(conversion)][stored_name]
+                values.update(self._agreed(name, copies))
+        return values
+
+    def _agreed(self, name: str, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not copies:
+            return RandomWeights(self._model, self._seed).read([name])
+        first, *others = copies.items()
+        for other, value in others:
+            if not torch.equal(first[1], value):
+                raise CheckpointError(
+                    f"the configuration ties {first[0]} and {other}, but their values differ",
+                    where=str(self._files.directory),
+                    hint="set tie_word_embeddings to false in config.json",
+                )
+        return {name: first[1]}
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Checkpoint tensors that become one or more of the model's together."""
+
+    transform: WeightConverter | WeightRenaming
+    target: str
+    """The first of the names it yields."""
+    keys: list[tuple[str, str]] = field(default_factory=list)
+    """(the transform's source pattern, the checkpoint key), in the order the tensors are stacked."""
+
+    def describe_keys(self) -> str:
+        more = ", ..." if len(self.keys) > 3 else ""
+        return ", ".join(key for _, key in self.keys[:3]) + more
+
+    def run(self, model: PreTrainedModel, fetch: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by their names in the model; `fetch` is called as late as the conversion permits."""
+        transform = copy.deepcopy(self.transform)  # running one consumes it
+        for pattern, key in self.keys:
+            transform.add_tensor(self.target, key, pattern, partial(fetch, key))
+        yielded = transform.convert(self.target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in yielded.items()}
+
+
+_Origins = dict[str, _Conversion]
+"""Stored under which name, yielded by which conversion: several where tied names are stored twice."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    conversions: list[_Conversion]
+    homeless: dict[str, str]
+    """Name in the model's terms -> checkpoint key, of the tensors the model has no place for."""
+
+
+def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, state = model.base_model_prefix, model.state_dict()
+    conversions: dict[str, _Conversion] = {}
+    homeless: dict[str, str] = {}
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:  # renamed without need
+            name, pattern = rename_source_key(key, [], [], prefix, state)
+        if name not in state:
+            homeless[name] = key
+            continue
+        transform = WeightRenaming(key, name) if pattern is None else converter_of[pattern]
+        conversion = conversions.setdefault(name, _Conversion(transform, name))
+        conversion.keys.append((key if pattern is None else pattern, key))
+    return _Plan(list(conversions.values()), homeless)
+
+
+def _judge(model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles) -> dict[str, _Origins]:
+    """What yields each parameter, nothing for one that its class allows to be absent; reads headers only."""
+    state = model.state_dict()
+    homeless, misshaped = dict(plan.homeless), []
+    yields: _Origins = {}
+    for conversion in plan.conversions:
+        try:
+            shapes = {name: value.shape for name, value in conversion.run(model, files.on_meta).items()}
+        except Exception as error:  # each operation has its own way to refuse tensors that do not go together
+            shapes = {}
+            yields[conversion.target] = conversion
+            misshaped.append(f"{conversion.target} can't be made of {conversion.describe_keys()}: {error}")
+        for name, shape in shapes.items():
+            if name not in state:
+                homeless[name] = conversion.describe_keys()
+                continue
+            yields[name] = conversion
+            if shape != state[name].shape:
+                misshaped.append(f"{name} should be {tuple(state[name].shape)} but is {tuple(shape)}")
+
+    origins: dict[str, _Origins] = {}
+    for names in _tied_names(model):
+        origins[names[0]] = {name: yields[name] for name in names if name in yields}
+    absent = {name for name, found in origins.items() if not found}
+    absent |= state.keys() & dict(model.named_buffers()).keys() - yields.keys()
+
+    verdict = LoadStateDictInfo(absent, set(homeless), set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(verdict)  # drops what the model class says to ignore
+    missing = sorted(verdict.missing_keys, key=dot_natural_key)
+    extra = [homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)]
+    problems = [
+        f"  {len(found)} {kind}: {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
+        for kind, found in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        if found
+    ]
+    if problems:
+        raise CheckpointError(
+            "\n".join([f"the tensors do not fit {type(model).__name__}:", *problems]),
+            where=str(files.directory),
+            hint="is config.json the one of these weights?",
+        )
+    return origins
+
+
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter, the one in `model.named_parameters()` first."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    return list(names_of.values())
