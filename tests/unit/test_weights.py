@@ -256,6 +256,13 @@ def test_random_weights_have_the_models_own_distributions(name: str) -> None:
         assert not torch.equal(found, expected)
 
 
+def test_a_model_may_initialise_modules_below_it() -> None:
+    """The root of a t5 for question answering draws its head with 1 / sqrt(d_model), a Linear with 1."""
+    source = random_source("t5", architectures=["T5ForQuestionAnswering"], d_model=64)
+    drawn = open_weights(build_model(source), source).read(["qa_outputs.weight"])
+    assert abs(drawn["qa_outputs.weight"].std() - 0.125) < 0.04
+
+
 def test_blocks_and_seeds_draw_different_values() -> None:
     name = "model.layers.{}.mlp.up_proj.weight"
     model = build_model(random_source("llama"))

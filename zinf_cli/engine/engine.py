@@ -24,7 +24,7 @@ from torch import nn
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.fetch import Kind, Memory, Pipeline, Visit
-from zinf_cli.engine.micro_batch import intercept
+from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
@@ -89,6 +89,7 @@ class Engine:
         trace: Trace | None = None,
         *,
         order: Sequence[int] | None = None,
+        side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
         """`order` is the expected order of units in a forward (by index); without it, module order."""
@@ -106,7 +107,7 @@ class Engine:
         if order is None:
             order = [number for number, layout in enumerate(layouts) if not layout.resident]
         self._sweep = Sweep(self._pipeline, activations, options.device, order, self.trace)
-        self._restore = intercept(model, [layout.modules for layout in layouts])
+        self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:

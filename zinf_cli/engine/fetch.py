@@ -99,6 +99,11 @@ class Fetch:
         return self.placed and not self._unread
 
     @property
+    def starved(self) -> bool:
+        """Whether it can't go on before some buffer is freed."""
+        return not self.placed or (bool(self._updates) and self._is_unread(self._updates[0]))
+
+    @property
     def updating(self) -> bool:
         return bool(self._updates)
 
@@ -314,7 +319,8 @@ class Pipeline:
         while not fetch.progress(self.wait):
             self._reclaim()
             self._issue_ahead()
-            if not fetch.issued and not fetch.issue():
+            fetch.issue()
+            if fetch.starved:
                 self._make_room(fetch)
 
     def _hold(self, fetch: Fetch) -> None:
@@ -414,8 +420,6 @@ class Pipeline:
             self._finish_gradient(*self._reducing.popleft())
         elif self._draining:
             self._drain_one()
-        elif fetch.issue() or fetch.progress():
-            return
         elif not self._update_others(fetch):
             raise CapacityError(
                 f"rank {self.ranks.rank}: no room for unit {fetch.unit.name} in {self.memory.slots.capacity} bytes",

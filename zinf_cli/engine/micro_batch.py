@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -42,6 +42,22 @@ class Finished:
 @dataclass
 class _Failed:
     error: BaseException
+
+
+class SideOutputs(Protocol):
+    """How a model hands tensors from inside a unit to code outside of it, beside return values (forward hooks).
+
+    The engine makes them outputs of the unit, so that gradients flow through them and a recompute yields them again.
+    """
+
+    def collector(self) -> Any:
+        """In the micro-batch's thread: what collects now, or None."""
+
+    def capture(self, collector: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that returns (outputs, captured) and leaves `collector` alone; it may run in another thread."""
+
+    def deliver(self, collector: Any, captured: Any) -> None:
+        """In the micro-batch's thread: give what was captured to the collector."""
 
 
 _running = threading.local()
@@ -102,8 +118,18 @@ class MicroBatchThread:
             self._outbox.put(answer)
             del answer
 
-    def call_unit(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_unit(
+        self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any, side: SideOutputs | None
+    ) -> Any:
         """From inside the thread: pause at a unit, go on with its outputs."""
+        collector = side.collector() if side is not None else None
+        if side is not None and collector is not None:
+            outputs, captured = self._pause(unit, side.capture(collector, forward), args, kwargs)
+            side.deliver(collector, captured)
+            return outputs
+        return self._pause(unit, forward, args, kwargs)
+
+    def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         kind = self._device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         self._outbox.put(UnitCall(unit, forward, args, kwargs, torch.is_grad_enabled(), autocast))
@@ -113,13 +139,15 @@ class MicroBatchThread:
         return outputs
 
 
-def intercept(model: nn.Module, modules_of_units: Sequence[Sequence[str]]) -> Callable[[], None]:
+def intercept(
+    model: nn.Module, modules_of_units: Sequence[Sequence[str]], side: SideOutputs | None
+) -> Callable[[], None]:
     """Route the forward of every unit's modules through the micro-batch that calls it; returns what undoes it."""
     replaced = []
     for unit, paths in enumerate(modules_of_units):
         for path in paths:
             module = model.get_submodule(path)
-            module.forward = _routed(unit, path, module.forward)
+            module.forward = _routed(unit, path, module.forward, side)
             replaced.append(module)
 
     def restore() -> None:
@@ -129,7 +157,7 @@ def intercept(model: nn.Module, modules_of_units: Sequence[Sequence[str]]) -> Ca
     return restore
 
 
-def _routed(unit: int, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _routed(unit: int, path: str, forward: Callable[..., Any], side: SideOutputs | None) -> Callable[..., Any]:
     def routed(*args: Any, **kwargs: Any) -> Any:
         thread: MicroBatchThread | None = getattr(_running, "thread", None)
         if thread is None:
@@ -137,6 +165,6 @@ def _routed(unit: int, path: str, forward: Callable[..., Any]) -> Callable[..., 
                 f"module {path} is called from inside another unit",
                 hint="the engine found it to be called by itself; please report the architecture",
             )
-        return thread.call_unit(unit, forward, args, kwargs)
+        return thread.call_unit(unit, forward, args, kwargs, side)
 
     return routed

@@ -75,9 +75,7 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
             module.config.use_cache = False
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
-            raise ModelError(
-                f"buffer {name} is computed from a parameter, which is not there yet", where=where
-            )
+            raise ModelError(f"buffer {name} is made of a parameter, which is not there yet", where=where)
     trainable: nn.Module = model.train()
     return trainable
 
@@ -107,9 +105,7 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
             return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32), registered
 
     twin, registered = build(keep=())
-    order = [
-        id(parameter) for parameter in registered
-    ]  # tied ones stand in it more than once: the first counts
+    order = [id(parameter) for parameter in registered]  # a tied one's first place counts
     twin, _ = build(keep={order.index(id(twin.get_parameter(name))) for name in names})
     return {name: twin.get_parameter(name).detach() for name in names}
 

@@ -28,7 +28,7 @@ from zinf_cli.train.model import parameters_as_built, skeleton
 class RandomWeights:
     """A WeightSource of values drawn from `seed`: float32 on the CPU; the global generator is left as it was.
 
-    Reading part of a block draws the whole block: ask for a block's parameters together.
+    Reading part of a block draws the whole block: ask for a block's parameters together, from one thread.
     """
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:

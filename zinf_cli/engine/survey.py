@@ -1,0 +1,173 @@
+"""A dry forward on the meta device: the order of units, what they keep for backward, and which can't be units.
+
+Nothing is computed and nothing allocated: meta tensors carry shapes only. The plan's figures for activations come
+from here, and so does the first prediction of the sweep's route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from zinf_cli.engine.units import UnitLayout, discover
+
+@dataclass
+class UnitUse:
+    """What one call of a unit moves and keeps, in bytes for one micro-batch."""
+
+    input_bytes: int = 0
+    """Differentiable inputs: what the tape saves."""
+    saved_bytes: int = 0
+    """What autograd saves inside the unit, weights excepted."""
+    output_bytes: int = 0
+
+
+@dataclass
+class Survey:
+    """One forward of one micro-batch, seen from outside."""
+
+    units: tuple[UnitLayout, ...]
+    order: tuple[int, ...]
+    """Unit indices in the order they are called."""
+    uses: dict[int, UnitUse] = field(default_factory=dict)
+    glue_bytes: int = 0
+    """What autograd saves between units, the part after the last unit (the loss) excepted."""
+    loss_bytes: int = 0
+    """What autograd saves after the last unit."""
+    complete: bool = True
+    """False where the model could not be run on the meta device: sizes are missing, the order is module order."""
+
+
+def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: int) -> Survey:
+    """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
+
+    Modules whose parameters are used outside of their own call become resident, and the units are found again.
+    """
+    demoted: frozenset[str] = frozenset()
+    while True:
+        units = discover(model, world_size, demoted)
+        watch = _Watch(model, units)
+        try:
+            with _meta_buffers(model), watch.watching():
+                forward()
+        except Exception:  # a model may do on the meta device whatever it likes; the plan can live without
+            order = tuple(n for n, unit in enumerate(units) if not unit.resident)
+            return Survey(units, order, complete=False)
+        misused = watch.misused | {
+            path for number, unit in enumerate(units) if not unit.resident and number not in watch.uses for path in unit.modules
+        }
+        if not misused:
+            return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes)
+        demoted |= misused
+
+
+class _Watch(TorchFunctionMode):
+    """Counts what goes in and out of units, and notices parameters that are used outside of theirs."""
+
+    def __init__(self, model: nn.Module, units: Sequence[UnitLayout]) -> None:
+        super().__init__()
+        self.order: list[int] = []
+        self.uses: dict[int, UnitUse] = {}
+        self.misused: set[str] = set()
+        self.glue_bytes = 0
+        self.tail_bytes = 0
+        self._model = model
+        self._units = units
+        self._active: list[int] = []
+        self._params = {id(param) for param in model.parameters()}
+        self._owner: dict[int, int] = {}
+        names = dict(model.named_parameters())
+        for number, unit in enumerate(units):
+            if not unit.resident:
+                self._owner.update((id(names[place.name]), number) for place in unit.params())
+        self._seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__bool__", "item") and args[0].is_meta and args[0].dtype == torch.bool:
+            return True  # what models ask of data here: is nothing masked, is nothing packed
+        if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
+            return args[0] @ args[1][0]  # experts: every row meets one of them; torch refuses fp32 on meta
+        if name != "__get__":  # reading weight.dtype uses no data
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                owner = self._owner.get(id(leaf))
+                if owner is not None and owner not in self._active:
+                    self.misused.update(self._units[owner].modules)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
+                yield
+        finally:
+            for module in restore:
+                del module.__dict__["forward"]
+
+    def _wrap(self, number: int, path: str) -> nn.Module:
+        module = self._model.get_submodule(path)
+        forward = module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._active:  # a unit inside of a unit has to be resident
+                self.misused.update(self._units[number].modules)
+                return forward(*args, **kwargs)
+            use = self.uses.setdefault(number, UnitUse())
+            inputs = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if _differentiable(t)}
+            use.input_bytes += sum(t.numel() * t.element_size() for t in inputs.values())
+            self.order.append(number)
+            self.glue_bytes += self.tail_bytes
+            self.tail_bytes = 0
+            self._active.append(number)
+            try:
+                outputs = forward(*args, **kwargs)
+            finally:
+                self._active.pop()
+            leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+            use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
+            return outputs
+
+        module.forward = watched
+        return module
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if id(tensor) in self._params or storage in self._seen or tensor._base is not None and id(tensor._base) in self._params:
+            return tensor
+        self._seen.add(storage)
+        num_bytes = tensor.untyped_storage().nbytes()
+        if self._active:
+            self.uses[self._active[-1]].saved_bytes += num_bytes
+        else:
+            self.tail_bytes += num_bytes
+        return tensor
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+@contextmanager
+def _meta_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers are real; for the dry forward they have to lie where the parameters do."""
+    real = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module, name, buffer in real:
+            module._buffers[name] = buffer.to("meta")
+        yield
+    finally:
+        for module, name, buffer in real:
+            module._buffers[name] = buffer

@@ -1,0 +1,60 @@
+"""What this machine has to give: memory the kernel would still hand out, and space on drives."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ASSUMED_DRIVE_BANDWIDTH = 2e9
+"""Bytes per second of one drive, read and write, where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Free bytes on the file system of `folder`; folders with one `device` share them."""
+
+    folder: Path
+    device: int
+    free_bytes: int
+
+
+def available_memory() -> int:
+    """Bytes of CPU memory a new process could use: the kernel's estimate, or what the control group leaves."""
+    available = int(psutil.virtual_memory().available)
+    return min([available, *(limit for limit in _cgroup_headroom() if limit >= 0)])
+
+
+def _cgroup_headroom() -> list[int]:
+    """Bytes left in this process's memory control groups (v2 and v1), as far as they can be read."""
+    groups = []
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                groups.append((Path("/sys/fs/cgroup" + path), "memory.max", "memory.current"))
+            elif "memory" in controllers.split(","):
+                root = Path("/sys/fs/cgroup/memory" + path)
+                groups.append((root, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    except OSError:
+        return []
+    headroom = []
+    for folder, limit_file, usage_file in groups:
+        try:
+            limit = (folder / limit_file).read_text().strip()
+            if limit != "max" and int(limit) < 1 << 60:
+                headroom.append(int(limit) - int((folder / usage_file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return headroom
+
+
+def drive_space(folder: Path) -> Space:
+    """The free space where `folder` is or will be created."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    status = os.statvfs(existing)
+    return Space(folder, existing.stat().st_dev, status.f_bavail * status.f_frsize)

@@ -1,0 +1,92 @@
+"""What the plan knows of a model, a text and a machine: plain numbers, measured by `zinf_cli.train.describe`.
+
+The launcher reads them as JSON from a subprocess, so that it imports no torch itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UnitFigures:
+    """One unit. Element counts are padded to slices for `world_size` ranks; bytes are for one micro-batch."""
+
+    name: str
+    trainable_numel: int
+    frozen_numel: int
+    largest_param_numel: int
+    resident: bool
+    calls: int
+    input_bytes: int
+    """Differentiable inputs of all its calls: what the tape keeps."""
+    largest_input_bytes: int
+    saved_bytes: int
+    """What autograd keeps inside it while it is recomputed."""
+    output_bytes: int
+
+    @property
+    def numel(self) -> int:
+        return self.trainable_numel + self.frozen_numel
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """The whole model. `flops_per_token` counts forward and backward, without recomputation."""
+
+    architecture: str
+    num_params: int
+    num_trainable: int
+    units: tuple[UnitFigures, ...]
+    order: tuple[int, ...]
+    glue_bytes: int
+    loss_bytes: int
+    surveyed: bool
+    """Whether activations were measured on the meta device; otherwise their figures are missing."""
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """The packed text."""
+
+    num_tokens: int
+    num_windows: int
+    num_eval_windows: int
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class MachineFigures:
+    """One host."""
+
+    accelerators: int
+    device_bytes: int
+    """Free memory of the smallest accelerator; 0 without one."""
+    cores: int
+    flops: float
+    """Matrix multiplication in the run's precision, FLOP/s of one rank, measured for a moment."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything a plan is made from, besides the recipe."""
+
+    model: ModelFigures
+    data: DataFigures
+    machine: MachineFigures
+    ranks: int
+    precision: str
+
+    @classmethod
+    def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
+        model = dict(document["model"])
+        model["units"] = tuple(UnitFigures(**unit) for unit in model["units"])
+        model["order"] = tuple(model["order"])
+        return cls(
+            ModelFigures(**model),
+            DataFigures(**document["data"]),
+            MachineFigures(**document["machine"]),
+            document["ranks"],
+            document["precision"],
+        )

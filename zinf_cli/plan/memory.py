@@ -1,0 +1,145 @@
+"""Bytes per rank, by tier and by what they are for.
+
+Model states are exact: they follow from the unit layout. Working memory is an upper estimate from what the dry
+forward on the meta device saw; FRAMEWORK_BYTES and LAUNCHER_BYTES were measured (Linux, torch 2.13, PSS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from zinf_cli.plan.layout import Figures, UnitFigures
+
+MIB = 2**20
+PAGE = 4096
+FRAMEWORK_BYTES = 480 * MIB
+"""A rank with torch and transformers imported and a model without weights."""
+LAUNCHER_BYTES = 330 * MIB
+"""The launcher, torchrun's agent, and the guards of the ranks, per host."""
+CLASSES = ("params", "grads", "optimizer", "activations")
+CHUNK_NUMEL = 1 << 20
+DEPTH = 4
+"""Visits whose buffers should fit beside the largest one."""
+
+
+@dataclass(frozen=True)
+class Working:
+    """Buffers of the engine on one rank, in bytes (chunk_numel in elements)."""
+
+    slot_bytes: int
+    least_slot_bytes: int
+    resident_bytes: int
+    chunk_numel: int
+    num_chunks: int
+    staging_bytes: int
+    least_staging_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.slot_bytes + self.resident_bytes + self.num_chunks * self.chunk_numel * 4 + self.staging_bytes
+
+    def shrunk(self, num_bytes: int) -> Working:
+        """The same with up to `num_bytes` less of read-ahead, never below what a run needs."""
+        chunk_bytes = self.chunk_numel * 4
+        least_chunks = min(self.num_chunks, 8)
+        fewer = min(max(0, -(-num_bytes // chunk_bytes)), self.num_chunks - least_chunks)
+        num_bytes -= fewer * chunk_bytes
+        staging = max(self.least_staging_bytes, self.staging_bytes - max(0, num_bytes))
+        num_bytes -= self.staging_bytes - staging
+        slots = max(self.least_slot_bytes, self.slot_bytes - max(0, num_bytes))
+        return Working(
+            slots,
+            self.least_slot_bytes,
+            self.resident_bytes,
+            self.chunk_numel,
+            self.num_chunks - fewer,
+            staging,
+            self.least_staging_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One placement to be judged: the tier of each class, and the micro-batches of a sweep."""
+
+    placement: Mapping[str, str]
+    per_sweep: int
+    compute_tier: str
+    """The tier whose memory the compute device uses: "cpu" on a CPU, "device" on an accelerator."""
+
+    def in_place(self, state: str) -> bool:
+        tier = self.placement[state]
+        return tier in (self.compute_tier, "device") or (tier == "cpu" and self.compute_tier == "cpu")
+
+
+def round_up(amount: int, multiple: int = PAGE) -> int:
+    return -(-amount // multiple) * multiple
+
+
+def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
+    """Bytes of each class on one rank, exact."""
+    ranks, itemsize = figures.ranks, 4 if figures.precision == "fp32" else 2
+    units = figures.model.units
+    trainable = sum(unit.trainable_numel for unit in units) // ranks
+    copies = 2 if figures.precision == "fp32" else 3
+    kept = sum(round_up(unit.input_bytes) for unit in units)
+    return {
+        "params": sum(unit.numel for unit in units) // ranks * itemsize,
+        "grads": trainable * 4,
+        "optimizer": trainable * 4 * copies,
+        "activations": kept * choice.per_sweep,
+    }
+
+
+def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
+    """The largest buffer one visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
+    itemsize = 4 if figures.precision == "fp32" else 2
+    alone = figures.ranks == 1
+    size = 0 if alone and choice.in_place("params") else unit.numel * itemsize
+    again = sweeps > 1 or unit.calls > 1
+    if not (alone and choice.in_place("grads")) or again:
+        size += unit.trainable_numel * 4
+    if again and not choice.in_place("grads"):
+        size += unit.trainable_numel // figures.ranks * 4
+    return round_up(size)
+
+
+def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
+    units = figures.model.units
+    blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if not unit.resident)
+    largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
+    resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
+    widest = max(unit.trainable_numel // figures.ranks for unit in units)
+    chunk_numel = max(2048, min(CHUNK_NUMEL, widest))
+    fields = (0 if choice.in_place("grads") else 1) + (0 if choice.in_place("optimizer") else 3)
+    staging = 0
+    if not choice.in_place("activations"):
+        staging = round_up(max((unit.largest_input_bytes for unit in units), default=0))
+    # loading writes one slice of one flat through the slots
+    load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.ranks for unit in units)
+    least = max(largest + typical, round_up(load))
+    return Working(
+        slot_bytes=max(least, largest + DEPTH * typical),
+        least_slot_bytes=least,
+        resident_bytes=2 * sum(resident) + PAGE,
+        chunk_numel=chunk_numel,
+        num_chunks=8 * fields,
+        staging_bytes=8 * staging,
+        least_staging_bytes=4 * staging,
+    )
+
+
+def compute_bytes(figures: Figures, choice: Choice) -> int:
+    """What the compute itself needs at its peak, on the compute device: one unit of one micro-batch, and the glue."""
+    model = figures.model
+    inside = max(
+        (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + 4 * u.largest_param_numel for u in model.units),
+        default=0,
+    )
+    last = model.units[model.order[-1]] if model.order else None
+    turn = 0
+    if last is not None:
+        turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + 4 * last.largest_param_numel
+    glue = model.glue_bytes * choice.per_sweep
+    return max(inside, turn) + glue

@@ -1,0 +1,265 @@
+"""The plan: where every byte of a run will lie, what that leaves, and what will bound a step.
+
+`make_plan` judges placements from the fastest to the most frugal and takes the first that fits; classes the recipe
+pins stay where it says. What does not fit is refused with the numbers before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.errors import CapacityError, UsageError
+from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, available_memory, drive_space
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import (
+    CLASSES,
+    FRAMEWORK_BYTES,
+    LAUNCHER_BYTES,
+    Choice,
+    Working,
+    compute_bytes,
+    state_bytes,
+    working_buffers,
+)
+from zinf_cli.recipe import Recipe
+
+FRUGALITY = ("optimizer", "grads", "activations", "params")
+"""The order in which classes leave a faster tier: most bytes for the least traffic first."""
+MEMORY_SHARE = 0.9
+"""Of what is available, where the recipe sets no budget."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of one kind on one tier, per rank."""
+
+    tier: str
+    what: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A tier on this host: what the run takes there in total, and what it may take."""
+
+    tier: str
+    needed: int
+    allowed: int
+    origin: str
+    """Where the limit comes from: a recipe key, or the machine."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
+
+    ranks: int
+    threads_per_rank: int
+    precision: str
+    placement: dict[str, str]
+    micro_batches: int
+    """Per rank and step."""
+    per_sweep: int
+    sequences_per_step: int
+    max_steps: int
+    working: Working
+    nvme_bytes: int
+    """Per rank, without activations that exceed the estimate."""
+    nvme_folders: tuple[str, ...]
+    lines: tuple[Line, ...]
+    limits: tuple[Limit, ...]
+    compute_s: float
+    nvme_s: float
+    """Expected seconds per step of compute, and of drive traffic at an assumed bandwidth."""
+    nvme_traffic: int
+    """Bytes read and written per step and rank."""
+    figures: Figures
+
+    @property
+    def bottleneck(self) -> str:
+        return "compute" if self.compute_s >= self.nvme_s else "nvme"
+
+    @property
+    def cpu_bytes_per_rank(self) -> int:
+        return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "bottleneck": self.bottleneck}
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        document = json.loads(path.read_text())
+        del document["bottleneck"]
+        document["working"] = Working(**document["working"])
+        document["lines"] = tuple(Line(**line) for line in document["lines"])
+        document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
+        document["nvme_folders"] = tuple(document["nvme_folders"])
+        document["figures"] = Figures.from_json(document["figures"])
+        return cls(**document)
+
+
+def make_plan(recipe: Recipe, figures: Figures) -> Plan:
+    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise."""
+    sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
+    if sequences < figures.ranks:
+        raise UsageError(
+            f"{sequences} sequences per step can't be dealt to {figures.ranks} ranks",
+            hint="raise train.gradient_accumulation_steps, or use fewer --slots",
+        )
+    per_rank = -(-sequences // figures.ranks)
+    micro_batches = -(-per_rank // recipe.train.micro_batch_size)
+    plan = None
+    for choice in _choices(recipe, figures, micro_batches):
+        plan = _plan(recipe, figures, choice, micro_batches, sequences)
+        if all(limit.needed <= limit.allowed for limit in plan.limits):
+            return plan
+    assert plan is not None
+    raise _does_not_fit(plan)
+
+
+def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[Choice]:
+    fixed = recipe.train.micro_batches_per_sweep
+    sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
+    compute_tier = "device" if figures.machine.accelerators else "cpu"
+    asked = {state: getattr(recipe.offload, state) for state in CLASSES}
+    start = {state: compute_tier if tier == "auto" else tier for state, tier in asked.items()}
+    placements = [start]
+    for target in ("cpu", "nvme"):
+        for state in FRUGALITY:
+            current = placements[-1]
+            if asked[state] == "auto" and current[state] != target and not _slower(current[state], target):
+                placements.append({**current, state: target})
+    for placement in placements:
+        yield Choice(placement, sweeps[0], compute_tier)
+    for per_sweep in sweeps[1:]:
+        yield Choice(placements[-1], per_sweep, compute_tier)
+
+
+def _slower(tier: str, than: str) -> bool:
+    order = ("device", "cpu", "nvme")
+    return order.index(tier) > order.index(than)
+
+
+def _halvings(count: int) -> list[int]:
+    halvings = [count]
+    while halvings[-1] > 1:
+        halvings.append(-(-halvings[-1] // 2))
+    return halvings
+
+
+def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, sequences: int) -> Plan:
+    sweeps = -(-micro_batches // choice.per_sweep)
+    states = state_bytes(figures, choice)
+    working = working_buffers(figures, choice, sweeps)
+    budgets = _budgets(recipe, figures)
+    over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
+    if over > 0:
+        working = working.shrunk(-(-over // figures.ranks))
+    needed = _needed(figures, choice, states, working)
+    folders = nvme_folders(recipe)
+    nvme_bytes = sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
+    limits = [
+        Limit(tier, needed[tier], allowed, origin)
+        for tier, (allowed, origin) in budgets.items()
+        if needed[tier] or tier == choice.compute_tier
+    ]
+    traffic = _nvme_traffic(figures, choice, states, sweeps)
+    tokens = sequences * recipe.train.seq_len / figures.ranks
+    return Plan(
+        ranks=figures.ranks,
+        threads_per_rank=max(1, figures.machine.cores // figures.ranks),
+        precision=figures.precision,
+        placement=dict(choice.placement),
+        micro_batches=micro_batches,
+        per_sweep=choice.per_sweep,
+        sequences_per_step=sequences,
+        max_steps=figures.data.max_steps,
+        working=working,
+        nvme_bytes=nvme_bytes,
+        nvme_folders=tuple(str(folder) for folder in folders) if nvme_bytes else (),
+        lines=tuple(_lines(figures, choice, states, working)),
+        limits=tuple(limits),
+        compute_s=figures.model.flops_per_token * 4 / 3 * tokens / figures.machine.flops,
+        nvme_s=traffic * figures.ranks / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_traffic=traffic,
+        figures=figures,
+    )
+
+
+def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> Iterator[Line]:
+    for state in CLASSES:
+        tier = choice.placement[state]
+        yield Line("cpu" if tier == "device" and choice.compute_tier == "cpu" else tier, state, states[state])
+    yield Line(choice.compute_tier, "buffers", working.total)
+    yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
+    yield Line("cpu", "framework", FRAMEWORK_BYTES)
+
+
+def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
+    needed = {"device": 0, "cpu": LAUNCHER_BYTES, "nvme": 0}
+    for line in _lines(figures, choice, states, working):
+        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks)
+    return needed
+
+
+def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
+    """(bytes, origin) per tier: the recipe's budget, and never more than the machine has."""
+    offload = recipe.offload
+    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders(recipe))}
+    machine = {
+        "cpu": (int(available_memory() * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
+        "nvme": (sum(spaces.values()), offload.nvme_space),
+    }
+    if figures.machine.accelerators:
+        machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
+    budgets = {}
+    for tier, (there, asked) in machine.items():
+        key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
+        asked_less = asked is not None and asked <= there
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, "this machine")
+    return budgets
+
+
+def nvme_folders(recipe: Recipe) -> Sequence[Path]:
+    """Where offload to NVMe goes: the recipe's folders, or one inside the run's."""
+    return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
+
+
+def _nvme_traffic(figures: Figures, choice: Choice, states: dict[str, int], sweeps: int) -> int:
+    """Bytes read and written per step and rank (design: two fetches of a parameter per sweep, one update)."""
+    factors = {
+        "params": 2 * sweeps + 1,
+        "grads": 2 + 2 * (sweeps - 1),
+        "optimizer": 2,
+        "activations": 2 * sweeps,
+    }
+    return sum(states[s] * factors[s] for s in CLASSES if choice.placement[s] == "nvme")
+
+
+def _does_not_fit(plan: Plan) -> CapacityError:
+    problems = []
+    for limit in plan.limits:
+        if limit.needed > limit.allowed:
+            parts = ", ".join(
+                f"{line.what} {format_bytes(line.num_bytes)}"
+                for line in plan.lines
+                if line.tier == limit.tier and line.num_bytes
+            )
+            ranks = f" on each of {plan.ranks} ranks" if plan.ranks > 1 else ""
+            problems.append(
+                f"{limit.tier} needs {format_bytes(limit.needed)}, {limit.origin} allows "
+                f"{format_bytes(limit.allowed)}: {parts}{ranks}"
+            )
+    tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
+    hint = (
+        "free space on the drive or add a folder to offload.nvme_path"
+        if tiers == {"nvme"}
+        else "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
+    )
+    return CapacityError("does not fit: " + "; ".join(problems), hint=hint)

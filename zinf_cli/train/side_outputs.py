@@ -1,0 +1,41 @@
+"""Router logits and hidden states that transformers collects with hooks, made visible to the engine.
+
+transformers' `capture_outputs` sets a collector (a dict of lists, in a context variable) around a model's forward;
+forward hooks deep inside the layers append to it. The engine runs units on another thread and twice, so each run gets
+a collector of its own, whose tensors become outputs of the unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.utils.output_capturing import _active_collector
+
+
+class CapturedOutputs:
+    """The engine's SideOutputs for transformers models."""
+
+    def collector(self) -> dict[str, Any] | None:
+        collector: dict[str, Any] | None = _active_collector.get()
+        return collector
+
+    def capture(self, collector: dict[str, Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+        empty = {key: len(value) if isinstance(value, list) else value for key, value in collector.items()}
+
+        def captured(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, list[Any]]]:
+            # hidden states that came before are None here: hooks look only at how many there are
+            own = {key: [None] * value if key in lists else value for key, value in empty.items()}
+            token = _active_collector.set(own)
+            try:
+                outputs = forward(*args, **kwargs)
+            finally:
+                _active_collector.reset(token)
+            return outputs, {key: own[key][empty[key] :] for key in lists}
+
+        lists = [key for key, value in collector.items() if isinstance(value, list)]
+        return captured
+
+    def deliver(self, collector: dict[str, Any], captured: dict[str, list[Any]]) -> None:
+        for key, values in captured.items():
+            collector[key].extend(values)
