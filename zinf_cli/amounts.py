@@ -43,11 +43,9 @@ def _parse(text: str | int, factors: dict[str, int], expected: str) -> int:
 
 def _format(amount: float, base: int, suffixes: tuple[str, ...], gap: str) -> str:
     size = float(amount)
-    for suffix in suffixes[:-1]:
-        if abs(size) < base * 0.9995:
-            break
+    step = 0
+    while abs(size) >= base * 0.9995 and step < len(suffixes) - 1:
         size /= base
-    else:
-        suffix = suffixes[-1]
-    digits = 0 if suffix == suffixes[0] or size >= 99.95 else 1 if size >= 9.995 else 2
-    return f"{size:.{digits}f}{gap}{suffix}".rstrip()
+        step += 1
+    digits = 0 if step == 0 or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f}{gap}{suffixes[step]}".rstrip()

@@ -62,9 +62,7 @@ class Trace:
             {"name": "process_name", "ph": "M", "pid": self.rank, "args": {"name": f"rank {self.rank}"}}
         ]
         for tid, lane in enumerate(LANES):
-            names.append(
-                {"name": "thread_name", "ph": "M", "pid": self.rank, "tid": tid, "args": {"name": lane}}
-            )
+            names.append({"name": "thread_name", "ph": "M", "pid": self.rank, "tid": tid, "args": {"name": lane}})
             names.append(
                 {
                     "name": "thread_sort_index",

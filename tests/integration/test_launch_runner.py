@@ -140,9 +140,7 @@ def wait_until(true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def run_scenario(
-    folder: Path, scenario: str, disturb: Callable[[subprocess.Popen[str], Path], None]
-) -> Ended:
+def run_scenario(folder: Path, scenario: str, disturb: Callable[[subprocess.Popen[str], Path], None]) -> Ended:
     """Launch two ranks in a launcher of their own, disturb them, and see how it ends."""
     mark = f"ZINF_TEST_MARK={uuid.uuid4().hex}"
     name, value = mark.split("=")
@@ -326,9 +324,7 @@ def record(run_dir: Path, rank: int, **changes: object) -> None:
     """What a rank records, by hand."""
     error = {"rank": rank, "host": "node1", "kind": "E", "message": "m", "exit_code": 1, "time": 10.0 + rank}
     (run_dir / "logs").mkdir(exist_ok=True)
-    (run_dir / "logs" / f"error-{rank:05d}.json").write_text(
-        json.dumps({**error, "secondary": False} | changes)
-    )
+    (run_dir / "logs" / f"error-{rank:05d}.json").write_text(json.dumps({**error, "secondary": False} | changes))
 
 
 def test_the_earliest_primary_error_is_first(tmp_path: Path) -> None:

@@ -133,9 +133,7 @@ def test_tied_weights_may_be_stored_under_either_name_or_both(tmp_path: Path) ->
 
 def test_a_base_models_prefix_is_added(tmp_path: Path) -> None:
     gpt2 = saved("gpt2", tmp_path)
-    gpt2.transformer.save_pretrained(
-        tmp_path
-    )  # without "transformer."; the head is tied, so nothing is missing
+    gpt2.transformer.save_pretrained(tmp_path)  # without "transformer."; the head is tied, so nothing is missing
     assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "model.safetensors")
     model = build_model(random_source("gpt2"))
     values = read_all(open_weights(model, pretrained(tmp_path)), groups(model))
@@ -208,9 +206,7 @@ def test_memory_follows_the_group(tmp_path: Path) -> None:
     model = build_model(source)
     directory = tmp_path / "big"
     directory.mkdir()
-    save_file(
-        {name: torch.zeros(p.shape) for name, p in model.named_parameters()}, directory / "model.safetensors"
-    )
+    save_file({name: torch.zeros(p.shape) for name, p in model.named_parameters()}, directory / "model.safetensors")
     weights = open_weights(model, pretrained(directory))
     num_bytes = (directory / "model.safetensors").stat().st_size
     before, peak = psutil.Process().memory_info().rss, 0
@@ -266,9 +262,7 @@ def test_a_model_may_initialise_modules_below_it() -> None:
 def test_blocks_and_seeds_draw_different_values() -> None:
     name = "model.layers.{}.mlp.up_proj.weight"
     model = build_model(random_source("llama"))
-    first, second = (
-        open_weights(model, random_source("llama")).read([name.format(0), name.format(1)]).values()
-    )
+    first, second = open_weights(model, random_source("llama")).read([name.format(0), name.format(1)]).values()
     other_seed = open_weights(model, random_source("llama", seed=1)).read([name.format(0)])[name.format(0)]
     assert not torch.equal(first, second)
     assert not torch.equal(first, other_seed)
@@ -284,9 +278,7 @@ def test_parameters_that_no_init_touches_are_as_the_model_builds_them() -> None:
     assert abs(value.std() - 0.02) < 0.002
     assert torch.equal(read_all(open_weights(model, source), groups(model))[name], value)
 
-    source = ModelSource(
-        None, {"model_type": "data2vec-text", **CONFIGS["llama"], "is_decoder": True}, "random", 0
-    )
+    source = ModelSource(None, {"model_type": "data2vec-text", **CONFIGS["llama"], "is_decoder": True}, "random", 0)
     model = build_model(source)
     assert not read_all(open_weights(model, source), groups(model))["lm_head.bias"].any()
 

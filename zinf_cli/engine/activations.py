@@ -102,9 +102,7 @@ class Activations:
 class Offloaded:
     """A tensor on a tier."""
 
-    def __init__(
-        self, home: Activations, tier: Tier, extent: Extent, shape: torch.Size, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, home: Activations, tier: Tier, extent: Extent, shape: torch.Size, dtype: torch.dtype) -> None:
         self._home = home
         self._tier = tier
         self._extent: Extent | None = extent
@@ -122,7 +120,8 @@ class Offloaded:
         assert self._extent is not None
         if self._read is None:
             self._start(self._home.take(self._extent.num_bytes))
-        assert self._read is not None and self._buffer is not None
+        assert self._read is not None
+        assert self._buffer is not None
         self._home.wait(self._read)
         num_bytes = self._shape.numel() * self._dtype.itemsize
         return self._buffer.data[:num_bytes].view(self._dtype).view(self._shape)

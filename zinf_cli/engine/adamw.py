@@ -17,7 +17,10 @@ BLOCK = 256 * 1024
 
 @dataclass(frozen=True)
 class AdamW:
-    """The optimizer's settings for one step. `clip` (fp32 scalar tensor) multiplies the gradient, as clip_grad_norm_ does."""
+    """The optimizer's settings for one step.
+
+    `clip` (fp32 scalar tensor) multiplies the gradient, as clip_grad_norm_ does.
+    """
 
     lr: float
     beta1: float = 0.9

@@ -7,7 +7,7 @@
     engine.flush()
 
 `model` stays an ordinary module: a micro-batch's `forward` calls it as always. Only the gradient norm and the loss of a
-step are known when `train_step` returns; its update happens inside the next forward (see fetch.py), or in `flush`.
+step are known when `train_step` returns; its update happens inside the next forward (see pipeline.py), or in `flush`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import nn
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.fetch import Kind, Memory, Pipeline, Visit
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
+from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
 from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import NvmeTier
@@ -36,6 +37,7 @@ from zinf_cli.tiers.tier import Tier
 from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class EngineOptions:
     num_chunks: int = 8
     staging_bytes: int = 0
     """Memory through which activations go to NVMe."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     micro_batches_per_sweep: int | None = None
     """None: all of a step."""
@@ -180,6 +182,12 @@ class Engine:
         self._pipeline.release(visit)
         return named
 
+    def device_bytes(self) -> int:
+        """The most the engine's buffers and the device tier have held on the compute device."""
+        arenas = (self.memory.slots, self.memory.resident, self.memory.chunks)
+        kept = sum(tier.used for tier in self.tiers.distinct() if tier.name == "device")
+        return kept + sum(arena.peak for arena in arenas)
+
     def close(self) -> None:
         """Give back threads, files and memory; the model's forwards are its own again."""
         self._restore()
@@ -197,9 +205,7 @@ class Engine:
             raise AssertionError("one micro-batch can't disagree with itself")
         self._per_sweep = 1
         self._pipeline.forget_coming()
-        self._notice(
-            "micro-batches take different ways through the model: one micro-batch per sweep from here on"
-        )
+        self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
 
     def _forward_done(self) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""

@@ -46,9 +46,7 @@ class Ranks:
         work = dist.all_gather_into_tensor(flat, own_slice, group=self.gather_group, async_op=True)
         return Collective(work, trace, "gather", label, flat.numel() * flat.element_size())
 
-    def reduce_scatter(
-        self, own_slice: torch.Tensor, flat: torch.Tensor, trace: Trace, label: str
-    ) -> Transfer:
+    def reduce_scatter(self, own_slice: torch.Tensor, flat: torch.Tensor, trace: Trace, label: str) -> Transfer:
         """Sum `flat` over ranks into each rank's slice; `own_slice` may be this rank's range of `flat`."""
         if self.world_size == 1:
             return DONE

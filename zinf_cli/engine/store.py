@@ -37,9 +37,7 @@ class TierSet:
 class Unit:
     """A unit at run time: its layout, the model's parameters, and this rank's slices on their tiers."""
 
-    def __init__(
-        self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks, dtype: torch.dtype) -> None:
         self.layout = layout
         self.name = layout.name
         self.dtype = dtype
@@ -51,8 +49,7 @@ class Unit:
             for params in self._params
         ]
         self.slices: list[Extent] = [
-            tiers.params.allocate(flat.slice_numel * dtype.itemsize, f"{self.name} params")
-            for flat in layout.flats
+            tiers.params.allocate(flat.slice_numel * dtype.itemsize, f"{self.name} params") for flat in layout.flats
         ]
         self.grad: Extent | None = None
         self.optimizer: dict[str, Extent] = {}

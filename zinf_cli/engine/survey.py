@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.units import UnitLayout, discover
 
+
 @dataclass
 class UnitUse:
     """What one call of a unit moves and keeps, in bytes for one micro-batch."""
 
     input_bytes: int = 0
     """Differentiable inputs: what the tape saves."""
+    largest_input_bytes: int = 0
+    """Of one tensor."""
     saved_bytes: int = 0
     """What autograd saves inside the unit, weights excepted."""
     output_bytes: int = 0
@@ -61,7 +64,10 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, complete=False)
         misused = watch.misused | {
-            path for number, unit in enumerate(units) if not unit.resident and number not in watch.uses for path in unit.modules
+            path
+            for number, unit in enumerate(units)
+            if not unit.resident and number not in watch.uses
+            for path in unit.modules
         }
         if not misused:
             return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes)
@@ -122,7 +128,9 @@ class _Watch(TorchFunctionMode):
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
             inputs = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if _differentiable(t)}
-            use.input_bytes += sum(t.numel() * t.element_size() for t in inputs.values())
+            sizes = [t.numel() * t.element_size() for t in inputs.values()]
+            use.input_bytes += sum(sizes)
+            use.largest_input_bytes = max([use.largest_input_bytes, *sizes])
             self.order.append(number)
             self.glue_bytes += self.tail_bytes
             self.tail_bytes = 0
@@ -140,7 +148,11 @@ class _Watch(TorchFunctionMode):
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()._cdata
-        if id(tensor) in self._params or storage in self._seen or tensor._base is not None and id(tensor._base) in self._params:
+        if (
+            id(tensor) in self._params
+            or storage in self._seen
+            or (tensor._base is not None and id(tensor._base) in self._params)
+        ):
             return tensor
         self._seen.add(storage)
         num_bytes = tensor.untyped_storage().nbytes()

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.fetch import Kind, Pipeline, Visit
 from zinf_cli.engine.micro_batch import Finished, MicroBatchThread, UnitCall
+from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.tape import RngState, Tape
+from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.trace import Trace
 
 
@@ -31,7 +32,7 @@ class MicroBatch:
     """Where its random numbers (dropout) start."""
 
 
-class Disagreement(Exception):
+class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on)
     """Two micro-batches call different units next, so they can't share a sweep."""
 
 
@@ -64,7 +65,8 @@ class Lane:
 
     def pass_unit(self, name: str, *, hot: bool = False) -> None:
         """Compute the unit the micro-batch has called, and let it go on to the next."""
-        assert isinstance(self.at, UnitCall) and self._rng is not None
+        assert isinstance(self.at, UnitCall)
+        assert self._rng is not None
         self._rng.restore()
         outputs = self.tape.forward(self.at, name, hot=hot)
         self.at = self.thread.resume(outputs)
@@ -128,9 +130,7 @@ class Sweep:
     def announce_forward(self, *, update: bool) -> None:
         """The same for the units of the next forward: their updates can be read from now on."""
         first = dict.fromkeys(self._route.forward[:-1])
-        self._pipeline.expect(
-            Visit(unit, Kind.FORWARD, update=update and unit in self._trainable) for unit in first
-        )
+        self._pipeline.expect(Visit(unit, Kind.FORWARD, update=update and unit in self._trainable) for unit in first)
 
     def _back_visits(self, route: Route, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
         back = route.forward[-1:] + route.backward

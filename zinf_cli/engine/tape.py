@@ -116,11 +116,12 @@ class Tape:
         self.records: list[Record] = []
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False) -> Any:
-        """Run a unit's call and return what the model gets; `hot` keeps the graph, so that backward need not recompute."""
+        """Run a unit's call and return what the model gets.
+
+        `hot` keeps the graph, so that backward need not recompute.
+        """
         flat, spec = pytree.tree_flatten((call.args, call.kwargs))
-        needs_grad = call.grad_enabled and (
-            call.unit in self._trainable or any(_differentiable(leaf) for leaf in flat)
-        )
+        needs_grad = call.grad_enabled and (call.unit in self._trainable or any(_differentiable(leaf) for leaf in flat))
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
@@ -203,7 +204,9 @@ class Tape:
     def _emit(self, record: Record, outputs: Any) -> Any:
         flat, spec = pytree.tree_flatten(outputs)
         places = [place for place, leaf in enumerate(flat) if _floating(leaf)]
-        emitted = Emit.apply(self._anchor, record, [flat[place].detach() for place in places])
+        emitted: tuple[torch.Tensor, ...] = Emit.apply(  # type: ignore[no-untyped-call]
+            self._anchor, record, [flat[place].detach() for place in places]
+        )
         record.output_grads = [None] * len(places)
         for place, tensor in zip(places, emitted, strict=True):
             flat[place] = tensor

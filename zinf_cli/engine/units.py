@@ -79,9 +79,7 @@ class UnitLayout:
             yield from flat.params
 
 
-def discover(
-    model: nn.Module, world_size: int, demoted: frozenset[str] = frozenset()
-) -> tuple[UnitLayout, ...]:
+def discover(model: nn.Module, world_size: int, demoted: frozenset[str] = frozenset()) -> tuple[UnitLayout, ...]:
     """The units of a model (any device, meta included), in module order; the resident unit last, if there is one.
 
     `demoted` names modules whose parameters are used outside of their own forward: they become resident.

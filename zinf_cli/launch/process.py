@@ -54,9 +54,7 @@ class ProcessTree:
         self.kill()
         _prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
-    def start(
-        self, command: Sequence[str], *, environment: Mapping[str, str], log: Path
-    ) -> subprocess.Popen[bytes]:
+    def start(self, command: Sequence[str], *, environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
         """Run `command` (an absolute path first), tethered to this thread, its output into `log`.
 
         It gets a session of its own, so that the terminal's Ctrl-C reaches the launcher alone.

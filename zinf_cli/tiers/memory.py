@@ -59,9 +59,7 @@ class MemoryTier:
     def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer:
         assert extent.memory is not None
         self.read_bytes += into.numel()
-        return self._copy(
-            into, extent.memory[offset : offset + into.numel()], inward=True, label=extent.label
-        )
+        return self._copy(into, extent.memory[offset : offset + into.numel()], inward=True, label=extent.label)
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         assert extent.memory is not None
@@ -92,7 +90,7 @@ class StreamCopy:
         self._event.record(stream)
 
     def done(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())
 
     def wait(self) -> None:
         """The compute stream waits, not the CPU: kernels queued from here on see the bytes."""

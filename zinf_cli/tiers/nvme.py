@@ -74,7 +74,7 @@ def _supports_direct(descriptor: int, folder: Path) -> bool:
         os.posix_fallocate(descriptor, 0, PAGE)
         probe = Arena(PAGE, torch.device("cpu")).allocate(PAGE)
         assert probe is not None
-        os.preadv(descriptor, [memoryview(probe.data.numpy())], 0)
+        os.preadv(descriptor, [as_memory(probe.data)], 0)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return True  # `reserve` will say how much is missing
@@ -83,15 +83,18 @@ def _supports_direct(descriptor: int, folder: Path) -> bool:
     return True
 
 
+def as_memory(data: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 CPU tensor, shared."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]
+
+
 def is_tmpfs(folder: Path) -> bool:
     """Whether `folder` lies on tmpfs, by the longest mount point above it."""
     best, kind = "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
             _, mount, fs_type, *_ = line.split(" ")
-            inside = str(folder.resolve()) == mount or str(folder.resolve()).startswith(
-                mount.rstrip("/") + "/"
-            )
+            inside = str(folder.resolve()) == mount or str(folder.resolve()).startswith(mount.rstrip("/") + "/")
             if inside and len(mount) >= len(best):
                 best, kind = mount, fs_type
     return kind in ("tmpfs", "ramfs")
@@ -149,9 +152,7 @@ class NvmeTier:
             descriptor, direct = open_nameless(folder)
             self._files.append(descriptor)
             if not direct and notice is not None:
-                notice(
-                    f"{folder}: no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
-                )
+                notice(f"{folder}: no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)")
         self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
             queue.SimpleQueue(),
             queue.SimpleQueue(),
@@ -226,7 +227,7 @@ class NvmeTier:
     def _start(self, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> _Job:
         if offset + data.numel() > extent.num_bytes:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
-        memory = memoryview(data.numpy())
+        memory = as_memory(data)
         blocks = list(self._blocks(extent.start + offset, data.numel()))
         job = _Job(len(blocks), [] if write else list(extent.writes))
         jobs = self._queues[1 if write else 0]

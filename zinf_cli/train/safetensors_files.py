@@ -62,13 +62,9 @@ def _tensor_files(directory: Path) -> list[Path]:
         return [directory / _SINGLE]
     index = directory / _INDEX
     if not index.is_file():
-        raise CheckpointError(
-            f"no {_SINGLE} and no {_INDEX} here", where=str(directory), hint=_hint(directory)
-        )
+        raise CheckpointError(f"no {_SINGLE} and no {_INDEX} here", where=str(directory), hint=_hint(directory))
     try:
-        files = [
-            directory / name for name in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-        ]
+        files = [directory / name for name in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not a safetensors index: {error}", where=str(index)) from error
     absent = [path.name for path in files if not path.is_file()]

@@ -21,19 +21,19 @@ class CapturedOutputs:
         return collector
 
     def capture(self, collector: dict[str, Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-        empty = {key: len(value) if isinstance(value, list) else value for key, value in collector.items()}
+        before = {key: len(value) for key, value in collector.items() if isinstance(value, list)}
+        settings = {key: value for key, value in collector.items() if key not in before}
 
         def captured(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, list[Any]]]:
-            # hidden states that came before are None here: hooks look only at how many there are
-            own = {key: [None] * value if key in lists else value for key, value in empty.items()}
+            # what came before stands as None here: hooks look only at how many there are
+            own: dict[str, Any] = {**settings, **{key: [None] * count for key, count in before.items()}}
             token = _active_collector.set(own)
             try:
                 outputs = forward(*args, **kwargs)
             finally:
                 _active_collector.reset(token)
-            return outputs, {key: own[key][empty[key] :] for key in lists}
+            return outputs, {key: own[key][count:] for key, count in before.items()}
 
-        lists = [key for key, value in collector.items() if isinstance(value, list)]
         return captured
 
     def deliver(self, collector: dict[str, Any], captured: dict[str, list[Any]]) -> None:

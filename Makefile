@@ -1,0 +1,51 @@
+# `make demo` and `make test` set up all they need on a fresh machine; `make help` lists the rest.
+
+# The Python of the tests and benchmarks. `make gpu-check PYTHON=python3` runs where torch is installed without a .venv.
+PYTHON ?= .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install fetch demo test check bench gpu-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv, with .venv/bin/zinf in it
+
+fetch: install ## get the demo's model and text into data/ (SmolLM2-135M and the King James Bible)
+	.venv/bin/python recipes/fetch_smollm2.py
+
+demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few minutes
+	.venv/bin/zinf launch recipes/smollm2-135m.yaml
+
+test: install ## run the unit and integration tests
+	$(PYTHON) -m pytest tests/unit tests/integration
+
+check: install ## lint, formatting and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy recipes/fetch_smollm2.py
+
+bench: install ## measure this machine, side by side with plain PyTorch
+	$(PYTHON) -m benchmarks.run
+
+gpu-check: ## the tests and benchmarks that need a GPU
+	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) -m benchmarks.run --device cuda
+
+clean: ## remove build products and caches; .venv, data and runs stay
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# Debian and Ubuntu ship venv as a package of its own. torch comes first and exact: on a machine without a GPU a bare
+# `torch` may bring gigabytes of CUDA. The stamp is written last, so an install cut short is taken up again.
+$(INSTALLED): pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'error: zinf needs Python 3.10 or newer' >&2; exit 1; }
+	@python3 -c 'import ensurepip' 2>/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+	  || { echo 'error: python3 has no venv: sudo apt-get install python3-venv' >&2; exit 1; }
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	@touch $@

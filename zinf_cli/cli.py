@@ -1,0 +1,90 @@
+"""The command line: flags in, one call, errors to exit codes. Nothing heavy is imported at top level."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zinf_cli.errors import RecipeError, UsageError, ZinfError
+
+app = typer.Typer(
+    name="zinf",
+    help="Train models that do not fit: parameters, gradients, optimizer states and activations "
+    "streamed through device, CPU and NVMe memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_debug = False
+
+
+@app.callback()
+def common(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+    """Options of every command."""
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def launch(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE ...]", help="Keys of the recipe, e.g. train.max_steps=20."),
+    ] = None,
+    hosts: Annotated[Path | None, typer.Option(help="A hostfile; without one, this machine.")] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
+) -> None:
+    """Plan a run, show the plan, train."""
+    if hosts is not None:
+        raise UsageError("--hosts is not available in this version", hint="run it on each machine by itself")
+    from rich.console import Console
+
+    from zinf_cli.launch.service import Request
+    from zinf_cli.launch.service import launch as run
+
+    run(Request(recipe, tuple(overrides or ()), slots, dry_run, as_json), Console(stderr=True))
+
+
+def main() -> None:
+    """The entry point: run the app, turn errors into one red line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except ZinfError as error:
+        _report(error)
+        raise SystemExit(error.exit_code) from None
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:  # click's usage errors, or a bug
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        raise SystemExit(getattr(error, "exit_code", 2)) from None
+
+
+def _report(error: ZinfError) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    if _debug:
+        traceback.print_exception(error)
+    lines = error.problems if isinstance(error, RecipeError) else [error.describe()]
+    console = Console(file=sys.stderr)
+    for line in lines:
+        console.print(Text("error: ", style="bold red") + Text(line), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

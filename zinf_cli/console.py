@@ -1,0 +1,194 @@
+"""What a user sees: the plan, a run as it goes, its summary. Everything goes to stderr; stdout is for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.plan.plan import Plan
+
+STATE_NAMES = {
+    "params": "parameters",
+    "grads": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "buffers": "buffers",
+    "compute": "compute, at its peak",
+    "framework": "Python and torch",
+}
+
+
+def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
+    """The plan as two tables: where the bytes lie per rank, and what that leaves on this machine."""
+    model = plan.figures.model
+    streamed = [unit for unit in model.units if not unit.resident]
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="dim")
+    head.add_column()
+    head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
+    head.add_row("host", f"this machine, {plan.ranks} {_ranks(plan)}, {plan.precision}")
+    sweeps = -(-plan.micro_batches // plan.per_sweep)
+    head.add_row(
+        "step",
+        f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
+        f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
+    )
+    head.add_row("expected", _expectation(plan))
+    if plan.nvme_folders:
+        head.add_row("nvme", ", ".join(plan.nvme_folders))
+    if defaults:
+        head.add_row("defaults", Text(", ".join(defaults), style="dim"))
+    return Panel(
+        Group(head, Text(), _bytes_table(plan), Text(), _limits_table(plan)),
+        title=f"zinf · {name}",
+        expand=False,
+    )
+
+
+def _ranks(plan: Plan) -> str:
+    kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
+    threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
+    return f"{kind} {'rank' if plan.ranks == 1 else 'ranks'}{threads}"
+
+
+def _expectation(plan: Plan) -> str:
+    text = f"bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute a step"
+    if plan.nvme_traffic:
+        text += f", {format_bytes(plan.nvme_traffic)} to and from NVMe ({plan.nvme_s:.2g} s at an assumed 2 GB/s)"
+    return text
+
+
+def _bytes_table(plan: Plan) -> Table:
+    tiers = ["device", "cpu", "nvme"] if plan.figures.machine.accelerators else ["cpu", "nvme"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("bytes per rank")
+    for tier in tiers:
+        table.add_column(tier, justify="right")
+    for line in plan.lines:
+        cells = [format_bytes(line.num_bytes) if tier == line.tier else "" for tier in tiers]
+        table.add_row(STATE_NAMES[line.what], *cells)
+    return table
+
+
+def _limits_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("on this machine")
+    table.add_column("needs", justify="right")
+    table.add_column("may use", justify="right")
+    table.add_column("limit set by", style="dim")
+    for limit in plan.limits:
+        table.add_row(limit.tier, format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
+    return table
+
+
+class RunView:
+    """A run as it goes: a live panel on a terminal, one plain line per logged step elsewhere."""
+
+    def __init__(self, console: Console, plan: Plan, interval: int) -> None:
+        self._console = console
+        self._plan = plan
+        self._interval = interval
+        self._latest: dict[str, Any] = {}
+        self._eval_loss: float | None = None
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        if self._console.is_terminal:
+            self._live = Live(Text("starting the ranks ..."), console=self._console, transient=True)
+            self._live.start()
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def say(self, line: str) -> None:
+        """One line for the user, above the live panel where there is one."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """A new line of metrics.jsonl."""
+        if "eval_loss" in metrics:
+            self._eval_loss = metrics["eval_loss"]
+        if "loss" in metrics:
+            self._latest = metrics
+        if self._live is not None:
+            if self._latest:
+                self._live.update(self._panel())
+        elif "loss" not in metrics:
+            self.say(f"before the first step: eval_loss {metrics['eval_loss']:.4f}")
+        elif metrics["step"] % self._interval == 0 or metrics["step"] == self._plan.max_steps:
+            self.say(step_line(metrics, self._plan.max_steps))
+
+    def _panel(self) -> RenderableType:
+        values = self._latest
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column()
+        table.add_row("step", f"{values['step']} of {self._plan.max_steps}")
+        table.add_row("", ProgressBar(total=self._plan.max_steps, completed=values["step"], width=40))
+        held_out = "" if self._eval_loss is None else f"   held-out {self._eval_loss:.4f}"
+        table.add_row("loss", f"{values['loss']:.4f}{held_out}   gradient norm {values['grad_norm']:.3g}")
+        table.add_row(
+            "speed",
+            f"{values['tokens_per_s']:.0f} tokens/s   {values['tflops_per_rank']:.3g} TFLOP/s per rank",
+        )
+        table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}   nvme {format_bytes(values['nvme_bytes'])}")
+        table.add_row("drive", _drive(values))
+        table.add_row("waiting", f"{100 * values['wait_s'] / values['step_s']:.0f} % of the step")
+        return Panel(table, title="zinf", expand=False)
+
+
+def step_line(values: dict[str, Any], max_steps: int) -> str:
+    """A step on one line of a log."""
+    held_out = f"  eval_loss {values['eval_loss']:.4f}" if "eval_loss" in values else ""
+    return (
+        f"step {values['step']}/{max_steps}  loss {values['loss']:.4f}{held_out}  "
+        f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
+        f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}  "
+        f"nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}"
+    )
+
+
+def _drive(values: dict[str, Any]) -> str:
+    seconds = values["step_s"]
+    return (
+        f"read {format_bytes(values['nvme_read_bytes'] / seconds)}/s  "
+        f"write {format_bytes(values['nvme_write_bytes'] / seconds)}/s"
+    )
+
+
+def summary_screen(summary: dict[str, Any]) -> RenderableType:
+    """The end of a run: the loss, speed, memory and traffic beside what was planned."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "measured", "planned"):
+        table.add_column(title, justify="left" if not title else "right")
+    measured, predicted = summary["measured"], summary["predicted"]
+
+    def row(name: str, key: str, form: Any) -> None:
+        cells = [form(part[key]) if part.get(key) is not None else "" for part in (measured, predicted)]
+        if any(cells):
+            table.add_row(name, *cells)
+
+    row("seconds per step (median)", "step_s", lambda v: f"{v:.2f}")
+    row("tokens per second (median)", "tokens_per_s", lambda v: f"{v:.0f}")
+    row("waiting for data", "wait_share", lambda v: f"{100 * v:.0f} %")
+    row("CPU memory of the host, peak", "host_cpu_bytes", format_bytes)
+    row("CPU memory of rank 0, peak", "cpu_bytes", format_bytes)
+    row("on NVMe, per rank", "nvme_bytes", format_bytes)
+    row("NVMe traffic per step and rank", "nvme_traffic", format_bytes)
+    lines: list[RenderableType] = [table, Text()]
+    losses = [f"loss {summary['first_loss']:.4f} → {summary['last_loss']:.4f}"] if summary["steps"] else []
+    if summary.get("first_eval_loss") is not None:
+        losses.append(f"held-out {summary['first_eval_loss']:.4f} → {summary['last_eval_loss']:.4f}")
+    lines.append(Text("   ".join(losses), style="bold"))
+    title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
+    return Panel(Group(*lines), title=title, expand=False)

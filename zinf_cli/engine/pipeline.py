@@ -1,0 +1,252 @@
+"""The fetch pipeline: everything a visit of a unit needs, started ahead of time and waited for one by one.
+
+The sweep announces its visits in order (`expect`). The pipeline issues their reads as far ahead as memory allows,
+always in visit order, so that memory is never held by a later visit while an earlier one starves: no deadlock. A visit
+that carries an update streams {gradient, exp_avg, exp_avg_sq[, master]} through chunk buffers, computes AdamW as chunks
+arrive and writes them back behind itself; the new parameters then go on to the other ranks and into compute. See
+docs/architecture.md, "The deferred update".
+
+All methods run on the compute thread; drives and collectives work in threads of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.fetch import Fetch
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.store import Unit
+from zinf_cli.engine.visit import Memory, Visit
+from zinf_cli.errors import CapacityError
+from zinf_cli.tiers.arena import Buffer
+from zinf_cli.tiers.tier import Transfer
+from zinf_cli.trace import Trace
+
+
+class Pipeline:
+    """Fetches in visit order; `acquire` and `release` bracket the compute of a visit."""
+
+    def __init__(self, units: Sequence[Unit], ranks: Ranks, memory: Memory, trace: Trace) -> None:
+        self.units = units
+        self.ranks = ranks
+        self.memory = memory
+        self.trace = trace
+        self.adamw: AdamW | None = None
+        """The settings pending updates are waiting for; None while the step's gradient norm is not known."""
+        self.wait_s = 0.0
+        self.norms: dict[int, torch.Tensor] = {}
+        """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
+        self._coming: deque[Visit] = deque()
+        self._fetches: deque[Fetch] = deque()
+        self._held: dict[int, Fetch] = {}
+        self._reducing: deque[tuple[Fetch, Transfer]] = deque()
+        self._draining: deque[tuple[list[Transfer], list[Buffer]]] = deque()
+
+    def expect(self, visits: Iterable[Visit]) -> None:
+        """Announce visits that will follow all announced before."""
+        self._coming.extend(visits)
+        self.advance()
+
+    def advance(self) -> None:
+        """Move everything that can move without waiting. Called between pieces of compute."""
+        self._reclaim()
+        while self._reducing and self._reducing[0][1].done():
+            self._finish_gradient(*self._reducing.popleft())
+        self._issue_ahead()
+        for fetch in self._fetches:
+            if not fetch.progress():
+                break
+        self._issue_ahead()
+
+    def acquire(self, visit: Visit) -> None:
+        """Bind the unit of the next visit; blocks until its bytes are there."""
+        fetch = self._next(visit)
+        self._complete(fetch)
+        self._fetches.popleft()
+        self._hold(fetch)
+
+    def acquire_aside(self, visit: Visit) -> None:
+        """Bind a unit that is not part of the announced order (the resident one)."""
+        fetch = Fetch(self, self._with_due_update(visit))
+        self._complete(fetch)
+        self._hold(fetch)
+
+    def _complete(self, fetch: Fetch) -> None:
+        while not fetch.progress(self.wait):
+            self._reclaim()
+            self._issue_ahead()
+            fetch.issue()
+            if fetch.starved:
+                self._make_room(fetch)
+
+    def _hold(self, fetch: Fetch) -> None:
+        fetch.bind()
+        self._held[fetch.visit.unit] = fetch
+        self.advance()
+
+    def give_up(self, visit: Visit) -> None:
+        """Release without a gradient: the visit turned out to be none, or its sweep was given up."""
+        fetch = self._held.pop(visit.unit)
+        fetch.unit.release()
+        fetch.let_go_of_slot()
+        fetch.let_go_of_grad([])
+
+    def give_up_held(self) -> None:
+        for fetch in list(self._held.values()):
+            self.give_up(fetch.visit)
+
+    def release(self, visit: Visit) -> None:
+        """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
+        fetch = self._held.pop(visit.unit)
+        fetch.unit.release()
+        fetch.let_go_of_slot()
+        if fetch.grad is not None:
+            layout = fetch.unit.layout.trainable
+            assert layout is not None
+            own = layout.slice_of(fetch.grad, self.ranks.rank)
+            self._reducing.append((fetch, self.ranks.reduce_scatter(own, fetch.grad, self.trace, fetch.unit.name)))
+        self.advance()
+
+    def finish_gradients(self) -> None:
+        """Wait until every gradient of the step is reduced (not until it is written)."""
+        while self._reducing:
+            self.wait(self._reducing[0][1])
+            self._finish_gradient(*self._reducing.popleft())
+
+    def settle(self) -> None:
+        """Wait for everything under way, announced fetches excepted."""
+        self.finish_gradients()
+        while self._draining:
+            self._drain_one()
+
+    def held_flats(self, unit: int) -> list[torch.Tensor]:
+        """The flats of a held unit."""
+        return self._held[unit].flats
+
+    def forget_coming(self) -> None:
+        """The prediction failed: drop announced visits, finish those under way (their updates count)."""
+        self._coming.clear()
+        while self._fetches:
+            fetch = self._fetches[0]
+            if not fetch.placed:
+                self._fetches.clear()
+                return
+            self._complete(fetch)
+            fetch.let_go_of_slot()
+            fetch.let_go_of_grad([])
+            self._fetches.popleft()
+
+    def drain_later(self, transfers: list[Transfer], buffers: list[Buffer]) -> None:
+        """Free `buffers` when `transfers` are done."""
+        if transfers:
+            self._draining.append((list(transfers), buffers))
+        else:
+            for buffer in buffers:
+                buffer.free()
+
+    def _next(self, visit: Visit) -> Fetch:
+        """The fetch of `visit`: the one that was announced, or a new one where the prediction failed."""
+        coming = self._fetches[0].visit if self._fetches else self._coming[0] if self._coming else None
+        if coming != visit:
+            self.forget_coming()
+        elif not self._fetches:
+            self._coming.popleft()
+        if not self._fetches:
+            self._fetches.append(Fetch(self, self._with_due_update(visit)))
+        return self._fetches[0]
+
+    def _with_due_update(self, visit: Visit) -> Visit:
+        return replace(visit, update=self.units[visit.unit].grad_ready and visit.nth == 0)
+
+    def _issue_ahead(self) -> None:
+        for fetch in self._fetches:
+            if not fetch.issued and not fetch.issue():
+                return
+        while self._coming:
+            self._fetches.append(Fetch(self, self._coming.popleft()))
+            if not self._fetches[-1].issue():
+                return
+
+    def _make_room(self, fetch: Fetch) -> None:
+        """Wait for something that frees buffers; nothing left to wait for means the plan was wrong."""
+        if self._reducing:
+            self.wait(self._reducing[0][1])
+            self._finish_gradient(*self._reducing.popleft())
+        elif self._draining:
+            self._drain_one()
+        elif not self._update_others(fetch):
+            raise CapacityError(
+                f"rank {self.ranks.rank}: no room for unit {fetch.unit.name} in {self.memory.slots.capacity} bytes",
+                hint="raise offload.cpu_memory or device_memory",
+            )
+
+    def _update_others(self, fetch: Fetch) -> bool:
+        """Let updates that read ahead finish, where a visit out of order needs their chunk buffers."""
+        for other in self._fetches:
+            if other is not fetch and other.placed and other.updating:
+                other.progress(self.wait)
+                return True
+        return False
+
+    def _drain_one(self) -> None:
+        transfers, buffers = self._draining.popleft()
+        for transfer in transfers:
+            self.wait(transfer)
+        for buffer in buffers:
+            buffer.free()
+
+    def _reclaim(self) -> None:
+        for _ in range(len(self._draining)):
+            transfers, buffers = self._draining.popleft()
+            if all(transfer.done() for transfer in transfers):
+                for transfer in transfers:
+                    transfer.wait()  # an error of a write surfaces here
+                for buffer in buffers:
+                    buffer.free()
+            else:
+                self._draining.append((transfers, buffers))
+
+    def wait(self, transfer: Transfer) -> None:
+        if not transfer.done():
+            start = time.perf_counter()
+            transfer.wait()
+            end = time.perf_counter()
+            self.wait_s += end - start
+            self.trace.add("wait", "wait", start, end)
+        else:
+            transfer.wait()
+
+    def _finish_gradient(self, fetch: Fetch, reduced: Transfer) -> None:
+        """Add what earlier visits left, note the norm, write the slice to its tier."""
+        reduced.wait()
+        unit, layout = fetch.unit, fetch.unit.layout.trainable
+        assert layout is not None
+        assert fetch.grad is not None
+        assert unit.grad is not None
+        own = layout.slice_of(fetch.grad, self.ranks.rank)
+        home = unit.grad.view()
+        if fetch.carry is not None:
+            own = fetch.carry.add_(own)
+        elif home is not None and fetch.grad_in_buffer:
+            home.view(torch.float32).copy_(own)
+        unit.backwards += 1
+        if fetch.visit.final:
+            unit.backwards = 0
+            self._note_norms(fetch.visit.unit, unit, own)
+            unit.grad_ready = True
+        fetch.let_go_of_grad([] if home is not None else [unit.grad.write(0, own.view(torch.uint8))])
+
+    def _note_norms(self, number: int, unit: Unit, own: torch.Tensor) -> None:
+        assert unit.layout.trainable is not None
+        if self.ranks.world_size > 1:
+            self.norms[number] = torch.linalg.vector_norm(own).double()
+            return
+        for place, touched in zip(unit.layout.trainable.params, unit.touched, strict=True):
+            if touched:
+                self.norms[place.index] = torch.linalg.vector_norm(place.view(own))

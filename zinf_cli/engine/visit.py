@@ -1,0 +1,52 @@
+"""The vocabulary of a step: visits of units, and the memory they work in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from zinf_cli.tiers.arena import Arena
+
+
+class Kind(Enum):
+    FORWARD = "forward"
+    TURN = "turn"
+    """The last unit of a sweep: forward and backward in one visit."""
+    BACKWARD = "backward"
+    FLUSH = "flush"
+    """Only the pending update."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One stop at a unit."""
+
+    unit: int
+    kind: Kind
+    update: bool = field(default=False, compare=False)
+    """The unit's pending update happens on the way in."""
+    nth: int = 0
+    """How many backward visits of this step came before; their gradient is added to."""
+    final: bool = False
+    """The gradient of the step is complete after this visit."""
+
+    @property
+    def accumulate(self) -> bool:
+        return self.nth > 0
+
+    @property
+    def has_grads(self) -> bool:
+        return self.kind in (Kind.TURN, Kind.BACKWARD)
+
+
+@dataclass
+class Memory:
+    """The buffers a pipeline works in, all on the compute device."""
+
+    slots: Arena
+    """Parameters and gradients of held and coming units."""
+    resident: Arena
+    """The resident unit, for the whole step."""
+    chunks: Arena
+    """Equal buffers of the update."""
+    chunk_numel: int

@@ -1,0 +1,264 @@
+"""The recipe: a strict schema of what a run is. Every key has a default that is written out in the run's folder.
+
+recipe_file.py reads YAML and key=value overrides into it and words the errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from zinf_cli.amounts import parse_bytes
+
+Tier = Literal["auto", "device", "cpu", "nvme"]
+
+
+def _absolute(value: Any) -> Any:
+    """Paths are relative to the directory the command runs in, `~` is the home; stored absolute."""
+    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+
+
+def _paths(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        value = [value]
+    return tuple(_absolute(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 5e-5 as a string; everybody means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _size(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+Number = Annotated[float, BeforeValidator(_number)]
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown keys; an int is not a string and a string not an int."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """What is trained."""
+
+    name_or_path: AbsolutePath | None = None
+    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer."""
+    config: dict[str, Any] | None = None
+    """Instead of name_or_path: a transformers config with its model_type; weights are drawn from the seed."""
+    init: Literal["pretrained", "random"] | None = None
+    """Where weights come from; pretrained for a directory, random for a config."""
+
+    @field_validator("name_or_path")
+    @classmethod
+    def _is_checkpoint(cls, path: Path | None) -> Path | None:
+        if path is not None and not (path / "config.json").is_file():
+            what = "no config.json in" if path.is_dir() else "no such directory:"
+            raise ValueError(f"{what} {path}; download a model first: hf download ORG/NAME --local-dir DIRECTORY")
+        return path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_init(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("init") is None:
+            return {**values, "init": "pretrained" if values.get("name_or_path") else "random"}
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give either name_or_path (a checkpoint directory) or config (a transformers config)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs a model_type, e.g. model_type: llama")
+        if self.config is not None and self.init == "pretrained":
+            raise ValueError("init: pretrained needs name_or_path; a config has no weights")
+        return self
+
+
+class Dataset(Section):
+    """What it is trained on."""
+
+    path: Paths
+    """A file, a folder or a list of them: .txt .jsonl .parquet, or .npy (one-dimensional integers: tokens already)."""
+    text_field: str = "text"
+    """The field of .jsonl and .parquet records that holds the text."""
+    messages_field: str | None = None
+    """Instead of text: a field with chat messages; loss on the assistant's turns only."""
+    tokenizer: AbsolutePath | None = None
+    """A directory with a tokenizer, where it is not the model's."""
+    eval_path: Paths | None = None
+    """Held-out text."""
+    eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Instead of eval_path: hold out this share at the end of the text."""
+    shuffle: bool = True
+    """false: consecutive windows in order, starting over at the end."""
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _exists(cls, paths: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
+        for path in paths or ():
+            if not path.exists():
+                raise ValueError(f"no such file or folder: {path}")
+        return paths
+
+    @model_validator(mode="after")
+    def _one_held_out(self) -> Dataset:
+        if self.eval_path is not None and self.eval_fraction is not None:
+            raise ValueError("give either eval_path or eval_fraction")
+        return self
+
+
+class Train(Section):
+    """How long, in what pieces, in what precision."""
+
+    seq_len: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of a sequence."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Sequences a rank computes at once."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches of a step; the global batch is micro_batch_size times this, for any number of ranks."""
+    micro_batches_per_sweep: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """How many micro-batches pass the model together; more need more memory for activations, less traffic."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Updates; or give epochs."""
+    epochs: Annotated[Number, Field(gt=0)] | None = None
+    """Passes over the text, where max_steps is not given; 1 by default."""
+    eval_interval: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; always before the first step and after the last where there is held-out text."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the compute; master weights and gradients are fp32. auto: bf16 on CUDA, fp32 on a CPU."""
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm; null: do not clip."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is NaN or infinite does: end the run, or skip the update."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give either max_steps or epochs")
+        return self
+
+
+class Optimizer(Section):
+    """torch.optim.AdamW, bit for bit."""
+
+    name: Literal["adamw"] = "adamw"
+    """The only one so far."""
+    lr: Annotated[Number, Field(ge=0)] = 5e-5
+    """Peak learning rate."""
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    """Decoupled, on every trainable parameter."""
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class LrScheduler(Section):
+    """The learning rate over the steps, as transformers' get_*_schedule_with_warmup."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """The shape after the warmup."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps from 0 to lr."""
+    min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    """Where linear and cosine end, as a share of lr."""
+
+
+class Offload(Section):
+    """Where each class of state lies; the losses are the same wherever that is."""
+
+    params: Tier = "auto"
+    """The parameters, in the compute precision."""
+    grads: Tier = "auto"
+    """The gradients, fp32."""
+    optimizer: Tier = "auto"
+    """Both moments, fp32, and the master weights where the compute is 16-bit."""
+    activations: Tier = "auto"
+    """The inputs of units between forward and backward."""
+    nvme_path: Paths | None = None
+    """Folders on drives, striped; by default one in the run's folder."""
+    cpu_memory: Size | None = None
+    """Most CPU memory of a host the run may take, e.g. 48GiB."""
+    device_memory: Size | None = None
+    """Most memory of an accelerator."""
+    nvme_space: Size | None = None
+    """Most space on the drives of a host."""
+    pin_memory: Literal["auto"] | bool = "auto"
+    """Page-locked CPU buffers for an accelerator; auto: where the system allows."""
+
+
+class Checkpoint(Section):
+    """Checkpoints of a run."""
+
+    interval: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; null: none."""
+    keep_latest_k: Annotated[int, Field(ge=1)] | None = None
+    """Older ones are removed."""
+    resume: Literal["auto", "never"] | AbsolutePath = "auto"
+    """auto: from the newest in the run's folder, if there is one."""
+
+
+class Logging(Section):
+    """What is shown."""
+
+    interval: Annotated[int, Field(ge=1)] = 1
+    """Steps between lines (metrics.jsonl has every step)."""
+    tensorboard: bool = True
+    """Event files in the run's folder."""
+
+
+class Profiler(Section):
+    """The timeline of a run, trace.json."""
+
+    enabled: bool = False
+    """Record it."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Only the first steps; null: all."""
+
+
+class Recipe(Section):
+    """A run."""
+
+    model: Model
+    """What is trained."""
+    dataset: Dataset
+    """What it is trained on."""
+    train: Train = Train()
+    """How long, in what pieces, in what precision."""
+    optimizer: Optimizer = Optimizer()
+    """AdamW."""
+    lr_scheduler: LrScheduler = LrScheduler()
+    """The learning rate over the steps."""
+    offload: Offload = Offload()
+    """Where each class of state lies."""
+    activation_checkpointing: Literal["unit", "none", "auto"] = "auto"
+    """unit: recompute each unit in the backward pass."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Checkpoints of a run."""
+    logging: Logging = Logging()
+    """What is shown."""
+    profiler: Profiler = Profiler()
+    """The timeline of a run."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the weights (init: random), the order of the data, and dropout."""
+    output_dir: AbsolutePath = Path("runs/run")
+    """The run's folder; runs/NAME of the recipe's file by default."""

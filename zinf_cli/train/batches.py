@@ -1,0 +1,106 @@
+"""The order of windows, and how a global batch is dealt to ranks and micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from zinf_cli.errors import DatasetError, UsageError
+from zinf_cli.train.data import TokenStream
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward computes on. A share that is empty is one window with everything masked."""
+
+    input_ids: torch.Tensor
+    """int64 [sequences, seq_len]."""
+    labels: torch.Tensor
+    """int64 [sequences, seq_len]; -100 where there is no loss."""
+    num_targets: int
+    """Labels the loss averages over: each sequence's first predicts nothing."""
+    index: int
+    """Its place among all micro-batches of the step, over ranks."""
+
+
+class BatchOrder:
+    """Which windows each step takes: a permutation per epoch from (seed, epoch), one epoch after another, no gaps."""
+
+    def __init__(self, num_windows: int, sequences_per_step: int, seed: int, shuffle: bool) -> None:
+        if num_windows < sequences_per_step:
+            raise DatasetError(
+                f"the text has {num_windows} windows, fewer than the {sequences_per_step} of one batch",
+                hint="give more text, or lower train.seq_len, micro_batch_size or gradient_accumulation_steps",
+            )
+        self._num_windows = num_windows
+        self._sequences = sequences_per_step
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._permutation: np.ndarray[tuple[int], np.dtype[np.int64]] = np.arange(0)
+
+    def windows(self, step: int) -> tuple[int, ...]:
+        """Window numbers of `step` (from 0), in order."""
+        first = step * self._sequences
+        return tuple(self._window(place) for place in range(first, first + self._sequences))
+
+    def steps_for(self, epochs: float) -> int:
+        """Steps until every window has been seen `epochs` times."""
+        return math.ceil(epochs * self._num_windows / self._sequences)
+
+    def _window(self, place: int) -> int:
+        epoch, inside = divmod(place, self._num_windows)
+        if not self._shuffle:
+            return inside
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._epoch, self._permutation = epoch, generator.permutation(self._num_windows)
+        return int(self._permutation[inside])
+
+
+def deal(windows: Sequence[int], rank: int, world_size: int, micro_batch_size: int) -> list[tuple[int, ...]]:
+    """This rank's micro-batches of a global batch.
+
+    Ranks get contiguous shares that differ by at most one window, in equally many micro-batches of at most
+    `micro_batch_size`; the last of a smaller share may be empty. Joined over ranks they are `windows`.
+    """
+    if len(windows) < world_size:
+        raise UsageError(
+            f"{len(windows)} sequences per step can't be dealt to {world_size} ranks",
+            hint="raise train.gradient_accumulation_steps, or use fewer ranks",
+        )
+    first, last = _share(len(windows), rank, world_size)
+    mine = tuple(windows[first:last])
+    largest_share = math.ceil(len(windows) / world_size)
+    count = math.ceil(largest_share / micro_batch_size)
+    if len(mine) == count * micro_batch_size:
+        sizes = [micro_batch_size] * count
+    else:
+        sizes = [b - a for a, b in (_share(len(mine), number, count) for number in range(count))]
+    dealt = []
+    start = 0
+    for size in sizes:
+        dealt.append(mine[start : start + size])
+        start += size
+    return dealt
+
+
+def _share(count: int, number: int, of: int) -> tuple[int, int]:
+    """Bounds of part `number` when `count` things are cut into `of` parts, the larger ones first."""
+    size, more = divmod(count, of)
+    first = number * size + min(number, more)
+    return first, first + size + (1 if number < more else 0)
+
+
+def collate(stream: TokenStream, windows: Sequence[int], seq_len: int, index: int) -> MicroBatch:
+    """The micro-batch of `windows`."""
+    pairs = [stream.window(window, seq_len) for window in windows or (0,)]
+    input_ids = torch.stack([ids for ids, _ in pairs])
+    labels = torch.stack([label for _, label in pairs])
+    if not windows:
+        labels = torch.full_like(labels, -100)
+    return MicroBatch(input_ids, labels, int((labels[:, 1:] != -100).sum()), index)

@@ -1,0 +1,133 @@
+"""`python -m zinf_cli.train.describe RECIPE [--slots N]`: what the plan needs to know, as one JSON document.
+
+The launcher runs this as a subprocess, so that it stays light itself. Everything about the input that can be wrong is
+found here: the model's config, the checkpoint's tensors, the text. An error is printed as
+{"error": ..., "exit_code": ...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.survey import Survey, UnitUse
+from zinf_cli.engine.units import UnitLayout
+from zinf_cli.errors import ZinfError
+from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import load_recipe
+from zinf_cli.train.setup import (
+    DTYPES,
+    model_source,
+    open_model,
+    open_text,
+    resolve_precision,
+    survey_model,
+    vocabulary_of,
+)
+from zinf_cli.train.weights import open_weights
+
+
+def describe(recipe: Recipe, slots: int | None) -> Figures:
+    """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine."""
+    accelerators = torch.cuda.device_count()
+    device = torch.device("cuda" if accelerators else "cpu")
+    ranks = slots or accelerators or 1
+    precision = resolve_precision(recipe, device)
+    model = open_model(recipe, precision)
+    open_weights(model, model_source(recipe))
+    text = open_text(recipe, vocabulary_of(model))
+    seen = survey_model(model, recipe, ranks)
+    held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
+    data = DataFigures(len(text.train), text.train.num_windows(recipe.train.seq_len), held_out, text.max_steps)
+    return Figures(_model_figures(model, seen, recipe), data, _machine(device, precision, ranks), ranks, precision)
+
+
+def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe) -> ModelFigures:
+    return ModelFigures(
+        architecture=type(model).__name__,
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        units=tuple(
+            _unit_figures(layout, seen.uses.get(number, UnitUse()), seen.order.count(number))
+            for number, layout in enumerate(seen.units)
+        ),
+        order=seen.order,
+        glue_bytes=seen.glue_bytes,
+        loss_bytes=seen.loss_bytes,
+        surveyed=seen.complete,
+        flops_per_token=_flops_per_token(model, recipe.train.seq_len),
+    )
+
+
+def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
+    return UnitFigures(
+        name=layout.name,
+        trainable_numel=sum(flat.numel for flat in layout.flats if flat.trainable),
+        frozen_numel=sum(flat.numel for flat in layout.flats if not flat.trainable),
+        largest_param_numel=max((param.numel for param in layout.params()), default=0),
+        resident=layout.resident,
+        calls=calls,
+        input_bytes=use.input_bytes,
+        largest_input_bytes=use.largest_input_bytes,
+        saved_bytes=use.saved_bytes,
+        output_bytes=use.output_bytes,
+    )
+
+
+def _flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """6 per weight that multiplies every token, and 6·seq_len·hidden per layer for causal attention."""
+    causal: Any = model
+    output = causal.get_output_embeddings()
+    tied = id(output.weight) if output is not None else 0
+    looked_up = {
+        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    weights -= sum(numel for key, numel in looked_up.items() if key != tied)
+    config = causal.config
+    layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+    return 6.0 * weights + 6.0 * layers * hidden * seq_len
+
+
+def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures:
+    cores = len(os.sched_getaffinity(0))
+    free = 0
+    if device.type == "cuda":
+        free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    else:
+        torch.set_num_threads(max(1, cores // ranks))
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, dtype=DTYPES.get(precision, torch.bfloat16), device=device)
+    (a @ a).sum().item()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best)
+
+
+def main() -> None:
+    """Print the figures, or the error a user should see, as JSON on the real stdout; everything else goes to stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    slots = int(sys.argv[3]) if sys.argv[2:3] == ["--slots"] else None
+    try:
+        document: dict[str, Any] = dataclasses.asdict(describe(load_recipe(Path(sys.argv[1])), slots))
+    except ZinfError as error:
+        document = {"error": error.describe(), "exit_code": error.exit_code}
+    json.dump(document, out)
+    out.close()
+
+
+if __name__ == "__main__":
+    main()

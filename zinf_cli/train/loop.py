@@ -1,0 +1,271 @@
+"""The training loop of one rank, from the recipe and the plan in the run's folder to its last step."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.sweep import MicroBatch
+from zinf_cli.errors import NonFiniteError
+from zinf_cli.plan.plan import Plan
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import load_recipe
+from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.trace import Trace
+from zinf_cli.train import batches
+from zinf_cli.train.metrics import Metrics, PeakMemory
+from zinf_cli.train.rank_process import stop_requested
+from zinf_cli.train.schedule import learning_rate
+from zinf_cli.train.setup import (
+    DTYPES,
+    Text,
+    model_loss,
+    model_source,
+    open_model,
+    open_text,
+    survey_model,
+    vocabulary_of,
+)
+from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.weights import load_buffers, open_weights
+
+
+def train(run_dir: Path) -> int:
+    """Run the recipe of `run_dir`; 0 when it is done or was asked to stop."""
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    plan = Plan.load(run_dir / "plan.json")
+    device = _device(plan)
+    ranks = Ranks.join(device) if plan.ranks > 1 else Ranks()
+    trace = Trace(ranks.rank)
+    engine, model = _open_engine(recipe, plan, device, ranks, trace)
+    metrics = None
+    try:
+        text = open_text(recipe, vocabulary_of(model))
+        if ranks.rank == 0:
+            metrics = Metrics(run_dir, interval=recipe.logging.interval, tensorboard=recipe.logging.tensorboard)
+        Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device).go()
+    finally:
+        if recipe.profiler.enabled:
+            trace.write(run_dir / "logs" / f"trace-{ranks.rank:05d}.json")
+        if metrics is not None:
+            metrics.close()
+        engine.close()
+    ranks.leave()
+    return 0
+
+
+def _device(plan: Plan) -> torch.device:
+    if not plan.figures.machine.accelerators:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _open_engine(
+    recipe: Recipe, plan: Plan, device: torch.device, ranks: Ranks, trace: Trace
+) -> tuple[Engine, torch.nn.Module]:
+    """The model with its state on the plan's tiers, its weights loaded unit by unit."""
+    model = open_model(recipe, plan.precision)
+    weights = open_weights(model, model_source(recipe))
+    load_buffers(model, model_source(recipe))
+    seen = survey_model(model, recipe, ranks.world_size)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    options = EngineOptions(
+        **plan.placement,
+        nvme_folders=tuple(Path(folder) for folder in plan.nvme_folders),
+        nvme_bytes=plan.nvme_bytes,
+        slot_bytes=plan.working.slot_bytes,
+        resident_bytes=plan.working.resident_bytes,
+        chunk_numel=plan.working.chunk_numel,
+        num_chunks=plan.working.num_chunks,
+        staging_bytes=plan.working.staging_bytes,
+        device=device,
+        dtype=DTYPES[plan.precision],
+        micro_batches_per_sweep=plan.per_sweep,
+    )
+    engine = Engine(
+        model,
+        seen.units,
+        options,
+        ranks,
+        trace,
+        order=seen.order,
+        side_outputs=CapturedOutputs(),
+        notice=lambda line: print(f"note: {line}", file=sys.stderr, flush=True),
+    )
+    engine.load(weights.read)
+    return engine, model
+
+
+@dataclass
+class Run:
+    """One run on one rank."""
+
+    recipe: Recipe
+    plan: Plan
+    run_dir: Path
+    engine: Engine
+    model: torch.nn.Module
+    text: Text
+    ranks: Ranks
+    metrics: Metrics | None
+    device: torch.device
+
+    def go(self) -> None:
+        """Every step, with evaluations where the recipe asks for them."""
+        max_steps = self.plan.max_steps
+        self._peak = PeakMemory()
+        self._moved = self._traffic()
+        interval = self.recipe.train.eval_interval
+        if self.text.held_out is not None:
+            self._write({"step": 0, "eval_loss": self._evaluate()})
+        for step in range(max_steps):
+            stopping = self._stop_requested()
+            if stopping:
+                break
+            self.engine.trace.enabled = self.recipe.profiler.enabled and (
+                self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
+            )
+            values = self._step(step, more=step + 1 < max_steps or self.text.held_out is not None)
+            last = step + 1 == max_steps
+            if self.text.held_out is not None and (last or (interval and (step + 1) % interval == 0)):
+                values["eval_loss"] = self._evaluate()
+            self._write(values)
+        self.engine.flush()
+
+    def _step(self, step: int, *, more: bool) -> dict[str, Any]:
+        start = time.perf_counter()
+        self._peak.reset()
+        lr = learning_rate(self.recipe, step, self.plan.max_steps)
+        windows = self.text.order.windows(step)
+        mine = self._micro_batches(self.text.train, windows)
+        targets = self._sum([float(sum(batch.num_targets for batch in mine))])[0]
+        work = [self._work(batch, batch.num_targets / max(1.0, targets), step) for batch in mine]
+        optimizer = self.recipe.optimizer
+        adamw = AdamW(lr, *optimizer.betas, optimizer.eps, optimizer.weight_decay)
+        result = self.engine.train_step(work, adamw, max_grad_norm=self.recipe.train.max_grad_norm, more=more)
+        weighted = sum(
+            loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
+        )
+        loss = self._sum([weighted])[0] / max(1.0, targets)
+        if not (result.finite and math.isfinite(loss)):
+            self._non_finite(step, loss, result, windows)
+        tokens = len(windows) * self.recipe.train.seq_len
+        seconds = time.perf_counter() - start
+        flops = self.plan.figures.model.flops_per_token * tokens / self.ranks.world_size
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": tokens,
+            "step_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "tflops_per_rank": flops / seconds / 1e12,
+            "wait_s": result.wait_s,
+            **self._memory(),
+        }
+
+    def _micro_batches(self, stream: Any, windows: Sequence[int]) -> list[batches.MicroBatch]:
+        """This rank's share of a global batch."""
+        shares = batches.deal(
+            tuple(windows), self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size
+        )
+        first = self.ranks.rank * len(shares)
+        return [
+            batches.collate(stream, share, self.recipe.train.seq_len, first + number)
+            for number, share in enumerate(shares)
+        ]
+
+    def _work(self, batch: batches.MicroBatch, weight: float, step: int) -> MicroBatch:
+        seed = hash((self.recipe.seed, step, batch.index)) & 0x7FFF_FFFF_FFFF_FFFF
+        ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+        if batch.num_targets == 0:  # all masked: the mean over nothing is NaN, so take another and weigh it 0
+            labels = ids
+        return MicroBatch(partial(model_loss, self.model, ids, labels), weight, seed)
+
+    def _evaluate(self) -> float:
+        """Mean loss over the held-out windows, all ranks together."""
+        assert self.text.held_out is not None
+        count = self.text.held_out.num_windows(self.recipe.train.seq_len)
+        size = self.recipe.train.micro_batch_size
+        per_pass = max(self.ranks.world_size, self.plan.per_sweep * size * self.ranks.world_size)
+        self.model.eval()
+        loss = targets = 0.0
+        for first in range(0, count, per_pass):
+            windows = list(range(first, min(first + per_pass, count)))
+            padding = max(0, self.ranks.world_size - len(windows))
+            mine = self._micro_batches(self.text.held_out, windows + [windows[0]] * padding)
+            losses = self.engine.evaluate([self._work(batch, 0.0, 0) for batch in mine])
+            real = [batch.num_targets if padding == 0 or self.ranks.rank < len(windows) else 0 for batch in mine]
+            loss += sum(value * n for value, n in zip(losses, real, strict=True) if n)
+            targets += sum(real)
+        self.model.train()
+        loss, targets = self._sum([loss, targets])
+        return loss / max(1.0, targets)
+
+    def _non_finite(self, step: int, loss: float, result: StepResult, windows: Sequence[int]) -> None:
+        """The engine has already dropped the update; stop, or go on where the recipe says so."""
+        what = f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (windows {_ranges(windows)})"
+        if self.recipe.train.non_finite == "skip":
+            print(f"note: skipped {what}", file=sys.stderr, flush=True)
+            return
+        raise NonFiniteError(
+            what,
+            hint="look at these windows of the text, lower optimizer.lr, or set train.non_finite=skip",
+        )
+
+    def _sum(self, values: list[float]) -> list[float]:
+        if self.ranks.world_size == 1:
+            return values
+        summed = self.ranks.sum(torch.tensor(values, dtype=torch.float64, device=self.device))
+        return [float(value) for value in summed]
+
+    def _stop_requested(self) -> bool:
+        asked = stop_requested(self.run_dir) if self.ranks.rank == 0 else False
+        return self._sum([float(asked)])[0] > 0
+
+    def _traffic(self) -> tuple[int, int]:
+        tiers = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
+        return sum(tier.read_bytes for tier in tiers), sum(tier.write_bytes for tier in tiers)
+
+    def _memory(self) -> dict[str, int]:
+        """Peaks of this rank in the step, and what went to and from its drives."""
+        read, write = self._traffic()
+        before, self._moved = self._moved, (read, write)
+        values = {
+            "device_bytes": self.engine.device_bytes(),
+            "cpu_bytes": self._peak.read(),
+            "nvme_bytes": sum(t.used for t in self.engine.tiers.distinct() if isinstance(t, NvmeTier)),
+            "nvme_read_bytes": read - before[0],
+            "nvme_write_bytes": write - before[1],
+        }
+        if self.device.type == "cuda":
+            values["gpu_mem_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return values
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(values)
+
+
+def _ranges(windows: Sequence[int]) -> str:
+    shown = ", ".join(str(window) for window in windows[:8])
+    return shown + (", ..." if len(windows) > 8 else "")

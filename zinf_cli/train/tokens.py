@@ -1,0 +1,102 @@
+"""The model's tokenizer: documents and chats to tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.errors import DatasetError
+from zinf_cli.train.documents import Document
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+
+
+class Tokenizer:
+    """A tokenizer directory of a checkpoint, opened with transformers."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            raise DatasetError(
+                f"no usable tokenizer: {str(error).splitlines()[0]}",
+                where=str(directory),
+                hint="set dataset.tokenizer to a directory with tokenizer.json",
+            ) from error
+        self._tokenizer.model_max_length = int(1e30)  # windows are cut later: no warning about long texts
+        self._directory = directory
+
+    @staticmethod
+    def fingerprint(directory: Path) -> list[str]:
+        """Hashes of the files that decide its tokens."""
+        return [
+            f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
+            for name in TOKENIZER_FILES
+            if (directory / name).is_file()
+        ]
+
+    def encode_text(self, document: Document) -> list[int]:
+        """Tokens of a text without special tokens, and the end-of-text token where the document ends."""
+        if not isinstance(document.content, str):
+            raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
+        ids: list[int] = self._tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        return [*ids, end] if document.ends and end is not None else ids
+
+    def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
+        """Tokens of a dialog in the chat template, and which of them the assistant says (its turn's end included).
+
+        What the assistant says is what rendering the dialog up to and including its turn adds to rendering it up to
+        the prompt for that turn; so any template whose rendering only grows will do.
+        """
+        messages = self._check(document)
+        whole = self._render(messages, document, prompt=False)
+        said: list[tuple[int, int]] = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:number], document, prompt=True)
+                after = self._render(messages[: number + 1], document, prompt=False)
+                if not (whole.startswith(after) and after.startswith(before)):
+                    raise DatasetError(
+                        "the chat template rewrites earlier turns, so the assistant's part can't be told",
+                        where=document.where,
+                        hint="use a template that only appends, or dataset.text_field with rendered dialogs",
+                    )
+                said.append((len(before), len(after)))
+        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
+        return encoded["input_ids"], mask
+
+    def _check(self, document: Document) -> list[dict[str, Any]]:
+        messages = document.content
+        if not isinstance(messages, list) or not messages:
+            raise DatasetError("expected a list of messages {role, content}", where=document.where)
+        for message in messages:
+            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+                raise DatasetError(f"expected a message {{role, content}}, got {message!r:.80}", where=document.where)
+        return messages
+
+    def _render(self, messages: list[dict[str, Any]], document: Document, *, prompt: bool) -> str:
+        if not self._tokenizer.chat_template:
+            raise DatasetError(
+                "this tokenizer has no chat template",
+                where=str(self._directory),
+                hint="use an instruct model's tokenizer, or dataset.text_field",
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template may raise what it likes
+            raise DatasetError(f"the chat template refuses this dialog: {error}", where=document.where) from error
+        return text
