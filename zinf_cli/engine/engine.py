@@ -95,6 +95,7 @@ class Engine:
         notice: Callable[[str], None] = log.warning,
     ) -> None:
         """`order` is the expected order of units in a forward (by index); without it, module order."""
+        self.model = model
         self._options = options
         self._ranks = ranks or Ranks()
         self._notice = notice

@@ -99,6 +99,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__bool__", "item") and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # what models ask of data here: is nothing masked, is nothing packed
+        if name == "rand":
+            return torch.ones_like(func(*args, **(kwargs or {})))  # LayerDrop drops no layer
         if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
             return args[0] @ args[1][0]  # experts: every row meets one of them; torch refuses fp32 on meta
         if name != "__get__":  # reading weight.dtype uses no data

@@ -1,0 +1,87 @@
+"""Several ranks over gloo: bit-identical for every placement, and the losses of one rank within rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from plain import plain_losses, relative_difference
+from tiny_models import random_source
+
+STEPS, COUNT = 5, 6
+CLASSES = ("params", "grads", "optimizer", "activations")
+
+WORKER = """
+import json, sys, torch
+from pathlib import Path
+from plain import engine_losses, open_engine
+from tiny_models import random_source
+from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.ranks import Ranks
+
+torch.set_num_threads(1)
+ranks = Ranks.join(torch.device("cpu"))
+steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+for name, changes, placement in json.loads(sys.argv[4]):
+    options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
+    engine = open_engine(random_source(name, **changes), options, ranks)
+    losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size)
+    print(json.dumps(losses), flush=True)
+ranks.leave()
+"""
+
+
+def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[str, str]]], folder: Path) -> list:
+    """For each case, the losses of all micro-batches of every step, ranks side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "unit"), str(Path(__file__).parents[2])]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+    }
+    command = [sys.executable, "-c", WORKER, str(STEPS), str(COUNT), str(folder), json.dumps(cases)]
+    processes = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(world_size)
+    ]
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world_size
+    by_rank = [[json.loads(line) for line in lines.splitlines() if line.startswith("[[")] for lines in printed]
+    return [[sum(step, []) for step in zip(*case, strict=True)] for case in zip(*by_rank, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: Path) -> None:
+    placements = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
+    placements += [{state: "nvme"} for state in CLASSES]
+    architectures: list[tuple[str, dict[str, object]]] = [
+        ("llama-tied", {"attention_dropout": 0.2}),
+        ("mixtral", {}),
+        ("t5", {}),
+    ]
+    cases = [("llama", {}, placement) for placement in placements]
+    cases += [(name, changes, placements[2]) for name, changes in architectures]
+    found = run_ranks(world_size, cases, tmp_path)
+    llama, others = found[: len(placements)], found[len(placements) :]
+    assert all(losses == llama[0] for losses in llama)
+    assert relative_difference(llama[0], plain_losses(random_source("llama"), STEPS, count=COUNT)) < 1e-5
+    for losses, (name, changes) in zip(others, architectures, strict=True):
+        source = random_source(name, **changes)
+        assert relative_difference(losses, plain_losses(source, STEPS, count=COUNT)) < 1e-5
+    assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[]] * world_size

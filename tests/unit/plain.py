@@ -1,0 +1,146 @@
+"""The reference, a plain PyTorch loop with AdamW, accumulation and clip_grad_norm_; and the engine on its batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.survey import survey
+from zinf_cli.engine.sweep import MicroBatch
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.setup import model_loss
+from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.weights import open_weights
+
+LR, CLIP = 1e-3, 1.0
+MIB = 2**20
+
+
+def batches(step: int, count: int) -> list[torch.Tensor]:
+    """`count` micro-batches of token ids, int64 [2, 12]."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randint(3, 90, (2, 12), generator=generator) for _ in range(count)]
+
+
+def freeze_params(model: nn.Module, part: str) -> None:
+    for name, param in model.named_parameters():
+        if part and part in name:
+            param.requires_grad_(False)
+
+
+def plain_losses(
+    source: ModelSource,
+    steps: int,
+    *,
+    count: int = 3,
+    clip: float | None = CLIP,
+    dtype: torch.dtype = torch.float32,
+    freeze: str = "",
+    parameters: dict[str, torch.Tensor] | None = None,
+) -> list[list[float]]:
+    """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step."""
+    blank = build_model(source)
+    model: Any = type(blank)._from_config(blank.config, dtype=dtype)
+    values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
+    masters = {}
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(values[name])
+            if dtype != torch.float32:
+                param.grad_dtype = torch.float32
+            masters[name] = values[name].clone() if dtype != torch.float32 else param
+    model.train()
+    freeze_params(model, freeze)
+    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    optimizer = torch.optim.AdamW([masters[name] for name in named], lr=LR, weight_decay=0.01)
+    losses: list[list[float]] = []
+    for step in range(steps):
+        losses.append([])
+        for number, ids in enumerate(batches(step, count)):
+            torch.manual_seed(1000 * step + number)
+            loss = model_loss(model, ids, ids)
+            torch.autograd.backward((loss,), (torch.full_like(loss, 1 / count),))
+            losses[-1].append(loss.item())
+        if clip is not None:
+            nn.utils.clip_grad_norm_(list(named.values()), clip)
+        for name, param in named.items():
+            masters[name].grad = param.grad
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for name, param in named.items():
+                param.grad = None
+                param.copy_(masters[name])
+    if parameters is not None:
+        parameters.update((name, param.detach()) for name, param in model.named_parameters())
+    return losses
+
+
+def open_engine(
+    source: ModelSource, options: EngineOptions, ranks: Ranks | None = None, *, freeze: str = "", **more: Any
+) -> Engine:
+    """An engine with the weights of `source` loaded; `engine.model` is its model."""
+    model = build_model(source, options.dtype)
+    freeze_params(model, freeze)
+    ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
+    ranks = ranks or Ranks()
+    seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size)
+    options = replace(
+        options,
+        nvme_bytes=32 * MIB,
+        slot_bytes=8 * MIB,
+        resident_bytes=4 * MIB,
+        chunk_numel=8192,
+        num_chunks=32,
+        staging_bytes=2 * MIB,
+    )
+    weights = open_weights(model, source)
+    engine = Engine(model, seen.units, options, ranks, order=seen.order, side_outputs=CapturedOutputs(), **more)
+    engine.load(weights.read)
+    return engine
+
+
+def engine_losses(
+    engine: Engine,
+    steps: int,
+    *,
+    count: int = 3,
+    rank: int = 0,
+    world_size: int = 1,
+    clip: float | None = CLIP,
+    evaluate_every: int | None = None,
+    close: bool = True,
+) -> list[list[float]]:
+    """What plain_losses returns, through the engine; of the micro-batches of `rank` in a world of several."""
+    losses = []
+    share = count // world_size
+    for step in range(steps):
+        work = [
+            MicroBatch(partial(model_loss, engine.model, ids, ids), 1 / count, 1000 * step + number)
+            for number, ids in enumerate(batches(step, count))
+        ]
+        mine = work[rank * share : (rank + 1) * share]
+        losses.append(engine.train_step(mine, AdamW(LR), max_grad_norm=clip, more=step + 1 < steps).losses)
+        if evaluate_every is not None and step % evaluate_every == 0:
+            engine.evaluate(mine[:2])
+    engine.flush()
+    if close:
+        engine.close()
+    return losses
+
+
+def everything_on(tier: str, folder: Path) -> EngineOptions:
+    return EngineOptions(tier, tier, tier, tier, nvme_folders=(folder,))
+
+
+def relative_difference(found: list[list[float]], expected: list[list[float]]) -> float:
+    """The largest over all losses."""
+    return max(abs(a - b) / abs(b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))

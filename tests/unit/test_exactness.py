@@ -1,0 +1,177 @@
+"""Plain PyTorch on the same batches is the reference: the engine's losses are its losses, wherever the bytes lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
+from tiny_models import CONFIGS, random_source
+
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.sweep import MicroBatch
+
+CLASSES = ("params", "grads", "optimizer", "activations")
+STEPS = 10
+
+TO_THE_BIT = {"llama", "qwen3", "qwen3_moe", "mistral", "phi3", "gpt_neox", "deepseek_v3", "mixtral"}
+"""The others add up gradients in another order: a parameter used twice, or a bias summed over a larger batch."""
+
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "opt": {"dropout": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "llama": {"attention_dropout": 0.2},
+    "gpt2": {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2},
+    "gpt_neox": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "bert": {"hidden_dropout_prob": 0.2},
+    "bloom": {"hidden_dropout": 0.2, "attention_dropout": 0.2},
+    "t5": {"dropout_rate": 0.2},
+    "qwen3_moe": {"attention_dropout": 0.2, "output_router_logits": True},
+}
+
+
+@cache
+def reference(name: str, **changes: Any) -> list[list[float]]:
+    return plain_losses(random_source(name, **changes), STEPS)
+
+
+def train(name: str, options: EngineOptions, changes: dict[str, Any] | None = None) -> list[list[float]]:
+    return engine_losses(open_engine(random_source(name, **(changes or {})), options), STEPS)
+
+
+def assert_agree(found: list[list[float]], expected: list[list[float]], name: str) -> None:
+    if name in TO_THE_BIT:
+        assert found == expected
+    assert relative_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_on_nvme_learns_as_plain_pytorch_does(name: str, tmp_path: Path) -> None:
+    changes = NO_DROPOUT.get(name, {})
+    assert_agree(train(name, everything_on("nvme", tmp_path), changes), reference(name, **changes), name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_is_the_same_in_the_recompute(name: str, tmp_path: Path) -> None:
+    expected = reference(name, **DROPOUT[name])
+    assert_agree(train(name, everything_on("nvme", tmp_path), DROPOUT[name]), expected, name)
+    assert expected != reference(name, **NO_DROPOUT.get(name, {}))
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "nvme"])
+@pytest.mark.parametrize("state", [*CLASSES, "all"])
+def test_the_tier_changes_no_bit(state: str, tier: str, tmp_path: Path) -> None:
+    base = EngineOptions(nvme_folders=(tmp_path,))
+    classes = CLASSES if state == "all" else (state,)
+    assert train("llama", replace(base, **dict.fromkeys(classes, tier))) == reference("llama")
+
+
+@pytest.mark.parametrize("folders", [2, 3])
+def test_stripes_over_several_drives_change_no_bit(folders: int, tmp_path: Path) -> None:
+    options = replace(
+        everything_on("nvme", tmp_path), nvme_folders=tuple(tmp_path / str(number) for number in range(folders))
+    )
+    assert train("llama", options) == reference("llama")
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "t5", "mixtral", "mamba"])
+def test_sweeps_of_one_and_of_all_agree(name: str, tmp_path: Path) -> None:
+    options = everything_on("nvme", tmp_path)
+    for per_sweep in (1, 2):
+        found = train(name, replace(options, micro_batches_per_sweep=per_sweep))
+        assert relative_difference(found, train(name, options)) < 1e-6
+        assert_agree(found, reference(name), name)
+
+
+def test_a_unit_may_run_many_times_in_a_pass(tmp_path: Path) -> None:
+    """albert's layers are one layer, called four times."""
+    config = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config |= {"embedding_size": 16, "intermediate_size": 48, "architectures": ["AlbertForMaskedLM"]}
+    source = random_source("bert", **config, model_type="albert")
+    found = engine_losses(open_engine(source, everything_on("nvme", tmp_path)), STEPS)
+    assert relative_difference(found, plain_losses(source, STEPS)) < 1e-5
+
+
+def test_micro_batches_that_disagree_get_a_sweep_each(tmp_path: Path) -> None:
+    """With LayerDrop every micro-batch leaves out other layers."""
+    source = random_source("opt", layerdrop=0.5, num_hidden_layers=4)
+    notes: list[str] = []
+    engine = open_engine(source, everything_on("nvme", tmp_path), notice=notes.append)
+    found = engine_losses(engine, STEPS)
+    assert relative_difference(found, plain_losses(source, STEPS)) < 1e-5
+    assert len(notes) == 1
+    assert "one micro-batch per sweep" in notes[0]
+
+
+@pytest.mark.parametrize("part", ["layers.0.", "embed_tokens", "lm_head", "norm", "q_proj"])
+def test_frozen_parameters_have_no_state_and_stay(part: str, tmp_path: Path) -> None:
+    source = random_source("llama")
+    engine = open_engine(source, everything_on("nvme", tmp_path), freeze=part)
+    trainable = sum(unit.layout.trainable.numel for unit in engine.units if unit.layout.trainable is not None)
+    assert sum(u.grad.num_bytes for u in engine.units if u.grad is not None) == 4 * trainable
+    assert sum(flat.numel for unit in engine.units for flat in unit.layout.flats) > trainable
+    assert engine_losses(engine, STEPS) == plain_losses(source, STEPS, freeze=part)
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3_moe"])
+def test_bf16_has_fp32_masters_and_gradients(name: str, tier: str, tmp_path: Path) -> None:
+    source = random_source(name)
+    options = replace(everything_on(tier, tmp_path), dtype=torch.bfloat16)
+    found = engine_losses(open_engine(source, options), STEPS)
+    expected = plain_losses(source, STEPS, dtype=torch.bfloat16)
+    if name == "llama":
+        assert found == expected
+    assert relative_difference(found, expected) < 2e-3
+
+
+def test_without_clipping(tmp_path: Path) -> None:
+    source = random_source("llama")
+    engine = open_engine(source, everything_on("nvme", tmp_path))
+    assert engine_losses(engine, STEPS, clip=None) == plain_losses(source, STEPS, clip=None)
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
+    source = random_source("llama", attention_dropout=0.2)
+    engine = open_engine(source, everything_on("nvme", tmp_path))
+    found = engine_losses(engine, STEPS, evaluate_every=3)
+    assert found == plain_losses(source, STEPS)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path))
+    ids = torch.arange(24).reshape(2, 12) + 3
+    before = engine.evaluate([MicroBatch(engine_loss(engine, ids))])
+    bad = engine.train_step([MicroBatch(lambda: engine_loss(engine, ids)() * float("nan"))], AdamW(1e-3))
+    assert not bad.finite
+    assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) == before
+    good = engine.train_step([MicroBatch(engine_loss(engine, ids))], AdamW(1e-3), more=False)
+    assert good.finite
+    assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) < before
+    engine.close()
+
+
+def engine_loss(engine: Any, ids: torch.Tensor) -> Any:
+    return lambda: engine.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def test_parameters_read_back_are_those_of_plain_pytorch(tmp_path: Path) -> None:
+    source = random_source("llama")
+    engine = open_engine(source, everything_on("nvme", tmp_path))
+    engine_losses(engine, 3, close=False)
+    model: dict[str, torch.Tensor] = {}
+    plain_losses(source, 3, parameters=model)
+    read = {name: value for number in range(len(engine.units)) for name, value in engine.read_params(number).items()}
+    engine.close()
+    assert read.keys() == model.keys()
+    assert all(torch.equal(read[name], value) for name, value in model.items())
