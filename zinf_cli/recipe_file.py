@@ -174,7 +174,7 @@ def _expected(entry: Any) -> str:
         "less_than_equal": f"at most {context.get('le')}",
         "literal_error": str(context.get("expected")),
     }
-    return words.get(kind, entry["msg"])
+    return words.get(kind) or str(entry["msg"])
 
 
 def _did_you_mean(key: _Key) -> str:

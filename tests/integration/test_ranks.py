@@ -39,7 +39,7 @@ ranks.leave()
 """
 
 
-def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[str, str]]], folder: Path) -> list:
+def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[str, object]]], folder: Path) -> list:
     """For each case, the losses of all micro-batches of every step, ranks side by side."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -68,15 +68,18 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: Path) -> None:
-    placements = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
+    placements: list[dict[str, object]] = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
     placements += [{state: "nvme"} for state in CLASSES]
     architectures: list[tuple[str, dict[str, object]]] = [
         ("llama-tied", {"attention_dropout": 0.2}),
         ("mixtral", {}),
         ("t5", {}),
+        ("opt", {"layerdrop": 0.5, "num_hidden_layers": 4}),  # every micro-batch leaves out other layers
     ]
     cases = [("llama", {}, placement) for placement in placements]
     cases += [(name, changes, placements[2]) for name, changes in architectures]
+    cases += [("llama", {}, {**placements[2], "micro_batches_per_sweep": 1})]
+    architectures += [("llama", {})]
     found = run_ranks(world_size, cases, tmp_path)
     llama, others = found[: len(placements)], found[len(placements) :]
     assert all(losses == llama[0] for losses in llama)

@@ -94,7 +94,7 @@ class Engine:
         side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
-        """`order` is the expected order of units in a forward (by index); without it, module order."""
+        """`order` is the expected order of units in a forward (by index); without it, the first sweep finds out."""
         self.model = model
         self._options = options
         self._ranks = ranks or Ranks()
@@ -107,8 +107,6 @@ class Engine:
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         self.staging = Arena(options.staging_bytes, options.device) if options.activations == "nvme" else None
         activations = Activations(self.tiers.activations, self.staging, self._pipeline.wait)
-        if order is None:
-            order = [number for number, layout in enumerate(layouts) if not layout.resident]
         self._sweep = Sweep(self._pipeline, activations, options.device, order, self.trace)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
@@ -131,21 +129,9 @@ class Engine:
         Every rank passes the same number of batches. `more` says that another forward will follow. A result that is
         not finite has no pending update: nothing changes.
         """
-        self._pipeline.wait_s = 0.0
-        self._pipeline.norms.clear()
-        sweeps = self._deal(batches)
-        self._sweep.announce_step(len(sweeps))
-        losses: list[torch.Tensor] = []
-        while sweeps:
-            try:
-                losses += self._sweep.train(sweeps[0], last=len(sweeps) == 1, forward_done=self._forward_done)
-                sweeps.pop(0)
-            except Disagreement:
-                self._split()
-                sweeps = [[batch] for sweep in sweeps for batch in sweep]
-        self._sweep.finish_step()
+        losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), self._forward_done))
         if more:
-            self._sweep.announce_forward(update=True)
+            self._sweep.announce_step(len(self._deal(batches)))
         self._pipeline.finish_gradients()
         norm = self._grad_norm()
         self._set_update(adamw, norm, max_grad_norm)
@@ -153,20 +139,12 @@ class Engine:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
         """The losses of `batches`, forward only; pending updates are done on the way."""
-        losses: list[torch.Tensor] = []
-        sweeps = self._deal(batches)
-        while sweeps:
-            self._sweep.announce_forward(update=False)
-            try:
-                losses += self._sweep.evaluate(sweeps[0])
-                sweeps.pop(0)
-            except Disagreement:
-                self._split()
-                sweeps = [[batch] for sweep in sweeps for batch in sweep]
+        losses = self._until_agreed(lambda: self._sweep.evaluate(self._deal(batches)))
         return [loss.item() for loss in losses]
 
     def flush(self) -> None:
         """Do every pending update; afterwards the tiers hold the parameters of the last step."""
+        self._pipeline.forget_coming()
         self._flush_pending()
         self._pipeline.settle()
 
@@ -200,13 +178,15 @@ class Engine:
         size = self._per_sweep or len(batches)
         return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
 
-    def _split(self) -> None:
-        """From now on one micro-batch per sweep."""
-        if self._per_sweep == 1:
-            raise AssertionError("one micro-batch can't disagree with itself")
-        self._per_sweep = 1
-        self._pipeline.forget_coming()
-        self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
+    def _until_agreed(self, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        try:
+            return run()
+        except Disagreement:
+            if self._per_sweep == 1 and self._ranks.world_size == 1:
+                raise AssertionError("one micro-batch can't disagree with itself") from None
+            self._per_sweep = 1
+            self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
+            return run()
 
     def _forward_done(self) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
@@ -215,10 +195,8 @@ class Engine:
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):
-            if unit.grad_ready and self._pipeline.adamw is not None:
-                visit = Visit(number, Kind.FLUSH, update=True)
-                self._pipeline.acquire_aside(visit)
-                self._pipeline.release(visit)
+            if unit.update_due and self._pipeline.adamw is not None:
+                self._pipeline.flush(number)
 
     def _grad_norm(self) -> torch.Tensor:
         """The 2-norm over all gradients (fp32 scalar), computed as clip_grad_norm_ does at one rank."""
@@ -229,7 +207,7 @@ class Engine:
         touched = [unit.touched for unit in self.units]
         values = [sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))]
         flags = torch.tensor([float(flag) for unit in touched for flag in unit], dtype=torch.float64)
-        summed = self._ranks.sum(torch.cat([torch.stack(values).cpu(), flags]).to(self._options.device)).cpu()
+        summed = self._ranks.sum(torch.cat([torch.stack(values).cpu(), flags]))
         place = 1
         for unit in self.units:
             unit.touched = [bool(flag > 0) for flag in summed[place : place + len(unit.touched)]]
@@ -240,11 +218,10 @@ class Engine:
         clip = None
         if max_grad_norm is not None:
             clip = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0).to(self._options.device)
-        for unit in self.units:
+        for unit in (self.units[number] for number in self._pipeline.completed):
             if not math.isfinite(norm.item()):
                 unit.touched = [False] * len(unit.touched)  # an update of nothing
-            if unit.grad_ready:
-                unit.steps = [step + touched for step, touched in zip(unit.steps, unit.touched, strict=True)]
+            unit.steps = [step + touched for step, touched in zip(unit.steps, unit.touched, strict=True)]
         self._pipeline.adamw = replace(adamw, clip=clip)
         self._pipeline.advance()
 

@@ -23,6 +23,8 @@ class Fetch:
     def __init__(self, pipeline: Pipeline, visit: Visit) -> None:
         self.visit = visit
         self.unit = pipeline.units[visit.unit]
+        self.update = self.unit.take_update()
+        self.gather = visit.kind is not Kind.FLUSH
         self._pipeline = pipeline
         self._memory = pipeline.memory
         self.flats: list[torch.Tensor] = []
@@ -51,9 +53,14 @@ class Fetch:
     def updating(self) -> bool:
         return bool(self._updates)
 
+    @property
+    def gathering(self) -> bool:
+        """Whether its gather has been started."""
+        return self._gathers is not None
+
     def issue(self) -> bool:
         """Start as many reads as memory allows; True when all of them are under way."""
-        if not self.placed and not self._gradient_settled():
+        if not self.placed and not self._settled():
             return False
         if not self.placed and not self._place():
             return False
@@ -61,11 +68,11 @@ class Fetch:
             self._unread.popleft()
         return not self._unread
 
-    def _gradient_settled(self) -> bool:
-        """Whether the gradient this visit reads has been handed to its tier."""
-        if self.visit.update:
+    def _settled(self) -> bool:
+        """Whether the gradient and the parameters that this visit reads have been handed to their tiers."""
+        if self.update:
             return self.unit.grad_ready
-        return not self.visit.has_grads or self.unit.backwards >= self.visit.nth
+        return not self.unit.updating and (not self.visit.has_grads or self.unit.backwards >= self.visit.nth)
 
     def _place(self) -> bool:
         """Find room for the slot, the gradient and its carry, in one block; start the parameter reads."""
@@ -91,7 +98,7 @@ class Fetch:
         if in_place is not None:
             self.flats = in_place
         self._read_params()
-        if self.visit.update:
+        if self.update:
             self._plan_update()
         self.placed = True
         return True
@@ -158,8 +165,8 @@ class Fetch:
             if wait is not None and self._unread:
                 return False  # let the caller issue more reads first
         if self._gathers is None:
-            if self.visit.update:
-                self.unit.grad_ready = False
+            if self.update:
+                self.unit.updating = False
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
 
@@ -168,7 +175,7 @@ class Fetch:
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks
-        if ranks.world_size == 1 or self.visit.kind is Kind.FLUSH:
+        if ranks.world_size == 1 or not self.gather:
             return []
         return [
             ranks.gather(flat, own, self._pipeline.trace, self.unit.name)
@@ -191,6 +198,14 @@ class Fetch:
                 self.unit.touched = [False] * len(self.unit.touched)
             self.grad.zero_()
             self.unit.bind_grads(self.grad)
+
+    def forget(self) -> None:
+        """Give back what it holds: its visit will not take place."""
+        if self.placed:
+            self.let_go_of_slot()
+            self.let_go_of_grad([])
+        elif self.update:
+            self.unit.update_due, self.unit.updating = True, False
 
     def let_go_of_slot(self) -> None:
         if self._slot is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -22,7 +21,7 @@ from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import Unit
-from zinf_cli.engine.visit import Memory, Visit
+from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Transfer
@@ -42,6 +41,8 @@ class Pipeline:
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
+        self.completed: set[int] = set()
+        """Units whose gradient of this step is complete."""
         self._coming: deque[Visit] = deque()
         self._fetches: deque[Fetch] = deque()
         self._held: dict[int, Fetch] = {}
@@ -49,9 +50,22 @@ class Pipeline:
         self._draining: deque[tuple[list[Transfer], list[Buffer]]] = deque()
 
     def expect(self, visits: Iterable[Visit]) -> None:
-        """Announce visits that will follow all announced before."""
+        """Announce visits that will follow all announced before, and start on them."""
         self._coming.extend(visits)
         self.advance()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no visit is announced."""
+        return not self._coming and not self._fetches
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the step before, or of a step that was given up."""
+        self.wait_s = 0.0
+        self.norms.clear()
+        self.completed.clear()
+        for unit in self.units:
+            unit.backwards = 0
 
     def advance(self) -> None:
         """Move everything that can move without waiting. Called between pieces of compute."""
@@ -72,10 +86,17 @@ class Pipeline:
         self._hold(fetch)
 
     def acquire_aside(self, visit: Visit) -> None:
-        """Bind a unit that is not part of the announced order (the resident one)."""
-        fetch = Fetch(self, self._with_due_update(visit))
+        """Bind a unit outside of the announced order, which is forgotten."""
+        self.forget_coming()
+        fetch = Fetch(self, visit)
         self._complete(fetch)
         self._hold(fetch)
+
+    def flush(self, unit: int) -> None:
+        """Do a unit's pending update; what is announced stays."""
+        fetch = Fetch(self, Visit(unit, Kind.FLUSH))
+        self._complete(fetch)
+        fetch.forget()
 
     def _complete(self, fetch: Fetch) -> None:
         while not fetch.progress(self.wait):
@@ -91,15 +112,20 @@ class Pipeline:
         self.advance()
 
     def give_up(self, visit: Visit) -> None:
-        """Release without a gradient: the visit turned out to be none, or its sweep was given up."""
+        """Release without a gradient: the visit turned out to be none."""
         fetch = self._held.pop(visit.unit)
         fetch.unit.release()
-        fetch.let_go_of_slot()
-        fetch.let_go_of_grad([])
+        fetch.forget()
 
-    def give_up_held(self) -> None:
+    def give_up_step(self) -> None:
+        """Release everything without a gradient: the step will be begun again."""
         for fetch in list(self._held.values()):
             self.give_up(fetch.visit)
+        while self._reducing:
+            fetch, reduced = self._reducing.popleft()
+            self.wait(reduced)
+            fetch.let_go_of_grad([])
+        self.forget_coming()
 
     def release(self, visit: Visit) -> None:
         """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
@@ -109,6 +135,10 @@ class Pipeline:
         if fetch.grad is not None:
             layout = fetch.unit.layout.trainable
             assert layout is not None
+            fetch.unit.grad_ready = False
+            if visit.final:
+                fetch.unit.update_due = True
+                self.completed.add(visit.unit)
             own = layout.slice_of(fetch.grad, self.ranks.rank)
             self._reducing.append((fetch, self.ranks.reduce_scatter(own, fetch.grad, self.trace, fetch.unit.name)))
         self.advance()
@@ -130,16 +160,21 @@ class Pipeline:
         return self._held[unit].flats
 
     def forget_coming(self) -> None:
-        """The prediction failed: drop announced visits, finish those under way (their updates count)."""
+        """Drop the announced visits: the prediction failed.
+
+        Updates under way are finished; and gathers that a rank has started are finished on every rank, see "Order of
+        collectives" in ranks.py.
+        """
+        started = max(self.ranks.all(sum(fetch.gathering for fetch in self._fetches)))
+        while len(self._fetches) < started:
+            self._fetches.append(Fetch(self, self._coming.popleft()))
         self._coming.clear()
-        while self._fetches:
+        for number in range(len(self._fetches)):
             fetch = self._fetches[0]
-            if not fetch.placed:
-                self._fetches.clear()
-                return
-            self._complete(fetch)
-            fetch.let_go_of_slot()
-            fetch.let_go_of_grad([])
+            fetch.gather = number < started
+            if fetch.gather or fetch.placed:
+                self._complete(fetch)
+            fetch.forget()
             self._fetches.popleft()
 
     def drain_later(self, transfers: list[Transfer], buffers: list[Buffer]) -> None:
@@ -152,17 +187,13 @@ class Pipeline:
 
     def _next(self, visit: Visit) -> Fetch:
         """The fetch of `visit`: the one that was announced, or a new one where the prediction failed."""
-        coming = self._fetches[0].visit if self._fetches else self._coming[0] if self._coming else None
-        if coming != visit:
+        if not self._fetches and self._coming:
+            self._fetches.append(Fetch(self, self._coming.popleft()))
+        if self._fetches and self._fetches[0].visit != visit:
             self.forget_coming()
-        elif not self._fetches:
-            self._coming.popleft()
         if not self._fetches:
-            self._fetches.append(Fetch(self, self._with_due_update(visit)))
+            self._fetches.append(Fetch(self, visit))
         return self._fetches[0]
-
-    def _with_due_update(self, visit: Visit) -> Visit:
-        return replace(visit, update=self.units[visit.unit].grad_ready and visit.nth == 0)
 
     def _issue_ahead(self) -> None:
         for fetch in self._fetches:

@@ -2,7 +2,7 @@
 
 Order of collectives: every rank must start the same collectives in the same order, or the run hangs. Gathers follow
 the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. So each kind has
-a process group of its own; sums of a few numbers at the end of a step use a third.
+a process group of its own; a few numbers now and then travel in a third, from CPU memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.distributed as dist
 from zinf_cli.tiers.tier import DONE, Transfer
 from zinf_cli.trace import Trace
 
-# torch 2.13 renames reduce_scatter_tensor to reduce_scatter_single
+# torch 2.13 has new names for these
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -29,12 +30,12 @@ class Ranks:
     world_size: int = 1
     gather_group: Any = None
     reduce_group: Any = None
-    sum_group: Any = None
+    control_group: Any = None
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Join the ranks torchrun started (RANK and WORLD_SIZE in the environment), over NCCL or gloo."""
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         world_size = dist.get_world_size()
         gather, reduce = dist.new_group(), dist.new_group()
         return cls(dist.get_rank(), world_size, gather, reduce, dist.group.WORLD)
@@ -43,7 +44,7 @@ class Ranks:
         """Fill `flat` with every rank's slice; `own_slice` may be this rank's range of `flat`."""
         if self.world_size == 1:
             return DONE
-        work = dist.all_gather_into_tensor(flat, own_slice, group=self.gather_group, async_op=True)
+        work = _all_gather(flat, own_slice, group=self.gather_group, async_op=True)
         return Collective(work, trace, "gather", label, flat.numel() * flat.element_size())
 
     def reduce_scatter(self, own_slice: torch.Tensor, flat: torch.Tensor, trace: Trace, label: str) -> Transfer:
@@ -54,10 +55,16 @@ class Ranks:
         return Collective(work, trace, "reduce", label, flat.numel() * flat.element_size())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
+        """The sum over ranks of a CPU tensor, in place."""
         if self.world_size > 1:
-            dist.all_reduce(values, group=self.sum_group)
+            dist.all_reduce(values, group=self.control_group)
         return values
+
+    def all(self, number: int) -> list[int]:
+        """Every rank's number, in the order of ranks."""
+        numbers = torch.zeros(self.world_size, dtype=torch.int64)
+        numbers[self.rank] = number
+        return [int(value) for value in self.sum(numbers)]
 
     def leave(self) -> None:
         if self.world_size > 1:

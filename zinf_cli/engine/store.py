@@ -70,8 +70,18 @@ class Unit:
         self.backwards = 0
         """Backward visits of this step whose gradient has been handed to its tier."""
         self.grad_ready = False
-        """The gradient of a whole step is on its tier (or on its way), and no update has used it yet."""
+        """The gradient of a whole step is on its tier, or on its way there."""
+        self.update_due = False
+        """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
+        self.updating = False
+        """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
         self.release()
+
+    def take_update(self) -> bool:
+        """Whether an update is due; the caller does it."""
+        due, self.update_due = self.update_due, False
+        self.updating |= due
+        return due
 
     def _touch(self, number: int) -> Callable[[torch.Tensor], None]:
         def touch(_: torch.Tensor) -> None:

@@ -3,6 +3,12 @@
 A parameter is fetched twice a step, whatever the number of micro-batches. At the last unit of the forward each
 micro-batch turns at once: its forward keeps the graph, its loss is taken, its backward runs, before the next
 micro-batch does the same. So that unit needs no recompute, and only one micro-batch's logits are alive at a time.
+
+The route. The order of units is predicted from the last sweep, so that fetches run ahead. One rank alone may leave it
+at any unit. Several ranks share every fetch, so they visit the same units in the same order, come what may: they
+follow the prediction to the turn, where they tell each other whether their micro-batches did. If one did not
+(LayerDrop, say), the step is begun again in *lockstep*: before every visit the ranks agree on a unit, and those whose
+micro-batch does not call it only take part in the fetch. So is the first sweep where there is no prediction.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ class Route:
     """The order of units a sweep takes: seen last time, expected next time."""
 
     forward: list[int]
-    backward: list[int] = field(default_factory=list)
+    backward: list[int]
     """Without the turn."""
 
 
@@ -58,7 +64,6 @@ class Lane:
 
     def start(self, batch: MicroBatch, tape: Tape, *, grad: bool) -> None:
         self.batch, self.tape = batch, tape
-        self.walked: list[int] = []
         torch.manual_seed(batch.seed)
         self.at = self.thread.start(batch.forward, grad=grad)
         self._rng = RngState(self._device)
@@ -72,20 +77,33 @@ class Lane:
         self.at = self.thread.resume(outputs)
         self._rng = RngState(self._device)
 
-    def backward(self, unit: int) -> None:
-        """Backward of the newest record, if it is of `unit` (a unit that took no part in the gradient has none)."""
-        if self.tape.records and self.tape.records[-1].call.unit == unit:
-            self.tape.backward(self.tape.records[-1])
-            self.walked.append(unit)
+    @property
+    def called(self) -> int | None:
+        """The unit the micro-batch waits for."""
+        return self.at.unit if isinstance(self.at, UnitCall) else None
+
+    @property
+    def recorded(self) -> int | None:
+        """The unit of the newest record, whose backward comes next."""
+        return self.tape.records[-1].call.unit if self.tape.records else None
+
+    def backward(self) -> None:
+        """Backward of the newest record."""
+        self.tape.backward(self.tape.records[-1])
 
     def give_up(self) -> None:
         self.thread.abandon()
         self.tape.close()
 
+    @property
+    def loss(self) -> torch.Tensor:
+        """What the forward returned."""
+        assert isinstance(self.at, Finished)
+        return self.at.loss
+
     def take_loss(self) -> torch.Tensor:
         """The loss, backward through the glue behind it."""
-        assert isinstance(self.at, Finished)
-        loss = self.at.loss
+        loss = self.loss
         self.at = Finished(loss.detach())
         scale = torch.full_like(loss, self.batch.weight)
         torch.autograd.backward((loss,), (scale,), retain_graph=True)
@@ -100,10 +118,11 @@ class Sweep:
         pipeline: Pipeline,
         activations: Activations,
         device: torch.device,
-        order: Sequence[int],
+        order: Sequence[int] | None,
         trace: Trace,
     ) -> None:
         self._pipeline = pipeline
+        self._ranks = pipeline.ranks
         self._units = pipeline.units
         self._activations = activations
         self._device = device
@@ -111,6 +130,10 @@ class Sweep:
         self._lanes: list[Lane] = []
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable is not None}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
+        self._lockstep = self._ranks.world_size > 1 and order is None
+        self._disagreed = False
+        if order is None:
+            order = [number for number, unit in enumerate(self._units) if not unit.layout.resident]
         self._route = Route(list(order), list(reversed(order))[1:])
         self._backwards: Counter[int] = Counter()
         """Backward visits of this step, by unit."""
@@ -119,69 +142,55 @@ class Sweep:
 
     def announce_step(self, num_sweeps: int) -> None:
         """Tell the pipeline what a training step will visit, if it takes the route of the one before."""
-        route = self._route
+        if self._lockstep:
+            return
+        if self._resident is not None:
+            self._pipeline.expect([self._hold_resident(Kind.TURN)])
         backwards: Counter[int] = Counter()
-        for sweep in range(num_sweeps):
-            self._pipeline.expect(Visit(unit, Kind.FORWARD) for unit in route.forward[:-1])
-            self._pipeline.expect(self._back_visits(route, backwards, last=sweep == num_sweeps - 1))
+        for number in range(num_sweeps):
+            self._pipeline.expect(Visit(unit, Kind.FORWARD) for unit in self._route.forward[:-1])
+            self._pipeline.expect(self._back_visits(backwards, last=number == num_sweeps - 1))
+
+    def step(self, sweeps: Sequence[Sequence[MicroBatch]], forward_done: Callable[[], None]) -> list[torch.Tensor]:
+        """Forward and backward of all micro-batches of a step; the unscaled losses (fp32) in order.
+
+        Gradients go to their tiers. `forward_done` is called when every unit of the route has done its pending update.
+        Disagreement leaves nothing behind but these updates: the step can be begun again.
+        """
+        self._pipeline.begin_step()
         self._backwards.clear()
         self._unfinished.clear()
+        losses: list[torch.Tensor] = []
+        try:
+            if self._pipeline.idle:
+                self.announce_step(len(sweeps))
+            with self._resident_held(Kind.TURN):
+                for number, batches in enumerate(sweeps):
+                    losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
+                self._finish_gradients()
+        except Disagreement:
+            self._pipeline.give_up_step()
+            self._lockstep = self._disagreed = self._ranks.world_size > 1
+            raise
+        return losses
 
-    def announce_forward(self, *, update: bool) -> None:
-        """The same for the units of the next forward: their updates can be read from now on."""
-        first = dict.fromkeys(self._route.forward[:-1])
-        self._pipeline.expect(Visit(unit, Kind.FORWARD, update=update and unit in self._trainable) for unit in first)
-
-    def _back_visits(self, route: Route, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
-        back = route.forward[-1:] + route.backward
-        left = Counter(back)
-        for place, unit in enumerate(back):
-            left[unit] -= 1
-            kind = Kind.BACKWARD if place else Kind.TURN
-            yield Visit(unit, kind, nth=backwards[unit], final=last and not left[unit])
-            backwards[unit] += 1
-
-    def evaluate(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        """Forward only; the losses (fp32 scalars) in order."""
-        with self._sweeping(batches, resident_visit=Kind.FORWARD, last=False, grad=False) as lanes:
-            while not _finished(lanes):
-                self._visit_forward(lanes)
-            return [lane.at.loss.detach().float() for lane in lanes if isinstance(lane.at, Finished)]
-
-    def train(
-        self, batches: Sequence[MicroBatch], *, last: bool, forward_done: Callable[[], None]
-    ) -> list[torch.Tensor]:
-        """Forward and backward of `batches`; gradients go to their tiers. The unscaled losses (fp32) in order.
-
-        `last` says that no other sweep of this step follows; `forward_done` is called when every unit of the route
-        has done its pending update. Disagreement leaves the step's gradients as they were before the sweep.
-        """
-        with self._sweeping(batches, resident_visit=Kind.TURN, last=last, grad=True) as lanes:
-            taken: list[int] = []
-            losses: list[torch.Tensor] = []
-            while not losses and not _finished(lanes):
-                unit = _agreed_unit(lanes)
-                taken.append(unit)
-                if taken == self._route.forward:
-                    losses = self._turn(lanes, last, forward_done)
-                else:
-                    self._visit_forward(lanes)
-            _check_same_records(lanes)
-            back = taken[-1:] if losses else []
-            if not losses:
-                forward_done()
-                losses = [lane.take_loss() for lane in lanes]
-            self._backward(lanes, last)
-            self._route = Route(taken, back_route(taken, lanes[0].walked, turned=bool(back)))
-            return [loss.float() for loss in losses]
-
-    def finish_step(self) -> None:
-        """Complete gradients whose last visit was expected and did not come (a layer that was dropped)."""
-        for unit in sorted(self._unfinished):
-            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=True)
-            self._pipeline.acquire(visit)
-            self._pipeline.release(visit)
-        self._unfinished.clear()
+    def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
+        """Forward only; the losses (fp32 scalars) in order. Pending updates are done on the way."""
+        losses: list[torch.Tensor] = []
+        self._pipeline.forget_coming()
+        if not self._lockstep:
+            if self._resident is not None:
+                self._pipeline.expect([self._hold_resident(Kind.FORWARD)])
+            self._pipeline.expect(Visit(unit, Kind.FORWARD) for _ in sweeps for unit in self._route.forward)
+        try:
+            with self._resident_held(Kind.FORWARD):
+                for batches in sweeps:
+                    losses += self._evaluate(batches)
+        except Disagreement:
+            self._pipeline.give_up_step()
+            self._lockstep = self._disagreed = self._ranks.world_size > 1
+            raise
+        return losses
 
     def close(self) -> None:
         """End the threads."""
@@ -189,125 +198,204 @@ class Sweep:
             lane.thread.close()
         self._lanes.clear()
 
-    @contextmanager
-    def _sweeping(
-        self, batches: Sequence[MicroBatch], *, resident_visit: Kind, last: bool, grad: bool
-    ) -> Iterator[list[Lane]]:
-        """Lanes at their first unit, with the resident unit held; everything is given back at the end."""
-        while len(self._lanes) < len(batches):
-            self._lanes.append(Lane(len(self._lanes), self._device))
-        lanes = self._lanes[: len(batches)]
-        held = None
-        if self._resident is not None:
-            has_grads = resident_visit is Kind.TURN
-            nth = self._backwards[self._resident] if has_grads else 0
-            held = Visit(self._resident, resident_visit, nth=nth, final=last)
-            self._pipeline.acquire_aside(held)
-        try:
-            for lane, batch in zip(lanes, batches, strict=True):
-                tape = Tape(self._device, self._activations, trainable=self._trainable)
-                lane.start(batch, tape, grad=grad)
-            yield lanes
-        except BaseException:
-            for lane in lanes:
-                lane.give_up()
-            self._pipeline.give_up_held()
-            raise
-        if held is not None:
-            self._pipeline.release(held)
-            if held.has_grads:
-                self._count_backward(held)
+    def _evaluate(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        with self._lanes_for(batches, grad=False) as lanes:
+            for unit in self._forward_units(lanes, self._route.forward):
+                self._visit_forward(lanes, unit)
+            self._agree(_all_finished(lanes))
+            return [lane.loss.detach().float() for lane in lanes]
 
-    def _visit_forward(self, lanes: list[Lane]) -> None:
-        visit = Visit(_agreed_unit(lanes), Kind.FORWARD)
+    def _train(
+        self, batches: Sequence[MicroBatch], *, last: bool, forward_done: Callable[[], None]
+    ) -> list[torch.Tensor]:
+        with self._lanes_for(batches, grad=True) as lanes:
+            taken: list[int] = []
+            losses: list[torch.Tensor] = []
+            for unit in self._forward_units(lanes, self._route.forward):
+                taken.append(unit)
+                if taken == self._route.forward and not self._lockstep:
+                    losses = self._turn(lanes, last, forward_done)
+                else:
+                    self._visit_forward(lanes, unit)
+            turned = bool(losses)
+            if not turned:
+                self._agree(_all_finished(lanes) and _same_records(lanes))
+                forward_done()
+                losses = [lane.take_loss() for lane in lanes]
+            walked = self._backward(lanes, last)
+            self._route = Route(taken, walked if turned or walked[:1] != taken[-1:] else walked[1:])
+            self._lockstep = self._disagreed
+            return [loss.float() for loss in losses]
+
+    def _forward_units(self, lanes: list[Lane], predicted: list[int]) -> Iterator[int]:
+        """The units to visit, one after another (see "The route"); Disagreement where one rank's lanes part."""
+        if self._ranks.world_size > 1 and not self._lockstep:
+            yield from predicted
+            return
+        while True:
+            unit = self._next_unit({lane.called for lane in lanes}, min)
+            if unit is None:
+                return
+            yield unit
+
+    def _next_unit(self, called: set[int | None], choose: Callable[[list[int]], int]) -> int | None:
+        """The one unit that the lanes of this rank, or one of the ranks, have called; None at the end."""
+        if self._ranks.world_size == 1:
+            self._agree(len(called) == 1)
+            return called.pop()
+        mine = _PARTED if len(called) > 1 else _NOTHING if called == {None} else called.pop()
+        units = self._ranks.all(mine if mine is not None else _NOTHING)
+        if _PARTED in units:
+            raise Disagreement
+        wanted = [unit for unit in units if unit != _NOTHING]
+        return choose(wanted) if wanted else None
+
+    def _agree(self, agreed: bool) -> None:
+        """Disagreement on every rank where one does not agree."""
+        if min(self._ranks.all(int(agreed))) == 0:
+            raise Disagreement
+
+    def _visit_forward(self, lanes: list[Lane], unit: int) -> None:
+        visit = Visit(unit, Kind.FORWARD)
         self._pipeline.acquire(visit)
-        self._pass_unit(lanes, visit.unit)
+        self._pass_unit(lanes, unit)
         self._pipeline.release(visit)
 
     def _pass_unit(self, lanes: list[Lane], unit: int) -> None:
         name = self._units[unit].name
         for lane in lanes:
-            with self._trace.span("compute", f"{name} forward"):
-                lane.pass_unit(name)
-            self._pipeline.advance()
+            if lane.called == unit:
+                with self._trace.span("compute", f"{name} forward"):
+                    lane.pass_unit(name)
+                self._pipeline.advance()
 
     def _turn(self, lanes: list[Lane], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Forward, loss and backward of the last unit, one micro-batch after another.
 
         Empty when the first micro-batch goes on to a further unit: then this was an ordinary forward visit.
         """
-        _check_same_records(lanes)
-        visit = next(self._back_visits(self._route, self._backwards.copy(), last=last))
+        visit = next(self._back_visits(self._backwards.copy(), last=last))
         name = self._units[visit.unit].name
         self._pipeline.acquire(visit)
         losses: list[torch.Tensor] = []
-        for lane in lanes:
+        agreed = _same_records(lanes) and all(lane.called == visit.unit for lane in lanes)
+        self._agree(agreed or self._ranks.world_size > 1)
+        for lane in lanes if agreed else ():
             with self._trace.span("compute", f"{name} forward"):
                 lane.pass_unit(name, hot=True)
             if not isinstance(lane.at, Finished):
-                if losses:
-                    raise Disagreement
                 lane.tape.cool()
-                self._pass_unit(lanes[1:], visit.unit)
-                self._pipeline.give_up(visit)
-                return []
+                agreed = False
+                break
             if not losses:
                 forward_done()
             with self._trace.span("compute", f"{name} backward"):
                 losses.append(lane.take_loss())
-                lane.backward(visit.unit)
+                if lane.recorded == visit.unit:
+                    lane.backward()
             self._pipeline.advance()
+        if not agreed and not losses and self._ranks.world_size == 1:
+            self._pass_unit(lanes[1:], visit.unit)
+            self._pipeline.give_up(visit)
+            return []
+        self._agree(agreed)
         self._pipeline.release(visit)
         self._count_backward(visit)
         return losses
 
-    def _backward(self, lanes: list[Lane], last: bool) -> None:
-        """The records that are left, in reverse; all micro-batches at each unit."""
-        remaining = [record.call.unit for record in lanes[0].tape.records]
-        left = Counter(remaining)
-        for unit in reversed(remaining):
+    def _backward(self, lanes: list[Lane], last: bool) -> list[int]:
+        """The records that are left, in reverse, all micro-batches at each unit; the units that were visited.
+
+        In lockstep nobody knows which visit of a unit will be its last: `_finish_gradients` makes one more.
+        """
+        left = Counter(record.call.unit for record in lanes[0].tape.records)
+        walked = []
+        while (unit := self._next_backward(lanes)) is not None:
             left[unit] -= 1
-            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=last and not left[unit])
+            final = last and not left[unit] and not self._lockstep
+            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=final)
+            walked.append(unit)
             _prefetch(lanes)
             self._pipeline.acquire(visit)
             for lane in lanes:
-                with self._trace.span("compute", f"{self._units[unit].name} backward"):
-                    lane.backward(unit)
+                if lane.recorded == unit:
+                    with self._trace.span("compute", f"{self._units[unit].name} backward"):
+                        lane.backward()
                 _prefetch(lanes)
                 self._pipeline.advance()
             self._pipeline.release(visit)
             self._count_backward(visit)
+        return walked
+
+    def _next_backward(self, lanes: list[Lane]) -> int | None:
+        if self._lockstep:
+            return self._next_unit({lane.recorded for lane in lanes}, max)
+        return lanes[0].recorded
+
+    def _back_visits(self, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
+        back = self._route.forward[-1:] + self._route.backward
+        left = Counter(back)
+        for place, unit in enumerate(back):
+            left[unit] -= 1
+            kind = Kind.BACKWARD if place else Kind.TURN
+            yield Visit(unit, kind, nth=backwards[unit], final=last and not left[unit])
+            backwards[unit] += 1
 
     def _count_backward(self, visit: Visit) -> None:
         if visit.unit in self._trainable:
             self._backwards[visit.unit] += 1
             (self._unfinished.discard if visit.final else self._unfinished.add)(visit.unit)
 
+    def _finish_gradients(self) -> None:
+        """Complete gradients whose last visit was expected and did not come (a layer that was dropped)."""
+        for unit in sorted(self._unfinished):
+            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=True)
+            self._pipeline.acquire(visit)
+            self._pipeline.release(visit)
 
-def back_route(taken: list[int], walked: list[int], *, turned: bool) -> list[int]:
-    """The backward visits after the turn that a sweep expects next time."""
-    return walked[1:] if turned or walked[:1] == taken[-1:] else walked
+    def _hold_resident(self, kind: Kind) -> Visit:
+        assert self._resident is not None
+        return Visit(self._resident, kind, final=kind is Kind.TURN)
+
+    @contextmanager
+    def _resident_held(self, kind: Kind) -> Iterator[None]:
+        """The resident unit, if there is one, bound for the whole step."""
+        if self._resident is None:
+            yield
+            return
+        visit = self._hold_resident(kind)
+        self._pipeline.acquire(visit)
+        yield
+        self._pipeline.release(visit)
+
+    @contextmanager
+    def _lanes_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[Lane]]:
+        """A lane for each micro-batch, at its first unit."""
+        while len(self._lanes) < len(batches):
+            self._lanes.append(Lane(len(self._lanes), self._device))
+        lanes = self._lanes[: len(batches)]
+        started: list[Lane] = []
+        try:
+            for lane, batch in zip(lanes, batches, strict=True):
+                started.append(lane)
+                lane.start(batch, Tape(self._device, self._activations, trainable=self._trainable), grad=grad)
+            yield lanes
+        except BaseException:
+            for lane in started:
+                lane.give_up()
+            raise
 
 
-def _finished(lanes: list[Lane]) -> bool:
-    finished = {isinstance(lane.at, Finished) for lane in lanes}
-    if len(finished) > 1:
-        raise Disagreement
-    return finished.pop()
+_NOTHING, _PARTED = -1, -2
+"""What a rank tells instead of a unit: its micro-batches have ended; they call different units."""
 
 
-def _agreed_unit(lanes: list[Lane]) -> int:
-    units = {lane.at.unit if isinstance(lane.at, UnitCall) else None for lane in lanes}
-    unit = units.pop()
-    if units or unit is None:
-        raise Disagreement
-    return unit
+def _all_finished(lanes: list[Lane]) -> bool:
+    return all(isinstance(lane.at, Finished) for lane in lanes)
 
 
-def _check_same_records(lanes: list[Lane]) -> None:
-    routes = {tuple(record.call.unit for record in lane.tape.records) for lane in lanes}
-    if len(routes) > 1:
-        raise Disagreement
+def _same_records(lanes: list[Lane]) -> bool:
+    return len({tuple(record.call.unit for record in lane.tape.records) for lane in lanes}) <= 1
 
 
 def _prefetch(lanes: list[Lane]) -> None:

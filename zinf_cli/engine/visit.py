@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from zinf_cli.tiers.arena import Arena
@@ -11,7 +11,7 @@ from zinf_cli.tiers.arena import Arena
 class Kind(Enum):
     FORWARD = "forward"
     TURN = "turn"
-    """The last unit of a sweep: forward and backward in one visit."""
+    """The last unit of a sweep: forward and backward in one visit. The resident unit: the whole step."""
     BACKWARD = "backward"
     FLUSH = "flush"
     """Only the pending update."""
@@ -23,8 +23,6 @@ class Visit:
 
     unit: int
     kind: Kind
-    update: bool = field(default=False, compare=False)
-    """The unit's pending update happens on the way in."""
     nth: int = 0
     """How many backward visits of this step came before; their gradient is added to."""
     final: bool = False

@@ -105,7 +105,7 @@ def _open_engine(
         options,
         ranks,
         trace,
-        order=seen.order,
+        order=seen.order if seen.complete else None,
         side_outputs=CapturedOutputs(),
         notice=lambda line: print(f"note: {line}", file=sys.stderr, flush=True),
     )
@@ -142,9 +142,10 @@ class Run:
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
             )
-            values = self._step(step, more=step + 1 < max_steps or self.text.held_out is not None)
             last = step + 1 == max_steps
-            if self.text.held_out is not None and (last or (interval and (step + 1) % interval == 0)):
+            evaluate = self.text.held_out is not None and (last or bool(interval and (step + 1) % interval == 0))
+            values = self._step(step, more=not last and not evaluate)
+            if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
         self.engine.flush()
@@ -234,7 +235,7 @@ class Run:
     def _sum(self, values: list[float]) -> list[float]:
         if self.ranks.world_size == 1:
             return values
-        summed = self.ranks.sum(torch.tensor(values, dtype=torch.float64, device=self.device))
+        summed = self.ranks.sum(torch.tensor(values, dtype=torch.float64))
         return [float(value) for value in summed]
 
     def _stop_requested(self) -> bool:
