@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
 from plain import plain_losses, relative_difference
 from tiny_models import random_source
 
@@ -46,7 +44,7 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "unit"), str(Path(__file__).parents[2])]),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
@@ -63,7 +61,10 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
             process.kill()
     assert [process.returncode for process in processes] == [0] * world_size
     by_rank = [[json.loads(line) for line in lines.splitlines() if line.startswith("[[")] for lines in printed]
-    return [[sum(step, []) for step in zip(*case, strict=True)] for case in zip(*by_rank, strict=True)]
+    return [
+        [[loss for losses in step for loss in losses] for step in zip(*case, strict=True)]
+        for case in zip(*by_rank, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

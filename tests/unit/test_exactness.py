@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import CONFIGS, random_source
-
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.sweep import MicroBatch

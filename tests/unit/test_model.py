@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONFIGS, random_source
 from transformers import AutoConfig, PreTrainedModel
 
+from tiny_models import CONFIGS, random_source
 from zinf_cli.errors import ModelError
 from zinf_cli.train.model import ModelSource, build_model
 
