@@ -34,7 +34,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     head.add_column(style="dim")
     head.add_column()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
-    head.add_row("host", f"this machine, {plan.ranks} {_ranks(plan)}, {plan.precision}")
+    head.add_row("host", f"this machine, {plan.world_size} {_ranks(plan)}, {plan.precision}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
@@ -56,7 +56,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
 def _ranks(plan: Plan) -> str:
     kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
     threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
-    return f"{kind} {'rank' if plan.ranks == 1 else 'ranks'}{threads}"
+    return f"{kind} {'rank' if plan.world_size == 1 else 'ranks'}{threads}"
 
 
 def _expectation(plan: Plan) -> str:
@@ -124,7 +124,7 @@ class RunView:
             if self._latest:
                 self._live.update(self._panel())
         elif "loss" not in metrics:
-            self.say(f"before the first step: eval_loss {metrics['eval_loss']:.4f}")
+            self.say(f"before the first step: eval_loss {_number(metrics['eval_loss'], '.4f')}")
         elif metrics["step"] % self._interval == 0 or metrics["step"] == self._plan.max_steps:
             self.say(step_line(metrics, self._plan.max_steps))
 
@@ -136,7 +136,9 @@ class RunView:
         table.add_row("step", f"{values['step']} of {self._plan.max_steps}")
         table.add_row("", ProgressBar(total=self._plan.max_steps, completed=values["step"], width=40))
         held_out = "" if self._eval_loss is None else f"   held-out {self._eval_loss:.4f}"
-        table.add_row("loss", f"{values['loss']:.4f}{held_out}   gradient norm {values['grad_norm']:.3g}")
+        table.add_row(
+            "loss", f"{_number(values['loss'], '.4f')}{held_out}   gradient norm {_number(values['grad_norm'], '.3g')}"
+        )
         table.add_row(
             "speed",
             f"{values['tokens_per_s']:.0f} tokens/s   {values['tflops_per_rank']:.3g} TFLOP/s per rank",
@@ -149,13 +151,18 @@ class RunView:
 
 def step_line(values: dict[str, Any], max_steps: int) -> str:
     """A step on one line of a log."""
-    held_out = f"  eval_loss {values['eval_loss']:.4f}" if "eval_loss" in values else ""
+    held_out = f"  eval_loss {_number(values['eval_loss'], '.4f')}" if "eval_loss" in values else ""
     return (
-        f"step {values['step']}/{max_steps}  loss {values['loss']:.4f}{held_out}  "
+        f"step {values['step']}/{max_steps}  loss {_number(values['loss'], '.4f')}{held_out}  "
         f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
         f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}  "
         f"nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}"
     )
+
+
+def _number(value: float | None, form: str) -> str:
+    """metrics.jsonl has null for what is not finite."""
+    return "nan" if value is None else format(value, form)
 
 
 def _drive(values: dict[str, Any]) -> str:
@@ -186,9 +193,11 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     row("on NVMe, per rank", "nvme_bytes", format_bytes)
     row("NVMe traffic per step and rank", "nvme_traffic", format_bytes)
     lines: list[RenderableType] = [table, Text()]
-    losses = [f"loss {summary['first_loss']:.4f} → {summary['last_loss']:.4f}"] if summary["steps"] else []
-    if summary.get("first_eval_loss") is not None:
-        losses.append(f"held-out {summary['first_eval_loss']:.4f} → {summary['last_eval_loss']:.4f}")
+    losses = []
+    for name, key in (("loss", "loss"), ("held-out", "eval_loss")):
+        first, last = summary[f"first_{key}"], summary[f"last_{key}"]
+        if first is not None:
+            losses.append(f"{name} {first:.4f} → {_number(last, '.4f')}")
     lines.append(Text("   ".join(losses), style="bold"))
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     return Panel(Group(*lines), title=title, expand=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from zinf_cli.errors import PreflightError
+
 ASSUMED_DRIVE_BANDWIDTH = 2e9
 """Bytes per second of one drive, read and write, where nothing was measured."""
 
@@ -52,9 +54,16 @@ def _cgroup_headroom() -> list[int]:
 
 
 def drive_space(folder: Path) -> Space:
-    """The free space where `folder` is or will be created."""
+    """The free space where `folder` is or will be created; PreflightError where nothing can be written."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
     status = os.statvfs(existing)
+    problem = "no drive" if status.f_blocks == 0 else "read-only" if status.f_flag & os.ST_RDONLY else None
+    if problem is not None or not existing.is_dir():
+        raise PreflightError(
+            f"can't create files here: {problem or f'{existing} is a file'}",
+            where=str(folder),
+            hint="choose another offload.nvme_path",
+        )
     return Space(folder, existing.stat().st_dev, status.f_bavail * status.f_frsize)

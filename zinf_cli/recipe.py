@@ -41,7 +41,7 @@ def _size(value: Any) -> Any:
 
 
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number)]
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 

@@ -122,19 +122,22 @@ class Engine:
         adamw: AdamW,
         *,
         max_grad_norm: float | None = 1.0,
+        loss_scale: float = 1.0,
         more: bool = True,
     ) -> StepResult:
         """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
 
-        Every rank passes the same number of batches. `more` says that another forward will follow. A result that is
-        not finite has no pending update: nothing changes.
+        Every rank passes the same number of batches. The losses, and so the gradients, are `loss_scale` times too
+        large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. A result that
+        is not finite has no pending update: nothing changes.
         """
+        batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
         losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), self._forward_done))
         if more:
             self._sweep.announce_step(len(self._deal(batches)))
         self._pipeline.finish_gradients()
-        norm = self._grad_norm()
-        self._set_update(adamw, norm, max_grad_norm)
+        norm = self._grad_norm() / loss_scale
+        self._set_update(adamw, norm, max_grad_norm, loss_scale)
         return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
@@ -214,10 +217,11 @@ class Engine:
             place += len(unit.touched)
         return summed[0].sqrt().float()
 
-    def _set_update(self, adamw: AdamW, norm: torch.Tensor, max_grad_norm: float | None) -> None:
+    def _set_update(self, adamw: AdamW, norm: torch.Tensor, max_grad_norm: float | None, loss_scale: float) -> None:
         clip = None
-        if max_grad_norm is not None:
-            clip = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0).to(self._options.device)
+        if max_grad_norm is not None or loss_scale != 1.0:
+            most = math.inf if max_grad_norm is None else max_grad_norm
+            clip = (torch.clamp(most / (norm + 1e-6), max=1.0) / loss_scale).to(self._options.device)
         for unit in (self.units[number] for number in self._pipeline.completed):
             if not math.isfinite(norm.item()):
                 unit.touched = [False] * len(unit.touched)  # an update of nothing

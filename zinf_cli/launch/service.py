@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 
 from zinf_cli.console import RunView, plan_screen, summary_screen
-from zinf_cli.errors import Interrupted, PreflightError, RankError, ZinfError
+from zinf_cli.errors import Interrupted, PreflightError, RankError, UsageError, ZinfError
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.runner import Outcome, run_ranks
 from zinf_cli.plan.layout import Figures
@@ -54,6 +54,7 @@ class Request:
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
+    _refuse_what_is_missing(recipe)
     with console.status("reading the model, its checkpoint and the text ..."):
         figures = _describe(recipe, request.slots)
     plan = make_plan(recipe, figures)
@@ -72,6 +73,16 @@ def launch(request: Request, console: Console) -> None:
         raise Interrupted(f"interrupted after {summary['steps']} steps")
     if outcome.failure is not None:
         raise _error_of(outcome.failure)
+
+
+def _refuse_what_is_missing(recipe: Recipe) -> None:
+    """Keys of the recipe that this version would ignore."""
+    if recipe.activation_checkpointing == "none":
+        raise UsageError(
+            "activation_checkpointing: none is not available in this version", hint="unit recomputes each unit"
+        )
+    if recipe.checkpoint.interval is not None or recipe.checkpoint.resume not in ("auto", "never"):
+        raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 
 
 def _describe(recipe: Recipe, slots: int | None) -> Figures:
@@ -161,7 +172,7 @@ def _run(recipe: Recipe, plan: Plan, run_dir: Path, console: Console) -> tuple[d
         outcome = run_ranks(
             "zinf_cli.train",
             [str(run_dir)],
-            ranks=plan.ranks,
+            ranks=plan.world_size,
             run_dir=run_dir,
             threads_per_rank=plan.threads_per_rank,
             on_poll=watch.poll,

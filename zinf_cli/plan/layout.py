@@ -75,7 +75,7 @@ class Figures:
     model: ModelFigures
     data: DataFigures
     machine: MachineFigures
-    ranks: int
+    world_size: int
     precision: str
 
     @classmethod
@@ -87,6 +87,6 @@ class Figures:
             ModelFigures(**model),
             DataFigures(**document["data"]),
             MachineFigures(**document["machine"]),
-            document["ranks"],
+            document["world_size"],
             document["precision"],
         )

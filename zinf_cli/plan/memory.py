@@ -79,7 +79,7 @@ def round_up(amount: int, multiple: int = PAGE) -> int:
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     """Bytes of each class on one rank, exact."""
-    ranks, itemsize = figures.ranks, 4 if figures.precision == "fp32" else 2
+    ranks, itemsize = figures.world_size, 4 if figures.precision == "fp32" else 2
     units = figures.model.units
     trainable = sum(unit.trainable_numel for unit in units) // ranks
     copies = 2 if figures.precision == "fp32" else 3
@@ -95,13 +95,13 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
     """The largest buffer one visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
     itemsize = 4 if figures.precision == "fp32" else 2
-    alone = figures.ranks == 1
+    alone = figures.world_size == 1
     size = 0 if alone and choice.in_place("params") else unit.numel * itemsize
     again = sweeps > 1 or unit.calls > 1
     if not (alone and choice.in_place("grads")) or again:
         size += unit.trainable_numel * 4
     if again and not choice.in_place("grads"):
-        size += unit.trainable_numel // figures.ranks * 4
+        size += unit.trainable_numel // figures.world_size * 4
     return round_up(size)
 
 
@@ -110,14 +110,14 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if not unit.resident)
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
-    widest = max(unit.trainable_numel // figures.ranks for unit in units)
+    widest = max(unit.trainable_numel // figures.world_size for unit in units)
     chunk_numel = max(2048, min(CHUNK_NUMEL, widest))
     fields = (0 if choice.in_place("grads") else 1) + (0 if choice.in_place("optimizer") else 3)
     staging = 0
     if not choice.in_place("activations"):
         staging = round_up(max((unit.largest_input_bytes for unit in units), default=0))
     # loading writes one slice of one flat through the slots
-    load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.ranks for unit in units)
+    load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.world_size for unit in units)
     least = max(largest + typical, round_up(load))
     return Working(
         slot_bytes=max(least, largest + DEPTH * typical),

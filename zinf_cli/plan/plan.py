@@ -59,7 +59,7 @@ class Limit:
 class Plan:
     """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
 
-    ranks: int
+    world_size: int
     threads_per_rank: int
     precision: str
     placement: dict[str, str]
@@ -107,12 +107,12 @@ class Plan:
 def make_plan(recipe: Recipe, figures: Figures) -> Plan:
     """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise."""
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
-    if sequences < figures.ranks:
+    if sequences < figures.world_size:
         raise UsageError(
-            f"{sequences} sequences per step can't be dealt to {figures.ranks} ranks",
+            f"{sequences} sequences per step can't be dealt to {figures.world_size} ranks",
             hint="raise train.gradient_accumulation_steps, or use fewer --slots",
         )
-    per_rank = -(-sequences // figures.ranks)
+    per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
     plan = None
     for choice in _choices(recipe, figures, micro_batches):
@@ -160,7 +160,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
     budgets = _budgets(recipe, figures)
     over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
-        working = working.shrunk(-(-over // figures.ranks))
+        working = working.shrunk(-(-over // figures.world_size))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
     nvme_bytes = sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
@@ -170,10 +170,10 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         if needed[tier] or tier == choice.compute_tier
     ]
     traffic = _nvme_traffic(figures, choice, states, sweeps)
-    tokens = sequences * recipe.train.seq_len / figures.ranks
+    tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
-        ranks=figures.ranks,
-        threads_per_rank=max(1, figures.machine.cores // figures.ranks),
+        world_size=figures.world_size,
+        threads_per_rank=max(1, figures.machine.cores // figures.world_size),
         precision=figures.precision,
         placement=dict(choice.placement),
         micro_batches=micro_batches,
@@ -186,7 +186,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * 4 / 3 * tokens / figures.machine.flops,
-        nvme_s=traffic * figures.ranks / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_s=traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic,
         figures=figures,
     )
@@ -204,7 +204,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
     needed = {"device": 0, "cpu": LAUNCHER_BYTES, "nvme": 0}
     for line in _lines(figures, choice, states, working):
-        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks)
+        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.world_size)
     return needed
 
 
@@ -251,7 +251,7 @@ def _does_not_fit(plan: Plan) -> CapacityError:
                 for line in plan.lines
                 if line.tier == limit.tier and line.num_bytes
             )
-            ranks = f" on each of {plan.ranks} ranks" if plan.ranks > 1 else ""
+            ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
             problems.append(
                 f"{limit.tier} needs {format_bytes(limit.needed)}, {limit.origin} allows "
                 f"{format_bytes(limit.allowed)}: {parts}{ranks}"

@@ -55,7 +55,7 @@ class Arena:
     """
 
     def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
-        self.capacity = round_up(capacity, PAGE)
+        self.capacity = round_up(max(1, capacity), PAGE)
         self.device = device
         self.used = 0
         self.peak = 0

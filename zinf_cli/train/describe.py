@@ -106,7 +106,7 @@ def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures
     else:
         torch.set_num_threads(max(1, cores // ranks))
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, dtype=DTYPES.get(precision, torch.bfloat16), device=device)
+    a = torch.randn(size, size, dtype=DTYPES[precision], device=device)
     (a @ a).sum().item()
     best = float("inf")
     for _ in range(3):

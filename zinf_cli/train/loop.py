@@ -16,6 +16,7 @@ import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
+from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.errors import NonFiniteError
@@ -47,7 +48,7 @@ def train(run_dir: Path) -> int:
     recipe = load_recipe(run_dir / "recipe.yaml")
     plan = Plan.load(run_dir / "plan.json")
     device = _device(plan)
-    ranks = Ranks.join(device) if plan.ranks > 1 else Ranks()
+    ranks = Ranks.join(device) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
     engine, model = _open_engine(recipe, plan, device, ranks, trace)
     metrics = None
@@ -131,6 +132,7 @@ class Run:
         """Every step, with evaluations where the recipe asks for them."""
         max_steps = self.plan.max_steps
         self._peak = PeakMemory()
+        self._loss_scale = LossScale() if self.plan.precision == "fp16" else None
         self._moved = self._traffic()
         interval = self.recipe.train.eval_interval
         if self.text.held_out is not None:
@@ -160,12 +162,20 @@ class Run:
         work = [self._work(batch, batch.num_targets / max(1.0, targets), step) for batch in mine]
         optimizer = self.recipe.optimizer
         adamw = AdamW(lr, *optimizer.betas, optimizer.eps, optimizer.weight_decay)
-        result = self.engine.train_step(work, adamw, max_grad_norm=self.recipe.train.max_grad_norm, more=more)
+        result = self.engine.train_step(
+            work,
+            adamw,
+            max_grad_norm=self.recipe.train.max_grad_norm,
+            loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
+            more=more,
+        )
         weighted = sum(
             loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
         )
         loss = self._sum([weighted])[0] / max(1.0, targets)
-        if not (result.finite and math.isfinite(loss)):
+        if self._loss_scale is not None and math.isfinite(loss) and self._loss_scale.scale > 1:
+            self._loss_scale.note(finite=result.finite)
+        elif not (result.finite and math.isfinite(loss)):
             self._non_finite(step, loss, result, windows)
         tokens = len(windows) * self.recipe.train.seq_len
         seconds = time.perf_counter() - start

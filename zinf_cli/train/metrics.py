@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ class Metrics:
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line; `values` has "step"."""
-        self._file.write(json.dumps(values) + "\n")
+        """One line; `values` has "step". What is not finite becomes null, since JSON has no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._board is not None and values["step"] % self._interval == 0:
             for name in SCALARS:

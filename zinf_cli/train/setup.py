@@ -16,7 +16,7 @@ from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.data import TextSource, TokenStream, open_token_stream, split_held_out
 from zinf_cli.train.model import ModelSource, build_model
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,335 @@
+"""`zinf launch` as a user runs it: what it leaves in the run's folder, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tiny_models import CONFIGS, random_source
+from zinf_cli.train.model import build_model
+
+ZINF = [sys.executable, "-m", "zinf_cli.cli"]
+NVME = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "nvme"}
+
+
+@dataclass
+class Ended:
+    """A command that is over."""
+
+    code: int
+    out: str
+    err: str
+    run_dir: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.metrics if "loss" in line]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return document
+
+    @property
+    def message(self) -> str:
+        """What stands after "error: "."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert lines, self.err
+        return "\n".join(lines)
+
+
+class Workshop:
+    """A folder with a recipe of a tiny llama and its text; `launch` runs it with changes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.nvme = folder / "nvme"
+        self.recipe = folder / "tiny.yaml"
+        np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
+        self.content: dict[str, Any] = {
+            "model": {"config": {"model_type": "llama", **CONFIGS["llama"]}},
+            "dataset": {"path": str(folder / "tokens.npy"), "eval_fraction": 0.1},
+            "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
+            "optimizer": {"lr": 1e-2},
+            "offload": {**NVME, "nvme_path": str(self.nvme)},
+            "logging": {"tensorboard": False},
+        }
+
+    def write(self) -> None:
+        self.recipe.write_text(yaml.safe_dump(self.content))
+
+    def command(self, *arguments: str) -> list[str]:
+        self.write()
+        return [*ZINF, "launch", str(self.recipe), f"output_dir={self.folder / 'run'}", *arguments]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "100"}
+
+    def launch(self, *arguments: str) -> Ended:
+        process = self.start(*arguments)
+        return self.end(process)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        out, err = process.communicate(timeout=120)
+        return Ended(process.returncode, out, err, self.folder / "run")
+
+    def left_behind(self) -> list[str]:
+        """Processes of a run in this folder, and files on its drives."""
+        alive = []
+        for process in psutil.process_iter():
+            try:
+                if str(self.folder) in " ".join(process.cmdline()):
+                    alive.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        return alive + [str(path) for path in self.nvme.rglob("*")]
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path)
+
+
+def test_a_run_and_what_it_leaves(workshop: Workshop) -> None:
+    ended = workshop.launch("--json", "logging.tensorboard=true", "profiler.enabled=true", "train.eval_interval=2")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out) == ended.summary
+    files = {path.name for path in ended.run_dir.iterdir()}
+    assert {"recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard"} == files
+
+    steps = [line for line in ended.metrics if "loss" in line]
+    assert [line["step"] for line in ended.metrics] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in ended.metrics if "eval_loss" in line] == [0, 2, 4]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert {
+        "step", "loss", "lr", "grad_norm", "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "wait_s",
+        "device_bytes", "cpu_bytes", "nvme_bytes", "nvme_read_bytes", "nvme_write_bytes",
+    } <= steps[0].keys()  # fmt: skip
+    assert all(line["tokens"] == 6 * 16 for line in steps)
+    assert ended.summary["status"] == "done"
+    assert ended.summary["measured"]["nvme_bytes"] <= ended.summary["predicted"]["nvme_bytes"]
+
+    trace = json.loads((ended.run_dir / "trace.json").read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in trace if event["name"] == "thread_name"}
+    busy = {lanes[event["tid"]] for event in trace if event["ph"] == "X"}
+    assert {"compute", "update", "nvme read", "nvme write"} <= busy
+
+    resolved = yaml.safe_load((ended.run_dir / "recipe.yaml").read_text())
+    assert resolved["optimizer"]["betas"] == [0.9, 0.999]
+    assert list((ended.run_dir / "tensorboard").glob("events.*"))
+    assert workshop.left_behind() == []
+
+
+def test_losses_are_the_same_for_every_placement_and_number_of_ranks(workshop: Workshop) -> None:
+    nvme = workshop.launch()
+    workshop.content["offload"] = {}
+    memory = workshop.launch()
+    again = workshop.launch("seed=1")
+    workshop.content["offload"] = {**NVME, "nvme_path": [str(workshop.nvme / "a"), str(workshop.nvme / "b")]}
+    two = workshop.launch("--slots", "2")
+    three = workshop.launch("--slots", "3", "train.micro_batches_per_sweep=1")
+    assert [run.code for run in (nvme, memory, two, three)] == [0, 0, 0, 0], two.err + three.err
+    earlier = sorted((workshop.folder / "run" / "earlier").iterdir())
+    assert len(earlier) == 4
+    runs = [Ended(0, "", "", folder).losses for folder in (*earlier, workshop.folder / "run")]
+    assert runs[0] == runs[1]
+    assert runs[2] != runs[1]
+    for losses in runs[3:]:
+        assert losses == pytest.approx(runs[0], rel=1e-5)
+    assert again.code == 0
+    assert workshop.left_behind() == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bit_precision_learns_as_fp32_does(workshop: Workshop, precision: str) -> None:
+    ended = workshop.launch(f"train.precision={precision}")
+    assert ended.code == 0, ended.err
+    assert ended.losses[-1] < ended.losses[0] - 0.5
+    assert ended.summary["measured"]["nvme_bytes"] > 2 * 21_700 * (2 + 4 + 12) / 2
+
+
+def test_a_dry_run_shows_the_plan_and_touches_nothing(workshop: Workshop) -> None:
+    ended = workshop.launch("--dry-run", "--json", "--slots", "2")
+    assert ended.code == 0, ended.err
+    plan = json.loads(ended.out)
+    assert plan["world_size"] == 2
+    assert plan["placement"] == NVME
+    assert "train.precision=auto" in ended.err
+    assert not ended.run_dir.exists()
+    assert not workshop.nvme.exists()
+
+
+def test_all_errors_of_a_recipe_come_at_once(workshop: Workshop) -> None:
+    workshop.content["train"]["micro_batchsize"] = 2
+    workshop.content["optimizer"]["lr"] = "fast"
+    workshop.content["offload"]["cpu_memory"] = "48 apples"
+    del workshop.content["dataset"]["path"]
+    ended = workshop.launch("learning_rate=1", "train.max_steps")
+    assert ended.code == 2
+    message = ended.message
+    lines = {line.split(": ")[0]: n for n, line in enumerate(workshop.recipe.read_text().splitlines(), 1)}
+    assert (
+        f"tiny.yaml:{lines['  micro_batchsize']}: train.micro_batchsize: unknown key, did you mean micro_batch_size?"
+        in (message)
+    )
+    assert f"tiny.yaml:{lines['  lr']}: optimizer.lr: expected a number, got 'fast'" in message
+    assert f"tiny.yaml:{lines['  cpu_memory']}: offload.cpu_memory: expected a size such as 48GiB" in message
+    assert "dataset.path is missing" in message
+    assert "command line: learning_rate=1: learning_rate: unknown key, did you mean optimizer.lr?" in message
+    assert "command line: train.max_steps: expected KEY=VALUE" in message
+    assert ended.out == ""
+
+
+def test_a_recipe_that_is_not_there(workshop: Workshop) -> None:
+    ended = workshop.launch()
+    workshop.recipe.unlink()
+    done = subprocess.run([*ZINF, "launch", str(workshop.recipe)], capture_output=True, text=True, check=False)
+    assert ended.code == 0
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "No such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["dataset.path=nowhere.txt"], 2, "no such file or folder: "),
+        (["train.gradient_accumulation_steps=999"], 2, "fewer than the 1998 of one batch"),
+        (["model.config.vocab_size=64"], 2, "is outside the model's embedding of 64 rows"),
+        (["model.config.num_attention_heads=5"], 2, "hidden size"),
+        (["--slots", "9"], 2, "can't be dealt to 9 ranks"),
+        (["offload.cpu_memory=100MiB"], 4, "cpu needs"),
+        (["offload.nvme_space=64KiB"], 4, "nvme needs"),
+        (["offload.nvme_path=/proc/zinf"], 3, "/proc/zinf: can't create"),
+        (["activation_checkpointing=none"], 2, "activation_checkpointing"),
+        (["checkpoint.interval=2"], 2, "checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_loaded(
+    workshop: Workshop, arguments: list[str], code: int, said: str
+) -> None:
+    ended = workshop.launch(*arguments)
+    assert ended.code == code, ended.err
+    assert said in ended.message
+    assert "Traceback" not in ended.err
+    assert not (ended.run_dir / "metrics.jsonl").exists()
+    assert workshop.left_behind() == []
+
+
+def test_a_checkpoint_with_tensors_that_do_not_fit(workshop: Workshop) -> None:
+    directory = workshop.folder / "model"
+    blank = build_model(random_source("llama"))
+    type(blank)._from_config(blank.config).save_pretrained(directory)
+    stored = load_file(directory / "model.safetensors")
+    del stored["model.norm.weight"]
+    stored["model.layers.0.input_layernorm.weight"] = stored["lm_head.weight"].clone()
+    stored["adapter"] = stored["lm_head.weight"].clone()
+    save_file(stored, directory / "model.safetensors")
+    workshop.content["model"] = {"name_or_path": str(directory)}
+    ended = workshop.launch()
+    assert ended.code == 2
+    for part in ("1 missing: model.norm.weight", "1 extra: adapter", "1 misshaped: model.layers.0.input_layernorm"):
+        assert part in ended.err
+
+
+def test_memory_as_a_file_system_is_used_and_told(workshop: Workshop) -> None:
+    ended = workshop.launch("offload.nvme_path=/dev/shm/zinf-test", "train.max_steps=1")
+    assert ended.code == 0, ended.err
+    assert "note: /dev/shm/zinf-test: no O_DIRECT here, using buffered I/O" in ended.err
+    assert not Path("/dev/shm/zinf-test").exists()
+
+
+def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Workshop) -> None:
+    ended = workshop.launch("optimizer.lr=1e30", "train.max_steps=9")
+    assert ended.code == 1
+    step = len(ended.losses) + 1
+    assert 1 < step < 9
+    assert f"step {step}: loss " in ended.message
+    assert "gradient norm nan" in ended.message
+    assert "(windows " in ended.message
+    assert "train.non_finite=skip" in ended.message
+    assert workshop.left_behind() == []
+    skipped = workshop.launch("optimizer.lr=1e30", "train.max_steps=9", "train.non_finite=skip")
+    assert skipped.code == 0, skipped.err
+    assert f"note: skipped step {step}: loss " in skipped.err
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_is_named(workshop: Workshop) -> None:
+    process = workshop.start("train.max_steps=100000", "--slots", "2")
+    wait_for_steps(workshop.folder / "run", 3)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "zinf_cli.train" in p.cmdline()]
+    victim = next(p for p in ranks if not p.children() and p.environ()["RANK"] == "1")
+    victim.kill()
+    ended = workshop.end(process)
+    assert ended.code == 1
+    assert "rank 1: killed by SIGKILL" in ended.message
+    assert "rank-00001.log" in ended.message
+    assert ended.summary["status"] == "failed"
+    assert workshop.left_behind() == []
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c(workshop: Workshop, presses: int) -> None:
+    process = workshop.start("train.max_steps=100000", "--slots", "2")
+    wait_for_steps(workshop.folder / "run", 3)
+    for _ in range(presses):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.3 if presses == 2 else 0)
+    ended = workshop.end(process)
+    assert ended.code == 130
+    assert "stopping after this step" in ended.err or presses == 2
+    assert ended.summary["status"] == "interrupted"
+    assert ended.summary["steps"] == len(ended.losses)
+    assert workshop.left_behind() == []
+
+
+def test_two_runs_do_not_share_a_folder(workshop: Workshop) -> None:
+    process = workshop.start("train.max_steps=100000")
+    wait_for_steps(workshop.folder / "run", 1)
+    second = workshop.launch()
+    os.killpg(process.pid, signal.SIGINT)
+    assert second.code == 3
+    assert "another run is using this folder" in second.message
+    assert workshop.end(process).code == 130
+
+
+def test_help_imports_no_torch() -> None:
+    program = "import sys; from zinf_cli.cli import main; sys.argv = ['zinf', '--help']\n"
+    program += "try: main()\nfinally: assert not {'torch', 'transformers', 'pydantic'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "launch" in done.stdout

@@ -1,0 +1,205 @@
+"""Text to tokens to global batches."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from zinf_cli.errors import DatasetError
+from zinf_cli.recipe import LrScheduler, Optimizer, Recipe
+from zinf_cli.train.batches import BatchOrder, collate, deal
+from zinf_cli.train.data import TextSource, open_token_stream, split_held_out
+from zinf_cli.train.schedule import learning_rate
+
+WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<bot> {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with a word a token, saved as checkpoints have it."""
+    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="[UNK]")
+    fast.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def words(stream: Any) -> str:
+    return " ".join(WORDS[token] for token in stream.tokens)
+
+
+def test_txt_jsonl_and_parquet_give_the_same_tokens(tokenizer: Path, tmp_path: Path) -> None:
+    texts = ["one two three", "hello", "yes no"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"txt{number}.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts) + "\n\n")
+    pa.parquet.write_table(pa.table({"body": texts}), tmp_path / "a.parquet")
+    sources = [
+        TextSource(tuple(sorted(tmp_path.glob("*.txt"))), tokenizer=tokenizer),
+        TextSource((tmp_path / "a.jsonl",), text_field="body", tokenizer=tokenizer),
+        TextSource((tmp_path / "a.parquet",), text_field="body", tokenizer=tokenizer),
+    ]
+    for source in sources:
+        stream = open_token_stream(source, tmp_path / "cache")
+        assert words(stream) == "one two three <end> hello <end> yes no <end>"
+        assert stream.max_token == WORDS.index("no")
+
+
+def test_npy_files_are_tokens_already(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 2, 3], dtype=np.uint16))
+    np.save(tmp_path / "b.npy", np.array([70000], dtype=np.int64))
+    stream = open_token_stream(TextSource((tmp_path,)), tmp_path / "cache")
+    assert stream.tokens.tolist() == [1, 2, 3, 70000]
+
+
+def test_in_chats_only_what_the_assistant_says_counts(tokenizer: Path, tmp_path: Path) -> None:
+    dialog = [("user", "one"), ("assistant", "two"), ("user", "hello"), ("assistant", "yes no")]
+    messages = [{"role": role, "content": content} for role, content in dialog]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    source = TextSource((tmp_path / "chat.jsonl",), messages_field="messages", tokenizer=tokenizer)
+    stream = open_token_stream(source, tmp_path / "cache")
+    assert words(stream) == "<user> one <end> <bot> two <end> <user> hello <end> <bot> yes no <end>"
+    assert stream.loss_mask is not None
+    said = [WORDS[token] for token, counts in zip(stream.tokens, stream.loss_mask, strict=True) if counts]
+    assert said == ["two", "<end>", "yes", "no", "<end>"]
+    _, labels = stream.window(0, len(stream))
+    assert (labels != -100).tolist() == stream.loss_mask.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", "{", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", '{"text": "one"}\n{"txt": "two"}', "a.jsonl:2: no field 'text', there is: txt"),
+        ("a.jsonl", '{"text": 3}', "a.jsonl:1: expected text, got int"),
+        ("a.jsonl", "", "the file is empty"),
+        ("a.txt", "", "the file is empty"),
+        ("a.txt", b"\xff\xfe one", "not UTF-8"),
+        ("a.parquet", "one", "not a parquet file"),
+        ("a.npy", "one", "not a .npy file"),
+        ("a.csv", "one", "can't read .csv"),
+    ],
+)
+def test_bad_files_are_named(tokenizer: Path, tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DatasetError) as caught:
+        open_token_stream(TextSource((path,), tokenizer=tokenizer), tmp_path / "cache")
+    assert said in caught.value.describe()
+    assert str(path) in caught.value.describe()
+    assert not list((tmp_path / "cache").glob("*/*")), "a cache entry of half a text"
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2), dtype=np.int64), np.zeros(3), np.array([-1])])
+def test_arrays_that_are_no_tokens(tmp_path: Path, array: Any) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(DatasetError, match=r"a\.npy"):
+        open_token_stream(TextSource((tmp_path,)), tmp_path / "cache")
+
+
+def _open_in_process(source: TextSource, cache: Path) -> int:
+    return len(open_token_stream(source, cache))
+
+
+def test_ranks_that_start_at_once_share_one_cache(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three hello\n" * 20_000)
+    source = TextSource((tmp_path / "a.txt",), tokenizer=tokenizer)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        sizes = pool.starmap(_open_in_process, [(source, tmp_path / "cache")] * 3)
+    assert sizes == [80_001] * 3
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_changed_text_is_tokenised_again(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    source = TextSource((path,), tokenizer=tokenizer)
+    path.write_text("one two")
+    assert len(open_token_stream(source, tmp_path / "cache")) == 3
+    path.write_text("one two three")
+    assert len(open_token_stream(source, tmp_path / "cache")) == 4
+
+
+def test_the_end_of_a_text_can_be_held_out(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(100))
+    training, held_out = split_held_out(open_token_stream(TextSource((tmp_path,)), tmp_path / "cache"), 0.25)
+    assert training.tokens.tolist() == list(range(75))
+    assert held_out.tokens.tolist() == list(range(75, 100))
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5))
+def test_a_global_batch_is_the_same_for_any_number_of_ranks(sequences: int, world_size: int, size: int) -> None:
+    windows = tuple(range(100, 100 + sequences))
+    if sequences < world_size:
+        return
+    shares = [deal(windows, rank, world_size, size) for rank in range(world_size)]
+    assert tuple(window for share in shares for batch in share for window in batch) == windows
+    assert len({len(share) for share in shares}) == 1
+    assert all(len(batch) <= size for share in shares for batch in share)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 5))
+def test_every_epoch_sees_every_window_once(num_windows: int, sequences: int, seed: int) -> None:
+    if sequences > num_windows:
+        return
+    order = BatchOrder(num_windows, sequences, seed, shuffle=True)
+    epochs = 3
+    steps = order.steps_for(epochs)
+    seen = [window for step in range(steps) for window in order.windows(step)]
+    assert Counter(seen[: epochs * num_windows]) == dict.fromkeys(range(num_windows), epochs)
+    assert order.windows(0) == BatchOrder(num_windows, sequences, seed, shuffle=True).windows(0)
+    in_order = BatchOrder(num_windows, sequences, seed, shuffle=False)
+    straight = [window for step in range(steps) for window in in_order.windows(step)]
+    assert straight == [place % num_windows for place in range(steps * sequences)]
+
+
+def test_too_little_text_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="the text has 3 windows, fewer than the 4 of one batch"):
+        BatchOrder(3, 4, 0, shuffle=True)
+
+
+def test_an_empty_share_is_masked(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(100))
+    stream = open_token_stream(TextSource((tmp_path,)), tmp_path / "cache")
+    batch = collate(stream, (), 8, index=0)
+    assert batch.num_targets == 0
+    assert bool((batch.labels == -100).all())
+    full = collate(stream, (2, 0), 8, index=0)
+    assert full.input_ids.tolist() == [list(range(16, 24)), list(range(8))]
+    assert full.num_targets == 14
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_the_learning_rate_is_transformers(name: str, warmup: int, tmp_path: Path) -> None:
+    from transformers import get_scheduler
+
+    recipe = Recipe.model_construct(
+        optimizer=Optimizer(lr=3e-4), lr_scheduler=LrScheduler.model_validate({"name": name, "warmup_steps": warmup})
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    kind = "constant_with_warmup" if name == "constant" else name
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=20)
+    for step in range(20):
+        assert learning_rate(recipe, step, 20) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        scheduler.step()

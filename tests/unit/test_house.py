@@ -1,0 +1,57 @@
+"""The house: imports go one way, and what has to be light imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2] / "zinf_cli"
+
+FLOORS = (
+    {"errors", "amounts", "trace"},
+    {"recipe", "recipe_file", "hosts", "hardware"},
+    {"plan"},
+    {"console", "tiers"},
+    {"engine"},
+    {"launch", "train", "bench"},
+    {"cli"},
+)
+"""A module imports from its own floor and from those above it in this list."""
+
+APART = {"train": {"launch", "console"}, "launch": {"train", "engine", "tiers"}, "console": {"tiers"}}
+APART |= {"engine": {"recipe", "recipe_file", "plan", "console"}, "tiers": {"recipe", "recipe_file", "plan", "console"}}
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room to the rooms it imports, anywhere in its files."""
+    found: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("zinf_cli."):
+                    found.setdefault(room, set()).add(name.split(".")[1])
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    for room, imported in rooms().items():
+        for other in imported - {room}:
+            assert floor_of[other] <= floor_of[room], f"{room} imports {other}"
+        assert not imported & APART.get(room, set()), f"{room} imports {imported & APART[room]}"
+
+
+def test_the_launcher_imports_no_torch() -> None:
+    modules = "zinf_cli.cli, zinf_cli.launch.service, zinf_cli.plan.plan, zinf_cli.console"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_files_fit_in_a_sitting() -> None:
+    long = {str(path): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    assert {path: lines for path, lines in long.items() if lines > 450} == {}

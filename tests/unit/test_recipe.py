@@ -1,0 +1,164 @@
+"""Recipes as people write them: YAML, overrides, sizes, and every problem with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zinf_cli.amounts import format_bytes, format_count, parse_bytes, parse_count
+from zinf_cli.errors import RecipeError
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
+
+MINIMAL = """\
+model:
+  config: {model_type: llama, hidden_size: 64}
+dataset:
+  path: TEXT
+"""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a text")
+    return path
+
+
+def write(folder: Path, text: Path, content: str = MINIMAL) -> Path:
+    path = folder / "my-run.yaml"
+    path.write_text(content.replace("TEXT", str(text)))
+    return path
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    return [problem.replace(f"{path.parent}/", "") for problem in caught.value.problems]
+
+
+def test_a_minimal_recipe_has_every_default(tmp_path: Path, text: Path) -> None:
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.model.init == "random"
+    assert recipe.dataset.path == (text,)
+    assert recipe.train.precision == "auto"
+    assert recipe.offload.params == "auto"
+    assert recipe.output_dir == Path.cwd() / "runs" / "my-run"
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+
+
+def test_what_is_written_out_is_the_same_recipe(tmp_path: Path, text: Path) -> None:
+    path = write(tmp_path, text)
+    recipe = load_recipe(path, ["offload.cpu_memory=3GiB", "offload.nvme_path=[a, b]", "optimizer.betas=[0.8, 0.9]"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    assert load_recipe(resolved) == recipe
+    assert yaml.safe_load(resolved.read_text())["offload"]["cpu_memory"] == "3GiB"
+
+
+def test_overrides_win_and_are_no_defaults(tmp_path: Path, text: Path) -> None:
+    path = write(tmp_path, text)
+    overrides = ["train.max_steps=20", "optimizer.lr=5e-5", "offload.nvme_path=~/nvme", "seed=7"]
+    recipe = load_recipe(path, overrides)
+    assert (recipe.train.max_steps, recipe.optimizer.lr, recipe.seed) == (20, 5e-5, 7)
+    assert recipe.offload.nvme_path == (Path.home() / "nvme",)
+    filled = filled_in(path, overrides)
+    assert "train.micro_batch_size=1" in filled
+    assert not {line.split("=")[0] for line in filled} & {line.split("=")[0] for line in overrides}
+
+
+def test_every_problem_comes_with_its_line(tmp_path: Path, text: Path) -> None:
+    content = MINIMAL + (
+        "train:\n  seq_len: long\n  max_step: 3\n  max_steps: 3\n  epochs: 2\n"
+        "offload:\n  params: disk\n  nvme_space: 3 apples\nseed: -1\nofload: {}\n"
+    )
+    problems = problems_of(write(tmp_path, text, content), "optimizer.beta=3", "seed")
+    for problem in (
+        "my-run.yaml:6: train.seq_len: expected a whole number, got 'long'",
+        "my-run.yaml:7: train.max_step: unknown key, did you mean max_steps?",
+        "my-run.yaml:11: offload.params: expected 'auto', 'device', 'cpu' or 'nvme', got 'disk'",
+        "my-run.yaml:12: offload.nvme_space: expected a size such as 48GiB or 500MB, got '3 apples'",
+        "my-run.yaml:13: seed: expected at least 0, got -1",
+        "my-run.yaml:14: ofload: unknown key, did you mean offload?",
+        "command line: optimizer.beta=3: optimizer.beta: unknown key, did you mean betas?",
+        "command line: seed: expected KEY=VALUE, such as train.max_steps=20",
+    ):
+        assert problem in problems
+    assert len(problems) == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- 1\n- 2\n", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "my-run.yaml:6: seed stands twice (first at"),
+        (MINIMAL.replace("config:", "name_or_path: nowhere\n  config:"), "no such directory: "),
+        ("dataset: {path: TEXT}", "model is missing"),
+        ("model: 3\ndataset: {path: TEXT}", "model: expected a section with keys, got 3"),
+        (MINIMAL.replace("model_type: llama, ", ""), "config needs a model_type"),
+        (MINIMAL.replace("TEXT", "[]"), "dataset.path"),
+        (MINIMAL + "optimizer: {lr: yes}\n", "optimizer.lr: expected a number, got True"),
+        (MINIMAL + "train: {max_steps: 3, epochs: 1}\n", "give either max_steps or epochs"),
+        (MINIMAL + "offload: {nvme_path: 3}\n", "offload.nvme_path: expected a list, got 3"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: Path, content: str, said: str) -> None:
+    assert any(said in problem for problem in problems_of(write(tmp_path, text, content)))
+
+
+@given(st.text(max_size=200))
+def test_no_text_breaks_the_reader(content: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "r.yaml"
+        path.write_text(content, encoding="utf-8", errors="ignore")
+        with pytest.raises(RecipeError):
+            load_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = path.read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/smollm2-135m").mkdir(parents=True)
+    (tmp_path / "data/smollm2-135m/config.json").write_text("{}")
+    (tmp_path / "data/kjv").mkdir()
+    for name in ("train.txt", "held_out.txt"):
+        (tmp_path / "data/kjv" / name).write_text("text")
+    copy = tmp_path / path.name
+    copy.write_text(content)
+    assert isinstance(load_recipe(copy), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("written", "num_bytes"),
+    [("48GiB", 48 << 30), ("1.5 GB", 1_500_000_000), ("500MB", 500_000_000), ("4096", 4096), ("2kib", 2048), (7, 7)],
+)
+def test_sizes(written: str | int, num_bytes: int) -> None:
+    assert parse_bytes(written) == num_bytes
+
+
+@pytest.mark.parametrize(("written", "count"), [("135M", 135_000_000), ("7B", 7 * 10**9), ("1.01T", 1_010_000_000_000)])
+def test_counts(written: str, count: int) -> None:
+    assert parse_count(written) == count
+    assert parse_count(format_count(count)) == count
+
+
+@given(st.integers(0, 2**60))
+def test_sizes_survive_being_shown(num_bytes: int) -> None:
+    assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.006)
+
+
+@pytest.mark.parametrize("written", ["", "GiB", "3 apples", "-1GB", "1e9", "1,5GB"])
+def test_what_is_no_size(written: str) -> None:
+    with pytest.raises(ValueError, match="expected a size"):
+        parse_bytes(written)

@@ -1,0 +1,23 @@
+"""Dynamic loss scaling for fp16, with the rules and constants of torch.amp.GradScaler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LossScale:
+    """Doubles after `growth_interval` finite steps, halves after one that is not; a power of two, so exact."""
+
+    scale: float = 2.0**16
+    growth_interval: int = 2000
+    _finite_steps: int = 0
+
+    def note(self, *, finite: bool) -> None:
+        """A step has ended; with `finite` False its update was dropped."""
+        if not finite:
+            self.scale, self._finite_steps = self.scale / 2, 0
+            return
+        self._finite_steps += 1
+        if self._finite_steps == self.growth_interval:
+            self.scale, self._finite_steps = self.scale * 2, 0
