@@ -24,7 +24,7 @@ class UnitUse:
     """What one call of a unit moves and keeps, in bytes for one micro-batch."""
 
     input_bytes: int = 0
-    """Differentiable inputs: what the tape saves."""
+    """Differentiable inputs that no unit before has taken: what the tape saves."""
     largest_input_bytes: int = 0
     """Of one tensor."""
     saved_bytes: int = 0
@@ -94,6 +94,7 @@ class _Watch(TorchFunctionMode):
             if not unit.resident:
                 self._owner.update((id(names[place.name]), number) for place in unit.params())
         self._seen: set[int] = set()
+        self._inputs: dict[tuple[int, int], Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -129,8 +130,11 @@ class _Watch(TorchFunctionMode):
                 self.misused.update(self._units[number].modules)
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
-            inputs = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if _differentiable(t)}
-            sizes = [t.numel() * t.element_size() for t in inputs.values()]
+            sizes = [
+                leaf.numel() * leaf.element_size()
+                for leaf in pytree.tree_leaves((args, kwargs))
+                if _differentiable(leaf) and self._is_new(leaf)
+            ]
             use.input_bytes += sum(sizes)
             use.largest_input_bytes = max([use.largest_input_bytes, *sizes])
             self.order.append(number)
@@ -147,6 +151,14 @@ class _Watch(TorchFunctionMode):
 
         module.forward = watched
         return module
+
+    def _is_new(self, tensor: torch.Tensor) -> bool:
+        """Whether no unit has taken this tensor before: the tape keeps it once."""
+        edge = torch.autograd.graph.get_gradient_edge(tensor)
+        key = (id(edge.node), edge.output_nr)
+        new = key not in self._inputs
+        self._inputs[key] = edge.node  # kept, so that its id stays its own
+        return new
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()._cdata

@@ -1,0 +1,101 @@
+"""The plan's bytes are the engine's bytes, and its least buffers are enough."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_models import CONFIGS
+from zinf_cli.engine.engine import Engine
+from zinf_cli.errors import CapacityError
+from zinf_cli.plan.plan import Plan, make_plan
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.train import loop
+from zinf_cli.train.describe import describe
+
+CLASSES = ("params", "grads", "optimizer", "activations")
+
+
+def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Recipe:
+    np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
+    return Recipe.model_validate(
+        {
+            "model": {"config": {"model_type": name, **CONFIGS[name]}},
+            "dataset": {"path": str(folder / "tokens.npy")},
+            "train": {
+                "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3, **train
+            },
+            "offload": {**dict.fromkeys(CLASSES, tier), "nvme_path": str(folder / "nvme")},
+            "logging": {"tensorboard": False},
+            "output_dir": str(folder / "run"),
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
+    """The metrics of a run in this process."""
+    recipe.output_dir.mkdir(exist_ok=True)
+    (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
+    (recipe.output_dir / "plan.json").write_text(json.dumps(plan.to_json()))
+    (recipe.output_dir / "logs").mkdir(exist_ok=True)
+    assert loop.train(recipe.output_dir) == 0
+    return [json.loads(line) for line in (recipe.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("per_sweep", [1, 3])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
+def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, name, micro_batches_per_sweep=per_sweep)
+    plan = make_plan(recipe, describe(recipe, 1))
+    ample = run(recipe, plan)
+    least = replace(plan, working=plan.working.shrunk(1 << 60))
+    assert least.working.total < plan.working.total
+    tight = run(recipe, least)
+    assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
+    assert max(line["nvme_bytes"] for line in ample) <= plan.nvme_bytes
+    assert max(line["nvme_bytes"] for line in ample) > 0.9 * plan.nvme_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_states_are_exact(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, "llama", precision=precision)
+    plan = make_plan(recipe, describe(recipe, 1))
+    used: dict[str, int] = {}
+    close = Engine.close
+
+    def note_and_close(engine: Engine) -> None:
+        used["states"] = engine.tiers.params.used
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", note_and_close)
+    run(recipe, plan)
+    states = {line.what: line.num_bytes for line in plan.lines}
+    assert used["states"] == states["params"] + states["grads"] + states["optimizer"]
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    plan = make_plan(recipe, describe(recipe, 2))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", tier="auto")
+    figures = describe(recipe, 1)
+    assert set(make_plan(recipe, figures).placement.values()) == {"cpu"}
+    needs = make_plan(recipe, figures).limits[0].needed
+    budget = recipe.offload.model_copy(update={"cpu_memory": needs - 1})
+    with pytest.raises(CapacityError, match=r"cpu needs .*, offload\.cpu_memory allows"):
+        make_plan(recipe.model_copy(update={"offload": budget.model_copy(update={"cpu_memory": 1 << 20})}), figures)
