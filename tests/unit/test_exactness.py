@@ -61,6 +61,15 @@ def test_all_on_nvme_learns_as_plain_pytorch_does(name: str, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_activations_do_go_to_the_tier(tmp_path: Path) -> None:
+    options = replace(EngineOptions(nvme_folders=(tmp_path,)), activations="nvme")
+    engine = open_engine(random_source("llama"), options)
+    engine_losses(engine, 1, close=False)
+    kept = 3 * 3 * 4096  # three micro-batches, three units that take a hidden state of 2 × 12 × 32 floats
+    assert engine.tiers.activations.write_bytes == engine.tiers.activations.read_bytes == kept
+    engine.close()
+
+
 @pytest.mark.parametrize("name", DROPOUT)
 def test_dropout_is_the_same_in_the_recompute(name: str, tmp_path: Path) -> None:
     expected = reference(name, **DROPOUT[name])

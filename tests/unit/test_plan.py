@@ -64,7 +64,7 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path)
     tight = run(recipe, least)
     assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
     assert max(line["nvme_bytes"] for line in ample) <= plan.nvme_bytes
-    assert max(line["nvme_bytes"] for line in ample) > 0.9 * plan.nvme_bytes
+    assert max(line["nvme_bytes"] for line in ample) > 0.97 * plan.nvme_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

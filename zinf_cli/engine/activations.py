@@ -14,8 +14,8 @@ from zinf_cli.tiers.arena import Arena, Buffer, round_up
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
 PAGE = 4096
-SMALL = 64 * 1024
-"""Bytes below which moving a tensor costs more than keeping it."""
+SMALL = PAGE // 2
+"""Bytes below which a tensor is kept: its page on the tier would be larger than it is."""
 
 
 class Saved(Protocol):
@@ -26,6 +26,9 @@ class Saved(Protocol):
 
     def get(self) -> torch.Tensor:
         """The tensor, detached."""
+
+    def drop(self) -> None:
+        """Not needed for now, but again later."""
 
     def free(self) -> None: ...
 
@@ -48,6 +51,9 @@ class Kept:
                 hint="this model can't be recomputed; keep offload.activations on nvme, where a copy is taken",
             )
         return self._tensor
+
+    def drop(self) -> None:
+        return
 
     def free(self) -> None:
         self._tensor = None
@@ -126,15 +132,19 @@ class Offloaded:
         num_bytes = self._shape.numel() * self._dtype.itemsize
         return self._buffer.data[:num_bytes].view(self._dtype).view(self._shape)
 
-    def free(self) -> None:
+    def drop(self) -> None:
         if self._read is not None and self._buffer is not None:
             self._home.wait(self._read)
             self._buffer.free()
+        self._buffer = self._read = None
+
+    def free(self) -> None:
+        self.drop()
         if self._extent is not None:
             for write in self._extent.writes:
                 self._home.wait(write)  # the extent may be handed out again at once
             self._tier.free(self._extent)
-        self._extent = self._buffer = self._read = None
+        self._extent = None
 
     def _start(self, buffer: Buffer | None) -> None:
         if buffer is not None and self._extent is not None:

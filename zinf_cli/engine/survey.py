@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.units import UnitLayout, discover
+from zinf_cli.tiers.arena import PAGE, round_up
 
 
 @dataclass
@@ -24,9 +25,9 @@ class UnitUse:
     """What one call of a unit moves and keeps, in bytes for one micro-batch."""
 
     input_bytes: int = 0
-    """Differentiable inputs that no unit before has taken: what the tape saves."""
-    largest_input_bytes: int = 0
-    """Of one tensor."""
+    """Differentiable inputs that no unit before has taken, in whole pages: what the tape saves."""
+    call_bytes: int = 0
+    """Differentiable inputs of one call, in whole pages: what its backward brings back."""
     saved_bytes: int = 0
     """What autograd saves inside the unit, weights excepted."""
     output_bytes: int = 0
@@ -100,6 +101,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__bool__", "item") and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # what models ask of data here: is nothing masked, is nothing packed
+        if name == "__contains__" and args[0].is_meta:
+            return False  # is there padding
         if name == "rand":
             return torch.ones_like(func(*args, **(kwargs or {})))  # LayerDrop drops no layer
         if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
@@ -130,13 +133,10 @@ class _Watch(TorchFunctionMode):
                 self.misused.update(self._units[number].modules)
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
-            sizes = [
-                leaf.numel() * leaf.element_size()
-                for leaf in pytree.tree_leaves((args, kwargs))
-                if _differentiable(leaf) and self._is_new(leaf)
-            ]
-            use.input_bytes += sum(sizes)
-            use.largest_input_bytes = max([use.largest_input_bytes, *sizes])
+            inputs = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if _differentiable(t)}.values()
+            sizes = {id(t): round_up(t.numel() * t.element_size(), PAGE) for t in inputs}
+            use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
+            use.call_bytes = max(use.call_bytes, sum(sizes.values()))
             self.order.append(number)
             self.glue_bytes += self.tail_bytes
             self.tail_bytes = 0
@@ -147,7 +147,7 @@ class _Watch(TorchFunctionMode):
                 self._active.pop()
             leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
             use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
-            return outputs
+            return pytree.tree_map(_as_emitted, outputs) if torch.is_grad_enabled() else outputs
 
         module.forward = watched
         return module
@@ -175,6 +175,13 @@ class _Watch(TorchFunctionMode):
         else:
             self.tail_bytes += num_bytes
         return tensor
+
+
+def _as_emitted(leaf: Any) -> Any:
+    """The tape makes every floating output of a unit one with a gradient."""
+    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.requires_grad:
+        return leaf.detach().requires_grad_()
+    return leaf
 
 
 def _differentiable(leaf: Any) -> bool:

@@ -165,6 +165,8 @@ class Tape:
         for glue in record.glue_inputs():
             if glue.first_record == record.number:
                 self._glue_backward(glue)
+            else:
+                glue.saved.drop()
 
     def prefetch(self) -> bool:
         """Start bringing back the inputs of the newest record; False when there was no room."""

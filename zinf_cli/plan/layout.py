@@ -20,7 +20,8 @@ class UnitFigures:
     calls: int
     input_bytes: int
     """Differentiable inputs of all its calls: what the tape keeps."""
-    largest_input_bytes: int
+    call_bytes: int
+    """Differentiable inputs of one call."""
     saved_bytes: int
     """What autograd keeps inside it while it is recomputed."""
     output_bytes: int

@@ -83,12 +83,15 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     units = figures.model.units
     trainable = sum(unit.trainable_numel for unit in units) // ranks
     copies = 2 if figures.precision == "fp32" else 3
-    kept = sum(round_up(unit.input_bytes) for unit in units)
+    turn = figures.model.order[-1] if figures.model.order else None
+    activations = sum(
+        unit.input_bytes * (1 if number == turn else choice.per_sweep) for number, unit in enumerate(units)
+    )
     return {
         "params": sum(unit.numel for unit in units) // ranks * itemsize,
         "grads": trainable * 4,
         "optimizer": trainable * 4 * copies,
-        "activations": kept * choice.per_sweep,
+        "activations": activations,
     }
 
 
@@ -115,7 +118,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     fields = (0 if choice.in_place("grads") else 1) + (0 if choice.in_place("optimizer") else 3)
     staging = 0
     if not choice.in_place("activations"):
-        staging = round_up(max((unit.largest_input_bytes for unit in units), default=0))
+        staging = max(unit.call_bytes for unit in units)
     # loading writes one slice of one flat through the slots
     load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.world_size for unit in units)
     least = max(largest + typical, round_up(load))
@@ -126,7 +129,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
         chunk_numel=chunk_numel,
         num_chunks=8 * fields,
         staging_bytes=8 * staging,
-        least_staging_bytes=4 * staging,
+        least_staging_bytes=2 * staging,
     )
 
 

@@ -27,7 +27,7 @@ class MemoryTier:
         pin: bool = False,
     ) -> None:
         self.name = name
-        self.used = 0
+        self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
         self._device = device
@@ -47,6 +47,7 @@ class MemoryTier:
                 hint="move a class of state to another tier (offload.*), or use more ranks",
             ) from error
         self.used += num_bytes
+        self.peak = max(self.peak, self.used)
         return Extent(self, num_bytes, label, memory=memory)
 
     def free(self, extent: Extent) -> None:

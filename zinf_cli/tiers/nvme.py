@@ -138,7 +138,7 @@ class NvmeTier:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.name = "nvme"
-        self.used = 0
+        self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
         self._trace = trace
@@ -194,6 +194,7 @@ class NvmeTier:
             if self._next > self._reserved:
                 self.reserve(self._next + 16 * STRIPE)
         self.used += size
+        self.peak = max(self.peak, self.used)
         return Extent(self, size, label, start=start)
 
     def free(self, extent: Extent) -> None:

@@ -52,6 +52,8 @@ class Tier(Protocol):
     name: str
     used: int
     """Bytes in extents now."""
+    peak: int
+    """The most `used` has been since the caller last set this."""
     read_bytes: int
     write_bytes: int
 

@@ -77,7 +77,7 @@ def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
         resident=layout.resident,
         calls=calls,
         input_bytes=use.input_bytes,
-        largest_input_bytes=use.largest_input_bytes,
+        call_bytes=use.call_bytes,
         saved_bytes=use.saved_bytes,
         output_bytes=use.output_bytes,
     )

@@ -133,6 +133,7 @@ class Run:
         max_steps = self.plan.max_steps
         self._peak = PeakMemory()
         self._loss_scale = LossScale() if self.plan.precision == "fp16" else None
+        self._drives = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
         interval = self.recipe.train.eval_interval
         if self.text.held_out is not None:
@@ -155,6 +156,8 @@ class Run:
     def _step(self, step: int, *, more: bool) -> dict[str, Any]:
         start = time.perf_counter()
         self._peak.reset()
+        for tier in self._drives:
+            tier.peak = tier.used
         lr = learning_rate(self.recipe, step, self.plan.max_steps)
         windows = self.text.order.windows(step)
         mine = self._micro_batches(self.text.train, windows)
@@ -253,8 +256,7 @@ class Run:
         return self._sum([float(asked)])[0] > 0
 
     def _traffic(self) -> tuple[int, int]:
-        tiers = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
-        return sum(tier.read_bytes for tier in tiers), sum(tier.write_bytes for tier in tiers)
+        return sum(tier.read_bytes for tier in self._drives), sum(tier.write_bytes for tier in self._drives)
 
     def _memory(self) -> dict[str, int]:
         """Peaks of this rank in the step, and what went to and from its drives."""
@@ -263,7 +265,7 @@ class Run:
         values = {
             "device_bytes": self.engine.device_bytes(),
             "cpu_bytes": self._peak.read(),
-            "nvme_bytes": sum(t.used for t in self.engine.tiers.distinct() if isinstance(t, NvmeTier)),
+            "nvme_bytes": sum(tier.peak for tier in self._drives),
             "nvme_read_bytes": read - before[0],
             "nvme_write_bytes": write - before[1],
         }
