@@ -16,10 +16,11 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.survey import survey
 from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.setup import model_loss
+from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.weights import open_weights
 
+CPU = torch.device("cpu")
 LR, CLIP = 1e-3, 1.0
 MIB = 2**20
 
@@ -45,11 +46,14 @@ def plain_losses(
     dtype: torch.dtype = torch.float32,
     freeze: str = "",
     parameters: dict[str, torch.Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> list[list[float]]:
     """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step."""
     blank = build_model(source)
     model: Any = type(blank)._from_config(blank.config, dtype=dtype)
     values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
+    model.to(device)
+    values = {name: value.to(device) for name, value in values.items()}
     masters = {}
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -66,7 +70,7 @@ def plain_losses(
         losses.append([])
         for number, ids in enumerate(batches(step, count)):
             torch.manual_seed(1000 * step + number)
-            loss = model_loss(model, ids, ids)
+            loss = model_loss(model, ids.to(device), ids.to(device))
             torch.autograd.backward((loss,), (torch.full_like(loss, 1 / count),))
             losses[-1].append(loss.item())
         if clip is not None:
@@ -93,6 +97,7 @@ def open_engine(
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
     seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size)
+    place_buffers(model, options.device)
     options = replace(
         options,
         nvme_bytes=32 * MIB,
@@ -118,13 +123,16 @@ def engine_losses(
     clip: float | None = CLIP,
     evaluate_every: int | None = None,
     close: bool = True,
+    device: torch.device = CPU,
 ) -> list[list[float]]:
     """What plain_losses returns, through the engine; of the micro-batches of `rank` in a world of several."""
     losses = []
     share = count // world_size
     for step in range(steps):
         work = [
-            MicroBatch(partial(model_loss, engine.model, ids, ids), 1 / count, 1000 * step + number)
+            MicroBatch(
+                partial(model_loss, engine.model, ids.to(device), ids.to(device)), 1 / count, 1000 * step + number
+            )
             for number, ids in enumerate(batches(step, count))
         ]
         mine = work[rank * share : (rank + 1) * share]

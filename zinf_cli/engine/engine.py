@@ -57,7 +57,9 @@ class EngineOptions:
     chunk_numel: int = 1 << 20
     num_chunks: int = 8
     staging_bytes: int = 0
-    """Memory through which activations go to NVMe."""
+    """Memory through which activations go to another tier than the compute device's."""
+    pin_memory: bool = True
+    """Page-lock CPU memory that an accelerator copies from and to."""
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     micro_batches_per_sweep: int | None = None
@@ -105,8 +107,8 @@ class Engine:
         self.units = [Unit(layout, model, self.tiers, self._ranks, options.dtype) for layout in layouts]
         self.memory = _open_memory(options)
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
-        self.staging = Arena(options.staging_bytes, options.device) if options.activations == "nvme" else None
-        activations = Activations(self.tiers.activations, self.staging, self._pipeline.wait)
+        staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
+        activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
         self._sweep = Sweep(self._pipeline, activations, options.device, order, self.trace)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
@@ -241,7 +243,7 @@ def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callabl
             opened[name] = tier
         else:
             device = options.device if name == "device" else torch.device("cpu")
-            opened[name] = MemoryTier(name, device, options.device, trace, pin=name == "cpu")
+            opened[name] = MemoryTier(name, device, options.device, trace, pin=options.pin_memory, notice=notice)
     return TierSet(
         opened[options.params], opened[options.grads], opened[options.optimizer], opened[options.activations]
     )

@@ -50,8 +50,8 @@ class Buffer:
 class Arena:
     """`capacity` bytes on `device`, handed out in page-aligned buffers of exact size.
 
-    On CUDA a freed range may still be read by kernels that were queued before: `freed` is an event recorded at the
-    last `free`, and whoever fills a new buffer from another stream waits for it first.
+    On CUDA a freed range may still be read by kernels that were queued before: whoever fills it from another stream
+    lets that stream wait for the compute stream first.
     """
 
     def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
@@ -59,7 +59,6 @@ class Arena:
         self.device = device
         self.used = 0
         self.peak = 0
-        self.freed: torch.cuda.Event | None = None
         self._holes: list[tuple[int, int]] = [(0, self.capacity)]  # (offset, size), by offset
         if device.type == "cpu":
             self._map = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -84,9 +83,6 @@ class Arena:
 
     def give_back(self, offset: int, size: int) -> None:
         """Merge a range with the holes beside it (Buffer.free calls this)."""
-        if self.device.type == "cuda":
-            self.freed = torch.cuda.Event()
-            self.freed.record()
         self.used -= size
         index = bisect_left(self._holes, (offset, 0))
         if index < len(self._holes) and self._holes[index][0] == offset + size:
@@ -102,3 +98,9 @@ class Arena:
             return False
         result = torch.cuda.cudart().cudaHostRegister(self._region.data_ptr(), self.capacity, 0)
         return int(result) == 0
+
+    def unpin(self) -> None:
+        """Unlock page-locked memory, before it is let go of."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._region.data_ptr())
+            self.pinned = False

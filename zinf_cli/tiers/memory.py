@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
 import torch
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
+from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 from zinf_cli.trace import Trace
 
@@ -14,7 +18,8 @@ class MemoryTier:
     """Extents in the memory of `device`, read and written by a compute device that may be another one.
 
     Where both are the same, `view` hands out the memory itself and nothing is copied. From CPU memory to a CUDA device,
-    copies run on two streams of their own (in and out), from page-locked memory where `pin` is set.
+    copies run on two streams of their own (in and out), from page-locked memory where `pin` is set and the system
+    allows it; `notice` is called once with a line for the user where it does not.
     """
 
     def __init__(
@@ -25,23 +30,27 @@ class MemoryTier:
         trace: Trace,
         *,
         pin: bool = False,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
         self.name = name
+        self.in_place = device == compute_device
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
         self._device = device
-        self._compute_device = compute_device
         self._trace = trace
-        self._pin = pin and compute_device.type == "cuda"
+        self._pin = pin
+        self._notice = notice
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
-        if compute_device.type == "cuda" and device != compute_device:
+        self._arenas: list[Arena] = []
+        self._freed: dict[int, list[torch.Tensor]] = defaultdict(list)
+        if compute_device.type == "cuda" and not self.in_place:
             self._streams = (torch.cuda.Stream(compute_device), torch.cuda.Stream(compute_device))
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
         try:
-            memory = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pin)
-        except RuntimeError as error:
+            memory = self._freed[num_bytes].pop() if self._freed[num_bytes] else self._new(num_bytes)
+        except (RuntimeError, OSError) as error:
             raise CapacityError(
                 f"no room for {format_bytes(num_bytes)} of {label} in {self.name} memory",
                 hint="move a class of state to another tier (offload.*), or use more ranks",
@@ -50,44 +59,68 @@ class MemoryTier:
         self.peak = max(self.peak, self.used)
         return Extent(self, num_bytes, label, memory=memory)
 
+    def _new(self, num_bytes: int) -> torch.Tensor:
+        if self._streams is None:
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        arena = Arena(num_bytes, self._device, pin=self._pin)
+        if self._pin and not arena.pinned and self._notice is not None:
+            self._notice("the system refuses page-locked memory (ulimit -l): copies to the device will be slower")
+            self._notice = None
+        self._arenas.append(arena)
+        buffer = arena.allocate(num_bytes)
+        assert buffer is not None
+        return buffer.data
+
     def free(self, extent: Extent) -> None:
+        assert extent.memory is not None
         self.used -= extent.num_bytes
+        self._freed[extent.num_bytes].append(extent.memory)
         extent.memory = None
 
     def view(self, extent: Extent) -> torch.Tensor | None:
-        return extent.memory if self._device == self._compute_device else None
+        return extent.memory if self.in_place else None
 
     def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer:
         assert extent.memory is not None
         self.read_bytes += into.numel()
-        return self._copy(into, extent.memory[offset : offset + into.numel()], inward=True, label=extent.label)
+        with self._trace.span("copy in", extent.label, into.numel()):
+            source = extent.memory[offset : offset + into.numel()]
+            if self._streams is None:
+                into.copy_(source)
+                return DONE
+            return StreamCopy(self._streams[0], into, source, after=extent.writes)
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         assert extent.memory is not None
         self.write_bytes += source.numel()
-        memory = extent.memory[offset : offset + source.numel()]
-        return self._copy(memory, source, inward=False, label=extent.label)
-
-    def _copy(self, into: torch.Tensor, source: torch.Tensor, *, inward: bool, label: str) -> Transfer:
-        lane = "copy in" if inward else "copy out"
-        with self._trace.span(lane, label, source.numel()):
+        with self._trace.span("copy out", extent.label, source.numel()):
+            memory = extent.memory[offset : offset + source.numel()]
             if self._streams is None:
-                into.copy_(source)
+                memory.copy_(source)
                 return DONE
-            return StreamCopy(self._streams[0 if inward else 1], into, source)
+            copy = StreamCopy(self._streams[1], memory, source)
+            extent.writes = [write for write in extent.writes if not write.done()] + [copy]
+            return copy
 
     def close(self) -> None:
-        return
+        self._freed.clear()
+        for arena in self._arenas:
+            arena.unpin()
 
 
 class StreamCopy:
-    """One copy on a stream of its own; it starts after what the compute stream has queued so far."""
+    """One copy on a stream of its own; it starts after what the compute stream has queued so far, and `after`."""
 
-    def __init__(self, stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer] = ()
+    ) -> None:
         stream.wait_stream(torch.cuda.current_stream())
+        for copy in after:
+            assert isinstance(copy, StreamCopy)
+            stream.wait_event(copy._event)
         with torch.cuda.stream(stream):
             into.copy_(source, non_blocking=True)
-        self._event = torch.cuda.Event()
+        self._event: torch.cuda.Event = torch.cuda.Event()
         self._event.record(stream)
 
     def done(self) -> bool:

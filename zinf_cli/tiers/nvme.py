@@ -20,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import torch
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, PreflightError, TierError, ZinfError
 from zinf_cli.tiers.arena import PAGE, Arena, round_up
+from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
@@ -138,6 +140,7 @@ class NvmeTier:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.name = "nvme"
+        self.in_place = False
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
@@ -228,12 +231,12 @@ class NvmeTier:
     def _start(self, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> _Job:
         if offset + data.numel() > extent.num_bytes:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
-        memory = as_memory(data)
         blocks = list(self._blocks(extent.start + offset, data.numel()))
         job = _Job(len(blocks), [] if write else list(extent.writes))
         jobs = self._queues[1 if write else 0]
+        moment = Moment(data.device)
         for file, position, begin, end in blocks:
-            jobs.put(self._block(job, extent.label, file, position, memory[begin:end], write=write))
+            jobs.put(self._block(job, extent.label, file, position, data[begin:end], moment, write=write))
         return job
 
     def _blocks(self, start: int, num_bytes: int) -> list[tuple[int, int, int, int]]:
@@ -249,7 +252,7 @@ class NvmeTier:
         return blocks
 
     def _block(
-        self, job: _Job, label: str, file: int, position: int, memory: memoryview, *, write: bool
+        self, job: _Job, label: str, file: int, position: int, data: torch.Tensor, moment: Moment, *, write: bool
     ) -> Callable[[], None]:
         def move() -> None:
             error: ZinfError | None = None
@@ -257,15 +260,18 @@ class NvmeTier:
                 for write_before in job.after:
                     write_before.wait()  # its own threads are at work on it: no deadlock
                 start = time.perf_counter()
-                self._move(file, position, memory, write=write)
+                if write:
+                    moment.write(data, partial(self._move, os.pwritev, file, position))
+                else:
+                    moment.read(data, partial(self._move, os.preadv, file, position))
                 lane = "nvme write" if write else "nvme read"
-                self._trace.add(lane, label, start, time.perf_counter(), len(memory))
+                self._trace.add(lane, label, start, time.perf_counter(), data.numel())
             except ZinfError as failure:
                 error = failure
             except OSError as failure:
-                verb = "write" if write else "read"
+                what = f"{'write' if write else 'read'} of {data.numel()} bytes at offset {position}"
                 error = TierError(
-                    f"rank {self._rank}: {verb} of {len(memory)} bytes at offset {position} failed: {failure.strerror}",
+                    f"rank {self._rank}: {what} failed: {failure.strerror}",
                     where=str(self._folders[file]),
                     hint=f"of {label}; the run can resume from its last checkpoint",
                 )
@@ -273,13 +279,12 @@ class NvmeTier:
 
         return move
 
-    def _move(self, file: int, position: int, memory: memoryview, *, write: bool) -> None:
-        """Move all of `memory`; a transfer that makes no progress is an error, never silence."""
+    def _move(self, call: Callable[..., int], file: int, position: int, data: torch.Tensor) -> None:
+        """Move all of `data`; a transfer that makes no progress is an error, never silence."""
+        memory = as_memory(data)
         moved = 0
         while moved < len(memory):
-            part = [memory[moved:]]
-            descriptor = self._files[file]
-            count = (os.pwritev if write else os.preadv)(descriptor, part, position + moved)
+            count = call(self._files[file], [memory[moved:]], position + moved)
             if count <= 0:
                 raise OSError(errno.EIO, f"short transfer: {moved} of {len(memory)} bytes")
             moved += count

@@ -50,6 +50,8 @@ class Tier(Protocol):
     """A place for extents: device memory, CPU memory or NVMe."""
 
     name: str
+    in_place: bool
+    """Whether the compute device uses extents where they lie."""
     used: int
     """Bytes in extents now."""
     peak: int
@@ -58,7 +60,7 @@ class Tier(Protocol):
     write_bytes: int
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
-        """A new extent, zeros at first; CapacityError or TierError where there is no room."""
+        """A new extent, zeros unless it takes the place of a freed one; CapacityError where there is no room."""
 
     def free(self, extent: Extent) -> None: ...
 

@@ -36,6 +36,7 @@ from zinf_cli.train.setup import (
     model_source,
     open_model,
     open_text,
+    place_buffers,
     survey_model,
     vocabulary_of,
 )
@@ -83,10 +84,7 @@ def _open_engine(
     weights = open_weights(model, model_source(recipe))
     load_buffers(model, model_source(recipe))
     seen = survey_model(model, recipe, ranks.world_size)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    place_buffers(model, device)
     options = EngineOptions(
         **plan.placement,
         nvme_folders=tuple(Path(folder) for folder in plan.nvme_folders),
@@ -96,6 +94,7 @@ def _open_engine(
         chunk_numel=plan.working.chunk_numel,
         num_chunks=plan.working.num_chunks,
         staging_bytes=plan.working.staging_bytes,
+        pin_memory=recipe.offload.pin_memory is not False,
         device=device,
         dtype=DTYPES[plan.precision],
         micro_batches_per_sweep=plan.per_sweep,

@@ -58,6 +58,14 @@ def model_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) 
     return loss
 
 
+def place_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers, which are small and belong to no unit, to the compute device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 def open_text(recipe: Recipe, vocabulary: int) -> Text:
     """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model."""
     dataset, train = recipe.dataset, recipe.train

@@ -1,0 +1,42 @@
+"""What is trained in the benchmarks: one llama, some shapes of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+LLAMA_216M: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2688,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of `micro_batches` micro-batches of one sequence of `tokens`."""
+
+    micro_batches: int
+    tokens: int
+    layers: int = 16
+    checkpointing: bool = True
+    """Whether activations are recomputed."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**LLAMA_216M, "num_hidden_layers": self.layers}
+
+    @property
+    def num_params(self) -> int:
+        c = self.config
+        hidden = c["hidden_size"]
+        layer = 4 * hidden**2 + 3 * hidden * c["intermediate_size"] + 2 * hidden
+        return self.layers * layer + 2 * c["vocab_size"] * hidden + hidden
+
+    def __str__(self) -> str:
+        return f"{self.micro_batches}×{self.tokens}" + ("" if self.checkpointing else ", no recompute")

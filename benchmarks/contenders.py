@@ -1,0 +1,64 @@
+"""The contenders: each trains a case in processes of its own and is watched from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from benchmarks.case import Case
+from benchmarks.watch import Watched, watch
+
+WARM_UP = 2
+"""First steps that do not count: memory is touched, the route is learned."""
+
+Contender = Callable[[Case, int, Path], Watched]
+
+
+def zinf(tier: str) -> Contender:
+    """zinf with all four classes of state on `tier`."""
+
+    def run(case: Case, steps: int, folder: Path) -> Watched:
+        run_dir = folder / f"zinf-{tier}"
+        tokens = folder / "tokens.npy"
+        if not tokens.exists():
+            np.save(tokens, np.random.default_rng(0).integers(0, case.config["vocab_size"], 500_000, dtype=np.int32))
+        recipe = {
+            "model": {"config": case.config},
+            "dataset": {"path": str(tokens)},
+            "train": {
+                "seq_len": case.tokens,
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": case.micro_batches,
+                "max_steps": steps + WARM_UP,
+                "max_grad_norm": 1.0,
+            },
+            "optimizer": {"lr": 1e-4},
+            "activation_checkpointing": "unit" if case.checkpointing else "none",
+            "offload": {
+                **dict.fromkeys(("params", "grads", "optimizer", "activations"), tier),
+                "nvme_path": str(folder / "nvme"),
+            },
+            "logging": {"tensorboard": False},
+            "output_dir": str(run_dir),
+        }
+        path = folder / f"zinf-{tier}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "zinf_cli.cli", "launch", str(path)]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        return watch(command, environment, run_dir / "metrics.jsonl", WARM_UP)
+
+    return run
+
+
+def plain(case: Case, steps: int, folder: Path) -> Watched:
+    """Plain PyTorch in memory."""
+    steps_file = folder / "plain.jsonl"
+    command = [sys.executable, "-m", "benchmarks.plain", str(steps_file), json.dumps(dataclasses.asdict(case))]
+    return watch([*command, str(steps + WARM_UP)], os.environ, steps_file, WARM_UP)

@@ -1,0 +1,91 @@
+"""`python -m benchmarks.run`: the table of benchmarks/README.md, contenders alternating on one machine.
+
+Times are ratios to plain PyTorch of the same run: absolute times of a shared machine mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.case import Case
+from benchmarks.contenders import Contender, plain, zinf
+from benchmarks.watch import Watched
+from zinf_cli.amounts import format_bytes
+
+CASES = (Case(8, 16), Case(8, 64), Case(1, 16))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="zinf beside plain PyTorch.")
+    parser.add_argument("--cases", nargs="*", default=[], help="such as 8x16; all of them by default")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each contender, in turn")
+    parser.add_argument("--folder", type=Path, default=None, help="where the drive is (default: runs/)")
+    arguments = parser.parse_args()
+    cases = [Case(*map(int, text.split("x"))) for text in arguments.cases] or CASES
+    contenders: dict[str, Contender] = {
+        "plain PyTorch": plain,
+        "zinf, all CPU": zinf("cpu"),
+        "zinf, all NVMe": zinf("nvme"),
+    }
+    console = Console(width=140)
+    console.print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, torch {torch.__version__}", highlight=False)
+    root = arguments.folder or Path("runs")
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=root)).absolute()
+    try:
+        for case in cases:
+            runs: dict[str, list[Watched]] = {name: [] for name in contenders}
+            for _ in range(arguments.rounds):
+                for name, contender in contenders.items():
+                    runs[name].append(contender(case, arguments.steps, folder))
+            console.print(_table(case, runs))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _table(case: Case, runs: dict[str, list[Watched]]) -> Table:
+    title = f"{case} tokens, {case.num_params / 1e6:.0f}M parameters, fp32"
+    table = Table("contender", title=title, title_justify="left")
+    for heading in ("s/step (median)", "ratio", "waiting", "peak memory", "read/step", "written/step", "B/param"):
+        table.add_column(heading, justify="right")
+    base = statistics.median(_steps(next(iter(runs.values()))))
+    for name, watched in runs.items():
+        steps = _steps(watched)
+        waits = [wait for run in watched for wait in run.wait_s]
+        read = statistics.median(run.read_bytes for run in watched)
+        written = statistics.median(run.write_bytes for run in watched)
+        table.add_row(
+            name,
+            f"{statistics.median(steps):.2f}",
+            f"{statistics.median(steps) / base:.2f}",
+            f"{100 * sum(waits) / sum(steps):.0f} %" if waits else "",
+            format_bytes(max(run.peak_bytes for run in watched)),
+            format_bytes(read),
+            format_bytes(written),
+            f"{(read + written) / case.num_params:.1f}",
+        )
+    return table
+
+
+def _steps(watched: list[Watched]) -> list[float]:
+    return [step for run in watched for step in run.step_s]
+
+
+def _machine() -> str:
+    return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}"
+
+
+if __name__ == "__main__":
+    main()
