@@ -26,6 +26,7 @@ check: install ## lint, formatting and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m mypy recipes/fetch_smollm2.py
+	$(PYTHON) -m mypy -p benchmarks
 
 bench: install ## measure this machine, side by side with plain PyTorch
 	$(PYTHON) -m benchmarks.run
