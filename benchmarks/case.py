@@ -33,10 +33,11 @@ class Case:
 
     @property
     def num_params(self) -> int:
-        c = self.config
-        hidden = c["hidden_size"]
-        layer = 4 * hidden**2 + 3 * hidden * c["intermediate_size"] + 2 * hidden
-        return self.layers * layer + 2 * c["vocab_size"] * hidden + hidden
+        hidden, intermediate, vocabulary = (
+            int(LLAMA_216M[key]) for key in ("hidden_size", "intermediate_size", "vocab_size")
+        )
+        layer = 4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden
+        return self.layers * layer + 2 * vocabulary * hidden + hidden
 
     def __str__(self) -> str:
         return f"{self.micro_batches}×{self.tokens}" + ("" if self.checkpointing else ", no recompute")

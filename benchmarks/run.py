@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender, in turn")
     parser.add_argument("--folder", type=Path, default=None, help="where the drive is (default: runs/)")
     arguments = parser.parse_args()
-    cases = [Case(*map(int, text.split("x"))) for text in arguments.cases] or CASES
+    cases = [Case(int(count), int(tokens)) for count, _, tokens in (text.partition("x") for text in arguments.cases)]
     contenders: dict[str, Contender] = {
         "plain PyTorch": plain,
         "zinf, all CPU": zinf("cpu"),
@@ -45,7 +45,7 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=root)).absolute()
     try:
-        for case in cases:
+        for case in cases or CASES:
             runs: dict[str, list[Watched]] = {name: [] for name in contenders}
             for _ in range(arguments.rounds):
                 for name, contender in contenders.items():
