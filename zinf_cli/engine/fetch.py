@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from zinf_cli.engine.update import ChunkUpdate, chunk_updates
+from zinf_cli.engine.update import SliceUpdate
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Transfer
@@ -35,23 +35,21 @@ class Fetch:
         self._carry_buffer: Buffer | None = None
         self._reads: list[Transfer] = []
         self._gathers: list[Transfer] | None = None
-        self._writes: list[Transfer] = []
-        self._updates: deque[ChunkUpdate] = deque()
-        self._unread: deque[ChunkUpdate] = deque()
+        self._update: SliceUpdate | None = None
         self.placed = False
 
     @property
     def issued(self) -> bool:
-        return self.placed and not self._unread
+        return self.placed and (self._update is None or self._update.all_read)
 
     @property
     def starved(self) -> bool:
         """Whether it can't go on before some buffer is freed."""
-        return not self.placed or (bool(self._updates) and self._is_unread(self._updates[0]))
+        return not self.placed or (self._update is not None and not self._update.finished and self._update.starved)
 
     @property
     def updating(self) -> bool:
-        return bool(self._updates)
+        return self._update is not None and not self._update.finished
 
     @property
     def gathering(self) -> bool:
@@ -64,9 +62,7 @@ class Fetch:
             return False
         if not self.placed and not self._place():
             return False
-        while self._unread and self._unread[0].read(self._memory.chunks):
-            self._unread.popleft()
-        return not self._unread
+        return self._update is None or self._update.read_ahead()
 
     def _settled(self) -> bool:
         """Whether the gradient and the parameters that this visit reads have been handed to their tiers."""
@@ -99,7 +95,7 @@ class Fetch:
             self.flats = in_place
         self._read_params()
         if self.update:
-            self._plan_update()
+            self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace)
         self.placed = True
         return True
 
@@ -133,7 +129,7 @@ class Fetch:
                 own = layout.slice_of(flat, self.unit.ranks.rank)
                 self._reads.append(extent.read(0, own.view(torch.uint8)))
 
-    def _own_slices(self) -> list[torch.Tensor]:
+    def own_slices(self) -> list[torch.Tensor]:
         """This rank's slice of each flat, where the update writes and the gather reads."""
         own = []
         for layout, extent, flat in zip(self.unit.layout.flats, self.unit.slices, self.flats, strict=True):
@@ -142,36 +138,22 @@ class Fetch:
             own.append(in_slot if memory is None else memory.view(self.unit.dtype))
         return own
 
-    def _plan_update(self) -> None:
-        self._unread.extend(
-            chunk_updates(self.unit, self._own_slices()[0], self._memory.chunk_numel, self._pipeline.trace)
-        )
-        self._updates.extend(self._unread)
-
     def progress(self, wait: Callable[[Transfer], None] | None = None) -> bool:
         """Do what the bytes that have arrived allow; with `wait`, wait for the next piece. True when ready to bind."""
         if not self.placed:
             return False
         if not self._settle(self._reads, wait):
             return False
-        while self._updates:
-            chunk = self._updates[0]
+        if self._update is not None and not self._update.finished:
             adamw = self._pipeline.adamw
-            if adamw is None or self._is_unread(chunk) or not self._settle(chunk.reads, wait):
+            settle = partial(self._settle, wait=wait)
+            if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
-            self._writes.extend(chunk.apply(adamw))
-            self._updates.popleft()
-            self._pipeline.drain_later(*chunk.trailing())
-            if wait is not None and self._unread:
-                return False  # let the caller issue more reads first
         if self._gathers is None:
             if self.update:
                 self.unit.updating = False
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
-
-    def _is_unread(self, chunk: ChunkUpdate) -> bool:
-        return bool(self._unread) and self._unread[0] is chunk
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks
@@ -179,7 +161,7 @@ class Fetch:
             return []
         return [
             ranks.gather(flat, own, self._pipeline.trace, self.unit.name)
-            for flat, own in zip(self.flats, self._own_slices(), strict=True)
+            for flat, own in zip(self.flats, self.own_slices(), strict=True)
         ]
 
     @staticmethod
@@ -190,6 +172,12 @@ class Fetch:
             (wait or _finish)(transfer)
         transfers.clear()
         return True
+
+    def update_now(self, grad: torch.Tensor) -> SliceUpdate:
+        """The eager update with a gradient slice in memory; the slot and the gradient stay until it is finished."""
+        self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad)
+        self.unit.updating = True
+        return self._update
 
     def bind(self) -> None:
         self.unit.bind(self.flats)
@@ -209,7 +197,8 @@ class Fetch:
 
     def let_go_of_slot(self) -> None:
         if self._slot is not None:
-            self._pipeline.drain_later(self._writes, [self._slot])
+            writes = self._update.writes if self._update is not None else []
+            self._pipeline.drain_later(writes, [self._slot])
 
     def let_go_of_grad(self, writes: list[Transfer]) -> None:
         buffers = [b for b in (self._grad_buffer, self._carry_buffer) if b is not None]

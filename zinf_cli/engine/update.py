@@ -1,4 +1,4 @@
-"""The deferred update of a slice, chunk by chunk.
+"""The update of a slice, chunk by chunk.
 
 A chunk's gradient and optimizer states are used where they lie when that is memory of the compute device; otherwise
 they are read into chunk buffers and written back after AdamW has changed them. The parameters are updated in the slot
@@ -7,12 +7,14 @@ they are read into chunk buffers and written back after AdamW has changed them. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.store import Unit, overlap
+from zinf_cli.engine.visit import Memory
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
@@ -21,8 +23,9 @@ from zinf_cli.trace import Trace
 class ChunkUpdate:
     """AdamW on elements [begin, begin + numel) of a unit's trainable slice."""
 
-    def __init__(self, unit: Unit, param: torch.Tensor, begin: int, trace: Trace) -> None:
+    def __init__(self, unit: Unit, param: torch.Tensor, grad: torch.Tensor | None, begin: int, trace: Trace) -> None:
         self._unit = unit
+        self._grad = grad
         self._param = param
         self._begin = begin
         self._trace = trace
@@ -32,6 +35,8 @@ class ChunkUpdate:
         self.reads: list[Transfer] = []
 
     def _sources(self) -> dict[str, Extent]:
+        if self._grad is not None:
+            return self._unit.optimizer
         assert self._unit.grad is not None
         return {"grad": self._unit.grad, **self._unit.optimizer}
 
@@ -48,6 +53,8 @@ class ChunkUpdate:
                 return False
             buffers.append(buffer)
         self._buffers = buffers
+        if self._grad is not None:
+            self._fields["grad"] = self._grad
         where = dict(zip(away, buffers, strict=True))
         for name, extent in self._sources().items():
             memory = extent.view()
@@ -98,9 +105,65 @@ class ChunkUpdate:
                 yield first - base, last - base, step
 
 
-def chunk_updates(unit: Unit, own: torch.Tensor, chunk_numel: int, trace: Trace) -> list[ChunkUpdate]:
-    """The chunks of a unit's update, in order; `own` is this rank's parameter slice where compute sees it."""
-    return [
-        ChunkUpdate(unit, own[begin : begin + chunk_numel], begin, trace)
-        for begin in range(0, own.numel(), chunk_numel)
-    ]
+class SliceUpdate:
+    """AdamW on this rank's trainable slice of a unit; reads run ahead as far as there are chunk buffers.
+
+    `own` is the parameter slice where compute sees it; `grad` the gradient slice, where it is not to be read from its
+    tier. Whoever holds the memory of the two keeps it until `progress` has returned True and `writes` are done.
+    """
+
+    def __init__(
+        self, unit: Unit, own: torch.Tensor, memory: Memory, trace: Trace, grad: torch.Tensor | None = None
+    ) -> None:
+        chunk_numel = memory.chunk_numel
+        chunks = [
+            ChunkUpdate(
+                unit,
+                own[begin : begin + chunk_numel],
+                None if grad is None else grad[begin : begin + chunk_numel],
+                begin,
+                trace,
+            )
+            for begin in range(0, own.numel(), chunk_numel)
+        ]
+        self._buffers = memory.chunks
+        self._chunks = deque(chunks)
+        self._unread = deque(chunks)
+        self.writes: list[Transfer] = []
+        """Of the parameters."""
+
+    @property
+    def finished(self) -> bool:
+        return not self._chunks
+
+    @property
+    def starved(self) -> bool:
+        """Whether it can't go on before a chunk buffer is freed."""
+        return bool(self._unread) and self._unread[0] is self._chunks[0]
+
+    @property
+    def all_read(self) -> bool:
+        """Whether every read is under way."""
+        return not self._unread
+
+    def read_ahead(self) -> bool:
+        """Start as many reads as there are buffers for; True when all are under way."""
+        while self._unread and self._unread[0].read(self._buffers):
+            self._unread.popleft()
+        return not self._unread
+
+    def progress(
+        self,
+        adamw: AdamW,
+        settle: Callable[[list[Transfer]], bool],
+        drain_later: Callable[[list[Transfer], list[Buffer]], None],
+    ) -> bool:
+        """Compute what has arrived, by the word of `settle`, which may wait; True when all is computed."""
+        while self._chunks:
+            self.read_ahead()
+            if self.starved or not settle(self._chunks[0].reads):
+                return False
+            chunk = self._chunks.popleft()
+            self.writes.extend(chunk.apply(adamw))
+            drain_later(*chunk.trailing())
+        return True

@@ -133,8 +133,14 @@ def _agent_command(module: str, arguments: Sequence[str], ranks: int) -> list[st
     return [sys.executable, "-m", "torch.distributed.run", *flat, "-m", module, *arguments]
 
 
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
+keeps what each micro-batch's thread freed (the demo: 1.21 instead of 1.41 GiB) and maps large temporaries anew each
+time."""
+
+
 def _agent_environment(threads_per_rank: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"}
+    return {**_MALLOC, **os.environ, "OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"}
 
 
 class _StopSignals:
