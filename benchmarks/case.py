@@ -26,6 +26,8 @@ class Case:
     layers: int = 16
     checkpointing: bool = True
     """Whether activations are recomputed."""
+    clip: bool = True
+    """Whether the global gradient norm is clipped; without, zinf updates in the backward pass."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -40,4 +42,8 @@ class Case:
         return self.layers * layer + 2 * vocabulary * hidden + hidden
 
     def __str__(self) -> str:
-        return f"{self.micro_batches}×{self.tokens}" + ("" if self.checkpointing else ", no recompute")
+        return (
+            f"{self.micro_batches}×{self.tokens}"
+            + ("" if self.checkpointing else ", no recompute")
+            + ("" if self.clip else ", no clipping")
+        )

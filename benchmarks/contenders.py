@@ -37,7 +37,7 @@ def zinf(tier: str) -> Contender:
                 "micro_batch_size": 1,
                 "gradient_accumulation_steps": case.micro_batches,
                 "max_steps": steps + WARM_UP,
-                "max_grad_norm": 1.0,
+                "max_grad_norm": 1.0 if case.clip else None,
             },
             "optimizer": {"lr": 1e-4},
             "activation_checkpointing": "unit" if case.checkpointing else "none",

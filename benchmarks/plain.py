@@ -28,7 +28,8 @@ def main() -> None:
             ids = torch.randint(0, case.config["vocab_size"], (1, case.tokens), generator=generator).to(device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss / case.micro_batches
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()

@@ -23,7 +23,14 @@ from benchmarks.contenders import Contender, plain, zinf
 from benchmarks.watch import Watched
 from zinf_cli.amounts import format_bytes
 
-CASES = (Case(8, 16), Case(8, 64), Case(1, 16))
+CASES = (
+    Case(8, 16),
+    Case(8, 16, clip=False),
+    Case(8, 64),
+    Case(8, 64, clip=False),
+    Case(1, 16),
+    Case(1, 16, clip=False),
+)
 
 
 def main() -> None:

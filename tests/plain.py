@@ -121,6 +121,7 @@ def engine_losses(
     rank: int = 0,
     world_size: int = 1,
     clip: float | None = CLIP,
+    eager: bool = False,
     evaluate_every: int | None = None,
     close: bool = True,
     device: torch.device = CPU,
@@ -136,7 +137,8 @@ def engine_losses(
             for number, ids in enumerate(batches(step, count))
         ]
         mine = work[rank * share : (rank + 1) * share]
-        losses.append(engine.train_step(mine, AdamW(LR), max_grad_norm=clip, more=step + 1 < steps).losses)
+        more = step + 1 < steps
+        losses.append(engine.train_step(mine, AdamW(LR), max_grad_norm=clip, eager=eager, more=more).losses)
         if evaluate_every is not None and step % evaluate_every == 0:
             engine.evaluate(mine[:2])
     engine.flush()

@@ -29,9 +29,11 @@ torch.set_num_threads(1)
 ranks = Ranks.join(torch.device("cpu"))
 steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name, changes, placement in json.loads(sys.argv[4]):
+    eager = placement.pop("eager", False)
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
     engine = open_engine(random_source(name, **changes), options, ranks)
-    losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size)
+    settings = {"clip": None, "eager": True} if eager else {}
+    losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
     print(json.dumps(losses), flush=True)
 ranks.leave()
 """
@@ -81,7 +83,11 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     cases += [(name, changes, placements[2]) for name, changes in architectures]
     cases += [("llama", {}, {**placements[2], "micro_batches_per_sweep": 1})]
     architectures += [("llama", {})]
-    found = run_ranks(world_size, cases, tmp_path)
+    eager = [("llama", {}, {**placement, "eager": True}) for placement in placements[:3:2]]
+    *found, in_memory, on_nvme = run_ranks(world_size, cases + eager, tmp_path)
+    assert in_memory == on_nvme
+    without_clip = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=None)
+    assert relative_difference(in_memory, without_clip) < 1e-5
     llama, others = found[: len(placements)], found[len(placements) :]
     assert all(losses == llama[0] for losses in llama)
     assert relative_difference(llama[0], plain_losses(random_source("llama"), STEPS, count=COUNT)) < 1e-5

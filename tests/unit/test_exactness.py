@@ -144,10 +144,31 @@ def test_bf16_has_fp32_masters_and_gradients(name: str, tier: str, tmp_path: Pat
     assert relative_difference(found, expected) < 2e-3
 
 
-def test_without_clipping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("per_sweep", [None, 1])
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral"])
+def test_without_clipping(name: str, tier: str, per_sweep: int | None, eager: bool, tmp_path: Path) -> None:
+    source = random_source(name)
+    engine = open_engine(source, replace(everything_on(tier, tmp_path), micro_batches_per_sweep=per_sweep))
+    found = engine_losses(engine, STEPS, clip=None, eager=eager, evaluate_every=4)
+    assert_agree(found, plain_losses(source, STEPS, clip=None), name)
+
+
+def test_an_eager_update_moves_no_gradient(tmp_path: Path) -> None:
+    engine = open_engine(random_source("llama"), replace(EngineOptions(nvme_folders=(tmp_path,)), grads="nvme"))
+    engine_losses(engine, 2, clip=None, eager=True, close=False)
+    assert engine.tiers.grads.read_bytes == engine.tiers.grads.write_bytes == 0
+    with pytest.raises(ValueError, match="eager"):
+        engine.train_step([], AdamW(1e-3), eager=True)
+    engine.close()
+
+
+def test_eager_bf16(tmp_path: Path) -> None:
     source = random_source("llama")
-    engine = open_engine(source, everything_on("nvme", tmp_path))
-    assert engine_losses(engine, STEPS, clip=None) == plain_losses(source, STEPS, clip=None)
+    options = replace(everything_on("nvme", tmp_path), dtype=torch.bfloat16)
+    found = engine_losses(open_engine(source, options), STEPS, clip=None, eager=True)
+    assert found == plain_losses(source, STEPS, clip=None, dtype=torch.bfloat16)
 
 
 def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path)
     assert max(line["nvme_bytes"] for line in ample) > 0.97 * plan.nvme_bytes
 
 
+def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", max_grad_norm=None)
+    plan = make_plan(recipe, describe(recipe, 1))
+    assert plan.eager
+    ample = run(recipe, plan)
+    tight = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
+    assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
+    traffic = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in ample) / len(ample)
+    assert 0.85 * plan.nvme_traffic < traffic <= plan.nvme_traffic  # the turn reads its unit once, not twice
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_states_are_exact(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path, "llama", precision=precision)

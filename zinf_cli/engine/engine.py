@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -125,21 +126,28 @@ class Engine:
         *,
         max_grad_norm: float | None = 1.0,
         loss_scale: float = 1.0,
+        eager: bool = False,
         more: bool = True,
     ) -> StepResult:
         """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
 
         Every rank passes the same number of batches. The losses, and so the gradients, are `loss_scale` times too
         large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. A result that
-        is not finite has no pending update: nothing changes.
+        is not finite has no pending update: nothing changes. With `eager`, which needs a step that is not clipped,
+        each unit is updated as soon as its gradient is complete; then a result that is not finite comes too late.
         """
+        if eager and (max_grad_norm is not None or loss_scale != 1.0):
+            raise ValueError("an eager update can't wait for the gradient norm")
+        self._pipeline.eager = eager
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
-        losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), self._forward_done))
+        forward_done = partial(self._forward_done, adamw if eager else None)
+        losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), forward_done))
         if more:
             self._sweep.announce_step(len(self._deal(batches)))
         self._pipeline.finish_gradients()
         norm = self._grad_norm() / loss_scale
-        self._set_update(adamw, norm, max_grad_norm, loss_scale)
+        if not eager:
+            self._set_update(adamw, norm, max_grad_norm, loss_scale)
         return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
@@ -193,10 +201,10 @@ class Engine:
             self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
             return run()
 
-    def _forward_done(self) -> None:
+    def _forward_done(self, adamw: AdamW | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
         self._flush_pending()
-        self._pipeline.adamw = None
+        self._pipeline.adamw = adamw
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):
@@ -209,15 +217,8 @@ class Engine:
         if self._ranks.world_size == 1:
             ordered = [norms[index] for index in sorted(norms)]
             return torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
-        touched = [unit.touched for unit in self.units]
-        values = [sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))]
-        flags = torch.tensor([float(flag) for unit in touched for flag in unit], dtype=torch.float64)
-        summed = self._ranks.sum(torch.cat([torch.stack(values).cpu(), flags]))
-        place = 1
-        for unit in self.units:
-            unit.touched = [bool(flag > 0) for flag in summed[place : place + len(unit.touched)]]
-            place += len(unit.touched)
-        return summed[0].sqrt().float()
+        squares = sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))
+        return self._ranks.sum(squares.cpu()).sqrt().float()
 
     def _set_update(self, adamw: AdamW, norm: torch.Tensor, max_grad_norm: float | None, loss_scale: float) -> None:
         clip = None

@@ -149,9 +149,8 @@ class Fetch:
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
+            self.unit.updating = False
         if self._gathers is None:
-            if self.update:
-                self.unit.updating = False
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
 
@@ -173,11 +172,10 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grad: torch.Tensor) -> SliceUpdate:
-        """The eager update with a gradient slice in memory; the slot and the gradient stay until it is finished."""
+    def update_now(self, grad: torch.Tensor) -> None:
+        """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
         self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad)
-        self.unit.updating = True
-        return self._update
+        self.unit.steps = [step + touched for step, touched in zip(self.unit.steps, self.unit.touched, strict=True)]
 
     def bind(self) -> None:
         self.unit.bind(self.flats)

@@ -14,18 +14,37 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.fetch import Fetch
-from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.store import Unit
 from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A gradient on its way to the slices of all ranks."""
+
+    fetch: Fetch
+    reduced: Transfer
+    touched: Flags | None
+    """Which parameters have a gradient on any rank; known with the last visit of a step."""
+
+    def done(self) -> bool:
+        return self.reduced.done() and (self.touched is None or self.touched.done())
+
+    def wait(self) -> None:
+        self.reduced.wait()
+        if self.touched is not None:
+            self.touched.wait()
 
 
 class Pipeline:
@@ -37,7 +56,9 @@ class Pipeline:
         self.memory = memory
         self.trace = trace
         self.adamw: AdamW | None = None
-        """The settings pending updates are waiting for; None while the step's gradient norm is not known."""
+        """The settings that updates go by; None while pending ones wait for the step's gradient norm."""
+        self.eager = False
+        """Update as soon as a gradient is complete: there is no norm to wait for."""
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
@@ -46,7 +67,9 @@ class Pipeline:
         self._coming: deque[Visit] = deque()
         self._fetches: deque[Fetch] = deque()
         self._held: dict[int, Fetch] = {}
-        self._reducing: deque[tuple[Fetch, Transfer]] = deque()
+        self._reducing: deque[Reduction] = deque()
+        self._updating: deque[Fetch] = deque()
+        """Eager updates under way, with the slots and gradients they use."""
         self._draining: deque[tuple[list[Transfer], list[Buffer]]] = deque()
 
     def expect(self, visits: Iterable[Visit]) -> None:
@@ -70,8 +93,13 @@ class Pipeline:
     def advance(self) -> None:
         """Move everything that can move without waiting. Called between pieces of compute."""
         self._reclaim()
-        while self._reducing and self._reducing[0][1].done():
-            self._finish_gradient(*self._reducing.popleft())
+        while self._reducing and self._reducing[0].done():
+            self._finish_gradient(self._reducing.popleft())
+        while self._updating and self._updating[0].progress():
+            self._finish_update()
+        for fetch in self._updating:
+            if not fetch.issue():
+                break
         self._issue_ahead()
         for fetch in self._fetches:
             if not fetch.progress():
@@ -122,36 +150,41 @@ class Pipeline:
         for fetch in list(self._held.values()):
             self.give_up(fetch.visit)
         while self._reducing:
-            fetch, reduced = self._reducing.popleft()
-            self.wait(reduced)
-            fetch.let_go_of_grad([])
+            reduction = self._reducing.popleft()
+            self.wait(reduction)
+            reduction.fetch.let_go_of_grad([])
         self.forget_coming()
 
     def release(self, visit: Visit) -> None:
         """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
         fetch = self._held.pop(visit.unit)
         fetch.unit.release()
-        fetch.let_go_of_slot()
-        if fetch.grad is not None:
-            layout = fetch.unit.layout.trainable
-            assert layout is not None
+        layout = fetch.unit.layout.trainable
+        if fetch.grad is not None and layout is not None:
             fetch.unit.grad_ready = False
-            if visit.final:
-                fetch.unit.update_due = True
-                self.completed.add(visit.unit)
             own = layout.slice_of(fetch.grad, self.ranks.rank)
-            self._reducing.append((fetch, self.ranks.reduce_scatter(own, fetch.grad, self.trace, fetch.unit.name)))
+            reduced = self.ranks.reduce_scatter(own, fetch.grad, self.trace, fetch.unit.name)
+            touched = self.ranks.any(fetch.unit.touched) if visit.final else None
+            self._reducing.append(Reduction(fetch, reduced, touched))
+            if visit.final:
+                self.completed.add(visit.unit)
+                fetch.unit.update_due = not self.eager
+                fetch.unit.updating = self.eager
+        if not (self.eager and visit.final):
+            fetch.let_go_of_slot()
         self.advance()
 
     def finish_gradients(self) -> None:
         """Wait until every gradient of the step is reduced (not until it is written)."""
         while self._reducing:
-            self.wait(self._reducing[0][1])
-            self._finish_gradient(*self._reducing.popleft())
+            self.wait(self._reducing[0])
+            self._finish_gradient(self._reducing.popleft())
 
     def settle(self) -> None:
         """Wait for everything under way, announced fetches excepted."""
         self.finish_gradients()
+        while self._updating:
+            self._wait_for_update()
         while self._draining:
             self._drain_one()
 
@@ -207,8 +240,10 @@ class Pipeline:
     def _make_room(self, fetch: Fetch) -> None:
         """Wait for something that frees buffers; nothing left to wait for means the plan was wrong."""
         if self._reducing:
-            self.wait(self._reducing[0][1])
-            self._finish_gradient(*self._reducing.popleft())
+            self.wait(self._reducing[0])
+            self._finish_gradient(self._reducing.popleft())
+        elif self._updating:
+            self._wait_for_update()
         elif self._draining:
             self._drain_one()
         elif not self._update_others(fetch):
@@ -253,9 +288,10 @@ class Pipeline:
         else:
             transfer.wait()
 
-    def _finish_gradient(self, fetch: Fetch, reduced: Transfer) -> None:
-        """Add what earlier visits left, note the norm, write the slice to its tier."""
-        reduced.wait()
+    def _finish_gradient(self, reduction: Reduction) -> None:
+        """Add what earlier visits left, note the norm; update, or write the slice to its tier."""
+        reduction.wait()
+        fetch = reduction.fetch
         unit, layout = fetch.unit, fetch.unit.layout.trainable
         assert layout is not None
         assert fetch.grad is not None
@@ -267,11 +303,29 @@ class Pipeline:
         elif home is not None and fetch.grad_in_buffer:
             home.view(torch.float32).copy_(own)
         unit.backwards += 1
-        if fetch.visit.final:
+        if reduction.touched is not None:
+            unit.touched = reduction.touched.wait()
             unit.backwards = 0
             self._note_norms(fetch.visit.unit, unit, own)
+            if self.eager:
+                fetch.update_now(own)
+                self._updating.append(fetch)
+                return
             unit.grad_ready = True
         fetch.let_go_of_grad([] if home is not None else [unit.grad.write(0, own.view(torch.uint8))])
+
+    def _finish_update(self) -> None:
+        fetch = self._updating.popleft()
+        fetch.let_go_of_slot()
+        fetch.let_go_of_grad([])
+
+    def _wait_for_update(self) -> None:
+        """Wait for the next chunk of the oldest eager update."""
+        fetch = self._updating[0]
+        if fetch.progress(self.wait):
+            self._finish_update()
+        elif fetch.starved:
+            self._drain_one()
 
     def _note_norms(self, number: int, unit: Unit, own: torch.Tensor) -> None:
         assert unit.layout.trainable is not None

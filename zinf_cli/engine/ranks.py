@@ -8,6 +8,7 @@ a process group of its own; a few numbers now and then travel in a third, from C
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,14 @@ class Ranks:
             dist.all_reduce(values, group=self.control_group)
         return values
 
+    def any(self, flags: Sequence[bool]) -> Flags:
+        """Start telling the other ranks; the result says where any rank's flag is set."""
+        values = torch.tensor(flags, dtype=torch.int32)
+        work = None
+        if self.world_size > 1:
+            work = dist.all_reduce(values, group=self.control_group, async_op=True)
+        return Flags(values, work)
+
     def all(self, number: int) -> list[int]:
         """Every rank's number, in the order of ranks."""
         numbers = torch.zeros(self.world_size, dtype=torch.int64)
@@ -69,6 +78,22 @@ class Ranks:
     def leave(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags on their way around."""
+
+    values: torch.Tensor
+    work: Any
+
+    def done(self) -> bool:
+        return self.work is None or bool(self.work.is_completed())
+
+    def wait(self) -> list[bool]:
+        if self.work is not None:
+            self.work.wait()
+        return [bool(value) for value in self.values]
 
 
 class Collective:

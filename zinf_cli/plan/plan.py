@@ -66,6 +66,8 @@ class Plan:
     micro_batches: int
     """Per rank and step."""
     per_sweep: int
+    eager: bool
+    """Each unit is updated as soon as its gradient is complete, since no gradient norm has to be known first."""
     sequences_per_step: int
     max_steps: int
     working: Working
@@ -169,7 +171,9 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         for tier, (allowed, origin) in budgets.items()
         if needed[tier] or tier == choice.compute_tier
     ]
-    traffic = _nvme_traffic(figures, choice, states, sweeps)
+    train = recipe.train
+    eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
+    traffic = _nvme_traffic(choice, states, sweeps, eager=eager)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         world_size=figures.world_size,
@@ -178,6 +182,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         placement=dict(choice.placement),
         micro_batches=micro_batches,
         per_sweep=choice.per_sweep,
+        eager=eager,
         sequences_per_step=sequences,
         max_steps=figures.data.max_steps,
         working=working,
@@ -231,11 +236,11 @@ def nvme_folders(recipe: Recipe) -> Sequence[Path]:
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
 
 
-def _nvme_traffic(figures: Figures, choice: Choice, states: dict[str, int], sweeps: int) -> int:
+def _nvme_traffic(choice: Choice, states: dict[str, int], sweeps: int, *, eager: bool) -> int:
     """Bytes read and written per step and rank (design: two fetches of a parameter per sweep, one update)."""
     factors = {
         "params": 2 * sweeps + 1,
-        "grads": 2 + 2 * (sweeps - 1),
+        "grads": (0 if eager else 2) + 2 * (sweeps - 1),
         "optimizer": 2,
         "activations": 2 * sweeps,
     }

@@ -169,6 +169,7 @@ class Run:
             adamw,
             max_grad_norm=self.recipe.train.max_grad_norm,
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
+            eager=self.plan.eager,
             more=more,
         )
         weighted = sum(
