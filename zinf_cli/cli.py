@@ -55,6 +55,26 @@ def launch(
     run(Request(recipe, tuple(overrides or ()), slots, dry_run, as_json), Console(stderr=True))
 
 
+@app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="The folder of a run with profiler.enabled, or its trace.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """How busy each lane of a profiled run was, and its longest waits."""
+    import json
+
+    from rich.console import Console
+
+    from zinf_cli.console import trace_screen
+    from zinf_cli.trace import summarise_trace
+
+    summary = summarise_trace(run / "trace.json" if run.is_dir() else run)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        Console().print(trace_screen(summary))
+
+
 def main() -> None:
     """The entry point: run the app, turn errors into one red line and an exit code."""
     try:

@@ -201,3 +201,25 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     lines.append(Text("   ".join(losses), style="bold"))
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     return Panel(Group(*lines), title=title, expand=False)
+
+
+def trace_screen(summary: dict[str, Any]) -> RenderableType:
+    """Of every rank: how busy its lanes were, and what it waited for longest."""
+    parts: list[RenderableType] = []
+    for rank in summary["ranks"]:
+        lanes = Table(box=None, pad_edge=False)
+        lanes.add_column(f"rank {rank['rank']}, {rank['seconds']:.1f} s")
+        lanes.add_column("busy", justify="right")
+        lanes.add_column("")
+        lanes.add_column("bytes", justify="right")
+        for name, lane in rank["lanes"].items():
+            bar = ProgressBar(total=1.0, completed=lane["busy"], width=30)
+            moved = format_bytes(lane["bytes"]) if lane["bytes"] else ""
+            lanes.add_row(name, f"{100 * lane['busy']:.0f} %", bar, moved)
+        waits = Table(box=None, pad_edge=False)
+        for heading in ("longest waits", "seconds", "at"):
+            waits.add_column(heading, justify="left" if heading == "longest waits" else "right")
+        for wait in rank["longest_waits"]:
+            waits.add_row(wait["what"], f"{wait['seconds']:.3f}", f"{wait['at']:.2f} s")
+        parts += [lanes, Text(), waits, Text()]
+    return Group(*parts)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from zinf_cli.errors import UsageError
 
 LANES = ("wait", "compute", "update", "gather", "reduce", "copy in", "copy out", "nvme read", "nvme write")
 
@@ -74,3 +77,55 @@ class Trace:
             )
         with self._lock:
             path.write_text(json.dumps({"traceEvents": names + self._spans}))
+
+
+def summarise_trace(path: Path, waits: int = 5) -> dict[str, Any]:
+    """What a trace.json says in short, rank by rank: seconds, the share of them each lane was busy, the longest waits.
+
+    UsageError where there is no trace.
+    """
+    try:
+        events = json.loads(path.read_text())["traceEvents"]
+    except FileNotFoundError as error:
+        raise UsageError("no trace here", where=str(path), hint="run with profiler.enabled=true") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"not a trace: {error}", where=str(path)) from error
+    spans: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            spans[event["pid"]].append(event)
+    return {"ranks": [_summarise_rank(rank, spans[rank], waits) for rank in sorted(spans)]}
+
+
+def _summarise_rank(rank: int, spans: Sequence[dict[str, Any]], waits: int) -> dict[str, Any]:
+    begin = min(span["ts"] for span in spans)
+    seconds = (max(span["ts"] + span["dur"] for span in spans) - begin) / 1e6
+    by_lane: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for span in spans:
+        by_lane[LANES[span["tid"]]].append(span)
+    longest = sorted(by_lane["wait"], key=lambda span: -span["dur"])[:waits]
+    return {
+        "rank": rank,
+        "seconds": seconds,
+        "lanes": {
+            lane: {
+                "busy": _covered(by_lane[lane]) / 1e6 / seconds,
+                "bytes": sum(span.get("args", {}).get("bytes", 0) for span in by_lane[lane]),
+            }
+            for lane in LANES
+            if by_lane[lane]
+        },
+        "longest_waits": [
+            {"what": span["name"], "seconds": span["dur"] / 1e6, "at": (span["ts"] - begin) / 1e6} for span in longest
+        ],
+    }
+
+
+def _covered(spans: Sequence[dict[str, Any]]) -> float:
+    """Microseconds in which at least one of the spans was under way."""
+    total, end = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span["ts"]):
+        stop = span["ts"] + span["dur"]
+        total += max(0.0, stop - max(span["ts"], end))
+        end = max(end, stop)
+    return total

@@ -141,6 +141,14 @@ def test_a_run_and_what_it_leaves(workshop: Workshop) -> None:
     busy = {lanes[event["tid"]] for event in trace if event["ph"] == "X"}
     assert {"compute", "update", "nvme read", "nvme write"} <= busy
 
+    done = subprocess.run([*ZINF, "trace", str(ended.run_dir), "--json"], capture_output=True, text=True, check=True)
+    (rank,) = json.loads(done.stdout)["ranks"]
+    assert 0 < rank["lanes"]["compute"]["busy"] < 1
+    assert rank["lanes"]["nvme read"]["bytes"] > 0
+    assert len(rank["longest_waits"]) <= 5
+    shown = subprocess.run([*ZINF, "trace", str(ended.run_dir)], capture_output=True, text=True, check=True)
+    assert "longest waits" in shown.stdout
+
     resolved = yaml.safe_load((ended.run_dir / "recipe.yaml").read_text())
     assert resolved["optimizer"]["betas"] == [0.9, 0.999]
     assert list((ended.run_dir / "tensorboard").glob("events.*"))
@@ -333,3 +341,9 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "launch" in done.stdout
+
+
+def test_a_run_without_a_trace_is_told(tmp_path: Path) -> None:
+    done = subprocess.run([*ZINF, "trace", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "run with profiler.enabled=true" in " ".join(done.stderr.split())

@@ -38,6 +38,10 @@ class Reduction:
     touched: Flags | None
     """Which parameters have a gradient on any rank; known with the last visit of a step."""
 
+    @property
+    def what(self) -> str:
+        return self.reduced.what
+
     def done(self) -> bool:
         return self.reduced.done() and (self.touched is None or self.touched.done())
 
@@ -284,7 +288,7 @@ class Pipeline:
             transfer.wait()
             end = time.perf_counter()
             self.wait_s += end - start
-            self.trace.add("wait", "wait", start, end)
+            self.trace.add("wait", transfer.what, start, end)
         else:
             transfer.wait()
 

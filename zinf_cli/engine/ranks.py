@@ -100,6 +100,7 @@ class Collective:
     """A collective under way."""
 
     def __init__(self, work: Any, trace: Trace, lane: str, label: str, num_bytes: int) -> None:
+        self.what = f"{lane} {label}"
         self._work = work
         self._span = (trace, lane, label, num_bytes)
         self._start = time.perf_counter()

@@ -88,7 +88,7 @@ class MemoryTier:
             if self._streams is None:
                 into.copy_(source)
                 return DONE
-            return StreamCopy(self._streams[0], into, source, after=extent.writes)
+            return StreamCopy(f"copy in {extent.label}", self._streams[0], into, source, after=extent.writes)
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         assert extent.memory is not None
@@ -98,7 +98,7 @@ class MemoryTier:
             if self._streams is None:
                 memory.copy_(source)
                 return DONE
-            copy = StreamCopy(self._streams[1], memory, source)
+            copy = StreamCopy(f"copy out {extent.label}", self._streams[1], memory, source)
             extent.writes = [write for write in extent.writes if not write.done()] + [copy]
             return copy
 
@@ -112,8 +112,14 @@ class StreamCopy:
     """One copy on a stream of its own; it starts after what the compute stream has queued so far, and `after`."""
 
     def __init__(
-        self, stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer] = ()
+        self,
+        what: str,
+        stream: torch.cuda.Stream,
+        into: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Transfer] = (),
     ) -> None:
+        self.what = what
         stream.wait_stream(torch.cuda.current_stream())
         for copy in after:
             assert isinstance(copy, StreamCopy)

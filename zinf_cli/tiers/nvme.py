@@ -105,7 +105,8 @@ def is_tmpfs(folder: Path) -> bool:
 class _Job:
     """One read or write, split into blocks that several threads move; a Transfer."""
 
-    def __init__(self, blocks: int, after: Sequence[Transfer]) -> None:
+    def __init__(self, what: str, blocks: int, after: Sequence[Transfer]) -> None:
+        self.what = what
         self.after = after
         self._left = blocks
         self._lock = threading.Lock()
@@ -232,7 +233,8 @@ class NvmeTier:
         if offset + data.numel() > extent.num_bytes:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
         blocks = list(self._blocks(extent.start + offset, data.numel()))
-        job = _Job(len(blocks), [] if write else list(extent.writes))
+        what = f"{'write' if write else 'read'} {extent.label}"
+        job = _Job(what, len(blocks), [] if write else list(extent.writes))
         jobs = self._queues[1 if write else 0]
         moment = Moment(data.device)
         for file, position, begin, end in blocks:

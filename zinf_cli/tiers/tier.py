@@ -11,6 +11,10 @@ import torch
 class Transfer(Protocol):
     """Bytes on their way."""
 
+    @property
+    def what(self) -> str:
+        """For traces: "read model.layers.3 exp_avg"."""
+
     def done(self) -> bool:
         """Whether `wait` would return at once."""
 
@@ -75,6 +79,8 @@ class Tier(Protocol):
 
 class Done:
     """A transfer with nothing left to do."""
+
+    what = "nothing"
 
     def done(self) -> bool:
         return True
