@@ -47,10 +47,17 @@ def _cgroup_headroom() -> list[int]:
         try:
             limit = (folder / limit_file).read_text().strip()
             if limit != "max" and int(limit) < 1 << 60:
-                headroom.append(int(limit) - int((folder / usage_file).read_text()))
-        except (OSError, ValueError):
+                used = int((folder / usage_file).read_text()) - _page_cache(folder)
+                headroom.append(int(limit) - used)
+        except (OSError, ValueError, KeyError):
             continue
     return headroom
+
+
+def _page_cache(group: Path) -> int:
+    """Bytes a control group is charged for cached files: the kernel takes them back when memory is wanted."""
+    counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(counters["inactive_file"]) + int(counters["active_file"])
 
 
 def drive_space(folder: Path) -> Space:
