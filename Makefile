@@ -33,7 +33,7 @@ bench: install ## measure this machine, side by side with plain PyTorch
 
 gpu-check: ## the tests and benchmarks that need a GPU
 	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) -m benchmarks.run --device cuda
+	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,20 +1,25 @@
-"""What is trained in the benchmarks: one llama, some shapes of a step."""
+"""What is trained in the benchmarks: llamas of some sizes, some shapes of a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-LLAMA_216M: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 8192,
-    "hidden_size": 1024,
-    "intermediate_size": 2688,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
+_LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
+MODELS: dict[str, dict[str, Any]] = {
+    "216M": {
+        **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
+    },
+    "3B": {
+        **_LLAMA, "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "8B": {
+        **_LLAMA, "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Case:
 
     micro_batches: int
     tokens: int
-    layers: int = 16
+    model: str = "216M"
     checkpointing: bool = True
     """Whether activations are recomputed."""
     clip: bool = True
@@ -31,15 +36,16 @@ class Case:
 
     @property
     def config(self) -> dict[str, Any]:
-        return {**LLAMA_216M, "num_hidden_layers": self.layers}
+        return MODELS[self.model]
 
     @property
     def num_params(self) -> int:
-        hidden, intermediate, vocabulary = (
-            int(LLAMA_216M[key]) for key in ("hidden_size", "intermediate_size", "vocab_size")
-        )
-        layer = 4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden
-        return self.layers * layer + 2 * vocabulary * hidden + hidden
+        c = {key: value for key, value in self.config.items() if isinstance(value, int)}
+        hidden = c["hidden_size"]
+        keys_and_values = 2 * hidden * hidden * c["num_key_value_heads"] // c["num_attention_heads"]
+        layer = 2 * hidden * hidden + keys_and_values + 3 * hidden * c["intermediate_size"] + 2 * hidden
+        tables = (1 if c["tie_word_embeddings"] else 2) * c["vocab_size"] * hidden
+        return c["num_hidden_layers"] * layer + tables + hidden
 
     def __str__(self) -> str:
         return (

@@ -21,38 +21,46 @@ WARM_UP = 2
 Contender = Callable[[Case, int, Path], Watched]
 
 
+def launch_command(case: Case, tier: str, steps: int, folder: Path) -> tuple[list[str], Path]:
+    """A command that trains `case` with all four classes of state on `tier`, and its run's folder."""
+    run_dir = folder / f"zinf-{tier}"
+    tokens = folder / "tokens.npy"
+    if not tokens.exists():
+        np.save(tokens, np.random.default_rng(0).integers(0, case.config["vocab_size"], 500_000, dtype=np.int32))
+    recipe = {
+        "model": {"config": case.config},
+        "dataset": {"path": str(tokens)},
+        "train": {
+            "seq_len": case.tokens,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": case.micro_batches,
+            "max_steps": steps,
+            "max_grad_norm": 1.0 if case.clip else None,
+        },
+        "optimizer": {"lr": 1e-4},
+        "activation_checkpointing": "unit" if case.checkpointing else "none",
+        "offload": {
+            **dict.fromkeys(("params", "grads", "optimizer", "activations"), tier),
+            "nvme_path": str(folder / "nvme"),
+        },
+        "logging": {"tensorboard": False},
+        "output_dir": str(run_dir),
+    }
+    path = folder / f"zinf-{tier}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return [sys.executable, "-m", "zinf_cli.cli", "launch", str(path)], run_dir
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+
+
 def zinf(tier: str) -> Contender:
     """zinf with all four classes of state on `tier`."""
 
     def run(case: Case, steps: int, folder: Path) -> Watched:
-        run_dir = folder / f"zinf-{tier}"
-        tokens = folder / "tokens.npy"
-        if not tokens.exists():
-            np.save(tokens, np.random.default_rng(0).integers(0, case.config["vocab_size"], 500_000, dtype=np.int32))
-        recipe = {
-            "model": {"config": case.config},
-            "dataset": {"path": str(tokens)},
-            "train": {
-                "seq_len": case.tokens,
-                "micro_batch_size": 1,
-                "gradient_accumulation_steps": case.micro_batches,
-                "max_steps": steps + WARM_UP,
-                "max_grad_norm": 1.0 if case.clip else None,
-            },
-            "optimizer": {"lr": 1e-4},
-            "activation_checkpointing": "unit" if case.checkpointing else "none",
-            "offload": {
-                **dict.fromkeys(("params", "grads", "optimizer", "activations"), tier),
-                "nvme_path": str(folder / "nvme"),
-            },
-            "logging": {"tensorboard": False},
-            "output_dir": str(run_dir),
-        }
-        path = folder / f"zinf-{tier}.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "zinf_cli.cli", "launch", str(path)]
-        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-        return watch(command, environment, run_dir / "metrics.jsonl", WARM_UP)
+        command, run_dir = launch_command(case, tier, steps + WARM_UP, folder)
+        return watch(command, environment(folder), run_dir / "metrics.jsonl", WARM_UP)
 
     return run
 
