@@ -204,6 +204,7 @@ class Engine:
     def _forward_done(self, adamw: AdamW | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
         self._flush_pending()
+        self._pipeline.finish_updates()
         self._pipeline.adamw = adamw
 
     def _flush_pending(self) -> None:

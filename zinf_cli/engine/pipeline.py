@@ -184,11 +184,15 @@ class Pipeline:
             self.wait(self._reducing[0])
             self._finish_gradient(self._reducing.popleft())
 
+    def finish_updates(self) -> None:
+        """Do the eager updates that are left."""
+        while self._updating:
+            self._wait_for_update()
+
     def settle(self) -> None:
         """Wait for everything under way, announced fetches excepted."""
         self.finish_gradients()
-        while self._updating:
-            self._wait_for_update()
+        self.finish_updates()
         while self._draining:
             self._drain_one()
 

@@ -173,7 +173,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
     ]
     train = recipe.train
     eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
-    traffic = _nvme_traffic(choice, states, sweeps, eager=eager)
+    traffic = _nvme_traffic(figures, choice, sweeps, micro_batches, eager=eager)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         world_size=figures.world_size,
@@ -236,15 +236,29 @@ def nvme_folders(recipe: Recipe) -> Sequence[Path]:
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
 
 
-def _nvme_traffic(choice: Choice, states: dict[str, int], sweeps: int, *, eager: bool) -> int:
-    """Bytes read and written per step and rank (design: two fetches of a parameter per sweep, one update)."""
-    factors = {
-        "params": 2 * sweeps + 1,
-        "grads": (0 if eager else 2) + 2 * (sweeps - 1),
-        "optimizer": 2,
-        "activations": 2 * sweeps,
-    }
-    return sum(states[s] * factors[s] for s in CLASSES if choice.placement[s] == "nvme")
+def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int, *, eager: bool) -> int:
+    """Bytes read and written per step and rank.
+
+    Every visit of a unit reads its parameters: a call takes one in the forward and one in the backward pass, the last
+    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left.
+    """
+    model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
+    away = {state for state in CLASSES if choice.placement[state] == "nvme"}
+    total = 0
+    for number, unit in enumerate(model.units):
+        forwards, backwards = (1, 1) if unit.resident else (sweeps * unit.calls, sweeps * unit.calls)
+        turns = sweeps if model.order and number == model.order[-1] else forwards if unit.resident else 0
+        trainable = unit.trainable_numel // ranks
+        if "params" in away:
+            visits = forwards + backwards - turns
+            total += (unit.numel // ranks * visits + trainable) * itemsize
+        if "grads" in away:
+            total += trainable * 4 * 2 * (backwards - (1 if eager else 0))
+        if "optimizer" in away:
+            total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
+        if "activations" in away:
+            total += unit.input_bytes * 2 * micro_batches
+    return total
 
 
 def _does_not_fit(plan: Plan) -> CapacityError:
