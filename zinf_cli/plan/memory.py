@@ -15,7 +15,7 @@ MIB = 2**20
 PAGE = 4096
 FRAMEWORK_BYTES = 600 * MIB
 """A rank with torch and transformers imported and a model without weights."""
-LAUNCHER_BYTES = 210 * MIB
+LAUNCHER_BYTES = 230 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
