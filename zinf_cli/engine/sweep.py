@@ -161,17 +161,12 @@ class Sweep:
         self._backwards.clear()
         self._unfinished.clear()
         losses: list[torch.Tensor] = []
-        try:
-            if self._pipeline.idle:
-                self.announce_step(len(sweeps))
-            with self._resident_held(Kind.TURN):
-                for number, batches in enumerate(sweeps):
-                    losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
-                self._finish_gradients()
-        except Disagreement:
-            self._pipeline.give_up_step()
-            self._lockstep = self._disagreed = self._ranks.world_size > 1
-            raise
+        if self._pipeline.idle:
+            self.announce_step(len(sweeps))
+        with self._given_up_on_disagreement(), self._resident_held(Kind.TURN):
+            for number, batches in enumerate(sweeps):
+                losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
+            self._finish_gradients()
         return losses
 
     def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
@@ -182,14 +177,9 @@ class Sweep:
             if self._resident is not None:
                 self._pipeline.expect([self._hold_resident(Kind.FORWARD)])
             self._pipeline.expect(Visit(unit, Kind.FORWARD) for _ in sweeps for unit in self._route.forward)
-        try:
-            with self._resident_held(Kind.FORWARD):
-                for batches in sweeps:
-                    losses += self._evaluate(batches)
-        except Disagreement:
-            self._pipeline.give_up_step()
-            self._lockstep = self._disagreed = self._ranks.world_size > 1
-            raise
+        with self._given_up_on_disagreement(), self._resident_held(Kind.FORWARD):
+            for batches in sweeps:
+                losses += self._evaluate(batches)
         return losses
 
     def close(self) -> None:
@@ -356,6 +346,16 @@ class Sweep:
     def _hold_resident(self, kind: Kind) -> Visit:
         assert self._resident is not None
         return Visit(self._resident, kind, final=kind is Kind.TURN)
+
+    @contextmanager
+    def _given_up_on_disagreement(self) -> Iterator[None]:
+        """Several ranks go on in lockstep (see "The route"), so all of them come here together."""
+        try:
+            yield
+        except Disagreement:
+            self._pipeline.give_up_step()
+            self._lockstep = self._disagreed = self._ranks.world_size > 1
+            raise
 
     @contextmanager
     def _resident_held(self, kind: Kind) -> Iterator[None]:
