@@ -229,7 +229,7 @@ class Engine:
         for unit in (self.units[number] for number in self._pipeline.completed):
             if not math.isfinite(norm.item()):
                 unit.touched = [False] * len(unit.touched)  # an update of nothing
-            unit.steps = [step + touched for step, touched in zip(unit.steps, unit.touched, strict=True)]
+            unit.count_update()
         self._pipeline.adamw = replace(adamw, clip=clip)
         self._pipeline.advance()
 

@@ -45,7 +45,7 @@ class Fetch:
     @property
     def starved(self) -> bool:
         """Whether it can't go on before some buffer is freed."""
-        return not self.placed or (self._update is not None and not self._update.finished and self._update.starved)
+        return not self.placed or (self._update is not None and self._update.starved)
 
     @property
     def updating(self) -> bool:
@@ -175,7 +175,7 @@ class Fetch:
     def update_now(self, grad: torch.Tensor) -> None:
         """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
         self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad)
-        self.unit.steps = [step + touched for step, touched in zip(self.unit.steps, self.unit.touched, strict=True)]
+        self.unit.count_update()
 
     def bind(self) -> None:
         self.unit.bind(self.flats)

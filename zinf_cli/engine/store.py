@@ -83,6 +83,10 @@ class Unit:
         self.updating |= due
         return due
 
+    def count_update(self) -> None:
+        """One more update of each parameter that got a gradient."""
+        self.steps = [step + touched for step, touched in zip(self.steps, self.touched, strict=True)]
+
     def _touch(self, number: int) -> Callable[[torch.Tensor], None]:
         def touch(_: torch.Tensor) -> None:
             self.touched[number] = True

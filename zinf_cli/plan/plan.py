@@ -246,14 +246,13 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
     away = {state for state in CLASSES if choice.placement[state] == "nvme"}
     total = 0
     for number, unit in enumerate(model.units):
-        forwards, backwards = (1, 1) if unit.resident else (sweeps * unit.calls, sweeps * unit.calls)
-        turns = sweeps if model.order and number == model.order[-1] else forwards if unit.resident else 0
+        calls = 1 if unit.resident else sweeps * unit.calls
+        turns = calls if unit.resident else sweeps if model.order and number == model.order[-1] else 0
         trainable = unit.trainable_numel // ranks
         if "params" in away:
-            visits = forwards + backwards - turns
-            total += (unit.numel // ranks * visits + trainable) * itemsize
+            total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
         if "grads" in away:
-            total += trainable * 4 * 2 * (backwards - (1 if eager else 0))
+            total += trainable * 4 * 2 * (calls - (1 if eager else 0))
         if "optimizer" in away:
             total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
         if "activations" in away:
