@@ -19,7 +19,7 @@ LAUNCHER_BYTES = 230 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
-DEPTH = 4
+DEPTH = 2
 """Visits whose buffers should fit beside the largest one."""
 
 

@@ -3,17 +3,20 @@
 The region is mapped once, with the capacity the plan allows; pages that were never used cost nothing. Buffers are cut
 first-fit from the low end, so the peak of resident memory is the peak of what was in use, and freed ranges merge
 with their neighbours. torch's own CPU allocator is not used for streamed bytes: it aligns to 64 bytes, which O_DIRECT
-refuses, and what it returns to malloc may stay resident.
+refuses, and what it returns to malloc may stay resident. Huge pages halve the CPU time of direct I/O (the kernel
+pins pages one by one) and spare compute its TLB misses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from bisect import bisect_left, insort
 
 import torch
 
 PAGE = 4096
+HUGE_PAGE = 2**21
 
 
 def round_up(amount: int, multiple: int) -> int:
@@ -62,6 +65,9 @@ class Arena:
         self._holes: list[tuple[int, int]] = [(0, self.capacity)]  # (offset, size), by offset
         if device.type == "cpu":
             self._map = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if self.capacity >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
             self._region = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
             self._region = torch.empty(self.capacity, dtype=torch.uint8, device=device)

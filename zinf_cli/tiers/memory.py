@@ -60,10 +60,11 @@ class MemoryTier:
         return Extent(self, num_bytes, label, memory=memory)
 
     def _new(self, num_bytes: int) -> torch.Tensor:
-        if self._streams is None:
+        if self._device.type != "cpu":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-        arena = Arena(num_bytes, self._device, pin=self._pin)
-        if self._pin and not arena.pinned and self._notice is not None:
+        pin = self._pin and self._streams is not None
+        arena = Arena(num_bytes, self._device, pin=pin)
+        if pin and not arena.pinned and self._notice is not None:
             self._notice("the system refuses page-locked memory (ulimit -l): copies to the device will be slower")
             self._notice = None
         self._arenas.append(arena)

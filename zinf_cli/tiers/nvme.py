@@ -33,8 +33,9 @@ from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
 STRIPE = 4 * 2**20
-READERS = 4
-WRITERS = 4
+READERS = 2
+WRITERS = 2
+"""Threads per folder. More gain nothing on blocks of this size and take the cores from compute."""
 
 
 def open_nameless(folder: Path) -> tuple[int, bool]:
@@ -164,7 +165,7 @@ class NvmeTier:
         self._threads = [
             threading.Thread(target=_work, args=(jobs,), name=f"zinf-nvme-{lane}", daemon=True)
             for jobs, lane, count in zip(self._queues, ("read", "write"), (READERS, WRITERS), strict=True)
-            for _ in range(count)
+            for _ in range(count * len(self._folders))
         ]
         for thread in self._threads:
             thread.start()
@@ -221,7 +222,7 @@ class NvmeTier:
     def close(self) -> None:
         """Stop the threads and drop the files; the space is free again."""
         for jobs, count in zip(self._queues, (READERS, WRITERS), strict=True):
-            for _ in range(count):
+            for _ in range(count * len(self._folders)):
                 jobs.put(None)
         for thread in self._threads:
             thread.join()
