@@ -89,9 +89,15 @@ def plain_losses(
 
 
 def open_engine(
-    source: ModelSource, options: EngineOptions, ranks: Ranks | None = None, *, freeze: str = "", **more: Any
+    source: ModelSource,
+    options: EngineOptions,
+    ranks: Ranks | None = None,
+    *,
+    freeze: str = "",
+    keep: bool = False,
+    **more: Any,
 ) -> Engine:
-    """An engine with the weights of `source` loaded; `engine.model` is its model."""
+    """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit."""
     model = build_model(source, options.dtype)
     freeze_params(model, freeze)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
@@ -106,6 +112,7 @@ def open_engine(
         chunk_numel=8192,
         num_chunks=32,
         staging_bytes=2 * MIB,
+        kept_units=frozenset(seen.order if keep else ()),
     )
     weights = open_weights(model, source)
     engine = Engine(model, seen.units, options, ranks, order=seen.order, side_outputs=CapturedOutputs(), **more)

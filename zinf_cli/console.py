@@ -41,6 +41,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
         f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
     )
+    head.add_row("backward", _recomputed(plan))
     head.add_row("expected", _expectation(plan))
     if plan.nvme_folders:
         head.add_row("nvme", ", ".join(plan.nvme_folders))
@@ -57,6 +58,14 @@ def _ranks(plan: Plan) -> str:
     kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
     threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
     return f"{kind} {'rank' if plan.world_size == 1 else 'ranks'}{threads}"
+
+
+def _recomputed(plan: Plan) -> str:
+    units = [n for n in plan.figures.model.order if n != plan.figures.model.turn]
+    kept = len(set(units) & set(plan.kept_units))
+    if not kept:
+        return "recomputes the activations of every unit but the last"
+    return f"keeps the activations of {'all' if kept == len(set(units)) else kept} units"
 
 
 def _expectation(plan: Plan) -> str:

@@ -251,7 +251,8 @@ class Recipe(Section):
     offload: Offload = Offload()
     """Where each class of state lies."""
     activation_checkpointing: Literal["unit", "none", "auto"] = "auto"
-    """unit: recompute each unit in the backward pass."""
+    """unit: recompute each unit in the backward pass; none: keep what it saves, or offload it with the other
+    activations; auto: keep as many as the memory holds."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints of a run."""
     logging: Logging = Logging()

@@ -65,9 +65,26 @@ def test_activations_do_go_to_the_tier(tmp_path: Path) -> None:
     options = replace(EngineOptions(nvme_folders=(tmp_path,)), activations="nvme")
     engine = open_engine(random_source("llama"), options)
     engine_losses(engine, 1, close=False)
-    kept = 3 * 3 * 4096  # three micro-batches, three units that take a hidden state of 2 × 12 × 32 floats
-    assert engine.tiers.activations.write_bytes == engine.tiers.activations.read_bytes == kept
+    moved = 3 * 2 * 4096  # three micro-batches, two layers that take a hidden state of 2 × 12 × 32 floats
+    assert engine.tiers.activations.write_bytes == engine.tiers.activations.read_bytes == moved
     engine.close()
+
+
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kept_activations_give_the_same_losses(name: str, tier: str, tmp_path: Path) -> None:
+    changes = DROPOUT.get(name, {})
+    engine = open_engine(random_source(name, **changes), everything_on(tier, tmp_path), keep=True)
+    assert_agree(engine_losses(engine, STEPS), reference(name, **changes), name)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_unit_whose_activations_are_kept_runs_once(keep: bool, tmp_path: Path) -> None:
+    engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path), keep=keep)
+    calls: list[None] = []
+    engine.model.get_submodule("model.layers.0.mlp").register_forward_pre_hook(lambda *_: calls.append(None))
+    engine_losses(engine, 2, count=3)
+    assert len(calls) == 2 * 3 * (1 if keep else 2)
 
 
 @pytest.mark.parametrize("name", DROPOUT)

@@ -1,4 +1,4 @@
-"""Inputs of units between forward and backward: kept as they are, or on a tier, written behind and read ahead."""
+"""What backward needs of the forward, meanwhile: kept as it is, or on a tier, written behind and read ahead."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Kept:
         assert self._tensor is not None
         if self._tensor._version != self._version:
             raise ModelError(
-                "the input of a unit was changed in place after the unit had used it",
-                hint="this model can't be recomputed; keep offload.activations on nvme, where a copy is taken",
+                "a tensor that backward needs was changed in place after it had been used",
+                hint="keep offload.activations on nvme, where a copy is taken",
             )
         return self._tensor
 
@@ -68,9 +68,13 @@ class Activations:
         self.wait = wait
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
 
+    def keeps(self, num_bytes: int) -> bool:
+        """Whether a tensor of this size stays where it is."""
+        return self._staging is None or num_bytes < SMALL
+
     def save(self, tensor: torch.Tensor, label: str) -> Saved:
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._staging is None or num_bytes < SMALL:
+        if self.keeps(num_bytes):
             return Kept(tensor)
         size = round_up(num_bytes, PAGE)
         buffer = self.take(size)

@@ -65,6 +65,8 @@ class EngineOptions:
     dtype: torch.dtype = torch.float32
     micro_batches_per_sweep: int | None = None
     """None: all of a step."""
+    kept_units: frozenset[int] = frozenset()
+    """Units whose activations are kept for backward instead of being recomputed."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Engine:
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
-        self._sweep = Sweep(self._pipeline, activations, options.device, order, self.trace)
+        self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
 

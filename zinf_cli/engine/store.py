@@ -44,6 +44,7 @@ class Unit:
         self.ranks = ranks
         by_name = dict(model.named_parameters())
         self._params = [[by_name[p.name] for p in flat.params] for flat in layout.flats]
+        self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
         self._placeholders = [
             [torch.full((1,), math.nan, dtype=dtype, device=p.device).expand(p.shape) for p in params]
             for params in self._params
@@ -76,6 +77,11 @@ class Unit:
         self.updating = False
         """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
         self.release()
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The model's parameters, trainable ones first."""
+        return [param for params in self._params for param in params]
 
     def take_update(self) -> bool:
         """Whether an update is due; the caller does it."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from zinf_cli.engine.activations import SMALL
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.tiers.arena import PAGE, round_up
 
@@ -29,7 +30,7 @@ class UnitUse:
     call_bytes: int = 0
     """Differentiable inputs of one call, in whole pages: what its backward brings back."""
     saved_bytes: int = 0
-    """What autograd saves inside the unit, weights excepted."""
+    """What autograd saves inside the unit, in whole pages, without weights and what is there anyway."""
     output_bytes: int = 0
 
 
@@ -107,6 +108,8 @@ class _Watch(TorchFunctionMode):
             return torch.ones_like(func(*args, **(kwargs or {})))  # LayerDrop drops no layer
         if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
             return args[0] @ args[1][0]  # experts: every row meets one of them; torch refuses fp32 on meta
+        if name == "scaled_dot_product_attention" and args[0].is_meta:
+            return _fused_attention(func, *args, **(kwargs or {}))
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):
                 owner = self._owner.get(id(leaf))
@@ -117,6 +120,7 @@ class _Watch(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
+        self._seen.update(_storage(buffer) for buffer in self._model.buffers())
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
                 yield
@@ -133,7 +137,9 @@ class _Watch(TorchFunctionMode):
                 self.misused.update(self._units[number].modules)
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
-            inputs = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if _differentiable(t)}.values()
+            leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            inputs = {id(t): t for t in leaves if t.requires_grad}.values()
+            self._seen.update(_storage(t) for t in leaves if not t.requires_grad)
             sizes = {id(t): round_up(t.numel() * t.element_size(), PAGE) for t in inputs}
             use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
             use.call_bytes = max(use.call_bytes, sum(sizes.values()))
@@ -161,7 +167,7 @@ class _Watch(TorchFunctionMode):
         return new
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
+        storage = _storage(tensor)
         if (
             id(tensor) in self._params
             or storage in self._seen
@@ -171,10 +177,31 @@ class _Watch(TorchFunctionMode):
         self._seen.add(storage)
         num_bytes = tensor.untyped_storage().nbytes()
         if self._active:
-            self.uses[self._active[-1]].saved_bytes += num_bytes
+            self.uses[self._active[-1]].saved_bytes += round_up(num_bytes, PAGE) if num_bytes >= SMALL else 0
         else:
             self.tail_bytes += num_bytes
         return tensor
+
+
+def _fused_attention(
+    func: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """What a real device takes where it can; meta tensors get the plain formula, which saves all of the scores."""
+    fused = not dropout_p and query.shape[-1] == value.shape[-1]
+    if not fused:
+        return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: torch.Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0]
+    return output
 
 
 def _as_emitted(leaf: Any) -> Any:
@@ -184,8 +211,8 @@ def _as_emitted(leaf: Any) -> Any:
     return leaf
 
 
-def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from zinf_cli.engine.activations import Activations
+from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.tape import RngState, Tape
@@ -68,12 +69,12 @@ class Lane:
         self.at = self.thread.start(batch.forward, grad=grad)
         self._rng = RngState(self._device)
 
-    def pass_unit(self, name: str, *, hot: bool = False) -> None:
+    def pass_unit(self, name: str, *, hot: bool = False, keeper: Keeper | None = None) -> None:
         """Compute the unit the micro-batch has called, and let it go on to the next."""
         assert isinstance(self.at, UnitCall)
         assert self._rng is not None
         self._rng.restore()
-        outputs = self.tape.forward(self.at, name, hot=hot)
+        outputs = self.tape.forward(self.at, name, hot=hot, keeper=keeper)
         self.at = self.thread.resume(outputs)
         self._rng = RngState(self._device)
 
@@ -119,13 +120,16 @@ class Sweep:
         activations: Activations,
         device: torch.device,
         order: Sequence[int] | None,
+        kept: frozenset[int],
         trace: Trace,
     ) -> None:
+        """`order`: the units a forward calls, if it is known; `kept`: those whose activations are not recomputed."""
         self._pipeline = pipeline
         self._ranks = pipeline.ranks
         self._units = pipeline.units
         self._activations = activations
         self._device = device
+        self._kept = kept
         self._trace = trace
         self._lanes: list[Lane] = []
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable is not None}
@@ -256,8 +260,16 @@ class Sweep:
         for lane in lanes:
             if lane.called == unit:
                 with self._trace.span("compute", f"{name} forward"):
-                    lane.pass_unit(name)
+                    lane.pass_unit(name, keeper=self._keeper(unit))
                 self._pipeline.advance()
+
+    def _keeper(self, number: int) -> Keeper | None:
+        """What packs the graph of a call, where the unit's activations are kept."""
+        if number not in self._kept:
+            return None
+        unit = self._units[number]
+        resident = [] if self._resident is None else self._units[self._resident].params
+        return Keeper(self._activations, unit.params, [*unit.buffers, *resident], unit.name)
 
     def _turn(self, lanes: list[Lane], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Forward, loss and backward of the last unit, one micro-batch after another.
@@ -274,7 +286,7 @@ class Sweep:
             with self._trace.span("compute", f"{name} forward"):
                 lane.pass_unit(name, hot=True)
             if not isinstance(lane.at, Finished):
-                lane.tape.cool()
+                lane.tape.cool(name)
                 agreed = False
                 break
             if not losses:

@@ -10,7 +10,8 @@ i, everything that adds to its gradient is a record >= i. So when the reverse wa
 is complete, and its glue runs once, before any record that feeds it. Several glue tensors may share a graph, hence
 retain_graph; the graph goes when the tape lets go of it.
 
-No autograd graph of a unit outlives the visit in which its parameters are bound.
+No autograd graph of a unit outlives the visit in which its parameters are bound, but those of units whose activations
+are kept (keep.py): they hold no parameter, and need no recompute.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import Activations, Saved
+from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import UnitCall
 from zinf_cli.errors import ModelError
 
@@ -49,8 +51,9 @@ class GlueTensor:
     """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
 
     edge: _Edge
-    saved: Saved
     first_record: int
+    saved: Saved | None = None
+    """Where a consumer will be recomputed."""
     grad: torch.Tensor | None = None
 
     def add_grad(self, grad: torch.Tensor | None) -> None:
@@ -63,7 +66,7 @@ class Graph:
     """A unit's forward with grad, ready for its backward."""
 
     inputs: list[tuple[GlueTensor, torch.Tensor]]
-    outputs: list[torch.Tensor]
+    outputs: list[_Edge | None]
 
 
 @dataclass
@@ -78,9 +81,23 @@ class Record:
     rng: RngState
     output_grads: list[torch.Tensor | None] = field(default_factory=list)
     graph: Graph | None = None
+    kept: list[Saved] = field(default_factory=list)
+    """What the graph needs back on the device."""
+
+    def needs(self) -> list[Saved]:
+        """What its backward needs back on the device."""
+        if self.graph is not None:
+            return self.kept
+        return [glue.saved for glue in self.glue_inputs() if glue.saved is not None]
 
     def glue_inputs(self) -> list[GlueTensor]:
         return list({id(leaf): leaf for leaf in self.leaves if isinstance(leaf, GlueTensor)}.values())
+
+    def let_go(self) -> None:
+        """Of the graph, and what it saved."""
+        self.graph = None
+        for saved in self.kept:
+            saved.free()
 
     def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
         if grad is not None:
@@ -115,10 +132,10 @@ class Tape:
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.records: list[Record] = []
 
-    def forward(self, call: UnitCall, label: str, *, hot: bool = False) -> Any:
+    def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
         """Run a unit's call and return what the model gets.
 
-        `hot` keeps the graph, so that backward need not recompute.
+        `hot` keeps the graph as it is, for a backward in the same visit; with `keeper` it is kept for a later one.
         """
         flat, spec = pytree.tree_flatten((call.args, call.kwargs))
         needs_grad = call.grad_enabled and (call.unit in self._trainable or any(_differentiable(leaf) for leaf in flat))
@@ -127,11 +144,12 @@ class Tape:
                 return call.forward(*call.args, **call.kwargs)
         record = Record(len(self.records), call, [], spec, RngState(self._device))
         versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in flat]
-        record.leaves = [self._take(leaf, record.number, label) for leaf in flat]
+        recompute = not hot and keeper is None
+        record.leaves = [self._take(leaf, record.number, label, save=recompute) for leaf in flat]
         call.args, call.kwargs = (), {}
         self.records.append(record)
-        if hot:
-            record.graph, outputs = self._run(record)
+        if not recompute:
+            outputs = self._run_once(record, flat, keeper)
         else:
             with torch.no_grad(), _autocast(call, self._device):
                 args, kwargs = pytree.tree_unflatten([_detached(leaf) for leaf in flat], spec)
@@ -148,60 +166,94 @@ class Tape:
         if any(grad is not None for grad in grads):
             if record.graph is None:
                 record.rng.restore()
-                record.graph, _ = self._run(record)
+                self._recompute(record)
+            assert record.graph is not None
+            for saved in record.kept:
+                saved.get()
             pairs = [
-                (output, grad)
-                for output, grad in zip(record.graph.outputs, grads, strict=True)
-                if grad is not None and output.requires_grad
+                (edge, grad)
+                for edge, grad in zip(record.graph.outputs, grads, strict=True)
+                if grad is not None and edge is not None
             ]
             record.output_grads = []
             if pairs:
-                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+                torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
             del pairs, grads
             for glue, leaf in record.graph.inputs:
                 glue.add_grad(leaf.grad)
-            record.graph = None
-        self.records.pop()
+        self.records.pop().let_go()
         for glue in record.glue_inputs():
             if glue.first_record == record.number:
                 self._glue_backward(glue)
-            else:
+            elif glue.saved is not None:
                 glue.saved.drop()
 
     def prefetch(self) -> bool:
-        """Start bringing back the inputs of the newest record; False when there was no room."""
-        return not self.records or all(glue.saved.prefetch() for glue in self.records[-1].glue_inputs())
+        """Start bringing back what the newest record needs; False when there was no room."""
+        return not self.records or all(saved.prefetch() for saved in self.records[-1].needs())
 
-    def cool(self) -> None:
-        """Drop the graph of a hot forward: the unit was not the last."""
-        self.records[-1].graph = None
+    def cool(self, label: str) -> None:
+        """Drop the graph of a hot forward: the unit was not the last, so it will be recomputed."""
+        record = self.records[-1]
+        assert record.graph is not None
+        for glue, leaf in record.graph.inputs:
+            glue.saved = glue.saved or self._activations.save(leaf.detach(), label)
+        record.graph = None
 
     def close(self) -> None:
         """Let go of everything (a sweep that was given up)."""
         for glue in self._glue.values():
-            glue.saved.free()
+            if glue.saved is not None:
+                glue.saved.free()
+        for record in self.records:
+            record.let_go()
         self._glue.clear()
         self.records.clear()
 
-    def _take(self, leaf: Any, record: int, label: str) -> Any:
+    def _take(self, leaf: Any, record: int, label: str, *, save: bool) -> Any:
         """What a record keeps of one argument."""
         if not _differentiable(leaf):
             return _detached(leaf)
         edge = torch.autograd.graph.get_gradient_edge(leaf)
         key = (id(edge.node), edge.output_nr)
-        if key not in self._glue:
-            self._glue[key] = GlueTensor(edge, self._activations.save(leaf.detach(), label), record)
-        return self._glue[key]
+        glue = self._glue.setdefault(key, GlueTensor(edge, record))
+        if save and glue.saved is None:
+            glue.saved = self._activations.save(leaf.detach(), label)
+        return glue
 
-    def _run(self, record: Record) -> tuple[Graph, Any]:
-        """The unit's forward with grad on detached inputs."""
-        inputs = [(glue, glue.saved.get().detach().requires_grad_()) for glue in record.glue_inputs()]
+    def _recompute(self, record: Record) -> None:
+        """The unit's forward again, this time with grad."""
+        values = {}
+        for glue in record.glue_inputs():
+            assert glue.saved is not None
+            values[id(glue)] = glue.saved.get()
+        self._run(record, values)
+
+    def _run_once(self, record: Record, flat: list[Any], keeper: Keeper | None) -> Any:
+        """The unit's only forward, on the arguments themselves; with a `keeper` its graph holds no device memory."""
+        values = {id(glue): leaf for glue, leaf in zip(record.leaves, flat, strict=True)}
+        if keeper is None:
+            return self._run(record, values)
+        keeper.add_present(leaf for leaf in record.leaves if isinstance(leaf, torch.Tensor))
+        with keeper.keeping():
+            outputs = self._run(record, values)
+        record.kept = keeper.saved
+        assert record.graph is not None
+        for _, leaf in record.graph.inputs:
+            leaf.data = leaf.new_empty(1).expand(leaf.shape)
+        return outputs
+
+    def _run(self, record: Record, values: dict[int, torch.Tensor]) -> Any:
+        """Forward with grad on detached inputs (`values` by id of their glue), giving the record its graph."""
+        inputs = [(glue, values[id(glue)].detach().requires_grad_()) for glue in record.glue_inputs()]
         leaf_of = {id(glue): leaf for glue, leaf in inputs}
-        values = [leaf_of.get(id(leaf), leaf) for leaf in record.leaves]
-        args, kwargs = pytree.tree_unflatten(values, record.spec)
+        args, kwargs = pytree.tree_unflatten([leaf_of.get(id(leaf), leaf) for leaf in record.leaves], record.spec)
         with torch.enable_grad(), _autocast(record.call, self._device):
             outputs = record.call.forward(*args, **kwargs)
-        return Graph(inputs, [leaf for leaf in pytree.tree_leaves(outputs) if _floating(leaf)]), outputs
+        floating = [leaf for leaf in pytree.tree_leaves(outputs) if _floating(leaf)]
+        edges = [torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in floating]
+        record.graph = Graph(inputs, edges)
+        return outputs
 
     def _emit(self, record: Record, outputs: Any) -> Any:
         flat, spec = pytree.tree_flatten(outputs)
@@ -216,7 +268,8 @@ class Tape:
 
     def _glue_backward(self, glue: GlueTensor) -> None:
         grad, glue.grad = glue.grad, None
-        glue.saved.free()
+        if glue.saved is not None:
+            glue.saved.free()
         del self._glue[(id(glue.edge.node), glue.edge.output_nr)]
         if grad is None:
             return

@@ -77,10 +77,6 @@ def launch(request: Request, console: Console) -> None:
 
 def _refuse_what_is_missing(recipe: Recipe) -> None:
     """Keys of the recipe that this version would ignore."""
-    if recipe.activation_checkpointing == "none":
-        raise UsageError(
-            "activation_checkpointing: none is not available in this version", hint="unit recomputes each unit"
-        )
     if recipe.checkpoint.interval is not None or recipe.checkpoint.resume not in ("auto", "never"):
         raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 

@@ -23,7 +23,7 @@ class UnitFigures:
     call_bytes: int
     """Differentiable inputs of one call."""
     saved_bytes: int
-    """What autograd keeps inside it while it is recomputed."""
+    """What autograd saves inside it, weights excepted: kept, or made again when it is recomputed."""
     output_bytes: int
 
     @property
@@ -45,6 +45,11 @@ class ModelFigures:
     surveyed: bool
     """Whether activations were measured on the meta device; otherwise their figures are missing."""
     flops_per_token: float
+
+    @property
+    def turn(self) -> int | None:
+        """The unit at which a sweep turns from forward to backward: the last it calls."""
+        return self.order[-1] if self.order else None
 
 
 @dataclass(frozen=True)

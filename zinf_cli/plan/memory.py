@@ -6,7 +6,7 @@ forward on the meta device saw; FRAMEWORK_BYTES and LAUNCHER_BYTES were measured
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from zinf_cli.plan.layout import Figures, UnitFigures
@@ -67,6 +67,8 @@ class Choice:
     per_sweep: int
     compute_tier: str
     """The tier whose memory the compute device uses: "cpu" on a CPU, "device" on an accelerator."""
+    kept: frozenset[int] = frozenset()
+    """Units whose activations are kept; those of the others are made again in the backward pass."""
 
     def in_place(self, state: str) -> bool:
         tier = self.placement[state]
@@ -83,16 +85,38 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     units = figures.model.units
     trainable = sum(unit.trainable_numel for unit in units) // ranks
     copies = 2 if figures.precision == "fp32" else 3
-    turn = figures.model.order[-1] if figures.model.order else None
-    activations = sum(
-        unit.input_bytes * (1 if number == turn else choice.per_sweep) for number, unit in enumerate(units)
-    )
     return {
         "params": sum(unit.numel for unit in units) // ranks * itemsize,
         "grads": trainable * 4,
         "optimizer": trainable * 4 * copies,
-        "activations": activations,
+        "activations": choice.per_sweep * sum(activation_bytes(figures, choice)),
     }
+
+
+def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
+    """What each unit leaves for its backward, per micro-batch: its inputs, or all that autograd saved.
+
+    The last unit turns at once and leaves nothing.
+    """
+    for number, unit in enumerate(figures.model.units):
+        if number != figures.model.turn:
+            yield unit.saved_bytes if number in choice.kept else unit.input_bytes
+
+
+def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units to keep in `room` bytes more: those that spare the most compute for a byte come first."""
+    kept = []
+    model = figures.model
+    costs = {
+        number: max(1, choice.per_sweep * (unit.saved_bytes - unit.input_bytes))
+        for number, unit in enumerate(model.units)
+        if number in model.order and number != model.turn
+    }
+    for number in sorted(costs, key=lambda number: costs[number] / max(1, model.units[number].numel)):
+        if costs[number] <= room:
+            kept.append(number)
+            room -= costs[number]
+    return frozenset(kept)
 
 
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
@@ -118,7 +142,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     fields = (0 if choice.in_place("grads") else 1) + (0 if choice.in_place("optimizer") else 3)
     staging = 0
     if not choice.in_place("activations"):
-        staging = max(unit.call_bytes for unit in units)
+        staging = max(
+            unit.saved_bytes // max(1, unit.calls) if number in choice.kept else unit.call_bytes
+            for number, unit in enumerate(units)
+        )
     # loading writes one slice of one flat through the slots
     load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.world_size for unit in units)
     least = max(largest + typical, round_up(load))
@@ -140,9 +167,9 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
         (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + 4 * u.largest_param_numel for u in model.units),
         default=0,
     )
-    last = model.units[model.order[-1]] if model.order else None
+    last = None if model.turn is None else model.units[model.turn]
     turn = 0
     if last is not None:
         turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + 4 * last.largest_param_numel
-    glue = model.glue_bytes * choice.per_sweep
-    return max(inside, turn) + glue
+    between = model.glue_bytes + max((unit.call_bytes for unit in model.units), default=0)
+    return max(inside, turn) + between * choice.per_sweep

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from zinf_cli.plan.memory import (
     LAUNCHER_BYTES,
     Choice,
     Working,
+    activation_bytes,
     compute_bytes,
+    keepable,
     state_bytes,
     working_buffers,
 )
@@ -68,6 +70,8 @@ class Plan:
     per_sweep: int
     eager: bool
     """Each unit is updated as soon as its gradient is complete, since no gradient norm has to be known first."""
+    kept_units: tuple[int, ...]
+    """Units whose activations are kept for backward instead of being recomputed."""
     sequences_per_step: int
     max_steps: int
     working: Working
@@ -82,6 +86,10 @@ class Plan:
     nvme_traffic: int
     """Bytes read and written per step and rank."""
     figures: Figures
+
+    @property
+    def fits(self) -> bool:
+        return all(limit.needed <= limit.allowed for limit in self.limits)
 
     @property
     def bottleneck(self) -> str:
@@ -101,6 +109,7 @@ class Plan:
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
+        document["kept_units"] = tuple(document["kept_units"])
         document["nvme_folders"] = tuple(document["nvme_folders"])
         document["figures"] = Figures.from_json(document["figures"])
         return cls(**document)
@@ -119,8 +128,13 @@ def make_plan(recipe: Recipe, figures: Figures) -> Plan:
     plan = None
     for choice in _choices(recipe, figures, micro_batches):
         plan = _plan(recipe, figures, choice, micro_batches, sequences)
-        if all(limit.needed <= limit.allowed for limit in plan.limits):
-            return plan
+        if not plan.fits:
+            continue
+        if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
+            limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
+            kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.world_size)
+            plan = _plan(recipe, figures, replace(choice, kept=kept), micro_batches, sequences)
+        return plan
     assert plan is not None
     raise _does_not_fit(plan)
 
@@ -131,6 +145,7 @@ def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[C
     compute_tier = "device" if figures.machine.accelerators else "cpu"
     asked = {state: getattr(recipe.offload, state) for state in CLASSES}
     start = {state: compute_tier if tier == "auto" else tier for state, tier in asked.items()}
+    kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
     placements = [start]
     for target in ("cpu", "nvme"):
         for state in FRUGALITY:
@@ -138,9 +153,9 @@ def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[C
             if asked[state] == "auto" and current[state] != target and not _slower(current[state], target):
                 placements.append({**current, state: target})
     for placement in placements:
-        yield Choice(placement, sweeps[0], compute_tier)
+        yield Choice(placement, sweeps[0], compute_tier, kept)
     for per_sweep in sweeps[1:]:
-        yield Choice(placements[-1], per_sweep, compute_tier)
+        yield Choice(placements[-1], per_sweep, compute_tier, kept)
 
 
 def _slower(tier: str, than: str) -> bool:
@@ -183,6 +198,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         micro_batches=micro_batches,
         per_sweep=choice.per_sweep,
         eager=eager,
+        kept_units=tuple(sorted(choice.kept)),
         sequences_per_step=sequences,
         max_steps=figures.data.max_steps,
         working=working,
@@ -190,11 +206,18 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         nvme_folders=tuple(str(folder) for folder in folders) if nvme_bytes else (),
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
-        compute_s=figures.model.flops_per_token * 4 / 3 * tokens / figures.machine.flops,
+        compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
         nvme_s=traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic,
         figures=figures,
     )
+
+
+def _recompute(figures: Figures, choice: Choice) -> float:
+    """FLOPs with recomputation, by those without: a unit's second forward is a third on top."""
+    units = figures.model.units
+    again = sum(u.numel for n, u in enumerate(units) if n not in choice.kept and n != figures.model.turn)
+    return 1 + again / max(1, sum(unit.numel for unit in units)) / 3
 
 
 def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> Iterator[Line]:
@@ -247,7 +270,7 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
     total = 0
     for number, unit in enumerate(model.units):
         calls = 1 if unit.resident else sweeps * unit.calls
-        turns = calls if unit.resident else sweeps if model.order and number == model.order[-1] else 0
+        turns = calls if unit.resident else sweeps if number == model.turn else 0
         trainable = unit.trainable_numel // ranks
         if "params" in away:
             total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
@@ -255,8 +278,8 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
             total += trainable * 4 * 2 * (calls - (1 if eager else 0))
         if "optimizer" in away:
             total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
-        if "activations" in away:
-            total += unit.input_bytes * 2 * micro_batches
+    if "activations" in away:
+        total += 2 * micro_batches * sum(activation_bytes(figures, choice))
     return total
 
 

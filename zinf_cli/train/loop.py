@@ -98,6 +98,7 @@ def _open_engine(
         device=device,
         dtype=DTYPES[plan.precision],
         micro_batches_per_sweep=plan.per_sweep,
+        kept_units=frozenset(plan.kept_units),
     )
     engine = Engine(
         model,
