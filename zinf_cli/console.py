@@ -20,6 +20,7 @@ STATE_NAMES = {
     "grads": "gradients",
     "optimizer": "optimizer states",
     "activations": "activations",
+    "second": "second places for updates",
     "buffers": "buffers",
     "compute": "compute, at its peak",
     "framework": "Python and torch",
@@ -71,7 +72,9 @@ def _recomputed(plan: Plan) -> str:
 def _expectation(plan: Plan) -> str:
     text = f"bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute a step"
     if plan.nvme_traffic:
-        text += f", {format_bytes(plan.nvme_traffic)} to and from NVMe ({plan.nvme_s:.2g} s at an assumed 2 GB/s)"
+        text += (
+            f", {format_bytes(plan.nvme_traffic_clipped)} to and from NVMe ({plan.nvme_s:.2g} s at an assumed 2 GB/s)"
+        )
     return text
 
 

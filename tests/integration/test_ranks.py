@@ -29,10 +29,9 @@ torch.set_num_threads(1)
 ranks = Ranks.join(torch.device("cpu"))
 steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name, changes, placement in json.loads(sys.argv[4]):
-    eager = placement.pop("eager", False)
+    settings = placement.pop("settings", {})
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
     engine = open_engine(random_source(name, **changes), options, ranks)
-    settings = {"clip": None, "eager": True} if eager else {}
     losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
     print(json.dumps(losses), flush=True)
 ranks.leave()
@@ -83,8 +82,14 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     cases += [(name, changes, placements[2]) for name, changes in architectures]
     cases += [("llama", {}, {**placements[2], "micro_batches_per_sweep": 1})]
     architectures += [("llama", {})]
-    eager = [("llama", {}, {**placement, "eager": True}) for placement in placements[:3:2]]
-    *found, in_memory, on_nvme = run_ranks(world_size, cases + eager, tmp_path)
+    eager = {"settings": {"clip": None, "eager": True}}
+    cases += [("llama", {}, {**placement, **eager}) for placement in placements[:3:2]]
+    clips = (0.78, 0.81)  # at the first one, the speculation of step 4 fails
+    cases += [("llama", {}, {**placements[2], "speculate": True, "settings": {"clip": clip}}) for clip in clips]
+    *found, in_memory, on_nvme, failing, holding = run_ranks(world_size, cases, tmp_path)
+    for losses, clip in zip((failing, holding), clips, strict=True):
+        expected = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=clip)
+        assert relative_difference(losses, expected) < 1e-5
     assert in_memory == on_nvme
     without_clip = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=None)
     assert relative_difference(in_memory, without_clip) < 1e-5

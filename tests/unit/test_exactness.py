@@ -22,6 +22,8 @@ STEPS = 10
 TO_THE_BIT = {"llama", "qwen3", "qwen3_moe", "mistral", "phi3", "gpt_neox", "deepseek_v3", "mixtral"}
 """The others add up gradients in another order: a parameter used twice, or a bias summed over a larger batch."""
 
+CLIP_THAT_BITES_SOMETIMES = {"llama": 1.12, "llama-tied": 1.12, "t5": 1.9, "qwen3_moe": 1.25}
+
 NO_DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
@@ -180,6 +182,40 @@ def test_an_eager_update_moves_no_gradient(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eager"):
         engine.train_step([], AdamW(1e-3), eager=True)
     engine.close()
+
+
+@pytest.mark.parametrize("world", ["one sweep", "sweeps of one", "bf16", "grads in memory"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "qwen3_moe"])
+def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
+    """The clip is set so that it bites in some of the steps; then what was updated ahead must not count."""
+    source = random_source(name)
+    dtype = torch.bfloat16 if world == "bf16" else torch.float32
+    options = replace(everything_on("nvme", tmp_path), speculate=True, dtype=dtype)
+    if world == "sweeps of one":
+        options = replace(options, micro_batches_per_sweep=1)
+    if world == "grads in memory":
+        options = replace(options, grads="cpu")
+    norms, updated = [], []
+    engine = open_engine(source, options)
+    step = engine.train_step
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        norms.append(result.grad_norm)
+        updated.append(result.updated)
+        return result
+
+    engine.train_step = noted  # type: ignore[method-assign]
+    clip = CLIP_THAT_BITES_SOMETIMES[name]
+    found = engine_losses(engine, STEPS, clip=clip, evaluate_every=4)
+    waiting = open_engine(source, replace(options, speculate=False))
+    assert found == engine_losses(waiting, STEPS, clip=clip, evaluate_every=4)
+    bites = [norm > clip for norm in norms]
+    assert updated == [number >= 2 and not any(bites[number - 2 : number + 1]) for number in range(STEPS)]
+    assert any(bites[n] and not any(bites[n - 2 : n]) for n in range(2, STEPS)), norms
+    assert any(updated), norms
+    if dtype == torch.float32:
+        assert_agree(found, plain_losses(source, STEPS, clip=clip), name)
 
 
 def test_eager_bf16(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
 CPU = torch.device("cpu")
+CALM_STEPS = 2
+"""Steps without clipping after which the next is expected to be without, too."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class EngineOptions:
     """None: all of a step."""
     kept_units: frozenset[int] = frozenset()
     """Units whose activations are kept for backward instead of being recomputed."""
+    speculate: bool = False
+    """Keep second places for parameters and optimizer states, for speculative updates (see eager.py)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class StepResult:
     """Before clipping, over all ranks; NaN or infinite where a loss or gradient was."""
     wait_s: float
     """Seconds the compute thread waited for data."""
+    updated: bool
+    """Whether the update has been made in the backward pass already."""
 
     @property
     def finite(self) -> bool:
@@ -115,6 +121,11 @@ class Engine:
         self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
+        self._calm_steps = 0
+        """Steps since the gradient was last clipped."""
+        if options.speculate:
+            for unit in self.units:
+                unit.allocate_second(self.tiers)
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
         """Fill every unit from `read(parameter names)`; memory is one unit's."""
@@ -140,17 +151,31 @@ class Engine:
         """
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
-        self._pipeline.eager = eager
+        speculative = not eager and self._options.speculate and loss_scale == 1.0 and self._calm_steps >= CALM_STEPS
+        self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
-        forward_done = partial(self._forward_done, adamw if eager else None)
+        forward_done = partial(self._forward_done, adamw if eager or speculative else None)
         losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), forward_done))
         if more:
             self._sweep.announce_step(len(self._deal(batches)))
         self._pipeline.finish_gradients()
         norm = self._grad_norm() / loss_scale
-        if not eager:
-            self._set_update(adamw, norm, max_grad_norm, loss_scale)
-        return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s)
+        most = math.inf if max_grad_norm is None else max_grad_norm
+        clip = torch.clamp(most / (norm + 1e-6), max=1.0)
+        calm = math.isfinite(norm.item()) and clip.item() == 1.0
+        self._calm_steps = self._calm_steps + 1 if calm else 0
+        if speculative and calm:
+            self._pipeline.eager.commit()
+            self._pipeline.advance()
+        elif speculative:
+            self._pipeline.forget_coming()
+            self._pipeline.eager.discard()
+        updated = eager or (speculative and calm)
+        if not updated:
+            self._set_update(adamw, norm, clip / loss_scale)
+        if speculative and not calm and more:
+            self._sweep.announce_step(len(self._deal(batches)))
+        return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s, updated)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
         """The losses of `batches`, forward only; pending updates are done on the way."""
@@ -206,7 +231,7 @@ class Engine:
     def _forward_done(self, adamw: AdamW | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
         self._flush_pending()
-        self._pipeline.finish_updates()
+        self._pipeline.eager.finish()
         self._pipeline.adamw = adamw
 
     def _flush_pending(self) -> None:
@@ -223,16 +248,13 @@ class Engine:
         squares = sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))
         return self._ranks.sum(squares.cpu()).sqrt().float()
 
-    def _set_update(self, adamw: AdamW, norm: torch.Tensor, max_grad_norm: float | None, loss_scale: float) -> None:
-        clip = None
-        if max_grad_norm is not None or loss_scale != 1.0:
-            most = math.inf if max_grad_norm is None else max_grad_norm
-            clip = (torch.clamp(most / (norm + 1e-6), max=1.0) / loss_scale).to(self._options.device)
+    def _set_update(self, adamw: AdamW, norm: torch.Tensor, clip: torch.Tensor) -> None:
+        """Let the pending updates begin: the norm is known, and `clip`, which multiplies the gradient."""
         for unit in (self.units[number] for number in self._pipeline.completed):
             if not math.isfinite(norm.item()):
                 unit.touched = [False] * len(unit.touched)  # an update of nothing
             unit.count_update()
-        self._pipeline.adamw = replace(adamw, clip=clip)
+        self._pipeline.adamw = replace(adamw, clip=None if clip.item() == 1.0 else clip.to(self._options.device))
         self._pipeline.advance()
 
 

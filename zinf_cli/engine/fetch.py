@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from zinf_cli.engine.update import SliceUpdate
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.tiers.arena import Buffer
-from zinf_cli.tiers.tier import Transfer
+from zinf_cli.tiers.tier import Extent, Transfer
 
 if TYPE_CHECKING:
     from zinf_cli.engine.pipeline import Pipeline
@@ -149,7 +149,7 @@ class Fetch:
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
-            self.unit.updating = False
+            self.unit.updating = self.unit.undecided
         if self._gathers is None:
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
@@ -172,9 +172,9 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grad: torch.Tensor) -> None:
+    def update_now(self, grad: torch.Tensor, into: Mapping[str, Extent] | None) -> None:
         """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
-        self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad)
+        self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad, into)
         self.unit.count_update()
 
     def bind(self) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.eager import EagerUpdates
 from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.store import Unit
@@ -61,8 +62,6 @@ class Pipeline:
         self.trace = trace
         self.adamw: AdamW | None = None
         """The settings that updates go by; None while pending ones wait for the step's gradient norm."""
-        self.eager = False
-        """Update as soon as a gradient is complete: there is no norm to wait for."""
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
@@ -72,8 +71,7 @@ class Pipeline:
         self._fetches: deque[Fetch] = deque()
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
-        self._updating: deque[Fetch] = deque()
-        """Eager updates under way, with the slots and gradients they use."""
+        self.eager = EagerUpdates(units, self.wait, self._drain_one)
         self._draining: deque[tuple[list[Transfer], list[Buffer]]] = deque()
 
     def expect(self, visits: Iterable[Visit]) -> None:
@@ -99,11 +97,7 @@ class Pipeline:
         self._reclaim()
         while self._reducing and self._reducing[0].done():
             self._finish_gradient(self._reducing.popleft())
-        while self._updating and self._updating[0].progress():
-            self._finish_update()
-        for fetch in self._updating:
-            if not fetch.issue():
-                break
+        self.eager.advance()
         self._issue_ahead()
         for fetch in self._fetches:
             if not fetch.progress():
@@ -172,9 +166,9 @@ class Pipeline:
             self._reducing.append(Reduction(fetch, reduced, touched))
             if visit.final:
                 self.completed.add(visit.unit)
-                fetch.unit.update_due = not self.eager
-                fetch.unit.updating = self.eager
-        if not (self.eager and visit.final):
+                fetch.unit.update_due = not self.eager.active
+                fetch.unit.updating = self.eager.active
+        if not (self.eager.active and visit.final):
             fetch.let_go_of_slot()
         self.advance()
 
@@ -184,15 +178,10 @@ class Pipeline:
             self.wait(self._reducing[0])
             self._finish_gradient(self._reducing.popleft())
 
-    def finish_updates(self) -> None:
-        """Do the eager updates that are left."""
-        while self._updating:
-            self._wait_for_update()
-
     def settle(self) -> None:
         """Wait for everything under way, announced fetches excepted."""
         self.finish_gradients()
-        self.finish_updates()
+        self.eager.finish()
         while self._draining:
             self._drain_one()
 
@@ -250,8 +239,8 @@ class Pipeline:
         if self._reducing:
             self.wait(self._reducing[0])
             self._finish_gradient(self._reducing.popleft())
-        elif self._updating:
-            self._wait_for_update()
+        elif self.eager:
+            self.eager.wait_for_chunk()
         elif self._draining:
             self._drain_one()
         elif not self._update_others(fetch):
@@ -315,25 +304,11 @@ class Pipeline:
             unit.touched = reduction.touched.wait()
             unit.backwards = 0
             self._note_norms(fetch.visit.unit, unit, own)
-            if self.eager:
-                fetch.update_now(own)
-                self._updating.append(fetch)
+            if self.eager.active:
+                self.eager.start(fetch, own)
                 return
             unit.grad_ready = True
         fetch.let_go_of_grad([] if home is not None else [unit.grad.write(0, own.view(torch.uint8))])
-
-    def _finish_update(self) -> None:
-        fetch = self._updating.popleft()
-        fetch.let_go_of_slot()
-        fetch.let_go_of_grad([])
-
-    def _wait_for_update(self) -> None:
-        """Wait for the next chunk of the oldest eager update."""
-        fetch = self._updating[0]
-        if fetch.progress(self.wait):
-            self._finish_update()
-        elif fetch.starved:
-            self._drain_one()
 
     def _note_norms(self, number: int, unit: Unit, own: torch.Tensor) -> None:
         assert unit.layout.trainable is not None

@@ -76,7 +76,28 @@ class Unit:
         """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
         self.updating = False
         """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
+        self.undecided = False
+        """An update has gone to the second places, and nobody knows yet whether it holds (eager.py)."""
+        self.second: dict[str, Extent] = {}
+        """Places for the other version of the trainable parameters ("params") and of each optimizer field."""
         self.release()
+
+    def allocate_second(self, tiers: TierSet) -> None:
+        """Room for two versions of what an update changes."""
+        if self.optimizer:
+            for name, extent in self.updated().items():
+                tier = tiers.params if name == "params" else tiers.optimizer
+                self.second[name] = tier.allocate(extent.num_bytes, extent.label)
+
+    def updated(self) -> dict[str, Extent]:
+        """What an update changes, where it lies now."""
+        return {"params": self.slices[0], **self.optimizer}
+
+    def flip(self) -> None:
+        """The second places become the first."""
+        first, second = self.updated(), self.second
+        self.slices[0] = second.pop("params")
+        self.optimizer, self.second = second, first
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -89,9 +110,9 @@ class Unit:
         self.updating |= due
         return due
 
-    def count_update(self) -> None:
-        """One more update of each parameter that got a gradient."""
-        self.steps = [step + touched for step, touched in zip(self.steps, self.touched, strict=True)]
+    def count_update(self, by: int = 1) -> None:
+        """One more update of each parameter that got a gradient (or one less, where it did not hold)."""
+        self.steps = [step + by * touched for step, touched in zip(self.steps, self.touched, strict=True)]
 
     def _touch(self, number: int) -> Callable[[torch.Tensor], None]:
         def touch(_: torch.Tensor) -> None:

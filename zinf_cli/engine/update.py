@@ -8,7 +8,7 @@ they are read into chunk buffers and written back after AdamW has changed them. 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -23,8 +23,19 @@ from zinf_cli.trace import Trace
 class ChunkUpdate:
     """AdamW on elements [begin, begin + numel) of a unit's trainable slice."""
 
-    def __init__(self, unit: Unit, param: torch.Tensor, grad: torch.Tensor | None, begin: int, trace: Trace) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        param: torch.Tensor,
+        grad: torch.Tensor | None,
+        begin: int,
+        sources: Mapping[str, Extent],
+        into: Mapping[str, Extent],
+        trace: Trace,
+    ) -> None:
         self._unit = unit
+        self._sources = sources
+        self._into = into
         self._grad = grad
         self._param = param
         self._begin = begin
@@ -34,16 +45,10 @@ class ChunkUpdate:
         self._writes: list[Transfer] = []
         self.reads: list[Transfer] = []
 
-    def _sources(self) -> dict[str, Extent]:
-        if self._grad is not None:
-            return self._unit.optimizer
-        assert self._unit.grad is not None
-        return {"grad": self._unit.grad, **self._unit.optimizer}
-
     def read(self, chunks: Arena) -> bool:
         """Start reading what is not in place; False when there are not enough chunk buffers now."""
         num_bytes = self._param.numel() * 4
-        away = [name for name, extent in self._sources().items() if extent.view() is None]
+        away = [name for name, extent in self._sources.items() if extent.view() is None]
         buffers: list[Buffer] = []
         for _ in away:
             buffer = chunks.allocate(num_bytes)
@@ -56,7 +61,7 @@ class ChunkUpdate:
         if self._grad is not None:
             self._fields["grad"] = self._grad
         where = dict(zip(away, buffers, strict=True))
-        for name, extent in self._sources().items():
+        for name, extent in self._sources.items():
             memory = extent.view()
             if memory is None:
                 self._fields[name] = where[name].data.view(torch.float32)
@@ -78,11 +83,11 @@ class ChunkUpdate:
                 adamw.update(target[start:end], grad, exp_avg, exp_avg_sq, step)
             if target is not self._param:
                 self._param.copy_(target)
-        for name, extent in unit.optimizer.items():
-            if extent.view() is None:
+        for name in unit.optimizer:
+            if self._into[name].view() is None:
                 data = self._fields[name].view(torch.uint8)
-                self._writes.append(extent.write(self._begin * 4, data))
-        home = unit.slices[0]
+                self._writes.append(self._into[name].write(self._begin * 4, data))
+        home = self._into["params"]
         if home.view() is not None:
             return []
         return [home.write(self._begin * unit.dtype.itemsize, self._param.view(torch.uint8))]
@@ -110,11 +115,23 @@ class SliceUpdate:
 
     `own` is the parameter slice where compute sees it; `grad` the gradient slice, where it is not to be read from its
     tier. Whoever holds the memory of the two keeps it until `progress` has returned True and `writes` are done.
+    The new values go in place, or `into` other extents.
     """
 
     def __init__(
-        self, unit: Unit, own: torch.Tensor, memory: Memory, trace: Trace, grad: torch.Tensor | None = None
+        self,
+        unit: Unit,
+        own: torch.Tensor,
+        memory: Memory,
+        trace: Trace,
+        grad: torch.Tensor | None = None,
+        into: Mapping[str, Extent] | None = None,
     ) -> None:
+        into = unit.updated() if into is None else dict(into)
+        sources = dict(unit.optimizer)  # a unit's places may be exchanged while the update is under way
+        if grad is None:
+            assert unit.grad is not None
+            sources["grad"] = unit.grad
         chunk_numel = memory.chunk_numel
         chunks = [
             ChunkUpdate(
@@ -122,6 +139,8 @@ class SliceUpdate:
                 own[begin : begin + chunk_numel],
                 None if grad is None else grad[begin : begin + chunk_numel],
                 begin,
+                sources,
+                into,
                 trace,
             )
             for begin in range(0, own.numel(), chunk_numel)

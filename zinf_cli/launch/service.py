@@ -234,6 +234,7 @@ def summarise(plan: Plan, watch: _Watch, status: str, failure: Failure | None) -
 
     waits = [line["wait_s"] / line["step_s"] for line in steps]
     traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steps]
+    planned = [plan.nvme_traffic if line["updated_in_backward"] else plan.nvme_traffic_clipped for line in steps]
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
@@ -263,7 +264,7 @@ def summarise(plan: Plan, watch: _Watch, status: str, failure: Failure | None) -
             "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
             "cpu_bytes": plan.cpu_bytes_per_rank,
             "nvme_bytes": plan.nvme_bytes,
-            "nvme_traffic": plan.nvme_traffic,
+            "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
         },
     }
 

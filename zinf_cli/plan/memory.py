@@ -69,6 +69,9 @@ class Choice:
     """The tier whose memory the compute device uses: "cpu" on a CPU, "device" on an accelerator."""
     kept: frozenset[int] = frozenset()
     """Units whose activations are kept; those of the others are made again in the backward pass."""
+    update: str = "deferred"
+    """deferred: in the next forward, when the gradient norm is known. eager: in backward, where none has to be known.
+    speculative: in backward, into second places, as long as the norm did not clip the gradient lately."""
 
     def in_place(self, state: str) -> bool:
         tier = self.placement[state]
@@ -89,6 +92,7 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
         "params": sum(unit.numel for unit in units) // ranks * itemsize,
         "grads": trainable * 4,
         "optimizer": trainable * 4 * copies,
+        "second": trainable * (itemsize + 4 * copies) if choice.update == "speculative" else 0,
         "activations": choice.per_sweep * sum(activation_bytes(figures, choice)),
     }
 

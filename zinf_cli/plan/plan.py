@@ -68,8 +68,8 @@ class Plan:
     micro_batches: int
     """Per rank and step."""
     per_sweep: int
-    eager: bool
-    """Each unit is updated as soon as its gradient is complete, since no gradient norm has to be known first."""
+    update: str
+    """When a unit is updated: see Choice."""
     kept_units: tuple[int, ...]
     """Units whose activations are kept for backward instead of being recomputed."""
     sequences_per_step: int
@@ -85,6 +85,8 @@ class Plan:
     """Expected seconds per step of compute, and of drive traffic at an assumed bandwidth."""
     nvme_traffic: int
     """Bytes read and written per step and rank."""
+    nvme_traffic_clipped: int
+    """The same, in a step whose gradient is clipped: then no update is made in the backward pass."""
     figures: Figures
 
     @property
@@ -130,13 +132,24 @@ def make_plan(recipe: Recipe, figures: Figures) -> Plan:
         plan = _plan(recipe, figures, choice, micro_batches, sequences)
         if not plan.fits:
             continue
-        if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
-            limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-            kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.world_size)
-            plan = _plan(recipe, figures, replace(choice, kept=kept), micro_batches, sequences)
+        for better in _improvements(recipe, figures, choice, plan):
+            improved = _plan(recipe, figures, better, micro_batches, sequences)
+            if improved.fits:
+                plan, choice = improved, better
         return plan
     assert plan is not None
     raise _does_not_fit(plan)
+
+
+def _improvements(recipe: Recipe, figures: Figures, choice: Choice, plan: Plan) -> Iterator[Choice]:
+    """What room that is left could buy: activations that need no recompute, or second places."""
+    if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
+        limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
+        room = (limit.allowed - limit.needed) // figures.world_size
+        yield replace(choice, kept=keepable(figures, choice, room))
+    streamed = choice.placement["params"] == choice.placement["optimizer"] == "nvme"
+    if streamed and choice.update == "deferred" and figures.precision != "fp16":
+        yield replace(choice, update="speculative")
 
 
 def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[Choice]:
@@ -146,6 +159,9 @@ def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[C
     asked = {state: getattr(recipe.offload, state) for state in CLASSES}
     start = {state: compute_tier if tier == "auto" else tier for state, tier in asked.items()}
     kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
+    train = recipe.train
+    eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
+    base = Choice({}, sweeps[0], compute_tier, kept, "eager" if eager else "deferred")
     placements = [start]
     for target in ("cpu", "nvme"):
         for state in FRUGALITY:
@@ -153,9 +169,9 @@ def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[C
             if asked[state] == "auto" and current[state] != target and not _slower(current[state], target):
                 placements.append({**current, state: target})
     for placement in placements:
-        yield Choice(placement, sweeps[0], compute_tier, kept)
+        yield replace(base, placement=placement)
     for per_sweep in sweeps[1:]:
-        yield Choice(placements[-1], per_sweep, compute_tier, kept)
+        yield replace(base, placement=placements[-1], per_sweep=per_sweep)
 
 
 def _slower(tier: str, than: str) -> bool:
@@ -180,15 +196,15 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         working = working.shrunk(-(-over // figures.world_size))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
-    nvme_bytes = sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
+    nvme_bytes = states["second"] + sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
     limits = [
         Limit(tier, needed[tier], allowed, origin)
         for tier, (allowed, origin) in budgets.items()
         if needed[tier] or tier == choice.compute_tier
     ]
-    train = recipe.train
-    eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
-    traffic = _nvme_traffic(figures, choice, sweeps, micro_batches, eager=eager)
+    traffic = _nvme_traffic(figures, choice, sweeps, micro_batches)
+    waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
+    most_traffic = _nvme_traffic(figures, waiting, sweeps, micro_batches)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         world_size=figures.world_size,
@@ -197,7 +213,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         placement=dict(choice.placement),
         micro_batches=micro_batches,
         per_sweep=choice.per_sweep,
-        eager=eager,
+        update=choice.update,
         kept_units=tuple(sorted(choice.kept)),
         sequences_per_step=sequences,
         max_steps=figures.data.max_steps,
@@ -207,8 +223,9 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
-        nvme_s=traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_s=most_traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic,
+        nvme_traffic_clipped=most_traffic,
         figures=figures,
     )
 
@@ -224,6 +241,8 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
     for state in CLASSES:
         tier = choice.placement[state]
         yield Line("cpu" if tier == "device" and choice.compute_tier == "cpu" else tier, state, states[state])
+    if states["second"]:
+        yield Line("nvme", "second", states["second"])
     yield Line(choice.compute_tier, "buffers", working.total)
     yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
     yield Line("cpu", "framework", FRAMEWORK_BYTES)
@@ -259,11 +278,12 @@ def nvme_folders(recipe: Recipe) -> Sequence[Path]:
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
 
 
-def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int, *, eager: bool) -> int:
+def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
     """Bytes read and written per step and rank.
 
     Every visit of a unit reads its parameters: a call takes one in the forward and one in the backward pass, the last
-    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left.
+    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left; the update
+    reads it, unless it is made right there.
     """
     model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
     away = {state for state in CLASSES if choice.placement[state] == "nvme"}
@@ -275,7 +295,7 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
         if "params" in away:
             total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
         if "grads" in away:
-            total += trainable * 4 * 2 * (calls - (1 if eager else 0))
+            total += trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update])
         if "optimizer" in away:
             total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
     if "activations" in away:

@@ -99,6 +99,7 @@ def _open_engine(
         dtype=DTYPES[plan.precision],
         micro_batches_per_sweep=plan.per_sweep,
         kept_units=frozenset(plan.kept_units),
+        speculate=plan.update == "speculative",
     )
     engine = Engine(
         model,
@@ -170,7 +171,7 @@ class Run:
             adamw,
             max_grad_norm=self.recipe.train.max_grad_norm,
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
-            eager=self.plan.eager,
+            eager=self.plan.update == "eager",
             more=more,
         )
         weighted = sum(
@@ -194,6 +195,7 @@ class Run:
             "tokens_per_s": tokens / seconds,
             "tflops_per_rank": flops / seconds / 1e12,
             "wait_s": result.wait_s,
+            "updated_in_backward": result.updated,
             **self._memory(),
         }
 

@@ -1,0 +1,100 @@
+"""Updates in the backward pass: a unit's AdamW runs as soon as its gradient is complete.
+
+It needs no second read of the parameters and, where nothing has to wait for the gradient norm, no trip of the gradient
+to its tier; and the drive is as busy in backward as in forward.
+
+**Speculation.** Where the norm may clip the gradient but lately did not, the update is made as if it would not again,
+into the second places of the unit (ping-pong), and the gradient is kept on its tier too. When the norm is known, either
+the places are exchanged, or the deferred update is made from the first ones as if nothing had happened. Either way the
+bits are those of an update that waited: the coefficient is exactly 1 where the norm is not clipped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from zinf_cli.engine.store import Unit
+from zinf_cli.tiers.tier import Transfer
+
+if TYPE_CHECKING:
+    from zinf_cli.engine.fetch import Fetch
+
+
+class EagerUpdates:
+    """Updates under way, oldest first, with the slots and gradients they use."""
+
+    def __init__(self, units: Sequence[Unit], wait: Callable[[Transfer], None], make_room: Callable[[], None]) -> None:
+        self.active = False
+        """Whether this step's updates are made in its backward pass."""
+        self.speculative = False
+        """Whether they have to be confirmed: see `commit` and `discard`."""
+        self._units = units
+        self._wait = wait
+        self._make_room = make_room
+        self._under_way: deque[tuple[Fetch, list[Transfer]]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def start(self, fetch: Fetch, own: torch.Tensor) -> None:
+        """Update the unit of `fetch` with the gradient slice `own` (fp32), which lies in its buffer or home."""
+        unit = fetch.unit
+        writes: list[Transfer] = []
+        unit.undecided = self.speculative
+        if self.speculative:
+            assert unit.grad is not None
+            if unit.grad.view() is None:
+                writes.append(unit.grad.write(0, own.view(torch.uint8)))
+            unit.grad_ready = True
+        fetch.update_now(own, unit.second if self.speculative else None)
+        self._under_way.append((fetch, writes))
+
+    def advance(self) -> None:
+        """Move what can move without waiting."""
+        while self._under_way and self._under_way[0][0].progress():
+            self._let_go()
+        for fetch, _ in self._under_way:
+            if not fetch.issue():
+                break
+
+    def wait_for_chunk(self) -> None:
+        """Wait for the next chunk of the oldest update."""
+        fetch, _ = self._under_way[0]
+        if fetch.progress(self._wait):
+            self._let_go()
+        elif fetch.starved:
+            self._make_room()
+
+    def finish(self) -> None:
+        while self._under_way:
+            self.wait_for_chunk()
+
+    def commit(self) -> None:
+        """The updates of this step hold; those under way will be finished in their time."""
+        under_way = {id(fetch.unit) for fetch, _ in self._under_way}
+        for unit in self._undecided():
+            unit.flip()
+            unit.updating = id(unit) in under_way
+
+    def discard(self) -> None:
+        """They do not hold: each unit gets its deferred update instead."""
+        self.finish()
+        for unit in self._undecided():
+            unit.updating = False
+            unit.update_due = True
+            unit.count_update(-1)
+
+    def _undecided(self) -> list[Unit]:
+        units = [unit for unit in self._units if unit.undecided]
+        for unit in units:
+            unit.undecided = False
+        return units
+
+    def _let_go(self) -> None:
+        fetch, writes = self._under_way.popleft()
+        fetch.let_go_of_slot()
+        fetch.let_go_of_grad(writes)
