@@ -39,12 +39,12 @@ def main() -> None:
             file.write(json.dumps({"step_s": time.perf_counter() - start, "loss": total}) + "\n")
 
 
-def build(case: Case) -> Any:
-    """The model of `case`, the same weights every time."""
+def build(case: Case, reentrant: bool = False) -> Any:
+    """The model of `case`, the same weights every time; `reentrant` is the flavour of its gradient checkpointing."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.config)).train()
     if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     return model
 
 
