@@ -42,7 +42,7 @@ gpu-check: ## the tests and benchmarks that need a GPU
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # Debian and Ubuntu ship venv as a package of its own. torch comes first and exact: on a machine without a GPU a bare
 # `torch` may bring gigabytes of CUDA. The stamp is written last, so an install cut short is taken up again.
