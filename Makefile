@@ -3,9 +3,10 @@
 # The Python of the tests and benchmarks. `make gpu-check PYTHON=python3` runs where torch is installed without a .venv.
 PYTHON ?= .venv/bin/python
 INSTALLED := .venv/.installed
+PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test check bench gpu-check clean
+.PHONY: help install fetch demo test check bench bench-peer gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,13 +32,17 @@ check: install ## lint, formatting and types
 bench: install ## measure this machine, side by side with plain PyTorch
 	$(PYTHON) -m benchmarks.run
 
+bench-peer: install $(PEER_INSTALLED) ## the same with DeepSpeed beside it, and a sweep over 1 to 16 micro-batches
+	$(PYTHON) -m benchmarks.run --rounds 1 --steps 3 --cases 8x16 8x64 1x16 --contenders plain zinf-nvme deepspeed deepspeed-small
+	$(PYTHON) -m benchmarks.run --rounds 1 --steps 2 --cases sweep --contenders zinf-nvme deepspeed
+
 gpu-check: ## the tests and benchmarks that need a GPU
 	$(PYTHON) -m pytest tests/gpu
 	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # Debian and Ubuntu ship venv as a package of its own. torch comes first and exact: on a machine without a GPU a bare
 # `torch` may bring gigabytes of CUDA. The stamp is written last, so an install cut short is taken up again.
@@ -49,4 +54,16 @@ $(INSTALLED): pyproject.toml
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	@touch $@
+
+# DeepSpeed has an environment of its own, with the same torch and transformers. Its operators are compiled here, before anything is timed.
+$(PEER_INSTALLED): $(INSTALLED)
+	@{ [ -e /usr/include/libaio.h ] && command -v g++ && python3 -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")'; } >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq g++ libaio-dev python3-dev; } \
+	  || { echo 'error: DeepSpeed compiles its operators: sudo apt-get install g++ libaio-dev python3-dev' >&2; exit 1; }
+	python3 -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	DS_BUILD_OPS=0 .venv-peer/bin/python -m pip install --quiet --disable-pip-version-check deepspeed==0.19.8 \
+	  transformers==$$(.venv/bin/python -c 'from importlib.metadata import version; print(version("transformers"))')
+	.venv-peer/bin/python -m benchmarks.deepspeed_peer
 	@touch $@

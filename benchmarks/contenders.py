@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from benchmarks.watch import Watched, watch
 
 WARM_UP = 2
 """First steps that do not count: memory is touched, the route is learned."""
+
+PEER_PYTHON = Path(".venv-peer/bin/python")
 
 Contender = Callable[[Case, int, Path], Watched]
 
@@ -70,3 +73,29 @@ def plain(case: Case, steps: int, folder: Path) -> Watched:
     steps_file = folder / "plain.jsonl"
     command = [sys.executable, "-m", "benchmarks.plain", str(steps_file), json.dumps(dataclasses.asdict(case))]
     return watch([*command, str(steps + WARM_UP)], os.environ, steps_file, WARM_UP)
+
+
+def deepspeed(small: bool) -> Contender:
+    """DeepSpeed in a virtual environment of its own; `small` as in deepspeed_peer.config."""
+
+    def run(case: Case, steps: int, folder: Path) -> Watched:
+        if not PEER_PYTHON.exists():
+            raise SystemExit("error: DeepSpeed is not installed: make bench-peer")
+        steps_file, state = folder / "deepspeed.jsonl", folder / "deepspeed"
+        command = [str(PEER_PYTHON), "-m", "benchmarks.deepspeed_peer", str(steps_file)]
+        command += [json.dumps(dataclasses.asdict(case)), str(steps + WARM_UP), str(state), json.dumps(small)]
+        try:
+            return watch(command, os.environ, steps_file, WARM_UP)
+        finally:
+            shutil.rmtree(state, ignore_errors=True)  # its files stay when it ends
+
+    return run
+
+
+CONTENDERS: dict[str, Contender] = {
+    "plain": plain,
+    "zinf-cpu": zinf("cpu"),
+    "zinf-nvme": zinf("nvme"),
+    "deepspeed": deepspeed(small=False),
+    "deepspeed-small": deepspeed(small=True),
+}

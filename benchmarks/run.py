@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.case import Case
-from benchmarks.contenders import Contender, plain, zinf
+from benchmarks.contenders import CONTENDERS
 from benchmarks.watch import Watched
 from zinf_cli.amounts import format_bytes
 
+ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
 CASES = (
     Case(8, 16),
     Case(8, 16, clip=False),
@@ -31,33 +32,32 @@ CASES = (
     Case(1, 16),
     Case(1, 16, clip=False),
 )
+SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
+LOSS_TOLERANCE = 1e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="zinf beside plain PyTorch.")
-    parser.add_argument("--cases", nargs="*", default=[], help="such as 8x16; all of them by default")
+    parser = argparse.ArgumentParser(description="zinf beside plain PyTorch and DeepSpeed.")
+    parser.add_argument("--cases", nargs="*", default=[], help="such as 8x16, or sweep: 1x16 to 16x16")
+    parser.add_argument("--contenders", nargs="*", default=ALWAYS, choices=CONTENDERS, help="the first is the base")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender, in turn")
     parser.add_argument("--folder", type=Path, default=None, help="where the drive is (default: runs/)")
     arguments = parser.parse_args()
-    cases = [Case(int(count), int(tokens)) for count, _, tokens in (text.partition("x") for text in arguments.cases)]
-    contenders: dict[str, Contender] = {
-        "plain PyTorch": plain,
-        "zinf, all CPU": zinf("cpu"),
-        "zinf, all NVMe": zinf("nvme"),
-    }
+    cases = [case for text in arguments.cases for case in (SWEEP if text == "sweep" else [_case(text)])] or CASES
     console = Console(width=140)
     console.print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, torch {torch.__version__}", highlight=False)
     root = arguments.folder or Path("runs")
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=root)).absolute()
     try:
-        for case in cases or CASES:
-            runs: dict[str, list[Watched]] = {name: [] for name in contenders}
+        for case in cases:
+            runs: dict[str, list[Watched]] = {name: [] for name in arguments.contenders}
             for _ in range(arguments.rounds):
-                for name, contender in contenders.items():
-                    runs[name].append(contender(case, arguments.steps, folder))
+                for name in runs:
+                    runs[name].append(CONTENDERS[name](case, arguments.steps, folder))
             console.print(_table(case, runs))
+            _compare_losses(console, runs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -84,6 +84,21 @@ def _table(case: Case, runs: dict[str, list[Watched]]) -> Table:
             f"{(read + written) / case.num_params:.1f}",
         )
     return table
+
+
+def _compare_losses(console: Console, runs: dict[str, list[Watched]]) -> None:
+    """DeepSpeed trains on the windows and from the weights of plain PyTorch, so their losses must agree."""
+    for name in ("deepspeed", "deepspeed-small"):
+        if name in runs and "plain" in runs:
+            pairs = zip(runs["plain"][0].loss, runs[name][0].loss, strict=True)
+            apart = max(abs(ours - theirs) for ours, theirs in pairs)
+            verdict = "" if apart <= LOSS_TOLERANCE else ": NOT the same training"
+            console.print(f"losses of {name} and plain: at most {apart:.1e} apart{verdict}", highlight=False)
+
+
+def _case(text: str) -> Case:
+    micro_batches, _, tokens = text.partition("x")
+    return Case(int(micro_batches), int(tokens))
 
 
 def _steps(watched: list[Watched]) -> list[float]:

@@ -23,6 +23,8 @@ class Watched:
     step_s: list[float]
     wait_s: list[float]
     """Seconds of each step in which compute waited, where the contender knows."""
+    loss: list[float]
+    """Of every step, the skipped ones too."""
     read_bytes: int
     """Of one step, on average."""
     write_bytes: int
@@ -31,7 +33,7 @@ class Watched:
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Path, skip: int) -> Watched:
-    """Run `command`, which appends an object {step_s, wait_s?} a step to `steps_file`; the first `skip` don't count."""
+    """Run `command`, which appends {step_s, loss, wait_s?} a step to `steps_file`; the first `skip` don't count."""
     steps_file.unlink(missing_ok=True)
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -57,12 +59,14 @@ def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Pa
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{''.join(said)[-3000:]}")
     steps = [json.loads(line) for line in steps_file.read_text().splitlines()]
-    steps = [step for step in steps if "step_s" in step][skip:]
+    every_step = [step for step in steps if "step_s" in step]
+    steps = every_step[skip:]
     counted = max(1, count_after - count_before)
     first = before or (0, 0)
     return Watched(
         [step["step_s"] for step in steps],
         [step["wait_s"] for step in steps if "wait_s" in step],
+        [step["loss"] for step in every_step],
         (after[0] - first[0]) // counted,
         (after[1] - first[1]) // counted,
         peak,
