@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.hosts import this_machine
 from zinf_cli.plan.plan import Plan
 
 STATE_NAMES = {
@@ -34,7 +35,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     head.add_column(style="dim")
     head.add_column()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
-    head.add_row("host", f"this machine, {plan.world_size} {_ranks(plan)}, {plan.precision}")
+    head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
@@ -52,6 +53,13 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         title=f"zinf · {name}",
         expand=False,
     )
+
+
+def _places(plan: Plan) -> str:
+    if plan.hosts == (this_machine(plan.world_size),):
+        return f"this machine, {plan.world_size} {_ranks(plan)}"
+    names = ", ".join(host.name for host in plan.hosts[:4]) + (", ..." if len(plan.hosts) > 4 else "")
+    return f"{len(plan.hosts)} ({names}), {plan.world_size} {_ranks(plan)}"
 
 
 def _ranks(plan: Plan) -> str:

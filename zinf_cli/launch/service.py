@@ -15,6 +15,7 @@ from rich.console import Console
 
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.errors import Interrupted, RankError, UsageError, ZinfError
+from zinf_cli.hosts import Host
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.run_folder import run_folder
 from zinf_cli.launch.runner import Outcome, run_ranks
@@ -39,6 +40,8 @@ class Request:
 
     recipe: Path
     overrides: Sequence[str] = ()
+    hosts: Sequence[Host] = ()
+    """None: this machine."""
     slots: int | None = None
     dry_run: bool = False
     as_json: bool = False
@@ -49,13 +52,15 @@ def launch(request: Request, console: Console) -> None:
     recipe = load_recipe(request.recipe, request.overrides)
     _refuse_what_is_missing(recipe)
     with console.status("reading the model, its checkpoint and the text ..."):
-        figures = _describe(recipe, request.slots)
-    plan = make_plan(recipe, figures)
+        figures = _describe(recipe, request)
+    plan = make_plan(recipe, figures, request.hosts)
     console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
     if request.dry_run:
         if request.as_json:
             print(json.dumps(plan.to_json(), indent=2))
         return
+    if request.hosts:
+        raise UsageError("--hosts: this version plans many hosts but does not launch on them", hint="add --dry-run")
     with run_folder(recipe, plan) as run_dir:
         summary, outcome = _run(recipe, plan, run_dir, console)
     console.print(summary_screen(summary))
@@ -74,13 +79,16 @@ def _refuse_what_is_missing(recipe: Recipe) -> None:
         raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 
 
-def _describe(recipe: Recipe, slots: int | None) -> Figures:
+def _describe(recipe: Recipe, request: Request) -> Figures:
     """Ask a subprocess for the figures; it imports torch and builds the model on the meta device."""
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         command = [sys.executable, "-m", "zinf_cli.train.describe", str(path)]
-        command += ["--slots", str(slots)] if slots else []
+        command += ["--slots", str(request.slots)] if request.slots else []
+        if request.hosts:
+            slots = [len(host.slots) for host in request.hosts]
+            command += ["--slots", str(max(slots)), "--world-size", str(sum(slots))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         document = json.loads(done.stdout)

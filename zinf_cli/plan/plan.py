@@ -16,6 +16,7 @@ from typing import Any
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, available_memory, drive_space
+from zinf_cli.hosts import Host, this_machine
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
@@ -61,6 +62,7 @@ class Limit:
 class Plan:
     """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
 
+    hosts: tuple[Host, ...]
     world_size: int
     threads_per_rank: int
     precision: str
@@ -106,6 +108,7 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         document = json.loads(path.read_text())
         del document["bottleneck"]
+        document["hosts"] = tuple(Host(**{**host, "slots": tuple(host["slots"])}) for host in document["hosts"])
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
@@ -115,8 +118,11 @@ class Plan:
         return cls(**document)
 
 
-def make_plan(recipe: Recipe, figures: Figures) -> Plan:
-    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise."""
+def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = ()) -> Plan:
+    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+
+    Without `hosts`, all ranks are on this machine.
+    """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -125,15 +131,16 @@ def make_plan(recipe: Recipe, figures: Figures) -> Plan:
         )
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
+    hosts = tuple(hosts) or (this_machine(figures.world_size),)
     plan = None
     for choice in _choices(recipe, figures, micro_batches):
-        plan = _plan(recipe, figures, choice, micro_batches, sequences)
+        plan = _plan(recipe, figures, hosts, choice, micro_batches, sequences)
         if not plan.fits:
             continue
         if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
             limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-            kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.world_size)
-            plan = _plan(recipe, figures, replace(choice, kept=kept), micro_batches, sequences)
+            kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.ranks_per_host)
+            plan = _plan(recipe, figures, hosts, replace(choice, kept=kept), micro_batches, sequences)
         return plan
     assert plan is not None
     raise _does_not_fit(plan)
@@ -170,14 +177,16 @@ def _halvings(count: int) -> list[int]:
     return halvings
 
 
-def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, sequences: int) -> Plan:
+def _plan(
+    recipe: Recipe, figures: Figures, hosts: tuple[Host, ...], choice: Choice, micro_batches: int, sequences: int
+) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
     states = state_bytes(figures, choice)
     working = working_buffers(figures, choice, sweeps)
     budgets = _budgets(recipe, figures)
     over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
-        working = working.shrunk(-(-over // figures.world_size))
+        working = working.shrunk(-(-over // figures.ranks_per_host))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
     nvme_bytes = sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
@@ -191,8 +200,9 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
     traffic = _nvme_traffic(figures, choice, sweeps, micro_batches, eager=eager)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
+        hosts=hosts,
         world_size=figures.world_size,
-        threads_per_rank=max(1, figures.machine.cores // figures.world_size),
+        threads_per_rank=max(1, figures.machine.cores // figures.ranks_per_host),
         precision=figures.precision,
         placement=dict(choice.placement),
         micro_batches=micro_batches,
@@ -207,7 +217,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
-        nvme_s=traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_s=traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic,
         figures=figures,
     )
@@ -232,7 +242,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
     needed = {"device": 0, "cpu": LAUNCHER_BYTES, "nvme": 0}
     for line in _lines(figures, choice, states, working):
-        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.world_size)
+        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     return needed
 
 
@@ -292,7 +302,8 @@ def _does_not_fit(plan: Plan) -> CapacityError:
                 for line in plan.lines
                 if line.tier == limit.tier and line.num_bytes
             )
-            ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+            count = plan.figures.ranks_per_host
+            ranks = f" on each of {count} ranks" if count > 1 else ""
             problems.append(
                 f"{limit.tier} needs {format_bytes(limit.needed)}, {limit.origin} allows "
                 f"{format_bytes(limit.allowed)}: {parts}{ranks}"
