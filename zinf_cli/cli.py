@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +53,12 @@ def launch(
         int | None,
         typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
     ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]", help="A variable for the ranks on every host; NCCL_*, GLOO_* and CUDA_* go anyway."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
@@ -60,7 +69,8 @@ def launch(
     from zinf_cli.launch.service import launch as run
 
     world = _hosts(hosts, include, exclude, slots)
-    run(Request(recipe, tuple(overrides or ()), world, slots, dry_run, as_json), Console(stderr=True))
+    request = Request(recipe, tuple(overrides or ()), world, _environment(env or ()), slots, dry_run, as_json)
+    run(request, Console(stderr=True))
 
 
 def _hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
@@ -74,6 +84,36 @@ def _hosts(source: str | None, include: str | None, exclude: str | None, slots: 
     if slots is not None:
         raise UsageError("--slots is for this machine", hint="the hostfile says how many each host has; see --include")
     return load_hosts(source, include=include, exclude=exclude)
+
+
+def _environment(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE as it stands, NAME with the value it has here."""
+    variables = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError(f"--env {name}: no name of a variable", hint="--env NAME or --env NAME=VALUE")
+        if not equals and name not in os.environ:
+            raise UsageError(f"--env {name}: not set here", hint=f"--env {name}=VALUE")
+        variables[name] = value if equals else os.environ[name]
+    return variables
+
+
+@app.command()
+def doctor(
+    hosts: Annotated[
+        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
+    ] = None,
+    include: Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """What this machine, or every host, has and lacks."""
+    from rich.console import Console
+
+    from zinf_cli.launch.doctor import doctor as look
+
+    look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Console())
 
 
 @app.command()

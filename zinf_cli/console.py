@@ -127,7 +127,7 @@ class RunView:
             self._live.stop()
             self._live = None
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -20,8 +20,11 @@ RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace
 
 
 @contextmanager
-def run_folder(recipe: Recipe, plan: Plan) -> Iterator[Path]:
-    """The run's folder, locked, with recipe.yaml and plan.json in it; files of an earlier run set aside."""
+def run_folder(recipe: Recipe, plan: Plan, *, here: bool) -> Iterator[Path]:
+    """The run's folder, locked, with recipe.yaml and plan.json in it; files of an earlier run set aside.
+
+    Where the ranks run `here`, the drives are tried as well.
+    """
     run_dir = recipe.output_dir
     lock = None
     try:
@@ -29,7 +32,8 @@ def run_folder(recipe: Recipe, plan: Plan) -> Iterator[Path]:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = os.open(run_dir, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_nvme(plan)
+            if here:
+                _check_nvme(plan)
             _set_aside(run_dir)
             (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             (run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
@@ -47,7 +51,7 @@ def run_folder(recipe: Recipe, plan: Plan) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
-        for folder in plan.nvme_folders:
+        for folder in plan.nvme_folders if here else ():
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()  # only where it is empty and so was made for this run
 

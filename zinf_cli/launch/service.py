@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import re
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,20 @@ from rich.console import Console
 
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.errors import Interrupted, RankError, UsageError, ZinfError
-from zinf_cli.hosts import Host
+from zinf_cli.hardware import Room
+from zinf_cli.hosts import Host, this_machine
+from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.failure import Failure
+from zinf_cli.launch.logs import RankLogs
+from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
+from zinf_cli.launch.rendezvous import Rendezvous
 from zinf_cli.launch.run_folder import run_folder
-from zinf_cli.launch.runner import Outcome, run_ranks
+from zinf_cli.launch.runner import Outcome, Program, run_ranks
+from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import Watch, merge_traces, summarise
+from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import Plan, make_plan
+from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
 
@@ -42,6 +49,8 @@ class Request:
     overrides: Sequence[str] = ()
     hosts: Sequence[Host] = ()
     """None: this machine."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables for the ranks."""
     slots: int | None = None
     dry_run: bool = False
     as_json: bool = False
@@ -51,19 +60,26 @@ def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
     _refuse_what_is_missing(recipe)
-    with console.status("reading the model, its checkpoint and the text ..."):
-        figures = _describe(recipe, request)
-    plan = make_plan(recipe, figures, request.hosts)
-    console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
-    if request.dry_run:
-        if request.as_json:
-            print(json.dumps(plan.to_json(), indent=2))
-        return
-    if request.hosts:
-        raise UsageError("--hosts: this version plans many hosts but does not launch on them", hint="add --dry-run")
-    with run_folder(recipe, plan) as run_dir:
-        summary, outcome = _run(recipe, plan, run_dir, console)
+    far = bool(request.hosts) and not request.dry_run
+    with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
+        preflight = _preflight(recipe, request, lifelines, console) if far else None
+        connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
+        with console.status("reading the model, its checkpoint and the text ..."):
+            figures = _describe(recipe, request, connections[0])
+        plan = make_plan(recipe, figures, request.hosts, _least_room(preflight) if preflight else None)
+        console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
+        if request.dry_run:
+            if request.as_json:
+                print(json.dumps(plan.to_json(), indent=2))
+            return
+        for connection, host in zip(connections, plan.hosts, strict=True):
+            connection.host = host
+        with run_folder(recipe, plan, here=not request.hosts) as run_dir:
+            rendezvous = preflight.rendezvous if preflight else None
+            summary, outcome = _run(recipe, plan, run_dir, lifelines, connections, rendezvous, request, console)
     console.print(summary_screen(summary))
+    if outcome.failure is not None:
+        console.print(failure_screen(outcome.failure, outcome.others))
     console.print(f"the run is in {run_dir}", highlight=False, soft_wrap=True)
     if request.as_json:
         print(json.dumps(summary, indent=2))
@@ -73,66 +89,123 @@ def launch(request: Request, console: Console) -> None:
         raise _error_of(outcome.failure)
 
 
+def _preflight(recipe: Recipe, request: Request, lifelines: Lifelines, console: Console) -> Preflight:
+    """Look at all hosts and show what was found; PreflightError unless all of them are ready."""
+    with console.status(f"looking at {len(request.hosts)} hosts ..."):
+        preflight = check_hosts(
+            request.hosts, lifelines, paths=_paths(recipe), nvme=[str(folder) for folder in nvme_folders(recipe)]
+        )
+    console.print(preflight_screen(preflight))
+    preflight.require_ready()
+    return preflight
+
+
+def _paths(recipe: Recipe) -> list[str]:
+    """Files and folders that every rank reads."""
+    dataset = recipe.dataset
+    paths = [recipe.model.name_or_path, *dataset.path, *(dataset.eval_path or ()), dataset.tokenizer]
+    return [str(path) for path in paths if path is not None]
+
+
+def _least_room(preflight: Preflight) -> Room:
+    """Of the host with the least: each has to hold as much as the others."""
+    memory = min(preflight.rows, key=lambda row: int(row.facts["memory"]))
+    drives = min(preflight.rows, key=lambda row: free_on_drives(row.facts))
+    names = dict.fromkeys((memory.host.name, drives.host.name))
+    return Room(memory.facts["memory"], free_on_drives(drives.facts), " and ".join(names))
+
+
 def _refuse_what_is_missing(recipe: Recipe) -> None:
     """Keys of the recipe that this version would ignore."""
     if recipe.checkpoint.interval is not None or recipe.checkpoint.resume not in ("auto", "never"):
         raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 
 
-def _describe(recipe: Recipe, request: Request) -> Figures:
-    """Ask a subprocess for the figures; it imports torch and builds the model on the meta device."""
-    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        command = [sys.executable, "-m", "zinf_cli.train.describe", str(path)]
-        command += ["--slots", str(request.slots)] if request.slots else []
-        if request.hosts:
-            slots = [len(host.slots) for host in request.hosts]
-            command += ["--slots", str(max(slots)), "--world-size", str(sum(slots))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _describe(recipe: Recipe, request: Request, connection: Connection) -> Figures:
+    """Ask a process of that host for the figures; it imports torch and builds the model on the meta device."""
+    command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
+    command += ["--slots", str(request.slots)] if request.slots else []
+    if request.hosts:
+        slots = [len(host.slots) for host in request.hosts]
+        command += ["--slots", str(max(slots)), "--world-size", str(sum(slots))]
+    done = connection.capture(command, within=_DESCRIBE_S, text=dump_recipe(recipe))
     try:
-        document = json.loads(done.stdout)
+        document = json.loads(done["output"])
     except json.JSONDecodeError as error:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise RankError(f"the model could not be described: {last[0]}", hint=done.stderr.strip()) from error
+        last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
+        raise RankError(f"the model could not be described: {last[0]}", hint=done["errors"].strip()) from error
     if "error" in document:
         raise _ReportedError(document["error"], document["exit_code"])
     return Figures.from_json(document)
 
 
-def _run(recipe: Recipe, plan: Plan, run_dir: Path, console: Console) -> tuple[dict[str, Any], Outcome]:
+_DESCRIBE_S = 24 * 3600.0
+"""Tokenising may take long; Ctrl-C ends it."""
+
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
+keeps what each micro-batch's thread freed (the demo: 1.21 instead of 1.41 GiB) and maps large temporaries anew each
+time."""
+
+_CARRIED = re.compile(r"(NCCL|GLOO|CUDA)_(?!VISIBLE_DEVICES)")
+"""Variables of the launcher that its ranks on other hosts get as well."""
+
+
+def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Program:
+    carried = {name: value for name, value in os.environ.items() if _CARRIED.match(name)} if request.hosts else {}
+    return Program(
+        "zinf_cli.train",
+        [str(run_dir)],
+        run_dir,
+        {name: (run_dir / name).read_text(encoding="utf-8") for name in ("recipe.yaml", "plan.json")},
+        plan.nvme_folders,
+        {
+            **carried,
+            **request.environment,
+            "OMP_NUM_THREADS": str(plan.threads_per_rank),
+            "PYTHONUNBUFFERED": "1",
+        },
+        _MALLOC,
+    )
+
+
+def _run(
+    recipe: Recipe,
+    plan: Plan,
+    run_dir: Path,
+    lifelines: Lifelines,
+    connections: Sequence[Connection],
+    rendezvous: Rendezvous | None,
+    request: Request,
+    console: Console,
+) -> tuple[dict[str, Any], Outcome]:
     view = RunView(console, plan, recipe.logging.interval)
     watch = Watch(run_dir, view.show)
+    logs = RankLogs(run_dir, plan.hosts)
+
+    def poll() -> None:
+        watch.poll()
+        for line in logs.poll():
+            view.say(log_line(line) if plan.world_size > 1 else line.text)
+
     view.start()
     try:
         outcome = run_ranks(
-            "zinf_cli.train",
-            [str(run_dir)],
-            ranks=plan.world_size,
-            run_dir=run_dir,
-            threads_per_rank=plan.threads_per_rank,
-            on_poll=watch.poll,
+            _program(recipe, plan, run_dir, request),
+            lifelines,
+            connections,
+            rendezvous,
+            on_poll=poll,
             notify=view.say,
         )
     finally:
         view.stop()
-    watch.poll()
-    for note in _notes(run_dir):
-        view.say(note)
     if recipe.profiler.enabled:
         merge_traces(run_dir)
     status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
     summary = summarise(plan, watch, status, outcome.failure)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary, outcome
-
-
-def _notes(run_dir: Path) -> list[str]:
-    """Lines rank 0 wants the user to see."""
-    log = run_dir / "logs" / "rank-00000.log"
-    if not log.exists():
-        return []
-    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("note: ")]
 
 
 def _error_of(failure: Failure) -> ZinfError:

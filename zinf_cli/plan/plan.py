@@ -15,7 +15,7 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, UsageError
-from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, available_memory, drive_space
+from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
@@ -118,10 +118,10 @@ class Plan:
         return cls(**document)
 
 
-def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = ()) -> Plan:
+def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> Plan:
     """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise.
 
-    Without `hosts`, all ranks are on this machine.
+    Without `hosts`, all ranks are on this machine; without `room`, each host has what this machine has.
     """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
@@ -132,15 +132,16 @@ def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = ()) -> P
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
     hosts = tuple(hosts) or (this_machine(figures.world_size),)
+    room = room or room_here(nvme_folders(recipe))
     plan = None
     for choice in _choices(recipe, figures, micro_batches):
-        plan = _plan(recipe, figures, hosts, choice, micro_batches, sequences)
+        plan = _plan(recipe, figures, hosts, room, choice, micro_batches, sequences)
         if not plan.fits:
             continue
         if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
             limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
             kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.ranks_per_host)
-            plan = _plan(recipe, figures, hosts, replace(choice, kept=kept), micro_batches, sequences)
+            plan = _plan(recipe, figures, hosts, room, replace(choice, kept=kept), micro_batches, sequences)
         return plan
     assert plan is not None
     raise _does_not_fit(plan)
@@ -178,12 +179,18 @@ def _halvings(count: int) -> list[int]:
 
 
 def _plan(
-    recipe: Recipe, figures: Figures, hosts: tuple[Host, ...], choice: Choice, micro_batches: int, sequences: int
+    recipe: Recipe,
+    figures: Figures,
+    hosts: tuple[Host, ...],
+    room: Room,
+    choice: Choice,
+    micro_batches: int,
+    sequences: int,
 ) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
     states = state_bytes(figures, choice)
     working = working_buffers(figures, choice, sweeps)
-    budgets = _budgets(recipe, figures)
+    budgets = _budgets(recipe, figures, room)
     over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
         working = working.shrunk(-(-over // figures.ranks_per_host))
@@ -246,13 +253,12 @@ def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: W
     return needed
 
 
-def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
-    """(bytes, origin) per tier: the recipe's budget, and never more than the machine has."""
+def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[int, str]]:
+    """(bytes, origin) per tier: the recipe's budget, and never more than there is room for."""
     offload = recipe.offload
-    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders(recipe))}
     machine = {
-        "cpu": (int(available_memory() * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
-        "nvme": (sum(spaces.values()), offload.nvme_space),
+        "cpu": (int(room.memory * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
+        "nvme": (room.drives, offload.nvme_space),
     }
     if figures.machine.accelerators:
         machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
@@ -260,7 +266,7 @@ def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
     for tier, (there, asked) in machine.items():
         key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
         asked_less = asked is not None and asked <= there
-        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, "this machine")
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, room.origin)
     return budgets
 
 
