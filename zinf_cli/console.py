@@ -55,8 +55,12 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     )
 
 
+def _is_here(plan: Plan) -> bool:
+    return plan.hosts == (this_machine(plan.world_size),)
+
+
 def _places(plan: Plan) -> str:
-    if plan.hosts == (this_machine(plan.world_size),):
+    if _is_here(plan):
         return f"this machine, {plan.world_size} {_ranks(plan)}"
     names = ", ".join(host.name for host in plan.hosts[:4]) + (", ..." if len(plan.hosts) > 4 else "")
     return f"{len(plan.hosts)} ({names}), {plan.world_size} {_ranks(plan)}"
@@ -97,7 +101,7 @@ def _bytes_table(plan: Plan) -> Table:
 
 def _limits_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("on this machine")
+    table.add_column("on this machine" if _is_here(plan) else "on each host")
     table.add_column("needs", justify="right")
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")

@@ -5,6 +5,7 @@ Each fault strikes at a seeded moment, once in `make test`, at ten moments in `m
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import pytest
 from test_launch import wait_for_steps
 from test_many_hosts import ApartWorkshop
 
-from lab import Lab, namespace_lab
+from lab import Lab, namespace_lab, wait_until
 
 MOMENTS = int(os.environ.get("ZINF_FAULT_MOMENTS", "1"))
 
@@ -156,3 +157,24 @@ def child_of(lab: Lab, host: int) -> int:
     assert process is not None
     (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(child)
+
+
+def test_a_run_starts_again_on_the_hosts_that_answer(apart: ApartWorkshop) -> None:
+    restarts = ("launch.max_restarts=2", "launch.min_hosts=1")
+    process = apart.start("--hosts", apart.lab.hostfile(), "train.max_steps=100000", *restarts)
+    wait_for_steps(apart.run_dir, 1)
+    kill_rank(apart.lab, process)
+    wait_until(lambda: (apart.run_dir / "earlier" / "1").exists(), 30)
+    wait_for_steps(apart.run_dir, 1)
+    assert json.loads((apart.run_dir / "plan.json").read_text())["world_size"] == 2
+    crash_host(apart.lab, process)
+    wait_until(lambda: (apart.run_dir / "earlier" / "2").exists(), 40)
+    wait_for_steps(apart.run_dir, 1)
+    assert json.loads((apart.run_dir / "plan.json").read_text())["world_size"] == 1
+    press_once(apart.lab, process)
+    ended = apart.end(process)
+    assert ended.code == 130, ended.err
+    assert "node2:rank 1: killed by SIGKILL" in ended.err
+    assert "restart 2 of 2" in ended.err
+    assert "node2: left out: " in ended.err
+    assert [line for line in apart.lab.left_behind() if "/node1/" in line] == []

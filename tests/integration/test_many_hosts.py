@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_launch import Ended, Workshop
+from test_launch import Ended, Workshop, wait_for_steps
 
 from lab import Lab, loopback_lab, namespace_lab
 
@@ -93,3 +95,71 @@ def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorksh
     for rank in range(4):
         assert f"rank {rank} on node{rank + 1}" in (apart.run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
     assert apart.left_behind() == []
+
+
+def test_two_launches_on_one_host_end_only_their_own(near: FarWorkshop) -> None:
+    hostfile = near.lab.hostfile(hosts=near.lab.hosts[:1])
+    first = near.start("--hosts", hostfile, "train.max_steps=100000")
+    second = subprocess.Popen(
+        [*near.command("--hosts", hostfile, "train.max_steps=100000"), f"output_dir={near.folder / 'other'}"],
+        env=near.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_steps(near.run_dir, 1)
+    wait_for_steps(near.folder / "other", 1)
+    os.killpg(first.pid, signal.SIGINT)
+    assert near.end(first).code == 130
+    here = len((near.folder / "other" / "metrics.jsonl").read_text().splitlines())
+    wait_for_steps(near.folder / "other", here + 2)
+    second.kill()
+    second.communicate()
+    assert near.left_behind() == []
+
+
+def test_a_run_folder_in_use_on_a_host_is_left_alone(apart: ApartWorkshop) -> None:
+    """Another launcher has it: this one's folder of the same name is free."""
+    first = apart.start("--hosts", apart.lab.hostfile(hosts=apart.lab.hosts[:1]), "train.max_steps=100000")
+    wait_for_steps(apart.run_dir, 1)
+    apart.run_dir.rename(apart.folder / "elsewhere")
+    second = apart.launch("--hosts", apart.lab.hostfile(hosts=apart.lab.hosts[:2]))
+    assert second.code == 3, second.err
+    assert f"node1: {apart.run_dir}: another run is using this folder" in second.message
+    assert not apart.lab.processes(apart.lab.hosts[1])
+    os.killpg(first.pid, signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert apart.left_behind() == []
+
+
+def test_variables_reach_the_ranks_and_are_never_printed(near: FarWorkshop) -> None:
+    secret = "s3cret value; $(touch /tmp/no) 'quoted' \"twice\""
+    environment = {**near.environment(), "HF_TOKEN": secret, "NCCL_DEBUG": "WARN"}
+    process = subprocess.Popen(
+        near.command("--hosts", near.lab.hostfile(), "--env", "HF_TOKEN", "--env", "LAB=a b", "train.max_steps=100000"),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_steps(near.run_dir, 1)
+    for rank in ("0", "1"):
+        assert near.lab.processes(RANK=rank, HF_TOKEN=secret, LAB="a b", NCCL_DEBUG="WARN")
+    for pid in near.lab.processes():
+        assert "s3cret" not in Path(f"/proc/{pid}/cmdline").read_text()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "s3cret" not in said
+    assert near.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("NO_SUCH_THING", "not set here"), ("not a name=1", "no name of a variable")]
+)
+def test_variables_that_make_no_sense(near: FarWorkshop, variable: str, said: str) -> None:
+    ended = near.launch("--hosts", near.lab.hostfile(), "--env", variable)
+    assert ended.code == 2
+    assert said in ended.message

@@ -83,6 +83,8 @@ class SimulatedChannel:
     def close(self) -> None:
         self._said.put(b"")
 
+    abort = close
+
     def last_words(self) -> str:
         return ""
 

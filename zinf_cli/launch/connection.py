@@ -58,8 +58,7 @@ class Connection:
     @property
     def lost(self) -> str | None:
         if self._ended is None and time.monotonic() - self._heard > SILENCE_S:
-            self._ended = f"gave no sign of life for {SILENCE_S:.0f} s"
-            self._channel.close()
+            self._give_up(f"gave no sign of life for {SILENCE_S:.0f} s")
         return self._ended
 
     def request(self, do: str, *, within: float = _ANSWER_S, **arguments: Any) -> Any:
@@ -67,16 +66,26 @@ class Connection:
         with self._one_request:
             try:
                 self._send(json.dumps({"do": do, **arguments}).encode() + b"\n")
-                answer = self._answers.get(timeout=within)
             except OSError as error:
-                raise HostError(self.lost or f"connection lost: {error}", where=self.host.name) from error
-            except queue.Empty:
-                raise HostError(f"no answer to {do} within {within:.0f} s", where=self.host.name) from None
-        if answer is None:
-            raise HostError(self.lost or "connection lost", where=self.host.name)
+                raise HostError(self._ended or f"connection lost: {error}", where=self.host.name) from error
+            answer = self._answer(within)
+            if answer is None:  # a late answer would be taken for the next one's
+                if self.lost is None:
+                    self._give_up(f"no answer to {do} within {within:.0f} s")
+                raise HostError(str(self._ended), where=self.host.name)
         if "error" in answer:
             raise HostError(answer["error"], where=self.host.name)
         return answer["answer"]
+
+    def _answer(self, within: float) -> dict[str, Any] | None:
+        """The next answer; None if the host is lost meanwhile, or takes too long."""
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            with suppress(queue.Empty):
+                return self._answers.get(timeout=0.5)
+            if self.lost is not None:
+                break
+        return None
 
     def capture(self, command: Sequence[str], *, within: float, text: str = "") -> dict[str, Any]:
         """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads."""
@@ -95,8 +104,15 @@ class Connection:
 
     def close(self) -> None:
         """Close the lifeline; the supervisor ends what still runs."""
-        self._ended = self._ended or "closed"
-        self._channel.close()
+        if self._ended is None:
+            self._ended = "closed"
+            self._channel.close()
+        else:
+            self._channel.abort()
+
+    def _give_up(self, why: str) -> None:
+        self._ended = why
+        self._channel.abort()
 
     def _send(self, data: bytes) -> None:
         with self._sending:

@@ -47,6 +47,8 @@ class Preflight:
 
     rows: Sequence[Row]
     rendezvous: Rendezvous | None
+    absent: Sequence[Row] = ()
+    """Hosts that do not answer, and are not needed."""
 
     @property
     def problems(self) -> list[str]:
@@ -72,12 +74,25 @@ class Preflight:
 
 
 def check_hosts(
-    hosts: Sequence[Host], lifelines: Lifelines, *, paths: Sequence[str] = (), nvme: Sequence[str] = ()
+    hosts: Sequence[Host],
+    lifelines: Lifelines,
+    *,
+    paths: Sequence[str] = (),
+    nvme: Sequence[str] = (),
+    min_hosts: int | None = None,
 ) -> Preflight:
-    """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives."""
+    """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
+
+    `min_hosts` have to answer, by default all.
+    """
     rows = [Row(host) for host in hosts]
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
     at_all(lambda row: _ask(row, lifelines, question), rows)
+    absent = [row for row in rows if row.connection is None]
+    if min_hosts is not None and len(rows) - len(absent) >= min_hosts:
+        rows = [row for row in rows if row.connection is not None]
+    else:
+        absent = []
     answered = [row for row in rows if row.facts]
     for row in answered:
         _judge(row, answered)
@@ -85,7 +100,7 @@ def check_hosts(
         _compare(path, answered)
     ready = [row for row in rows if row.connection is not None]
     rendezvous = _meet(ready) if len(ready) == len(rows) > 1 else None
-    return Preflight(rows, rendezvous)
+    return Preflight(rows, rendezvous, absent)
 
 
 def _ask(row: Row, lifelines: Lifelines, question: str) -> None:

@@ -122,6 +122,16 @@ def end_marked(launch_id: str) -> int:
     return len(found)
 
 
+def memory_of_tree() -> int:
+    """Bytes of this process and all below it, memory they share counted once (proportional set size)."""
+    total = 0
+    for pid in (os.getpid(), *_descendants()):
+        with contextlib.suppress(OSError):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return total * 1024
+
+
 def _descendants() -> list[int]:
     """Living processes below this one, parents before children: a guard told before its rank dies knows why it did."""
     children: dict[int, list[int]] = {}

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -62,6 +62,8 @@ class Outcome:
     interrupted: bool
     others: str = ""
     """What became of the other hosts, where one failed."""
+    host_cpu_bytes: int = 0
+    """CPU memory of the run's processes on the host that took most, at its peak."""
 
 
 def run_ranks(
@@ -91,7 +93,8 @@ def run_ranks(
     with _StopSignals() as stop_signals, _marked(program.run_dir, lifelines.launch_id):
         try:
             _start(parts, rendezvous)
-            return _watch(parts, stop_signals, program.run_dir, on_poll, notify)
+            outcome = _watch(parts, stop_signals, program.run_dir, on_poll, notify)
+            return replace(outcome, host_cpu_bytes=max(part.peak_memory for part in parts))
         finally:
             _end(parts, lifelines)
             on_poll()
@@ -108,6 +111,7 @@ class _Part:
         self._program = program
         self._started = False
         self.code: int | None = None
+        self.peak_memory = 0
 
     @property
     def over(self) -> bool:
@@ -145,6 +149,8 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
+                elif event["event"] == "memory":
+                    self.peak_memory = max(self.peak_memory, event["bytes"])
                 elif event["event"] == "file":
                     self._write(event["path"], event["offset"], base64.b64decode(event["data"]))
 
@@ -263,6 +269,9 @@ def _watch(
             notify("stopping after this step; press Ctrl-C again to kill the ranks now")
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
             teardown_due = time.monotonic() + _TEARDOWN_S
+            for part in parts:
+                if part.connection.lost is not None:
+                    notify(f"{part.host.name}: {part.connection.lost}; ending the run")
         if teardown_due is not None and time.monotonic() > teardown_due:
             break
     failure = first_failure(run_dir, [part.ending() for part in parts])

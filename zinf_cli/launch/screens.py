@@ -17,17 +17,23 @@ _COLOURS = ("cyan", "magenta", "green", "blue", "yellow", "bright_cyan", "bright
 
 def preflight_screen(preflight: Preflight) -> RenderableType:
     """A row for each host, and below it everything that is wrong."""
-    columns = [column for column in COLUMNS if any(column in row.cells for row in preflight.rows)]
+    rows = [*preflight.rows, *preflight.absent]
+    columns = [column for column in COLUMNS if any(column in row.cells for row in rows)]
     table = Table(box=None, pad_edge=False)
     table.add_column("host")
     for column in columns:
         table.add_column(column)
-    for row in preflight.rows:
+    for row in rows:
         cells = [
             Text(row.cells.get(column, ""), style="bold red" if column in row.problems else "") for column in columns
         ]
         table.add_row(row.host.name, *cells)
     problems = [Text(f"✗ {problem}", style="red") for problem in preflight.problems]
+    problems += [
+        Text(f"- {row.host.name}: left out: {problem}", style="yellow")
+        for row in preflight.absent
+        for problem in row.problems.values()
+    ]
     return Group(table, *([Text(), *problems] if problems else []))
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from zinf_cli.console import RunView, plan_screen, summary_screen
-from zinf_cli.errors import Interrupted, RankError, UsageError, ZinfError
+from zinf_cli.errors import Interrupted, NonFiniteError, RankError, UsageError, ZinfError
 from zinf_cli.hardware import Room
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Connection, Lifelines
@@ -56,44 +57,88 @@ class Request:
     as_json: bool = False
 
 
+@dataclass(frozen=True)
+class Ended:
+    """A run that was started and is over."""
+
+    run_dir: Path
+    summary: dict[str, Any]
+    outcome: Outcome
+
+
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
     _refuse_what_is_missing(recipe)
+    ended = _plan_and_run(recipe, request, console)
+    for restart in range(1, recipe.launch.max_restarts + 1):
+        if ended is None or not _may_restart(ended.outcome):
+            break
+        assert ended.outcome.failure is not None
+        why = _error_of(ended.outcome.failure).describe()
+        console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
+        ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
+    if ended is not None:
+        _report(ended, request, console)
+
+
+def _may_restart(outcome: Outcome) -> bool:
+    """Whether a rank or host was lost; what a recipe, a full machine or a NaN causes would come again."""
+    failure = outcome.failure
+    if failure is None or outcome.interrupted or failure.kind == NonFiniteError.__name__:
+        return False
+    return failure.exit_code == RankError.exit_code
+
+
+def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts: int | None = None) -> Ended | None:
+    """One life of a run; None for a dry run. With `min_hosts`, hosts that do not answer may be missing."""
     far = bool(request.hosts) and not request.dry_run
     with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
-        preflight = _preflight(recipe, request, lifelines, console) if far else None
+        preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
         connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
+        hosts = [connection.host for connection in connections] if preflight else request.hosts
         with console.status("reading the model, its checkpoint and the text ..."):
-            figures = _describe(recipe, request, connections[0])
-        plan = make_plan(recipe, figures, request.hosts, _least_room(preflight) if preflight else None)
+            figures = _describe(recipe, request.slots, hosts, connections[0])
+        plan = make_plan(recipe, figures, hosts, _least_room(preflight) if preflight else None)
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
         if request.dry_run:
             if request.as_json:
                 print(json.dumps(plan.to_json(), indent=2))
-            return
+            return None
         for connection, host in zip(connections, plan.hosts, strict=True):
             connection.host = host
         with run_folder(recipe, plan, here=not request.hosts) as run_dir:
             rendezvous = preflight.rendezvous if preflight else None
             summary, outcome = _run(recipe, plan, run_dir, lifelines, connections, rendezvous, request, console)
-    console.print(summary_screen(summary))
+        return Ended(run_dir, summary, outcome)
+
+
+def _report(ended: Ended, request: Request, console: Console) -> None:
+    """Show how the run ended, and raise what the exit code says."""
+    outcome = ended.outcome
+    console.print(summary_screen(ended.summary))
     if outcome.failure is not None:
         console.print(failure_screen(outcome.failure, outcome.others))
-    console.print(f"the run is in {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"the run is in {ended.run_dir}", highlight=False, soft_wrap=True)
     if request.as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(ended.summary, indent=2))
     if outcome.interrupted:
-        raise Interrupted(f"interrupted after {summary['steps']} steps")
+        raise Interrupted(f"interrupted after {ended.summary['steps']} steps")
     if outcome.failure is not None:
         raise _error_of(outcome.failure)
 
 
-def _preflight(recipe: Recipe, request: Request, lifelines: Lifelines, console: Console) -> Preflight:
-    """Look at all hosts and show what was found; PreflightError unless all of them are ready."""
+def _preflight(
+    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
+) -> Preflight:
+    """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
     with console.status(f"looking at {len(request.hosts)} hosts ..."):
         preflight = check_hosts(
-            request.hosts, lifelines, paths=_paths(recipe), nvme=[str(folder) for folder in nvme_folders(recipe)]
+            request.hosts,
+            lifelines,
+            paths=_paths(recipe),
+            nvme=[str(folder) for folder in nvme_folders(recipe)],
+            min_hosts=min_hosts or len(request.hosts),
         )
     console.print(preflight_screen(preflight))
     preflight.require_ready()
@@ -121,13 +166,13 @@ def _refuse_what_is_missing(recipe: Recipe) -> None:
         raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 
 
-def _describe(recipe: Recipe, request: Request, connection: Connection) -> Figures:
+def _describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
     """Ask a process of that host for the figures; it imports torch and builds the model on the meta device."""
     command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
-    command += ["--slots", str(request.slots)] if request.slots else []
-    if request.hosts:
-        slots = [len(host.slots) for host in request.hosts]
-        command += ["--slots", str(max(slots)), "--world-size", str(sum(slots))]
+    command += ["--slots", str(slots)] if slots else []
+    if hosts:
+        counts = [len(host.slots) for host in hosts]
+        command += ["--slots", str(max(counts)), "--world-size", str(sum(counts))]
     done = connection.capture(command, within=_DESCRIBE_S, text=dump_recipe(recipe))
     try:
         document = json.loads(done["output"])
@@ -202,8 +247,10 @@ def _run(
         view.stop()
     if recipe.profiler.enabled:
         merge_traces(run_dir)
-    status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
-    summary = summarise(plan, watch, status, outcome.failure)
+    if not request.hosts:  # the launcher is on the ranks' host
+        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
+    summary = summarise(plan, watch, outcome)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary, outcome
 

@@ -62,10 +62,15 @@ def _open(connection: Any, python: str, launch_id: str) -> Channel:
         transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
     session = transport.open_session(timeout=_CONNECT_S)
     program = supervisor_program(launch_id)
-    session.exec_command("exec " + shlex.join(supervisor_command(python, program)))
+    session.exec_command(remote_line(supervisor_command(python, program)))
     channel = _SshChannel(session, connection)
     channel.send(program)
     return channel
+
+
+def remote_line(command: Sequence[str]) -> str:
+    """What a login shell is told, word by word as `command` has it; all else a host is told goes through stdin."""
+    return "exec " + shlex.join(command)
 
 
 class _SshChannel:
@@ -85,6 +90,9 @@ class _SshChannel:
             self._session.settimeout(SILENCE_S)
             while self._session.recv(1 << 16):  # the supervisor ends its tree first, then itself
                 pass
+        self.abort()
+
+    def abort(self) -> None:
         with suppress(Exception):
             self._connection.close()
 

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from zinf_cli.launch.failure import Failure
+from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 
 
 @dataclass
 class Watch:
-    """Follows metrics.jsonl and the memory of the run's processes."""
+    """Follows metrics.jsonl."""
 
     run_dir: Path
     show: Callable[[dict[str, Any]], None]
     lines: list[dict[str, Any]] = field(default_factory=list)
-    host_peak: int = 0
     _offset: int = 0
-    _sampled: float = 0.0
 
     def poll(self) -> None:
         path = self.run_dir / "metrics.jsonl"
@@ -39,23 +33,11 @@ class Watch:
                     self._offset += len(line)
                     self.lines.append(json.loads(line))
                     self.show(self.lines[-1])
-        if time.monotonic() - self._sampled > 1.0:
-            self._sampled = time.monotonic()
-            self.host_peak = max(self.host_peak, _tree_memory())
 
 
-def _tree_memory() -> int:
-    """Proportional set size of this process and all its descendants, in bytes."""
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error, OSError):
-            total += process.memory_full_info().pss
-    return total
-
-
-def summarise(plan: Plan, watch: Watch, status: str, failure: Failure | None) -> dict[str, Any]:
+def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
+    status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
     evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
 
@@ -67,7 +49,7 @@ def summarise(plan: Plan, watch: Watch, status: str, failure: Failure | None) ->
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
-        "error": failure.message if failure is not None else None,
+        "error": outcome.failure.message if outcome.failure is not None else None,
         "steps": len(steps),
         "max_steps": plan.max_steps,
         "tokens": sum(line["tokens"] for line in steps),
@@ -81,7 +63,7 @@ def summarise(plan: Plan, watch: Watch, status: str, failure: Failure | None) ->
             "tokens_per_s": median("tokens_per_s"),
             "tflops_per_rank": median("tflops_per_rank"),
             "wait_share": wait_share,
-            "host_cpu_bytes": watch.host_peak,
+            "host_cpu_bytes": outcome.host_cpu_bytes,
             "cpu_bytes": max((line["cpu_bytes"] for line in steps), default=None),
             "device_bytes": max((line["device_bytes"] for line in steps), default=None),
             "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),

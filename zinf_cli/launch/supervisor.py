@@ -38,6 +38,7 @@ from zinf_cli.launch.process_tree import (
     become_subreaper,
     end_descendants,
     end_marked,
+    memory_of_tree,
     reap,
 )
 
@@ -84,8 +85,7 @@ class Supervisor:
                     break
                 self._watch()
                 if time.monotonic() - self._spoken >= _HEARTBEAT_S:
-                    self._spoken = time.monotonic()
-                    self._outgoing += b"\n"
+                    self._beat()
                 self._flush()
         except (_Signalled, OSError):
             pass
@@ -95,6 +95,14 @@ class Supervisor:
             end_descendants()
             if self._folder is not None:
                 self._folder.leave()
+
+    def _beat(self) -> None:
+        """Say that all is well and, while ranks run, how much memory they take."""
+        self._spoken = time.monotonic()
+        if self._folder is not None and self._child is not None:
+            self._send({"event": "memory", "bytes": memory_of_tree()})
+        else:
+            self._outgoing += b"\n"
 
     def _receive(self) -> bool:
         """Take what has come in and do what it asks; False once the lifeline is closed."""

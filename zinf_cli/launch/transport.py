@@ -43,7 +43,10 @@ class Channel(Protocol):
         """What has come, after waiting for some; b"" once the supervisor is gone."""
 
     def close(self) -> None:
-        """Close the lifeline, which ends the supervisor and its run; any thread may call it, more than once."""
+        """Close the lifeline and wait until the supervisor has ended its run and itself."""
+
+    def abort(self) -> None:
+        """Give up a supervisor that does not answer, without a wait."""
 
     def last_words(self) -> str:
         """What the far side said on stderr, once it is gone."""
@@ -100,6 +103,10 @@ class _PipeChannel:
         with suppress(OSError):
             self._in.close()
         self._process.wait()
+        self._out.close()
+
+    def abort(self) -> None:
+        self._process.kill()
 
     def last_words(self) -> str:
         return ""  # its stderr is the launcher's

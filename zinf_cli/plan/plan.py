@@ -98,6 +98,11 @@ class Plan:
         return "compute" if self.compute_s >= self.nvme_s else "nvme"
 
     @property
+    def collective_timeout_s(self) -> float:
+        """A rank that waits so long for its peers gives up: many steps, and never less than slow starts differ."""
+        return max(600.0, 20 * (self.compute_s + self.nvme_s))
+
+    @property
     def cpu_bytes_per_rank(self) -> int:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
