@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zinf_cli.amounts import format_bytes, parse_bytes
+from zinf_cli.engine.ranks import Ranks
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 
@@ -33,12 +34,13 @@ LAYOUTS = ("sliced", "owner")
 GROUPS = Path("/sys/fs/cgroup/blkio")
 
 
-def fetch_times(layout: str, folder: Path, unit_bytes: int, fetches: int) -> float:
-    """Seconds per fetch of a unit into every rank's memory, on this rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def seconds_per_fetch(layout: str, ranks: Ranks, folder: Path, unit_bytes: int, fetches: int) -> float:
+    """To have a unit in every rank's memory, measured on this rank."""
+    rank, world_size = ranks.rank, ranks.world_size
     buffer = torch.frombuffer(mmap.mmap(-1, unit_bytes), dtype=torch.uint8)
     own = buffer if layout == "owner" else buffer[unit_bytes // world_size * rank :][: unit_bytes // world_size]
-    drive = NvmeTier([folder], Trace(rank), rank=rank)
+    trace = Trace(rank)
+    drive = NvmeTier([folder], trace, rank=rank)
     extent = drive.allocate(own.numel(), "unit")
     extent.write(0, own).wait()  # space that was only reserved would be read without touching the drive
     dist.barrier()
@@ -48,7 +50,7 @@ def fetch_times(layout: str, folder: Path, unit_bytes: int, fetches: int) -> flo
         if layout == "sliced" or rank == owner:
             extent.read(0, own).wait()
         if layout == "sliced":
-            dist.all_gather_into_tensor(buffer, own)
+            ranks.gather(buffer, own, trace, "unit").wait()
         else:
             dist.broadcast(buffer, owner)
     seconds = (time.perf_counter() - start) / fetches
@@ -91,7 +93,7 @@ def measure(layout: str, num_hosts: int, folder: Path, asked: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches from limited drives, by the number of hosts.")
     parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--bandwidth", type=parse_bytes, default=20_000_000, help="of each host's drive, bytes/s")
+    parser.add_argument("--bandwidth", type=parse_bytes, default=10_000_000, help="of each host's drive, bytes/s")
     parser.add_argument("--unit", type=parse_bytes, default=64 << 20, help="bytes of the unit")
     parser.add_argument("--fetches", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="on the drive")
@@ -100,9 +102,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.rank is not None:
         (asked.group / "cgroup.procs").write_text(str(os.getpid()))
-        dist.init_process_group("gloo")
-        print(json.dumps(fetch_times(asked.rank, asked.folder, asked.unit, asked.fetches)))
-        dist.destroy_process_group()
+        ranks = Ranks.join(torch.device("cpu"))
+        print(json.dumps(seconds_per_fetch(asked.rank, ranks, asked.folder, asked.unit, asked.fetches)))
+        ranks.leave()
         return
     table = Table(box=None, pad_edge=False, title=f"seconds to fetch {format_bytes(asked.unit)}")
     for column in ("hosts", "sliced", "efficiency", "kept by one"):

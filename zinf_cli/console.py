@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -25,6 +27,10 @@ STATE_NAMES = {
     "compute": "compute, at its peak",
     "framework": "Python and torch",
 }
+
+
+_MOST_HOSTS_SHOWN = 16
+"""While a run goes on: those that take most memory."""
 
 
 def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
@@ -110,6 +116,17 @@ def _limits_table(plan: Plan) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """What the processes of a run take on one host, in bytes; drive traffic since their start."""
+
+    host: str
+    memory: int
+    read: int
+    written: int
+    time: float = field(default_factory=time.monotonic)
+
+
 class RunView:
     """A run as it goes: a live panel on a terminal, one plain line per logged step elsewhere."""
 
@@ -120,6 +137,7 @@ class RunView:
         self._latest: dict[str, Any] = {}
         self._eval_loss: float | None = None
         self._live: Live | None = None
+        self._vitals: dict[str, tuple[Vitals, Vitals]] = {}
 
     def start(self) -> None:
         if self._console.is_terminal:
@@ -134,6 +152,11 @@ class RunView:
     def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def host(self, vitals: Vitals) -> None:
+        """News of a host."""
+        _, before = self._vitals.get(vitals.host, (vitals, vitals))
+        self._vitals[vitals.host] = (before, vitals)
 
     def show(self, metrics: dict[str, Any]) -> None:
         """A new line of metrics.jsonl."""
@@ -167,7 +190,23 @@ class RunView:
         table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}   nvme {format_bytes(values['nvme_bytes'])}")
         table.add_row("drive", _drive(values))
         table.add_row("waiting", f"{100 * values['wait_s'] / values['step_s']:.0f} % of the step")
-        return Panel(table, title="zinf", expand=False)
+        parts: list[RenderableType] = [table]
+        if len(self._plan.hosts) > 1:
+            most = sorted(self._vitals.values(), key=lambda pair: -pair[1].memory)[:_MOST_HOSTS_SHOWN]
+            parts += [Text(), hosts_table(sorted(most, key=lambda pair: pair[1].host))]
+        return Panel(Group(*parts), title="zinf", expand=False)
+
+
+def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]]) -> Table:
+    """Hosts by what they took between two looks at them."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("host", "memory", "read", "write"):
+        table.add_column(column, justify="left" if column == "host" else "right")
+    for before, now in vitals:
+        seconds = max(1e-3, now.time - before.time)
+        rates = ((now.read - before.read) / seconds, (now.written - before.written) / seconds)
+        table.add_row(now.host, format_bytes(now.memory), *(f"{format_bytes(max(0.0, rate))}/s" for rate in rates))
+    return table
 
 
 def step_line(values: dict[str, Any], max_steps: int) -> str:

@@ -9,6 +9,7 @@
     ├── CheckpointError       2   missing, extra or misshaped tensors
     ├── ModelError            2   a model the engine can't run, named with the reason
     ├── PreflightError        3   a machine that lacks something the run needs
+    ├── HostError             3   a host that can't be reached, or does not do what it is asked to
     ├── CapacityError         4   bytes that do not fit, with the numbers
     ├── TierError             1   an I/O error or short transfer, with rank, path and offset
     ├── NonFiniteError        1   a loss or gradient that is NaN or infinite
@@ -79,6 +80,10 @@ class ModelError(ZinfError):
 
 
 class PreflightError(ZinfError):
+    exit_code = 3
+
+
+class HostError(ZinfError):
     exit_code = 3
 
 

@@ -26,11 +26,12 @@ class Space:
 
 @dataclass(frozen=True)
 class Room:
-    """What a run may take of a host, in bytes, and which host that is."""
+    """What a run may take of each host, in bytes, and whose limits these are."""
 
     memory: int
     drives: int
-    origin: str = "this machine"
+    memory_of: str = "this machine"
+    drives_of: str = "this machine"
 
 
 def room_here(nvme_folders: Sequence[Path]) -> Room:

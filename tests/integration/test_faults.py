@@ -1,6 +1,7 @@
 """What goes wrong on hosts while they train, and how the launch comes home: cause named, exit code right, nothing left.
 
-Each fault strikes at a seeded moment, once in `make test`, at ten moments in `make test-faults`.
+Each fault strikes at a seeded moment: once in `make test`, after the first step; at ten moments in `make test-faults`,
+every other one while the ranks are still starting.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ def of_module(lab: Lab, host: int, module: str) -> list[int]:
 
 
 def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    guard, rank = sorted(lab.processes(lab.hosts[1], RANK="1"))
-    assert guard < rank
-    os.kill(rank, signal.SIGKILL)
+    wait_until(lambda: len(lab.processes(lab.hosts[1], RANK="1")) == 2, 10)  # its guard comes first
+    os.kill(lab.processes(lab.hosts[1], RANK="1")[-1], signal.SIGKILL)
 
 
 def kill_agent(lab: Lab, launcher: subprocess.Popen[str]) -> None:
@@ -107,7 +107,10 @@ FAULTS = {
 def test_a_fault_is_named_and_nothing_is_left(apart: ApartWorkshop, name: str, moment: int) -> None:
     fault, lab = FAULTS[name], apart.lab
     process = apart.start("--hosts", lab.hostfile(), "train.max_steps=100000")
-    wait_for_steps(apart.run_dir, 1)
+    if moment % 2:
+        wait_until(lambda: lab.processes(lab.hosts[1], RANK="1"), 40)
+    else:
+        wait_for_steps(apart.run_dir, 1)
     time.sleep(random.Random(f"{name} {moment}").uniform(0.0, 2.0))
     fault.strike(lab, process)
     struck = time.monotonic()
@@ -142,8 +145,7 @@ def no_listener(lab: Lab) -> bool:
 
 
 def test_a_drive_that_is_too_small_is_named_before_anything_starts(apart: ApartWorkshop) -> None:
-    inside = ["nsenter", "-t", str(child_of(apart.lab, 1)), "-m", "mount", "-t", "tmpfs", "-o", "size=64k", "none"]
-    subprocess.run([*inside, str(apart.folder / "local")], check=True)
+    on_host(apart.lab, 1, "mount", "-t", "tmpfs", "-o", "size=64k", "none", str(apart.folder / "local"))
     ended = apart.launch("--hosts", apart.lab.hostfile())
     assert ended.code == 4, ended.err
     assert "nvme needs" in ended.message
@@ -151,12 +153,24 @@ def test_a_drive_that_is_too_small_is_named_before_anything_starts(apart: ApartW
     assert not apart.run_dir.exists()
 
 
-def child_of(lab: Lab, host: int) -> int:
-    """The sshd of a host, in its mount namespace."""
-    process = lab.hosts[host].process
+def test_a_drive_that_fills_up_meanwhile_is_named(apart: ApartWorkshop) -> None:
+    on_host(apart.lab, 1, "mkdir", str(apart.nvme))
+    on_host(apart.lab, 1, "mount", "-t", "tmpfs", "-o", "size=32m", "none", str(apart.nvme))
+    process = apart.start("--hosts", apart.lab.hostfile())
+    wait_until((apart.run_dir / "plan.json").exists, 40)
+    on_host(apart.lab, 1, "fallocate", "-l", "32M", str(apart.nvme / "someone-elses"))
+    ended = apart.end(process)
+    assert ended.code == 4, ended.err
+    assert f"node2:rank 1: {apart.nvme}: rank 1 needs" in ended.message
+    assert apart.left_behind() == []
+
+
+def on_host(lab: Lab, number: int, *command: str) -> None:
+    """Run a command among the files of a host."""
+    process = lab.hosts[number].process
     assert process is not None
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return int(child)
+    (sshd,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    subprocess.run(["nsenter", "-t", sshd, "-m", *command], check=True)
 
 
 def test_a_run_starts_again_on_the_hosts_that_answer(apart: ApartWorkshop) -> None:

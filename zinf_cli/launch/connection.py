@@ -13,9 +13,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
-from zinf_cli.errors import ZinfError
+from zinf_cli.errors import HostError, ZinfError
 from zinf_cli.hosts import Host
-from zinf_cli.launch.transport import SILENCE_S, Channel, HostError, Transport
+from zinf_cli.launch.transport import SILENCE_S, Channel, Transport
 
 _HEARTBEAT_S = 1.0
 _HELLO_S = 20.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zinf_cli.hosts import Host
 
-_WARNING = re.compile(r"\b(warn(ing)?|note|error)\b", re.IGNORECASE)
+_WARNING = re.compile(r"warn|error|^note: ", re.IGNORECASE)
 _HEADER = "--- rank "
 _TRACEBACK = "Traceback (most recent call last):"
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zinf_cli.errors import HostError
 from zinf_cli.launch.connection import Connection, at_all
-from zinf_cli.launch.transport import HostError
 
 _REACH_S = 5.0
 

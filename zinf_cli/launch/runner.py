@@ -22,11 +22,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from zinf_cli.errors import Interrupted, PreflightError
+from zinf_cli.console import Vitals
+from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
 from zinf_cli.launch.rendezvous import Rendezvous
-from zinf_cli.launch.transport import HostError
 
 _POLL_S = 0.1
 
@@ -74,11 +74,13 @@ def run_ranks(
     *,
     on_poll: Callable[[], None],
     notify: Callable[[str], None],
+    on_vitals: Callable[[Vitals], None] = lambda vitals: None,
 ) -> Outcome:
     """Run `program` as a rank for every slot until they end, one fails, or the user stops them.
 
     Several hosts need a `rendezvous`. `on_poll` is called about every 0.1 s and once after the end; `notify` gets a
-    line for the user when Ctrl-C is first pressed. SIGINT or SIGTERM once asks the ranks to stop after their step,
+    line for the user when Ctrl-C is first pressed or a host is lost, `on_vitals` about every second what a host's
+    processes take. SIGINT or SIGTERM once asks the ranks to stop after their step,
     twice kills them. To be called from the main thread, which is what may set signal handlers; they are put back at
     the end. PreflightError if a host can't start; then none has.
     """
@@ -87,7 +89,7 @@ def run_ranks(
     forget_errors(program.run_dir)
     firsts = accumulate((len(connection.host.slots) for connection in connections), initial=0)
     parts = [
-        _Part(connection, first, logs / f"torchrun-{number:05d}.log", program)
+        _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
         for number, (connection, first) in enumerate(zip(connections, firsts, strict=False))
     ]
     with _StopSignals() as stop_signals, _marked(program.run_dir, lifelines.launch_id):
@@ -103,12 +105,20 @@ def run_ranks(
 class _Part:
     """What one host does of the run."""
 
-    def __init__(self, connection: Connection, first_rank: int, log: Path, program: Program) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        first_rank: int,
+        log: Path,
+        program: Program,
+        on_vitals: Callable[[Vitals], None],
+    ) -> None:
         self.connection = connection
         self.host = connection.host
         self._first_rank = first_rank
         self._log = log
         self._program = program
+        self._on_vitals = on_vitals
         self._started = False
         self.code: int | None = None
         self.peak_memory = 0
@@ -149,8 +159,9 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
-                elif event["event"] == "memory":
-                    self.peak_memory = max(self.peak_memory, event["bytes"])
+                elif event["event"] == "vitals":
+                    self.peak_memory = max(self.peak_memory, event["memory"])
+                    self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))
                 elif event["event"] == "file":
                     self._write(event["path"], event["offset"], base64.b64decode(event["data"]))
 

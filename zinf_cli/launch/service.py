@@ -156,8 +156,7 @@ def _least_room(preflight: Preflight) -> Room:
     """Of the host with the least: each has to hold as much as the others."""
     memory = min(preflight.rows, key=lambda row: int(row.facts["memory"]))
     drives = min(preflight.rows, key=lambda row: free_on_drives(row.facts))
-    names = dict.fromkeys((memory.host.name, drives.host.name))
-    return Room(memory.facts["memory"], free_on_drives(drives.facts), " and ".join(names))
+    return Room(memory.facts["memory"], free_on_drives(drives.facts), memory.host.name, drives.host.name)
 
 
 def _refuse_what_is_missing(recipe: Recipe) -> None:
@@ -242,6 +241,7 @@ def _run(
             rendezvous,
             on_poll=poll,
             notify=view.say,
+            on_vitals=view.host,
         )
     finally:
         view.stop()

@@ -21,8 +21,9 @@ from fabric import Connection as FabricConnection
 from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, NoValidConnectionsError, SSHException
 
+from zinf_cli.errors import HostError
 from zinf_cli.hosts import Host
-from zinf_cli.launch.transport import SILENCE_S, Channel, HostError, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import SILENCE_S, Channel, supervisor_command, supervisor_program
 
 _CONNECT_S = 10
 _KEEPALIVE_S = 5

@@ -38,8 +38,8 @@ from zinf_cli.launch.process_tree import (
     become_subreaper,
     end_descendants,
     end_marked,
-    memory_of_tree,
     reap,
+    vitals_of_tree,
 )
 
 _HEARTBEAT_S = 1.0
@@ -97,10 +97,10 @@ class Supervisor:
                 self._folder.leave()
 
     def _beat(self) -> None:
-        """Say that all is well and, while ranks run, how much memory they take."""
+        """Say that all is well and, while ranks run, what they take."""
         self._spoken = time.monotonic()
         if self._folder is not None and self._child is not None:
-            self._send({"event": "memory", "bytes": memory_of_tree()})
+            self._send({"event": "vitals", **vitals_of_tree()})
         else:
             self._outgoing += b"\n"
 

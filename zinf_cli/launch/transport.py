@@ -14,7 +14,6 @@ from contextlib import suppress
 from importlib import resources
 from typing import Protocol
 
-from zinf_cli.errors import ZinfError
 from zinf_cli.hosts import Host
 
 SILENCE_S = 10.0
@@ -25,12 +24,6 @@ _MODULES = ("process_tree", "mirror", "addresses", "supervisor")
 
 _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 """Takes the supervisor's program from the start of stdin. It has no quotes or newlines: any shell has to take it."""
-
-
-class HostError(ZinfError):
-    """A host that can't be reached, or does not do what it is asked to."""
-
-    exit_code = 3
 
 
 class Channel(Protocol):

@@ -267,11 +267,12 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
     }
     if figures.machine.accelerators:
         machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
+    origins = {"cpu": room.memory_of, "nvme": room.drives_of, "device": "this machine"}
     budgets = {}
     for tier, (there, asked) in machine.items():
         key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
         asked_less = asked is not None and asked <= there
-        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, room.origin)
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, origins[tier])
     return budgets
 
 
