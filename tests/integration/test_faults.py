@@ -20,7 +20,7 @@ import pytest
 from test_launch import wait_for_steps
 from test_many_hosts import ApartWorkshop
 
-from lab import Lab, namespace_lab, wait_until
+from lab import IP, Lab, namespace_lab, wait_until
 
 MOMENTS = int(os.environ.get("ZINF_FAULT_MOMENTS", "1"))
 
@@ -136,7 +136,7 @@ def no_listener(lab: Lab) -> bool:
     """Whether no port but sshd's is open on any host."""
     for host in lab.hosts:
         if host.process is not None and host.process.poll() is None:
-            command = ["ip", "netns", "exec", str(host.namespace), "cat", "/proc/net/tcp"]
+            command = [str(IP), "netns", "exec", str(host.namespace), "cat", "/proc/net/tcp"]
             table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
             ports = {int(line.split()[1].split(":")[1], 16) for line in table if line.split()[3] == "0A"}
             if ports - {22}:

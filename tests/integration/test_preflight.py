@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lab import ROOT, Lab, LabHost, loopback_lab, namespace_lab
+from lab import IP, ROOT, Lab, LabHost, loopback_lab, namespace_lab
 
 
 @pytest.fixture
@@ -152,7 +152,9 @@ def test_no_route_and_a_partition_between_hosts(tmp_path: Path) -> None:
         assert "route" in reports[2]["problems"]["ssh"]
         assert "unreachable" in reports[3]["problems"]["ssh"]
         # the launcher reaches both, but they do not reach each other
-        subprocess.run(["ip", "-n", str(lab.hosts[1].namespace), "route", "add", "blackhole", "10.77.0.1"], check=True)
+        subprocess.run(
+            [str(IP), "-n", str(lab.hosts[1].namespace), "route", "add", "blackhole", "10.77.0.1"], check=True
+        )
         code, reports, _ = doctor(lab, write_hostfile(lab, "node1", "node2"))
         assert code == 3
         assert reports[0]["problems"] == {}
