@@ -85,6 +85,9 @@ def test_two_hosts_train_as_one_rank_does(near: FarWorkshop) -> None:
 
 def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop) -> None:
     apart.content["train"]["gradient_accumulation_steps"] = 4
+    own = apart.lab.hosts[1].local / "run" / "metrics.jsonl"
+    own.parent.mkdir()
+    own.write_text("of a run that this host did by itself\n")
     alone = apart.launch("--slots", "1")
     four = apart.launch("--hosts", apart.lab.hostfile())
     assert (alone.code, four.code) == (0, 0), four.err
@@ -94,7 +97,7 @@ def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorksh
     assert [host["host"] for host in plan["hosts"]] == ["node1", "node2", "node3", "node4"]
     for rank in range(4):
         assert f"rank {rank} on node{rank + 1}" in (apart.run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
-    assert apart.left_behind() == []
+    assert apart.left_behind() == [str(own.parent / "earlier" / "1" / "metrics.jsonl")]
 
 
 def test_two_launches_on_one_host_end_only_their_own(near: FarWorkshop) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 STOP_FILE = "stop"
 """In the run's folder: asks the ranks to stop at the end of their step."""
 
+_MARK = ".launch"
+"""In a folder that is mirrored: the launch it belongs to."""
 _CHUNK_BYTES = 1 << 18
 _PARTS = ("logs", "tensorboard", "")
 """Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
@@ -50,6 +53,7 @@ class RunFolder:
                 os.close(lock)
                 raise OSError(0, "another run is using this folder", str(self.path)) from None
             self._lock, self.mirrored = lock, True
+            self._claim()
             for name, text in files.items():
                 (self.path / name).write_text(text, encoding="utf-8")
                 self._delivered.append(name)
@@ -57,13 +61,24 @@ class RunFolder:
         for folder in self._nvme:
             folder.mkdir(parents=True, exist_ok=True)
 
+    def _claim(self) -> None:
+        """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost."""
+        mark = self.path / _MARK
+        if mark.exists() and mark.read_text() == self._launch_id:
+            return
+        stay = {self.path / "earlier", self.path / "checkpoints", *self._nvme}
+        there = [entry for entry in self.path.iterdir() if entry not in stay]
+        number = 1
+        while (self.path / "earlier" / str(number)).exists():
+            number += 1
+        for entry in there:
+            (self.path / "earlier" / str(number)).mkdir(parents=True, exist_ok=True)
+            entry.rename(self.path / "earlier" / str(number) / entry.name)
+        mark.write_text(self._launch_id)
+
     def begin(self) -> None:
-        """Ranks are about to start: what an earlier run left must not be taken for theirs."""
+        """Ranks are about to start."""
         (self.path / STOP_FILE).unlink(missing_ok=True)
-        if self.mirrored:
-            for name in list(self._names()):
-                (self.path / name).unlink(missing_ok=True)
-            self._sent = {}
 
     def news(self) -> Iterator[tuple[str, int, bytes]]:
         """(name, offset, bytes) of what was appended since the last call, at most a chunk of each file."""
@@ -81,8 +96,11 @@ class RunFolder:
 
     def remove(self) -> None:
         """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
-        for name in (*self._delivered, *(self._names() if self.mirrored else ())):
-            (self.path / name).unlink(missing_ok=True)
+        if self.mirrored:
+            for part in filter(None, _PARTS):
+                shutil.rmtree(self.path / part, ignore_errors=True)
+            for name in (*self._delivered, "metrics.jsonl", _MARK):
+                (self.path / name).unlink(missing_ok=True)
         self.leave()
 
     def leave(self) -> None:
