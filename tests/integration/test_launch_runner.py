@@ -29,15 +29,15 @@ import json, sys, dataclasses
 from pathlib import Path
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.runner import Program, run_ranks
+from zinf_cli.launch.runner import Program, World, run_ranks
 from zinf_cli.launch.transport import Pipes
 
 polls, notes = [], []
 scenario, run_dir = sys.argv[1], Path(sys.argv[2])
 program = Program("ranks", [scenario, str(run_dir)], run_dir, {}, [], {"OMP_NUM_THREADS": "1"}, {})
 with Lifelines(Pipes()) as lifelines:
-    here = lifelines.connect(this_machine(2))
-    outcome = run_ranks(program, lifelines, [here], None, on_poll=lambda: polls.append(1), notify=notes.append)
+    world = World(lifelines, [lifelines.connect(this_machine(2))])
+    outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)
 print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes), default=str))
 """
 

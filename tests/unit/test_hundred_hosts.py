@@ -19,7 +19,7 @@ from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.facts import code_digest
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import Outcome, Program, run_ranks
+from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
 from zinf_cli.launch.transport import Channel
 
 HOSTS = tuple(Host(f"node{number:03d}", tuple(range(8))) for number in range(100))
@@ -94,9 +94,8 @@ def launch(transport: Simulated, run_dir: Path) -> Outcome:
     with Lifelines(transport) as lifelines:
         preflight = check_hosts(HOSTS, lifelines)
         preflight.require_ready()
-        return run_ranks(
-            program, lifelines, preflight.connections, preflight.rendezvous, on_poll=lambda: None, notify=print
-        )
+        world = World(lifelines, preflight.connections, preflight.rendezvous)
+        return run_ranks(program, world, on_poll=lambda: None, notify=print)
 
 
 def test_a_hundred_hosts_are_looked_at_and_started_many_at_once(tmp_path: Path) -> None:

@@ -38,6 +38,15 @@ _KILL_S = 12.0
 
 
 @dataclass(frozen=True)
+class World:
+    """The hosts of a run, connected; several need a rendezvous."""
+
+    lifelines: Lifelines
+    connections: Sequence[Connection]
+    rendezvous: Rendezvous | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """What every rank runs: `python -m module *arguments`, expected to go through train.rank_process.run_rank."""
 
@@ -68,37 +77,34 @@ class Outcome:
 
 def run_ranks(
     program: Program,
-    lifelines: Lifelines,
-    connections: Sequence[Connection],
-    rendezvous: Rendezvous | None,
+    world: World,
     *,
     on_poll: Callable[[], None],
     notify: Callable[[str], None],
     on_vitals: Callable[[Vitals], None] = lambda vitals: None,
 ) -> Outcome:
-    """Run `program` as a rank for every slot until they end, one fails, or the user stops them.
+    """Run `program` as a rank for every slot of `world` until they end, one fails, or the user stops them.
 
-    Several hosts need a `rendezvous`. `on_poll` is called about every 0.1 s and once after the end; `notify` gets a
-    line for the user when Ctrl-C is first pressed or a host is lost, `on_vitals` about every second what a host's
-    processes take. SIGINT or SIGTERM once asks the ranks to stop after their step,
-    twice kills them. To be called from the main thread, which is what may set signal handlers; they are put back at
-    the end. PreflightError if a host can't start; then none has.
+    `on_poll` is called about every 0.1 s and once after the end; `notify` gets a line for the user when Ctrl-C is
+    first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT or SIGTERM
+    once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is what
+    may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
     logs = program.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     forget_errors(program.run_dir)
-    firsts = accumulate((len(connection.host.slots) for connection in connections), initial=0)
+    firsts = accumulate((len(connection.host.slots) for connection in world.connections), initial=0)
     parts = [
         _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
-        for number, (connection, first) in enumerate(zip(connections, firsts, strict=False))
+        for number, (connection, first) in enumerate(zip(world.connections, firsts, strict=False))
     ]
-    with _StopSignals() as stop_signals, _marked(program.run_dir, lifelines.launch_id):
+    with _StopSignals() as stop_signals, _marked(program.run_dir, world.lifelines.launch_id):
         try:
-            _start(parts, rendezvous)
+            _start(parts, world.rendezvous)
             outcome = _watch(parts, stop_signals, program.run_dir, on_poll, notify)
             return replace(outcome, host_cpu_bytes=max(part.peak_memory for part in parts))
         finally:
-            _end(parts, lifelines)
+            _end(parts, world.lifelines)
             on_poll()
 
 

@@ -22,9 +22,8 @@ from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
-from zinf_cli.launch.rendezvous import Rendezvous
 from zinf_cli.launch.run_folder import run_folder
-from zinf_cli.launch.runner import Outcome, Program, run_ranks
+from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
@@ -108,8 +107,8 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         for connection, host in zip(connections, plan.hosts, strict=True):
             connection.host = host
         with run_folder(recipe, plan, here=not request.hosts) as run_dir:
-            rendezvous = preflight.rendezvous if preflight else None
-            summary, outcome = _run(recipe, plan, run_dir, lifelines, connections, rendezvous, request, console)
+            world = World(lifelines, connections, preflight.rendezvous if preflight else None)
+            summary, outcome = _run(recipe, plan, run_dir, world, request, console)
         return Ended(run_dir, summary, outcome)
 
 
@@ -217,9 +216,7 @@ def _run(
     recipe: Recipe,
     plan: Plan,
     run_dir: Path,
-    lifelines: Lifelines,
-    connections: Sequence[Connection],
-    rendezvous: Rendezvous | None,
+    world: World,
     request: Request,
     console: Console,
 ) -> tuple[dict[str, Any], Outcome]:
@@ -236,9 +233,7 @@ def _run(
     try:
         outcome = run_ranks(
             _program(recipe, plan, run_dir, request),
-            lifelines,
-            connections,
-            rendezvous,
+            world,
             on_poll=poll,
             notify=view.say,
             on_vitals=view.host,
