@@ -278,7 +278,7 @@ def _configure(lab: Lab, host: LabHost, *, address: str) -> Path:
     config = host.folder / "sshd_config"
     config.write_text(
         f"ListenAddress {address}\nPort {host.port}\nHostKey {host.folder / 'host_key'}\nPidFile none\nUsePAM no\n"
-        f"StrictModes no\nPasswordAuthentication no\nMaxStartups 100\n"
+        f"StrictModes no\nPasswordAuthentication no\nMaxStartups 100\nSubsystem sftp internal-sftp\n"
         f"AuthorizedKeysFile {lab.home}/.ssh/id_ed25519.pub\n"
         f"SetEnv {' '.join(f'{name}={value}' for name, value in variables.items())}\n"
     )

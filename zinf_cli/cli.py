@@ -59,6 +59,9 @@ def launch(
             metavar="NAME[=VALUE]", help="A variable for the ranks on every host; NCCL_*, GLOO_* and CUDA_* go anyway."
         ),
     ] = None,
+    sync: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="A file or folder to bring to every host first.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
@@ -69,7 +72,10 @@ def launch(
     from zinf_cli.launch.service import launch as run
 
     world = _hosts(hosts, include, exclude, slots)
-    request = Request(recipe, tuple(overrides or ()), world, _environment(env or ()), slots, dry_run, as_json)
+    if sync and not world:
+        raise UsageError("--sync brings files to --hosts, which is missing")
+    variables = _environment(env or ())
+    request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
     run(request, Console(stderr=True))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from zinf_cli.amounts import format_bytes
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, UsageError, ZinfError
 from zinf_cli.hardware import Room
@@ -51,6 +52,8 @@ class Request:
     """None: this machine."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables for the ranks."""
+    sync: Sequence[Path] = ()
+    """Files and folders to bring to the hosts first."""
     slots: int | None = None
     dry_run: bool = False
     as_json: bool = False
@@ -131,6 +134,12 @@ def _preflight(
     recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
 ) -> Preflight:
     """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
+    if request.sync:
+        from zinf_cli.launch.sync import sync  # as in transport_to
+
+        with console.status(f"bringing files to {len(request.hosts)} hosts ..."):
+            sent = sync([path.absolute() for path in request.sync], request.hosts)
+        console.print(f"brought to the hosts: {format_bytes(sent)}", highlight=False)
     with console.status(f"looking at {len(request.hosts)} hosts ..."):
         preflight = check_hosts(
             request.hosts,

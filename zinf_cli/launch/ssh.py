@@ -39,29 +39,38 @@ class Ssh:
         self._python = python
 
     def open(self, host: Host, launch_id: str) -> Channel:
+        connection = connect(host)
         try:
-            connection = FabricConnection(host.host, user=host.user, port=host.port, connect_timeout=_CONNECT_S)
-        except Exception as error:  # fabric parses the user's ssh configuration here, and raises what it likes
-            raise HostError(f"the ssh configuration for it: {error}", where=host.name) from error
-        try:
-            return _open(connection, self._python, launch_id)
+            return _start_supervisor(connection, self._python, launch_id)
         except Exception as error:
-            with suppress(Exception):
-                connection.close()
+            connection.close()
             raise _explained(error, host, connection) from error
 
 
-def _open(connection: Any, python: str, launch_id: str) -> Channel:
-    for hop in _route(connection):
-        hop.connect_timeout = _CONNECT_S
-        hop.connect_kwargs.update(banner_timeout=_CONNECT_S, auth_timeout=_CONNECT_S)
-        _be_strict(hop)
-    connection.open()
-    transport = connection.transport
-    transport.set_keepalive(_KEEPALIVE_S)
+def connect(host: Host) -> Any:
+    """fabric's connection to `host`, open, every host key on the way checked; HostError says why that can't be."""
+    try:
+        connection = FabricConnection(host.host, user=host.user, port=host.port)
+    except Exception as error:  # fabric parses the user's ssh configuration here, and raises what it likes
+        raise HostError(f"the ssh configuration for it: {error}", where=host.name) from error
+    try:
+        for hop in _route(connection):
+            hop.connect_timeout = _CONNECT_S
+            hop.connect_kwargs.update(banner_timeout=_CONNECT_S, auth_timeout=_CONNECT_S)
+            _be_strict(hop)
+        connection.open()
+    except Exception as error:
+        with suppress(Exception):
+            connection.close()
+        raise _explained(error, host, connection) from error
+    connection.transport.set_keepalive(_KEEPALIVE_S)
     with suppress(AttributeError, OSError):  # behind a jump host it is a channel, not a socket
-        transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
-    session = transport.open_session(timeout=_CONNECT_S)
+        connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
+    return connection
+
+
+def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
+    session = connection.transport.open_session(timeout=_CONNECT_S)
     program = supervisor_program(launch_id)
     session.exec_command(remote_line(supervisor_command(python, program)))
     channel = _SshChannel(session, connection)
