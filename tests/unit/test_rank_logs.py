@@ -17,6 +17,7 @@ def write(run_dir: Path, rank: int, text: str) -> None:
 
 
 def test_rank_0_and_the_warnings_of_all(tmp_path: Path) -> None:
+    write(tmp_path, 1, "warning: of an earlier run that this one goes on from\n")
     logs = RankLogs(tmp_path, HOSTS)
     assert list(logs.poll()) == []
     write(tmp_path, 0, "--- rank 0 on node1\nloading\nhalf a li")
@@ -30,3 +31,5 @@ def test_rank_0_and_the_warnings_of_all(tmp_path: Path) -> None:
     write(tmp_path, 0, "ne\nTraceback (most recent call last):\n  File ...\nRuntimeError: no\n")
     assert [line.text for line in logs.poll()] == ["half a line"]
     assert list(logs.poll()) == []
+    (tmp_path / "logs" / "rank-00001.log").write_text("warning: anew\n")
+    assert [line.text for line in logs.poll()] == ["warning: anew"]

@@ -27,12 +27,13 @@ class LogLine:
 
 
 class RankLogs:
-    """Follows logs/rank-*.log of a run's folder; a line that several ranks write is given once."""
+    """Follows logs/rank-*.log of a run's folder from now on; a line that several ranks write is given once."""
 
     def __init__(self, run_dir: Path, hosts: Sequence[Host]) -> None:
         names = [host.name for host in hosts for _ in host.slots]
         self._places = {rank: (name, run_dir / "logs" / f"rank-{rank:05d}.log") for rank, name in enumerate(names)}
-        self._offsets: dict[int, int] = {}
+        logs = {rank: path for rank, (_, path) in self._places.items()}
+        self._offsets = {rank: path.stat().st_size for rank, path in logs.items() if path.exists()}
         self._said: set[str] = set()
         self._failed: set[int] = set()
 
@@ -52,8 +53,9 @@ class RankLogs:
         return rank == 0 or _WARNING.search(text) is not None
 
     def _new_lines(self, rank: int, path: Path) -> list[str]:
-        offset = self._offsets.get(rank, 0)
-        if not path.exists() or path.stat().st_size <= offset:
+        size = path.stat().st_size if path.exists() else 0
+        offset = self._offsets.get(rank, 0) if self._offsets.get(rank, 0) <= size else 0  # 0: written anew
+        if size == offset:
             return []
         with path.open("rb") as file:
             file.seek(offset)
