@@ -58,6 +58,7 @@ def test_the_launchers_own_folder_is_neither_written_nor_emptied(path: Path) -> 
 def test_what_another_launch_left_is_set_aside_and_ones_own_is_taken_up(path: Path) -> None:
     (path / "logs").mkdir(parents=True)
     (path / "logs" / "rank-00000.log").write_text("another's")
+    (path / "thesis.tex").write_text("no run's")
     first = opened(path)
     assert (path / "earlier" / "1" / "logs" / "rank-00000.log").read_text() == "another's"
     (path / "logs" / "rank-00000.log").write_text("ours")
@@ -66,7 +67,7 @@ def test_what_another_launch_left_is_set_aside_and_ones_own_is_taken_up(path: Pa
     again = opened(path)
     assert news(again) == [("logs/rank-00000.log", 0, b"ours")]
     again.remove()
-    assert [entry.name for entry in path.iterdir()] == ["earlier"]
+    assert sorted(entry.name for entry in path.iterdir()) == ["earlier", "thesis.tex"]
 
 
 def test_two_launches_do_not_share_a_folder(path: Path) -> None:

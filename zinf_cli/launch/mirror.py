@@ -19,6 +19,7 @@ STOP_FILE = "stop"
 
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
+_RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
 _CHUNK_BYTES = 1 << 18
 _PARTS = ("logs", "tensorboard", "")
 """Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
@@ -66,8 +67,7 @@ class RunFolder:
         mark = self.path / _MARK
         if mark.exists() and mark.read_text() == self._launch_id:
             return
-        stay = {self.path / "earlier", self.path / "checkpoints", *self._nvme}
-        there = [entry for entry in self.path.iterdir() if entry not in stay]
+        there = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
         number = 1
         while (self.path / "earlier" / str(number)).exists():
             number += 1
