@@ -6,10 +6,10 @@ INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test check bench bench-peer gpu-check clean
+.PHONY: help install fetch demo test test-faults lab check bench bench-peer gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, with .venv/bin/zinf in it
 
@@ -19,8 +19,18 @@ fetch: install ## get the demo's model and text into data/ (SmolLM2-135M and the
 demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few minutes
 	.venv/bin/zinf launch recipes/smollm2-135m.yaml
 
-test: install ## run the unit and integration tests
+test: install lab ## run the unit and integration tests
 	$(PYTHON) -m pytest tests/unit tests/integration
+
+test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
+	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest tests/integration/test_faults.py
+
+# Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
+# RUNLEVEL=1 keeps the package from starting a server of its own.
+lab:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip; } >/dev/null; then \
+	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    openssh-server iproute2; } >/dev/null 2>&1 || echo 'note: no sshd and ip here, tests on many hosts are skipped'; fi
 
 check: install ## lint, formatting and types
 	$(PYTHON) -m ruff check .

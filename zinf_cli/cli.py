@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zinf_cli.errors import RecipeError, UsageError, ZinfError
+from zinf_cli.errors import FileError, UsageError, ZinfError
+
+if TYPE_CHECKING:
+    from zinf_cli.hosts import Host
 
 app = typer.Typer(
     name="zinf",
@@ -36,23 +42,84 @@ def launch(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE ...]", help="Keys of the recipe, e.g. train.max_steps=20."),
     ] = None,
-    hosts: Annotated[Path | None, typer.Option(help="A hostfile; without one, this machine.")] = None,
+    hosts: Annotated[
+        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(metavar="FILTER", help='Only these hosts and slots, e.g. "node1@node2:0,2".')
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
     slots: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]", help="A variable for the ranks on every host; NCCL_*, GLOO_* and CUDA_* go anyway."
+        ),
+    ] = None,
+    sync: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="A file or folder to bring to every host first.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
     """Plan a run, show the plan, train."""
-    if hosts is not None:
-        raise UsageError("--hosts is not available in this version", hint="run it on each machine by itself")
     from rich.console import Console
 
     from zinf_cli.launch.service import Request
     from zinf_cli.launch.service import launch as run
 
-    run(Request(recipe, tuple(overrides or ()), slots, dry_run, as_json), Console(stderr=True))
+    world = _hosts(hosts, include, exclude, slots)
+    if sync and not world:
+        raise UsageError("--sync brings files to --hosts, which is missing")
+    variables = _environment(env or ())
+    request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
+    run(request, Console(stderr=True))
+
+
+def _hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
+    """The hosts of a run; none stands for this machine."""
+    from zinf_cli.hosts import load_hosts
+
+    if source is None:
+        if include is not None or exclude is not None:
+            raise UsageError("--include and --exclude choose among --hosts, which is missing")
+        return ()
+    if slots is not None:
+        raise UsageError("--slots is for this machine", hint="the hostfile says how many each host has; see --include")
+    return load_hosts(source, include=include, exclude=exclude)
+
+
+def _environment(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE as it stands, NAME with the value it has here."""
+    variables = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError(f"--env {name}: no name of a variable", hint="--env NAME or --env NAME=VALUE")
+        if not equals and name not in os.environ:
+            raise UsageError(f"--env {name}: not set here", hint=f"--env {name}=VALUE")
+        variables[name] = value if equals else os.environ[name]
+    return variables
+
+
+@app.command()
+def doctor(
+    hosts: Annotated[
+        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
+    ] = None,
+    include: Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """What this machine, or every host, has and lacks."""
+    from rich.console import Console
+
+    from zinf_cli.launch.doctor import doctor as look
+
+    look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Console())
 
 
 @app.command()
@@ -100,7 +167,7 @@ def _report(error: ZinfError) -> None:
 
     if _debug:
         traceback.print_exception(error)
-    lines = error.problems if isinstance(error, RecipeError) else [error.describe()]
+    lines = error.problems if isinstance(error, FileError) else [error.describe()]
     console = Console(file=sys.stderr)
     for line in lines:
         console.print(Text("error: ", style="bold red") + Text(line), soft_wrap=True)

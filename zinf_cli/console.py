@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.hosts import this_machine
 from zinf_cli.plan.plan import Plan
 
 STATE_NAMES = {
@@ -27,6 +30,10 @@ STATE_NAMES = {
 }
 
 
+_MOST_HOSTS_SHOWN = 16
+"""While a run goes on: those that take most memory."""
+
+
 def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
     """The plan as two tables: where the bytes lie per rank, and what that leaves on this machine."""
     model = plan.figures.model
@@ -35,7 +42,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     head.add_column(style="dim")
     head.add_column()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
-    head.add_row("host", f"this machine, {plan.world_size} {_ranks(plan)}, {plan.precision}")
+    head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
@@ -53,6 +60,17 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         title=f"zinf · {name}",
         expand=False,
     )
+
+
+def _is_here(plan: Plan) -> bool:
+    return plan.hosts == (this_machine(plan.world_size),)
+
+
+def _places(plan: Plan) -> str:
+    if _is_here(plan):
+        return f"this machine, {plan.world_size} {_ranks(plan)}"
+    names = ", ".join(host.name for host in plan.hosts[:4]) + (", ..." if len(plan.hosts) > 4 else "")
+    return f"{len(plan.hosts)} ({names}), {plan.world_size} {_ranks(plan)}"
 
 
 def _ranks(plan: Plan) -> str:
@@ -92,13 +110,24 @@ def _bytes_table(plan: Plan) -> Table:
 
 def _limits_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("on this machine")
+    table.add_column("on this machine" if _is_here(plan) else "on each host")
     table.add_column("needs", justify="right")
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")
     for limit in plan.limits:
         table.add_row(limit.tier, format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
     return table
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What the processes of a run take on one host, in bytes; drive traffic since their start."""
+
+    host: str
+    memory: int
+    read: int
+    written: int
+    time: float = field(default_factory=time.monotonic)
 
 
 class RunView:
@@ -111,6 +140,7 @@ class RunView:
         self._latest: dict[str, Any] = {}
         self._eval_loss: float | None = None
         self._live: Live | None = None
+        self._vitals: dict[str, tuple[Vitals, Vitals]] = {}
 
     def start(self) -> None:
         if self._console.is_terminal:
@@ -122,9 +152,14 @@ class RunView:
             self._live.stop()
             self._live = None
 
-    def say(self, line: str) -> None:
+    def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def host(self, vitals: Vitals) -> None:
+        """News of a host."""
+        _, before = self._vitals.get(vitals.host, (vitals, vitals))
+        self._vitals[vitals.host] = (before, vitals)
 
     def show(self, metrics: dict[str, Any]) -> None:
         """A new line of metrics.jsonl."""
@@ -158,7 +193,23 @@ class RunView:
         table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}   nvme {format_bytes(values['nvme_bytes'])}")
         table.add_row("drive", _drive(values))
         table.add_row("waiting", f"{100 * values['wait_s'] / values['step_s']:.0f} % of the step")
-        return Panel(table, title="zinf", expand=False)
+        parts: list[RenderableType] = [table]
+        if len(self._plan.hosts) > 1:
+            most = sorted(self._vitals.values(), key=lambda pair: -pair[1].memory)[:_MOST_HOSTS_SHOWN]
+            parts += [Text(), hosts_table(sorted(most, key=lambda pair: pair[1].host))]
+        return Panel(Group(*parts), title="zinf", expand=False)
+
+
+def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]]) -> Table:
+    """Hosts by what they took between two looks at them."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("host", "memory", "read", "write"):
+        table.add_column(column, justify="left" if column == "host" else "right")
+    for before, now in vitals:
+        seconds = max(1e-3, now.time - before.time)
+        rates = ((now.read - before.read) / seconds, (now.written - before.written) / seconds)
+        table.add_row(now.host, format_bytes(now.memory), *(f"{format_bytes(max(0.0, rate))}/s" for rate in rates))
+    return table
 
 
 def step_line(values: dict[str, Any], max_steps: int) -> str:

@@ -2,11 +2,14 @@
 
     ZinfError                 1   base: a message, where it happened, what to do next
     ├── UsageError            2   a flag or argument that makes no sense
-    ├── RecipeError           2   a recipe that does not parse or validate (all problems at once)
+    ├── FileError             2   all problems of one file at once
+    │   ├── RecipeError       2   a recipe that does not parse or validate
+    │   └── HostfileError     2   a hostfile that does not parse
     ├── DatasetError          2   text that is missing, unreadable or too short
     ├── CheckpointError       2   missing, extra or misshaped tensors
     ├── ModelError            2   a model the engine can't run, named with the reason
     ├── PreflightError        3   a machine that lacks something the run needs
+    ├── HostError             3   a host that can't be reached, or does not do what it is asked to
     ├── CapacityError         4   bytes that do not fit, with the numbers
     ├── TierError             1   an I/O error or short transfer, with rank, path and offset
     ├── NonFiniteError        1   a loss or gradient that is NaN or infinite
@@ -46,14 +49,22 @@ class UsageError(ZinfError):
     exit_code = 2
 
 
-class RecipeError(ZinfError):
-    """All problems of one recipe; each is a complete line of its own."""
+class FileError(ZinfError):
+    """All problems of one file; each is a complete line of its own."""
 
     exit_code = 2
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RecipeError(FileError):
+    pass
+
+
+class HostfileError(FileError):
+    pass
 
 
 class DatasetError(ZinfError):
@@ -69,6 +80,10 @@ class ModelError(ZinfError):
 
 
 class PreflightError(ZinfError):
+    exit_code = 3
+
+
+class HostError(ZinfError):
     exit_code = 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,22 @@ class Space:
     folder: Path
     device: int
     free_bytes: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run may take of each host, in bytes, and whose limits these are."""
+
+    memory: int
+    drives: int
+    memory_of: str = "this machine"
+    drives_of: str = "this machine"
+
+
+def room_here(nvme_folders: Sequence[Path]) -> Room:
+    """Of this machine."""
+    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders)}
+    return Room(available_memory(), sum(spaces.values()))
 
 
 def available_memory() -> int:

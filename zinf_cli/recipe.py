@@ -235,6 +235,15 @@ class Profiler(Section):
     """Only the first steps; null: all."""
 
 
+class Launch(Section):
+    """What a failure of a rank or a host does."""
+
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """How often the run is started again, from its newest checkpoint or, without one, from the start."""
+    min_hosts: Annotated[int, Field(ge=1)] | None = None
+    """Fewest hosts to start again on, where some no longer answer; null: all of them."""
+
+
 class Recipe(Section):
     """A run."""
 
@@ -259,6 +268,8 @@ class Recipe(Section):
     """What is shown."""
     profiler: Profiler = Profiler()
     """The timeline of a run."""
+    launch: Launch = Launch()
+    """What a failure does."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the weights (init: random), the order of the data, and dropout."""
     output_dir: AbsolutePath = Path("runs/run")

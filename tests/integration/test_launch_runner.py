@@ -21,17 +21,23 @@ from typing import Any
 
 import pytest
 
-from zinf_cli.launch.failure import first_failure
+from zinf_cli.hosts import Host
+from zinf_cli.launch.failure import Ending, first_failure
 
 LAUNCHER = """
 import json, sys, dataclasses
 from pathlib import Path
-from zinf_cli.launch.runner import run_ranks
+from zinf_cli.hosts import this_machine
+from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.runner import Program, World, run_ranks
+from zinf_cli.launch.transport import Pipes
 
 polls, notes = [], []
 scenario, run_dir = sys.argv[1], Path(sys.argv[2])
-outcome = run_ranks("ranks", [scenario, str(run_dir)], ranks=2, run_dir=run_dir, threads_per_rank=1,
-                    on_poll=lambda: polls.append(1), notify=notes.append)
+program = Program("ranks", [scenario, str(run_dir)], run_dir, {}, [], {"OMP_NUM_THREADS": "1"}, {})
+with Lifelines(Pipes()) as lifelines:
+    world = World(lifelines, [lifelines.connect(this_machine(2))])
+    outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)
 print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes), default=str))
 """
 
@@ -93,6 +99,9 @@ def main():
             time.sleep(0.05)
         print("stopped in an orderly way")
     elif scenario == "still":
+        stand_still()
+    elif scenario == "orphan":
+        subprocess.Popen(["setsid", "sleep", "300"])  # out of reach of every process group and tether
         stand_still()
     return 0
 
@@ -197,11 +206,19 @@ def kill_launcher(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     launcher.kill()
 
 
+def only_child(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def kill_supervisor(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    await_ranks(run_dir)
+    os.kill(only_child(launcher.pid), signal.SIGKILL)
+
+
 def kill_agent(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     await_ranks(run_dir)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    (agent,) = (int(pid) for pid in children)
-    os.kill(agent, signal.SIGKILL)
+    os.kill(only_child(only_child(launcher.pid)), signal.SIGKILL)
 
 
 ROOT = Path(__file__).parents[2]
@@ -218,6 +235,7 @@ SCENARIOS = {
     "interrupt_twice": ("still", interrupt_twice),
     "kill_launcher": ("still", kill_launcher),
     "kill_agent": ("still", kill_agent),
+    "kill_supervisor": ("orphan", kill_supervisor),
 }
 
 Run = Callable[[str], Ended]
@@ -281,7 +299,7 @@ def test_a_rank_without_a_record_is_named_from_torchruns_report(run: Run) -> Non
     assert ended.exit_code == 1
     assert ended.failure is not None
     assert (ended.failure["rank"], ended.failure["kind"]) == (1, "SIGKILL")
-    assert ended.failure["log"] == str(ended.run_dir / "logs" / "torchrun.log")
+    assert ended.failure["log"] == str(ended.run_dir / "logs" / "torchrun-00000.log")
 
 
 def test_a_rank_deaf_to_sigterm_is_brought_down_soon(run: Run) -> None:
@@ -315,6 +333,14 @@ def test_a_lost_agent_is_a_failure(run: Run) -> None:
     assert (ended.failure["rank"], ended.failure["kind"]) == (None, "SIGKILL")
 
 
+def test_a_lost_supervisor_is_a_failure(run: Run) -> None:
+    ended = run("kill_supervisor")
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert (ended.failure["rank"], ended.failure["kind"]) == (None, "lost")
+    assert "supervisor killed" in ended.failure["message"]
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_nothing_is_left_running(run: Run, name: str) -> None:
     assert run(name).left == []
@@ -322,23 +348,41 @@ def test_nothing_is_left_running(run: Run, name: str) -> None:
 
 def record(run_dir: Path, rank: int, **changes: object) -> None:
     """What a rank records, by hand."""
-    error = {"rank": rank, "host": "node1", "kind": "E", "message": "m", "exit_code": 1, "time": 10.0 + rank}
+    error = {"rank": rank, "host": "its-own-name", "kind": "E", "message": "m", "exit_code": 1, "time": 10.0 + rank}
     (run_dir / "logs").mkdir(exist_ok=True)
     (run_dir / "logs" / f"error-{rank:05d}.json").write_text(json.dumps({**error, "secondary": False} | changes))
+
+
+def endings(run_dir: Path, *, codes: tuple[int | None, ...] = (1, 1), lost: str | None = None) -> list[Ending]:
+    """Of node1 with two ranks and node2 with one, which `lost` is about."""
+    hosts = (Host("node1", (0, 1)), Host("node2", (0,)))
+    logs = [run_dir / "logs" / f"torchrun-{number:05d}.log" for number in (0, 1)]
+    return [Ending(hosts[0], 0, logs[0], codes[0], None), Ending(hosts[1], 2, logs[1], codes[1], lost)]
 
 
 def test_the_earliest_primary_error_is_first(tmp_path: Path) -> None:
     record(tmp_path, 0, secondary=True, time=1.0)
     record(tmp_path, 1, time=3.0)
     record(tmp_path, 2, time=2.0, exit_code=4)
-    failure = first_failure(tmp_path, 1)
+    failure = first_failure(tmp_path, endings(tmp_path))
     assert failure is not None
-    assert (failure.rank, failure.host, failure.exit_code) == (2, "node1", 4)
+    assert (failure.rank, failure.host, failure.local_rank, failure.exit_code) == (2, "node2", 0, 4)
 
 
 def test_secondary_errors_count_where_nothing_else_is_known(tmp_path: Path) -> None:
     record(tmp_path, 0, secondary=True, time=2.0)
     record(tmp_path, 1, secondary=True, time=1.0)
-    failure = first_failure(tmp_path, None)
+    failure = first_failure(tmp_path, endings(tmp_path, codes=(None, None)))
+    assert failure is not None
+    assert (failure.rank, failure.host, failure.local_rank) == (1, "node1", 1)
+
+
+def test_a_lost_host_explains_the_errors_of_its_peers(tmp_path: Path) -> None:
+    record(tmp_path, 0, secondary=True, time=1.0)
+    failure = first_failure(tmp_path, endings(tmp_path, codes=(1, None), lost="gave no sign of life"))
+    assert failure is not None
+    assert (failure.rank, failure.host, failure.message) == (None, "node2", "gave no sign of life")
+    record(tmp_path, 1, time=9.0)
+    failure = first_failure(tmp_path, endings(tmp_path, codes=(1, None), lost="gave no sign of life"))
     assert failure is not None
     assert failure.rank == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ class Ranks:
     control_group: Any = None
 
     @classmethod
-    def join(cls, device: torch.device) -> Ranks:
-        """Join the ranks torchrun started (RANK and WORLD_SIZE in the environment), over NCCL or gloo."""
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    def join(cls, device: torch.device, timeout_s: float = 600.0) -> Ranks:
+        """Join the ranks torchrun started (RANK and WORLD_SIZE in the environment), over NCCL or gloo.
+
+        A collective that waits for a peer longer than `timeout_s` fails.
+        """
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout)
         world_size = dist.get_world_size()
-        gather, reduce = dist.new_group(), dist.new_group()
+        gather, reduce = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
         return cls(dist.get_rank(), world_size, gather, reduce, dist.group.WORLD)
 
     def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:

@@ -6,8 +6,9 @@ Only the first failure helps the user, and exit codes can't tell it. So each ran
 is caused by the loss of a peer; a rank killed by a signal is recorded by its guard. In order of belief:
 
 1. the earliest recorded error that is not secondary;
-2. a rank that ended without a record, as torchrun's own report names it, or torchrun itself;
-3. the earliest secondary error.
+2. a host that was lost, with its connection or its supervisor;
+3. a rank that ended without a record, as torchrun's own report names it, or torchrun itself;
+4. the earliest secondary error.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-AGENT_LOG = "torchrun.log"
+from zinf_cli.hosts import Host
 
 _ROOT_CAUSE = re.compile(
     r"Root Cause.*?^\s*rank\s*:\s*(?P<rank>\d+).*?^\s*exitcode\s*:\s*(?P<code>-?\d+)",
@@ -33,14 +34,29 @@ class Failure:
     """The failure that ended a run."""
 
     rank: int | None
-    """None: torchrun itself failed."""
+    """None: torchrun itself failed, or the host was lost."""
     host: str
+    local_rank: int | None
     kind: str
     """The exception's type, or the signal's name."""
     message: str
     log: Path
     exit_code: int
     """What zinf exits with."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a host's part of a run ended. While all is well both are None, or the code 0."""
+
+    host: Host
+    first_rank: int
+    log: Path
+    """Of torchrun's agent."""
+    code: int | None
+    """The exit code of torchrun's agent as subprocess gives it, negative for a signal; None while it runs."""
+    lost: str | None
+    """Why the host is no longer there."""
 
 
 def forget_errors(run_dir: Path) -> None:
@@ -54,23 +70,26 @@ def any_recorded(run_dir: Path) -> bool:
     return bool(_error_files(run_dir))
 
 
-def first_failure(run_dir: Path, agent_code: int | None) -> Failure | None:
-    """The failure that ended the run; None if nothing failed.
-
-    `agent_code` is the exit code of torchrun's agent as subprocess gives it, negative for a signal; None
-    while the agent runs.
-    """
+def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
+    """The failure that ended the run; None if nothing failed."""
     records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in _error_files(run_dir)]
     first = min(records, key=lambda record: (record["secondary"], record["time"]), default=None)
-    if agent_code and (first is None or first["secondary"]):
-        silent = _silent_failure(run_dir, agent_code)
-        if silent.rank not in {record["rank"] for record in records}:
-            return silent
+    if first is None or first["secondary"]:
+        recorded = {record["rank"] for record in records}
+        silent = [_silent_failure(ending) for ending in sorted(endings, key=lambda ending: ending.lost is None)]
+        unexplained = [failure for failure in silent if failure is not None and failure.rank not in recorded]
+        if unexplained:
+            return unexplained[0]
     if first is None:
         return None
+    host, local_rank = first["host"], None
+    for ending in endings:
+        if 0 <= first["rank"] - ending.first_rank < len(ending.host.slots):
+            host, local_rank = ending.host.name, first["rank"] - ending.first_rank
     return Failure(
         rank=first["rank"],
-        host=first["host"],
+        host=host,
+        local_rank=local_rank,
         kind=first["kind"],
         message=first["message"],
         log=run_dir / "logs" / f"rank-{first['rank']:05d}.log",
@@ -78,23 +97,27 @@ def first_failure(run_dir: Path, agent_code: int | None) -> Failure | None:
     )
 
 
-def _silent_failure(run_dir: Path, agent_code: int) -> Failure:
-    """What torchrun reports as its root cause, or its own end where it reports none.
+def _silent_failure(ending: Ending) -> Failure | None:
+    """A lost host, what torchrun reports as its root cause, or its own end where it reports none.
 
     A rank ends without a record when it dies before it has a guard, or when the guard is killed.
     """
-    log = run_dir / "logs" / AGENT_LOG
-    report = _ROOT_CAUSE.search(log.read_text(errors="replace"))
+    if ending.lost is not None:
+        return Failure(None, ending.host.name, None, "lost", ending.lost, ending.log, exit_code=1)
+    if not ending.code:
+        return None
+    report = _ROOT_CAUSE.search(ending.log.read_text(errors="replace")) if ending.log.exists() else None
     rank = int(report["rank"]) if report else None
-    code = int(report["code"]) if report else agent_code
+    code = int(report["code"]) if report else ending.code
     kind = signal.Signals(-code).name if code < 0 else "exit"
-    ending = f"killed by {kind}" if code < 0 else f"ended with exit code {code}"
+    how = f"killed by {kind}" if code < 0 else f"ended with exit code {code}"
     return Failure(
         rank=rank,
-        host=socket.gethostname(),
+        host=ending.host.name,
+        local_rank=None if rank is None else rank - ending.first_rank,
         kind=kind,
-        message=f"{ending}, and left no record of an error" if report else f"torchrun itself: {ending}",
-        log=log,
+        message=f"{how}, and left no record of an error" if report else f"torchrun itself: {how}",
+        log=ending.log,
         exit_code=1,
     )
 

@@ -1,36 +1,65 @@
-"""Run ranks on this machine under torchrun: spawn, watch, stop, and report how it ended.
+"""Run ranks under torchrun, an agent on each host: start, watch, stop, and report how it ended.
 
-torchrun's agent is a subprocess (the launcher never imports torch) that starts the ranks and, when one
-fails, sends SIGTERM to the others. What it leaves open is done here: the user's Ctrl-C, ranks that ignore
-SIGTERM, the name of the first failure, and the guarantee that nothing is left running.
+torchrun's agent starts a host's ranks and, when one fails, sends SIGTERM to the others. What it leaves open is done
+here and by the supervisor of each host: the user's Ctrl-C, ranks that ignore SIGTERM, hosts that are lost, the name
+of the first failure, and the guarantee that nothing is left running.
 """
 
 from __future__ import annotations
 
+import base64
 import os
+import queue
 import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from zinf_cli.errors import Interrupted
-from zinf_cli.launch.failure import AGENT_LOG, Failure, any_recorded, first_failure, forget_errors
-from zinf_cli.launch.process import ProcessTree
+from zinf_cli.console import Vitals
+from zinf_cli.errors import HostError, Interrupted, PreflightError
+from zinf_cli.launch.connection import Connection, Lifelines, at_all
+from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
+from zinf_cli.launch.rendezvous import Rendezvous
 
-STOP_FILE = "stop"
-"""In the run's folder: asks the ranks to stop at the end of their step."""
-
-_POLL_S = 0.2
+_POLL_S = 0.1
 
 _TEARDOWN_S = 4.0
-"""From the first recorded error until what still runs is killed; torchrun alone would wait for 30 s."""
+"""From the first sign of a failure until what still runs is killed; torchrun alone would wait for 30 s."""
+
+_KILL_S = 12.0
+"""For a host to end what runs there and report it, before it counts as lost."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The hosts of a run, connected; several need a rendezvous."""
+
+    lifelines: Lifelines
+    connections: Sequence[Connection]
+    rendezvous: Rendezvous | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every rank runs: `python -m module *arguments`, expected to go through train.rank_process.run_rank."""
+
+    module: str
+    arguments: Sequence[str]
+    run_dir: Path
+    """The run's folder, by the same path on every host."""
+    files: Mapping[str, str]
+    """Name to text: what the ranks need to find in it."""
+    nvme_folders: Sequence[str]
+    environment: Mapping[str, str]
+    defaults: Mapping[str, str]
+    """Variables that a host's own environment overrules."""
 
 
 @dataclass(frozen=True)
@@ -40,86 +69,177 @@ class Outcome:
     exit_code: int
     failure: Failure | None
     interrupted: bool
+    others: str = ""
+    """What became of the other hosts, where one failed."""
+    host_cpu_bytes: int = 0
+    """CPU memory of the run's processes on the host that took most, at its peak."""
 
 
 def run_ranks(
-    module: str,
-    arguments: Sequence[str],
+    program: Program,
+    world: World,
     *,
-    ranks: int,
-    run_dir: Path,
-    threads_per_rank: int,
     on_poll: Callable[[], None],
     notify: Callable[[str], None],
+    on_vitals: Callable[[Vitals], None] = lambda vitals: None,
 ) -> Outcome:
-    """Run `python -m module *arguments` as `ranks` ranks until they end, one fails, or the user stops them.
+    """Run `program` as a rank for every slot of `world` until they end, one fails, or the user stops them.
 
-    `module` is expected to go through train.rank_process.run_rank. `on_poll` is called about every 0.2 s
-    and once after the end; `notify` gets a line for the user when Ctrl-C is first pressed. SIGINT or
-    SIGTERM once asks the ranks to stop after their step, twice kills them. To be called from the main
-    thread, which is what may set signal handlers; they, and the sub-reaper flag, are put back at the end.
-    Writes run_dir/logs.
+    `on_poll` is called about every 0.1 s and once after the end; `notify` gets a line for the user when Ctrl-C is
+    first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT or SIGTERM
+    once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is what
+    may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    stop_file = run_dir / STOP_FILE
-    stop_file.unlink(missing_ok=True)
-    forget_errors(run_dir)
-    try:
-        with _StopSignals() as stop_signals, ProcessTree() as tree:
-            agent = tree.start(
-                _agent_command(module, arguments, ranks),
-                environment=_agent_environment(threads_per_rank),
-                log=run_dir / "logs" / AGENT_LOG,
-            )
-            return _watch(agent, tree, stop_signals, run_dir, on_poll, notify)
-    finally:
-        stop_file.unlink(missing_ok=True)
+    logs = program.run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    forget_errors(program.run_dir)
+    firsts = accumulate((len(connection.host.slots) for connection in world.connections), initial=0)
+    parts = [
+        _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
+        for number, (connection, first) in enumerate(zip(world.connections, firsts, strict=False))
+    ]
+    with _StopSignals() as stop_signals, _marked(program.run_dir, world.lifelines.launch_id):
+        try:
+            _start(parts, world.rendezvous)
+            outcome = _watch(parts, stop_signals, program.run_dir, on_poll, notify)
+            return replace(outcome, host_cpu_bytes=max(part.peak_memory for part in parts))
+        finally:
+            _end(parts, world.lifelines)
+            on_poll()
 
 
-def _watch(
-    agent: subprocess.Popen[bytes],
-    tree: ProcessTree,
-    stop_signals: _StopSignals,
-    run_dir: Path,
-    on_poll: Callable[[], None],
-    notify: Callable[[str], None],
-) -> Outcome:
-    asked_to_stop = False
-    teardown_due: float | None = None
-    while not _ended(agent, within=_POLL_S):
-        on_poll()
-        if stop_signals.received >= 2:
-            tree.kill()
-            return Outcome(Interrupted.exit_code, None, interrupted=True)
-        if stop_signals.received and not asked_to_stop:
-            asked_to_stop = True
-            (run_dir / STOP_FILE).touch()
-            notify("stopping after this step; press Ctrl-C again to kill the ranks now")
-        if teardown_due is None and any_recorded(run_dir):
-            teardown_due = time.monotonic() + _TEARDOWN_S
-        if teardown_due is not None and time.monotonic() > teardown_due:
-            break
-    failure = first_failure(run_dir, agent.returncode)  # before the kill, which a guard might record as well
-    tree.kill()
-    on_poll()
-    if failure is not None:
-        return Outcome(failure.exit_code, failure, interrupted=asked_to_stop)
-    return Outcome(Interrupted.exit_code if asked_to_stop else 0, None, interrupted=asked_to_stop)
+class _Part:
+    """What one host does of the run."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        first_rank: int,
+        log: Path,
+        program: Program,
+        on_vitals: Callable[[Vitals], None],
+    ) -> None:
+        self.connection = connection
+        self.host = connection.host
+        self._first_rank = first_rank
+        self._log = log
+        self._program = program
+        self._on_vitals = on_vitals
+        self._started = False
+        self.code: int | None = None
+        self.peak_memory = 0
+
+    @property
+    def over(self) -> bool:
+        return self.code is not None or self.connection.lost is not None
+
+    @property
+    def in_trouble(self) -> bool:
+        return self.connection.lost is not None or bool(self.code)
+
+    def prepare(self) -> None:
+        """Open the run's folder there."""
+        program = self._program
+        self.connection.request(
+            "open_folder", path=str(program.run_dir), nvme=program.nvme_folders, files=program.files
+        )
+
+    def start(self, agent_options: Mapping[str, str], way: str | None) -> None:
+        """Start torchrun's agent there; `way` is the network interface to the other hosts."""
+        flat = [word for option in agent_options.items() for word in option]
+        command = [sys.executable, "-m", "torch.distributed.run", *flat, "-m", self._program.module]
+        interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
+        self.connection.request(
+            "run",
+            command=[*command, *self._program.arguments],
+            environment={**_visible(self.connection), **self._program.environment},
+            defaults={**self._program.defaults, **interface},
+            log=str(self._log),
+        )
+        self._started = True
+
+    def listen(self) -> None:
+        """Take in what the host has said: bytes of mirrored files, the end of its agent."""
+        with suppress(queue.Empty):
+            while True:
+                event = self.connection.events.get_nowait()
+                if event["event"] == "ended":
+                    self.code = event["code"]
+                elif event["event"] == "vitals":
+                    self.peak_memory = max(self.peak_memory, event["memory"])
+                    self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))
+                elif event["event"] == "file":
+                    self._write(event["path"], event["offset"], base64.b64decode(event["data"]))
+
+    def _write(self, name: str, offset: int, data: bytes) -> None:
+        path = (self._program.run_dir / name).resolve()
+        if not path.is_relative_to(self._program.run_dir.resolve()):
+            return  # a host that says so is not to be trusted
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0), 0o644)
+        try:
+            os.pwrite(descriptor, data, offset)
+        finally:
+            os.close(descriptor)
+
+    def ending(self) -> Ending:
+        return Ending(self.host, self._first_rank, self._log, self.code, self.connection.lost)
+
+    def kill(self) -> None:
+        """End what still runs there, and wait until its last words are here."""
+        if self._started and not self.over:
+            self.connection.request("kill")
+            deadline = time.monotonic() + _KILL_S
+            while not self.over and time.monotonic() < deadline:
+                time.sleep(0.02)
+                self.listen()
+
+    def leave(self, lifelines: Lifelines) -> None:
+        """Give the folder up. Of a host that was lost take a new connection, if there is one, and clean up by that."""
+        if self.connection.lost is not None:
+            self.connection = lifelines.connect(self.host)
+            self.connection.request("sweep")
+            self.prepare()
+        self.connection.request("close_folder")
+        self.listen()
 
 
-def _ended(agent: subprocess.Popen[bytes], *, within: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        agent.wait(within)
-    return agent.returncode is not None
+def _visible(connection: Connection) -> dict[str, str]:
+    """The accelerators of a filter's slots; without a filter the host's own choice stays."""
+    slots = connection.host.slots
+    if slots == tuple(range(len(slots))):
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))}
 
 
-def _agent_command(module: str, arguments: Sequence[str], ranks: int) -> list[str]:
+def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
+    """Everywhere or nowhere."""
+    _all_or_none(at_all(_Part.prepare, parts))
+    if rendezvous is None:
+        (part,) = parts
+        part.start(_agent_options_alone(len(part.host.slots)), None)
+        return
+    ways = [way if isinstance(way, str) else None for way in rendezvous.ways]
+    options = [_agent_options(part, number, len(parts), rendezvous) for number, part in enumerate(parts)]
+    # the first one first: it gives the port of the rendezvous back, which its agent takes
+    parts[0].start(options[0], ways[0])
+    rest = list(zip(parts, options, ways, strict=True))[1:]
+    _all_or_none(at_all(lambda one: one[0].start(one[1], one[2]), rest))
+
+
+def _all_or_none(results: Sequence[Any]) -> None:
+    problems = [result.describe() for result in results if isinstance(result, HostError)]
+    if problems:
+        raise PreflightError("; ".join(problems))
+
+
+def _agent_options_alone(ranks: int) -> dict[str, str]:
     """Port 0 lets the kernel pick a free one, which the ranks then share, so two runs never want the same.
 
     The addresses are loopback because a host's own name need not resolve. Without --log-dir torchrun would
     leave a folder in /tmp.
     """
-    options = {
+    return {
         "--nnodes": "1",
         "--nproc-per-node": str(ranks),
         "--rdzv-backend": "c10d",
@@ -129,18 +249,79 @@ def _agent_command(module: str, arguments: Sequence[str], ranks: int) -> list[st
         "--max-restarts": "0",
         "--log-dir": os.devnull,
     }
-    flat = [word for option in options.items() for word in option]
-    return [sys.executable, "-m", "torch.distributed.run", *flat, "-m", module, *arguments]
 
 
-_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
-"""glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
-keeps what each micro-batch's thread freed (the demo: 1.21 instead of 1.41 GiB) and maps large temporaries anew each
-time."""
+def _agent_options(part: _Part, number: int, num_hosts: int, rendezvous: Rendezvous) -> dict[str, str]:
+    """A static rendezvous: who has which ranks is known, and it is up a second sooner than c10d's."""
+    return {
+        "--nnodes": str(num_hosts),
+        "--nproc-per-node": str(len(part.host.slots)),
+        "--node-rank": str(number),
+        "--master-addr": rendezvous.address,
+        "--master-port": str(rendezvous.port),
+        "--max-restarts": "0",
+        "--log-dir": os.devnull,
+    }
 
 
-def _agent_environment(threads_per_rank: int) -> dict[str, str]:
-    return {**_MALLOC, **os.environ, "OMP_NUM_THREADS": str(threads_per_rank), "PYTHONUNBUFFERED": "1"}
+def _watch(
+    parts: Sequence[_Part],
+    stop_signals: _StopSignals,
+    run_dir: Path,
+    on_poll: Callable[[], None],
+    notify: Callable[[str], None],
+) -> Outcome:
+    asked_to_stop = False
+    teardown_due: float | None = None
+    while not all(part.over for part in parts):
+        time.sleep(_POLL_S)
+        for part in parts:
+            part.listen()
+        on_poll()
+        if stop_signals.received >= 2:
+            return Outcome(Interrupted.exit_code, None, interrupted=True)
+        if stop_signals.received and not asked_to_stop:
+            asked_to_stop = True
+            at_all(lambda part: part.connection.request("stop"), parts)
+            notify("stopping after this step; press Ctrl-C again to kill the ranks now")
+        if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
+            teardown_due = time.monotonic() + _TEARDOWN_S
+            for part in parts:
+                if part.connection.lost is not None:
+                    notify(f"{part.host.name}: {part.connection.lost}; ending the run")
+        if teardown_due is not None and time.monotonic() > teardown_due:
+            break
+    failure = first_failure(run_dir, [part.ending() for part in parts])
+    if failure is not None:
+        return Outcome(failure.exit_code, failure, asked_to_stop, _fate_of_others(parts, failure))
+    return Outcome(Interrupted.exit_code if asked_to_stop else 0, None, interrupted=asked_to_stop)
+
+
+def _fate_of_others(parts: Sequence[_Part], failure: Failure) -> str:
+    """In the order of what a user has to look at."""
+    others = [part for part in parts if part.host.name != failure.host]
+    lost = [part.host.name for part in others if part.connection.lost is not None]
+    ended = [part.host.name for part in others if part.connection.lost is None]
+    words = [f"{', '.join(lost)} lost as well"] if lost else []
+    words += [f"ended on {', '.join(ended[:8])}{', ...' if len(ended) > 8 else ''}"] if ended else []
+    return "; ".join(words)
+
+
+def _end(parts: Sequence[_Part], lifelines: Lifelines) -> None:
+    """Nothing of the run is left on any host that answers; what the ranks wrote is here."""
+    at_all(_Part.kill, parts)
+    at_all(lambda part: part.leave(lifelines), parts)
+
+
+@contextmanager
+def _marked(run_dir: Path, launch_id: str) -> Iterator[None]:
+    """A mark in the run's folder, by which a host knows that it sees the launcher's own."""
+    mark = run_dir / f".{launch_id}"
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 class _StopSignals:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import statistics
-import subprocess
+import re
+import resource
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
+from zinf_cli.amounts import format_bytes
 from zinf_cli.console import RunView, plan_screen, summary_screen
-from zinf_cli.errors import Interrupted, PreflightError, RankError, UsageError, ZinfError
+from zinf_cli.errors import Interrupted, NonFiniteError, RankError, UsageError, ZinfError
+from zinf_cli.hardware import Room
+from zinf_cli.hosts import Host, this_machine
+from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.failure import Failure
-from zinf_cli.launch.runner import Outcome, run_ranks
+from zinf_cli.launch.logs import RankLogs
+from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
+from zinf_cli.launch.run_folder import run_folder
+from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
+from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
+from zinf_cli.launch.summary import Watch, merge_traces, summarise
+from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import Plan, make_plan
+from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
-
-RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
 
 
 class _ReportedError(ZinfError):
@@ -46,33 +48,123 @@ class Request:
 
     recipe: Path
     overrides: Sequence[str] = ()
+    hosts: Sequence[Host] = ()
+    """None: this machine."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables for the ranks."""
+    sync: Sequence[Path] = ()
+    """Files and folders to bring to the hosts first."""
     slots: int | None = None
     dry_run: bool = False
     as_json: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that was started and is over."""
+
+    run_dir: Path
+    summary: dict[str, Any]
+    outcome: Outcome
 
 
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
     _refuse_what_is_missing(recipe)
-    with console.status("reading the model, its checkpoint and the text ..."):
-        figures = _describe(recipe, request.slots)
-    plan = make_plan(recipe, figures)
-    console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
-    if request.dry_run:
-        if request.as_json:
-            print(json.dumps(plan.to_json(), indent=2))
-        return
-    with _run_folder(recipe, plan) as run_dir:
-        summary, outcome = _run(recipe, plan, run_dir, console)
-    console.print(summary_screen(summary))
-    console.print(f"the run is in {run_dir}", highlight=False, soft_wrap=True)
+    ended = _plan_and_run(recipe, request, console)
+    for restart in range(1, recipe.launch.max_restarts + 1):
+        if ended is None or not _may_restart(ended.outcome):
+            break
+        assert ended.outcome.failure is not None
+        why = _error_of(ended.outcome.failure).describe()
+        console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
+        ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
+    if ended is not None:
+        _report(ended, request, console)
+
+
+def _may_restart(outcome: Outcome) -> bool:
+    """Whether a rank or host was lost; what a recipe, a full machine or a NaN causes would come again."""
+    failure = outcome.failure
+    if failure is None or outcome.interrupted or failure.kind == NonFiniteError.__name__:
+        return False
+    return failure.exit_code == RankError.exit_code
+
+
+def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts: int | None = None) -> Ended | None:
+    """One life of a run; None for a dry run. With `min_hosts`, hosts that do not answer may be missing."""
+    far = bool(request.hosts) and not request.dry_run
+    with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
+        preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
+        connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
+        hosts = [connection.host for connection in connections] if preflight else request.hosts
+        with console.status("reading the model, its checkpoint and the text ..."):
+            figures = _describe(recipe, request.slots, hosts, connections[0])
+        plan = make_plan(recipe, figures, hosts, _least_room(preflight) if preflight else None)
+        console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
+        if request.dry_run:
+            if request.as_json:
+                print(json.dumps(plan.to_json(), indent=2))
+            return None
+        for connection, host in zip(connections, plan.hosts, strict=True):
+            connection.host = host
+        with run_folder(recipe, plan, here=not request.hosts) as run_dir:
+            world = World(lifelines, connections, preflight.rendezvous if preflight else None)
+            summary, outcome = _run(recipe, plan, run_dir, world, request, console)
+        return Ended(run_dir, summary, outcome)
+
+
+def _report(ended: Ended, request: Request, console: Console) -> None:
+    """Show how the run ended, and raise what the exit code says."""
+    outcome = ended.outcome
+    console.print(summary_screen(ended.summary))
+    if outcome.failure is not None:
+        console.print(failure_screen(outcome.failure, outcome.others))
+    console.print(f"the run is in {ended.run_dir}", highlight=False, soft_wrap=True)
     if request.as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(ended.summary, indent=2))
     if outcome.interrupted:
-        raise Interrupted(f"interrupted after {summary['steps']} steps")
+        raise Interrupted(f"interrupted after {ended.summary['steps']} steps")
     if outcome.failure is not None:
         raise _error_of(outcome.failure)
+
+
+def _preflight(
+    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
+) -> Preflight:
+    """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
+    if request.sync:
+        from zinf_cli.launch.sync import sync  # as in transport_to
+
+        with console.status(f"bringing files to {len(request.hosts)} hosts ..."):
+            sent = sync([path.absolute() for path in request.sync], request.hosts)
+        console.print(f"brought to the hosts: {format_bytes(sent)}", highlight=False)
+    with console.status(f"looking at {len(request.hosts)} hosts ..."):
+        preflight = check_hosts(
+            request.hosts,
+            lifelines,
+            paths=_paths(recipe),
+            nvme=[str(folder) for folder in nvme_folders(recipe)],
+            min_hosts=min_hosts or len(request.hosts),
+        )
+    console.print(preflight_screen(preflight))
+    preflight.require_ready()
+    return preflight
+
+
+def _paths(recipe: Recipe) -> list[str]:
+    """Files and folders that every rank reads."""
+    dataset = recipe.dataset
+    paths = [recipe.model.name_or_path, *dataset.path, *(dataset.eval_path or ()), dataset.tokenizer]
+    return [str(path) for path in paths if path is not None]
+
+
+def _least_room(preflight: Preflight) -> Room:
+    """Of the host with the least: each has to hold as much as the others."""
+    memory = min(preflight.rows, key=lambda row: int(row.facts["memory"]))
+    drives = min(preflight.rows, key=lambda row: free_on_drives(row.facts))
+    return Room(memory.facts["memory"], free_on_drives(drives.facts), memory.host.name, drives.host.name)
 
 
 def _refuse_what_is_missing(recipe: Recipe) -> None:
@@ -81,209 +173,90 @@ def _refuse_what_is_missing(recipe: Recipe) -> None:
         raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
 
 
-def _describe(recipe: Recipe, slots: int | None) -> Figures:
-    """Ask a subprocess for the figures; it imports torch and builds the model on the meta device."""
-    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        command = [sys.executable, "-m", "zinf_cli.train.describe", str(path)]
-        command += ["--slots", str(slots)] if slots else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
+    """Ask a process of that host for the figures; it imports torch and builds the model on the meta device."""
+    command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
+    command += ["--slots", str(slots)] if slots else []
+    if hosts:
+        counts = [len(host.slots) for host in hosts]
+        command += ["--slots", str(max(counts)), "--world-size", str(sum(counts))]
+    done = connection.capture(command, within=_DESCRIBE_S, text=dump_recipe(recipe))
     try:
-        document = json.loads(done.stdout)
+        document = json.loads(done["output"])
     except json.JSONDecodeError as error:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise RankError(f"the model could not be described: {last[0]}", hint=done.stderr.strip()) from error
+        last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
+        raise RankError(f"the model could not be described: {last[0]}", hint=done["errors"].strip()) from error
     if "error" in document:
         raise _ReportedError(document["error"], document["exit_code"])
     return Figures.from_json(document)
 
 
-@contextmanager
-def _run_folder(recipe: Recipe, plan: Plan) -> Iterator[Path]:
-    """The run's folder, locked, with recipe.yaml and plan.json in it; files of an earlier run set aside."""
-    run_dir = recipe.output_dir
-    lock = None
-    try:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = os.open(run_dir, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_nvme(plan)
-            _set_aside(run_dir)
-            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-            (run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
-        except BlockingIOError as error:
-            raise PreflightError(
-                "another run is using this folder", where=str(run_dir), hint="set another output_dir"
-            ) from error
-        except OSError as error:
-            raise PreflightError(
-                f"can't write the run's folder: {error.strerror}",
-                where=str(run_dir),
-                hint="set another output_dir",
-            ) from error
-        yield run_dir
-    finally:
-        if lock is not None:
-            os.close(lock)
-        for folder in plan.nvme_folders:
-            with contextlib.suppress(OSError):
-                Path(folder).rmdir()  # only where it is empty and so was made for this run
+_DESCRIBE_S = 24 * 3600.0
+"""Tokenising may take long; Ctrl-C ends it."""
+
+_MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+"""glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
+keeps what each micro-batch's thread freed (the demo: 1.21 instead of 1.41 GiB) and maps large temporaries anew each
+time."""
+
+_CARRIED = re.compile(r"(NCCL|GLOO|CUDA)_(?!VISIBLE_DEVICES)")
+"""Variables of the launcher that its ranks on other hosts get as well."""
 
 
-def _check_nvme(plan: Plan) -> None:
-    for folder in map(Path, plan.nvme_folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise PreflightError(
-                f"can't create a file: {error.strerror}",
-                where=str(folder),
-                hint="choose another offload.nvme_path",
-            ) from error
+def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Program:
+    carried = {name: value for name, value in os.environ.items() if _CARRIED.match(name)} if request.hosts else {}
+    return Program(
+        "zinf_cli.train",
+        [str(run_dir)],
+        run_dir,
+        {name: (run_dir / name).read_text(encoding="utf-8") for name in ("recipe.yaml", "plan.json")},
+        plan.nvme_folders,
+        {
+            **carried,
+            **request.environment,
+            "OMP_NUM_THREADS": str(plan.threads_per_rank),
+            "PYTHONUNBUFFERED": "1",
+        },
+        _MALLOC,
+    )
 
 
-def _set_aside(run_dir: Path) -> None:
-    """Move what an earlier run left into earlier/N, so that nothing is lost and nothing is mixed."""
-    there = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    if not there:
-        return
-    number = 1
-    while (run_dir / "earlier" / str(number)).exists():
-        number += 1
-    target = run_dir / "earlier" / str(number)
-    target.mkdir(parents=True)
-    for path in there:
-        path.rename(target / path.name)
-
-
-def _run(recipe: Recipe, plan: Plan, run_dir: Path, console: Console) -> tuple[dict[str, Any], Outcome]:
+def _run(
+    recipe: Recipe,
+    plan: Plan,
+    run_dir: Path,
+    world: World,
+    request: Request,
+    console: Console,
+) -> tuple[dict[str, Any], Outcome]:
     view = RunView(console, plan, recipe.logging.interval)
-    watch = _Watch(run_dir, view.show)
+    watch = Watch(run_dir, view.show)
+    logs = RankLogs(run_dir, plan.hosts)
+
+    def poll() -> None:
+        watch.poll()
+        for line in logs.poll():
+            view.say(log_line(line) if plan.world_size > 1 else line.text)
+
     view.start()
     try:
         outcome = run_ranks(
-            "zinf_cli.train",
-            [str(run_dir)],
-            ranks=plan.world_size,
-            run_dir=run_dir,
-            threads_per_rank=plan.threads_per_rank,
-            on_poll=watch.poll,
+            _program(recipe, plan, run_dir, request),
+            world,
+            on_poll=poll,
             notify=view.say,
+            on_vitals=view.host,
         )
     finally:
         view.stop()
-    watch.poll()
-    for note in _notes(run_dir):
-        view.say(note)
     if recipe.profiler.enabled:
-        _merge_traces(run_dir)
-    status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
-    summary = summarise(plan, watch, status, outcome.failure)
+        merge_traces(run_dir)
+    if not request.hosts:  # the launcher is on the ranks' host
+        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
+    summary = summarise(plan, watch, outcome)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
     return summary, outcome
-
-
-@dataclass
-class _Watch:
-    """Follows metrics.jsonl and the memory of the run's processes."""
-
-    run_dir: Path
-    show: Callable[[dict[str, Any]], None]
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    host_peak: int = 0
-    _offset: int = 0
-    _sampled: float = 0.0
-
-    def poll(self) -> None:
-        path = self.run_dir / "metrics.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    self.lines.append(json.loads(line))
-                    self.show(self.lines[-1])
-        if time.monotonic() - self._sampled > 1.0:
-            self._sampled = time.monotonic()
-            self.host_peak = max(self.host_peak, _tree_memory())
-
-
-def _tree_memory() -> int:
-    """Proportional set size of this process and all its descendants, in bytes."""
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error, OSError):
-            total += process.memory_full_info().pss
-    return total
-
-
-def summarise(plan: Plan, watch: _Watch, status: str, failure: Failure | None) -> dict[str, Any]:
-    """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
-    steps = [line for line in watch.lines if "loss" in line]
-    evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
-
-    def median(key: str) -> float | None:
-        return statistics.median(line[key] for line in steps) if steps else None
-
-    waits = [line["wait_s"] / line["step_s"] for line in steps]
-    traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steps]
-    planned = [plan.nvme_traffic if line["updated_in_backward"] else plan.nvme_traffic_clipped for line in steps]
-    wait_share = statistics.median(waits) if waits else None
-    return {
-        "status": status,
-        "error": failure.message if failure is not None else None,
-        "steps": len(steps),
-        "max_steps": plan.max_steps,
-        "tokens": sum(line["tokens"] for line in steps),
-        "first_loss": steps[0]["loss"] if steps else None,
-        "last_loss": steps[-1]["loss"] if steps else None,
-        "first_eval_loss": evals[0] if evals else None,
-        "last_eval_loss": evals[-1] if evals else None,
-        "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
-        "measured": {
-            "step_s": median("step_s"),
-            "tokens_per_s": median("tokens_per_s"),
-            "tflops_per_rank": median("tflops_per_rank"),
-            "wait_share": wait_share,
-            "host_cpu_bytes": watch.host_peak,
-            "cpu_bytes": max((line["cpu_bytes"] for line in steps), default=None),
-            "device_bytes": max((line["device_bytes"] for line in steps), default=None),
-            "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),
-            "nvme_traffic": statistics.median(traffic) if traffic else None,
-        },
-        "predicted": {
-            "step_s": max(plan.compute_s, plan.nvme_s),
-            "bottleneck": plan.bottleneck,
-            "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
-            "cpu_bytes": plan.cpu_bytes_per_rank,
-            "nvme_bytes": plan.nvme_bytes,
-            "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
-        },
-    }
-
-
-def _notes(run_dir: Path) -> list[str]:
-    """Lines rank 0 wants the user to see."""
-    log = run_dir / "logs" / "rank-00000.log"
-    if not log.exists():
-        return []
-    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("note: ")]
-
-
-def _merge_traces(run_dir: Path) -> None:
-    """trace.json: the spans of every rank in one document."""
-    events = []
-    for path in sorted((run_dir / "logs").glob("trace-*.json")):
-        events += json.loads(path.read_text())["traceEvents"]
-        path.unlink()
-    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))
 
 
 def _error_of(failure: Failure) -> ZinfError:

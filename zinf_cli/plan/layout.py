@@ -82,6 +82,8 @@ class Figures:
     data: DataFigures
     machine: MachineFigures
     world_size: int
+    ranks_per_host: int
+    """Of the host with most."""
     precision: str
 
     @classmethod
@@ -94,5 +96,6 @@ class Figures:
             DataFigures(**document["data"]),
             MachineFigures(**document["machine"]),
             document["world_size"],
+            document["ranks_per_host"],
             document["precision"],
         )

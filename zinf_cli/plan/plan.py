@@ -15,7 +15,8 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, UsageError
-from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, available_memory, drive_space
+from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
+from zinf_cli.hosts import Host, this_machine
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
@@ -61,6 +62,7 @@ class Limit:
 class Plan:
     """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
 
+    hosts: tuple[Host, ...]
     world_size: int
     threads_per_rank: int
     precision: str
@@ -98,6 +100,11 @@ class Plan:
         return "compute" if self.compute_s >= self.nvme_s else "nvme"
 
     @property
+    def collective_timeout_s(self) -> float:
+        """A rank that waits so long for its peers gives up: many steps, and never less than slow starts differ."""
+        return max(600.0, 20 * (self.compute_s + self.nvme_s))
+
+    @property
     def cpu_bytes_per_rank(self) -> int:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
@@ -108,6 +115,7 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         document = json.loads(path.read_text())
         del document["bottleneck"]
+        document["hosts"] = tuple(Host(**{**host, "slots": tuple(host["slots"])}) for host in document["hosts"])
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
@@ -117,8 +125,11 @@ class Plan:
         return cls(**document)
 
 
-def make_plan(recipe: Recipe, figures: Figures) -> Plan:
-    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise."""
+def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> Plan:
+    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+
+    Without `hosts`, all ranks are on this machine; without `room`, each host has what this machine has.
+    """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -127,13 +138,15 @@ def make_plan(recipe: Recipe, figures: Figures) -> Plan:
         )
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
+    hosts = tuple(hosts) or (this_machine(figures.world_size),)
+    room = room or room_here(nvme_folders(recipe))
     plan = None
     for choice in _choices(recipe, figures, micro_batches):
-        plan = _plan(recipe, figures, choice, micro_batches, sequences)
+        plan = _plan(recipe, figures, hosts, room, choice, micro_batches, sequences)
         if not plan.fits:
             continue
         for better in _improvements(recipe, figures, choice, plan):
-            improved = _plan(recipe, figures, better, micro_batches, sequences)
+            improved = _plan(recipe, figures, hosts, room, better, micro_batches, sequences)
             if improved.fits:
                 plan, choice = improved, better
         return plan
@@ -145,8 +158,8 @@ def _improvements(recipe: Recipe, figures: Figures, choice: Choice, plan: Plan) 
     """What room that is left could buy: activations that need no recompute, or second places."""
     if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
         limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-        room = (limit.allowed - limit.needed) // figures.world_size
-        yield replace(choice, kept=keepable(figures, choice, room))
+        room_left = (limit.allowed - limit.needed) // figures.ranks_per_host
+        yield replace(choice, kept=keepable(figures, choice, room_left))
     streamed = choice.placement["params"] == choice.placement["optimizer"] == "nvme"
     if streamed and choice.update == "deferred" and figures.precision != "fp16":
         yield replace(choice, update="speculative")
@@ -186,14 +199,22 @@ def _halvings(count: int) -> list[int]:
     return halvings
 
 
-def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, sequences: int) -> Plan:
+def _plan(
+    recipe: Recipe,
+    figures: Figures,
+    hosts: tuple[Host, ...],
+    room: Room,
+    choice: Choice,
+    micro_batches: int,
+    sequences: int,
+) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
     states = state_bytes(figures, choice)
     working = working_buffers(figures, choice, sweeps)
-    budgets = _budgets(recipe, figures)
+    budgets = _budgets(recipe, figures, room)
     over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
-        working = working.shrunk(-(-over // figures.world_size))
+        working = working.shrunk(-(-over // figures.ranks_per_host))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
     nvme_bytes = states["second"] + sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
@@ -207,8 +228,9 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
     most_traffic = _nvme_traffic(figures, waiting, sweeps, micro_batches)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
+        hosts=hosts,
         world_size=figures.world_size,
-        threads_per_rank=max(1, figures.machine.cores // figures.world_size),
+        threads_per_rank=max(1, figures.machine.cores // figures.ranks_per_host),
         precision=figures.precision,
         placement=dict(choice.placement),
         micro_batches=micro_batches,
@@ -223,7 +245,7 @@ def _plan(recipe: Recipe, figures: Figures, choice: Choice, micro_batches: int, 
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
-        nvme_s=most_traffic * figures.world_size / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_s=most_traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic,
         nvme_traffic_clipped=most_traffic,
         figures=figures,
@@ -251,25 +273,25 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
     needed = {"device": 0, "cpu": LAUNCHER_BYTES, "nvme": 0}
     for line in _lines(figures, choice, states, working):
-        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.world_size)
+        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     return needed
 
 
-def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
-    """(bytes, origin) per tier: the recipe's budget, and never more than the machine has."""
+def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[int, str]]:
+    """(bytes, origin) per tier: the recipe's budget, and never more than there is room for."""
     offload = recipe.offload
-    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders(recipe))}
     machine = {
-        "cpu": (int(available_memory() * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
-        "nvme": (sum(spaces.values()), offload.nvme_space),
+        "cpu": (int(room.memory * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
+        "nvme": (room.drives, offload.nvme_space),
     }
     if figures.machine.accelerators:
         machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
+    origins = {"cpu": room.memory_of, "nvme": room.drives_of, "device": "this machine"}
     budgets = {}
     for tier, (there, asked) in machine.items():
         key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
         asked_less = asked is not None and asked <= there
-        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, "this machine")
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, origins[tier])
     return budgets
 
 
@@ -312,7 +334,8 @@ def _does_not_fit(plan: Plan) -> CapacityError:
                 for line in plan.lines
                 if line.tier == limit.tier and line.num_bytes
             )
-            ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+            count = plan.figures.ranks_per_host
+            ranks = f" on each of {count} ranks" if count > 1 else ""
             problems.append(
                 f"{limit.tier} needs {format_bytes(limit.needed)}, {limit.origin} allows "
                 f"{format_bytes(limit.allowed)}: {parts}{ranks}"

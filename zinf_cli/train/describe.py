@@ -1,4 +1,4 @@
-"""`python -m zinf_cli.train.describe RECIPE [--slots N]`: what the plan needs to know, as one JSON document.
+"""`python -m zinf_cli.train.describe RECIPE [--slots N] [--world-size N]`: what the plan needs to know, as JSON.
 
 The launcher runs this as a subprocess, so that it stays light itself. Everything about the input that can be wrong is
 found here: the model's config, the checkpoint's tensors, the text. An error is printed as
@@ -7,10 +7,10 @@ found here: the model's config, the checkpoint's tensors, the text. An error is 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,25 @@ from zinf_cli.train.setup import (
 from zinf_cli.train.weights import open_weights
 
 
-def describe(recipe: Recipe, slots: int | None) -> Figures:
-    """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine."""
+def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -> Figures:
+    """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine.
+
+    `slots` is the number of ranks on this host, `world_size` on all of them; by default every accelerator here, or
+    one CPU rank.
+    """
     accelerators = torch.cuda.device_count()
     device = torch.device("cuda" if accelerators else "cpu")
     ranks = slots or accelerators or 1
+    world_size = world_size or ranks
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
     open_weights(model, model_source(recipe))
     text = open_text(recipe, vocabulary_of(model))
-    seen = survey_model(model, recipe, ranks)
+    seen = survey_model(model, recipe, world_size)
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     data = DataFigures(len(text.train), text.train.num_windows(recipe.train.seq_len), held_out, text.max_steps)
-    return Figures(_model_figures(model, seen, recipe), data, _machine(device, precision, ranks), ranks, precision)
+    machine = _machine(device, precision, ranks)
+    return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)
 
 
 def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe) -> ModelFigures:
@@ -120,9 +126,14 @@ def main() -> None:
     """Print the figures, or the error a user should see, as JSON on the real stdout; everything else goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    slots = int(sys.argv[3]) if sys.argv[2:3] == ["--slots"] else None
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--world-size", type=int)
+    asked = parser.parse_args()
     try:
-        document: dict[str, Any] = dataclasses.asdict(describe(load_recipe(Path(sys.argv[1])), slots))
+        figures = describe(load_recipe(asked.recipe), asked.slots, asked.world_size)
+        document: dict[str, Any] = dataclasses.asdict(figures)
     except ZinfError as error:
         document = {"error": error.describe(), "exit_code": error.exit_code}
     json.dump(document, out)

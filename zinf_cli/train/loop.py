@@ -49,7 +49,7 @@ def train(run_dir: Path) -> int:
     recipe = load_recipe(run_dir / "recipe.yaml")
     plan = Plan.load(run_dir / "plan.json")
     device = _device(plan)
-    ranks = Ranks.join(device) if plan.world_size > 1 else Ranks()
+    ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
     engine, model = _open_engine(recipe, plan, device, ranks, trace)
     metrics = None

@@ -3,7 +3,7 @@
 run_rank() splits the process torchrun started in two. The child is the rank: it runs `main`. The parent is
 its guard, which only waits: a rank killed by a signal can't say so itself, and when the kernel picks one
 because memory ran out, that is the one thing the user must hear. Agent, guard and rank are tethered
-(PR_SET_PDEATHSIG), so the rank dies with the guard and the guard with the agent; launch/process.py has the
+(PR_SET_PDEATHSIG), so the rank dies with the guard and the guard with the agent; launch/supervisor.py has the
 rest of the chain.
 
 Nothing here imports torch, and run_rank() is to be called before torch is: the fork must come first.

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Under SLURM no hostfile is needed: `--hosts slurm` takes the nodes of the allocation and SLURM_NTASKS_PER_NODE ranks on
+# each. zinf reaches them over SSH, so this script runs once, on the first node.
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --exclusive
+
+exec zinf launch "$1" --hosts slurm

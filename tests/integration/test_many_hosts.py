@@ -1,0 +1,168 @@
+"""Runs on real hosts, reached over SSH: what they compute, what they leave, what is said when one is not ready."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_launch import Ended, Workshop, wait_for_steps
+
+from lab import Lab, loopback_lab, namespace_lab
+
+
+class FarWorkshop(Workshop):
+    """A workshop whose recipe is launched on the hosts of a lab."""
+
+    def __init__(self, folder: Path, lab: Lab) -> None:
+        super().__init__(folder)
+        self.lab = lab
+
+    def command(self, *arguments: str) -> list[str]:
+        self.write()
+        return self.lab.zinf("launch", str(self.recipe), f"output_dir={self.run_dir}", *arguments)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    def environment(self) -> dict[str, str]:
+        return self.lab.environment
+
+    def alone(self, *arguments: str) -> Ended:
+        """The same recipe as one rank, without hosts; its folder is set aside by the next launch."""
+        return self.launch(*arguments)
+
+    def left_behind(self) -> list[str]:
+        return self.lab.left_behind()
+
+
+class ApartWorkshop(FarWorkshop):
+    """The hosts share nothing: the run's folder and the drives are each one's own."""
+
+    def __init__(self, folder: Path, lab: Lab) -> None:
+        super().__init__(folder, lab)
+        self.nvme = folder / "local" / "nvme"
+        self.content["offload"]["nvme_path"] = str(self.nvme)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "local" / "run"
+
+    def end(self, process: subprocess.Popen[str]) -> Ended:
+        ended = super().end(process)
+        return Ended(ended.code, ended.out, ended.err, self.run_dir)
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> Iterator[FarWorkshop]:
+    with loopback_lab(tmp_path, 2) as lab:
+        yield FarWorkshop(tmp_path, lab)
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[ApartWorkshop]:
+    with namespace_lab(tmp_path, 4) as lab:
+        yield ApartWorkshop(tmp_path, lab)
+
+
+def test_two_hosts_train_as_one_rank_does(near: FarWorkshop) -> None:
+    alone = near.launch("--slots", "1")
+    two = near.launch("--hosts", near.lab.hostfile(), "--json")
+    assert (alone.code, two.code) == (0, 0), two.err
+    first = Ended(0, "", "", near.run_dir / "earlier" / "1")
+    assert two.losses == pytest.approx(first.losses, rel=1e-5)
+    assert json.loads(two.out) == two.summary
+    assert {path.name for path in (near.run_dir / "logs").iterdir()} == {
+        "rank-00000.log", "rank-00001.log", "torchrun-00000.log", "torchrun-00001.log",
+    }  # fmt: skip
+    assert near.left_behind() == []
+
+
+def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop) -> None:
+    apart.content["train"]["gradient_accumulation_steps"] = 4
+    own = apart.lab.hosts[1].local / "run" / "metrics.jsonl"
+    own.parent.mkdir()
+    own.write_text("of a run that this host did by itself\n")
+    alone = apart.launch("--slots", "1")
+    four = apart.launch("--hosts", apart.lab.hostfile())
+    assert (alone.code, four.code) == (0, 0), four.err
+    first = Ended(0, "", "", apart.run_dir / "earlier" / "1")
+    assert four.losses == pytest.approx(first.losses, rel=1e-5)
+    plan = json.loads((apart.run_dir / "plan.json").read_text())
+    assert [host["host"] for host in plan["hosts"]] == ["node1", "node2", "node3", "node4"]
+    for rank in range(4):
+        assert f"rank {rank} on node{rank + 1}" in (apart.run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
+    assert apart.left_behind() == [str(own.parent / "earlier" / "1" / "metrics.jsonl")]
+
+
+def test_two_launches_on_one_host_end_only_their_own(near: FarWorkshop) -> None:
+    hostfile = near.lab.hostfile(hosts=near.lab.hosts[:1])
+    first = near.start("--hosts", hostfile, "train.max_steps=100000")
+    second = subprocess.Popen(
+        [*near.command("--hosts", hostfile, "train.max_steps=100000"), f"output_dir={near.folder / 'other'}"],
+        env=near.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_steps(near.run_dir, 1)
+    wait_for_steps(near.folder / "other", 1)
+    os.killpg(first.pid, signal.SIGINT)
+    assert near.end(first).code == 130
+    here = len((near.folder / "other" / "metrics.jsonl").read_text().splitlines())
+    wait_for_steps(near.folder / "other", here + 2)
+    second.kill()
+    second.communicate()
+    assert near.left_behind() == []
+
+
+def test_a_run_folder_in_use_on_a_host_is_left_alone(apart: ApartWorkshop) -> None:
+    """Another launcher has it: this one's folder of the same name is free."""
+    first = apart.start("--hosts", apart.lab.hostfile(hosts=apart.lab.hosts[:1]), "train.max_steps=100000")
+    wait_for_steps(apart.run_dir, 1)
+    apart.run_dir.rename(apart.folder / "elsewhere")
+    second = apart.launch("--hosts", apart.lab.hostfile(hosts=apart.lab.hosts[:2]))
+    assert second.code == 3, second.err
+    assert f"node1: {apart.run_dir}: another run is using this folder" in second.message
+    assert not apart.lab.processes(apart.lab.hosts[1])
+    os.killpg(first.pid, signal.SIGINT)
+    first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert apart.left_behind() == []
+
+
+def test_variables_reach_the_ranks_and_are_never_printed(near: FarWorkshop) -> None:
+    secret = "s3cret value; $(touch /tmp/no) 'quoted' \"twice\""
+    environment = {**near.environment(), "HF_TOKEN": secret, "NCCL_DEBUG": "WARN"}
+    process = subprocess.Popen(
+        near.command("--hosts", near.lab.hostfile(), "--env", "HF_TOKEN", "--env", "LAB=a b", "train.max_steps=100000"),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_steps(near.run_dir, 1)
+    for rank in ("0", "1"):
+        assert near.lab.processes(RANK=rank, HF_TOKEN=secret, LAB="a b", NCCL_DEBUG="WARN")
+    for pid in near.lab.processes():
+        assert "s3cret" not in Path(f"/proc/{pid}/cmdline").read_text()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "s3cret" not in said
+    assert near.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"), [("NO_SUCH_THING", "not set here"), ("not a name=1", "no name of a variable")]
+)
+def test_variables_that_make_no_sense(near: FarWorkshop, variable: str, said: str) -> None:
+    ended = near.launch("--hosts", near.lab.hostfile(), "--env", variable)
+    assert ended.code == 2
+    assert said in ended.message

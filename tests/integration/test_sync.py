@@ -1,0 +1,64 @@
+"""`--sync`: what is brought to hosts, what is left alone, what is said when it can't be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab import Lab, namespace_lab
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with namespace_lab(tmp_path_factory.mktemp("lab"), 2) as lab:
+        yield lab
+
+
+def sync(lab: Lab, path: Path) -> subprocess.CompletedProcess[str]:
+    """As the launcher does it."""
+    program = (
+        "import sys; from pathlib import Path; from zinf_cli.hosts import load_hosts\n"
+        "from zinf_cli.launch.sync import sync\n"
+        "print(sync([Path(sys.argv[2])], load_hosts(sys.argv[1])))"
+    )
+    command = [*lab.launcher, sys.executable, "-c", program, lab.hostfile(), str(path)]
+    return subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+
+
+def test_a_folder_is_brought_once_and_only_what_changed_after_that(lab: Lab) -> None:
+    data = lab.folder / "local" / "a model" / "deep"
+    data.mkdir(parents=True)
+    (data / "weights").write_bytes(os.urandom(100_000))
+    (data.parent / "run me").write_text("#!/bin/sh\n")
+    (data.parent / "run me").chmod(0o755)
+    (lab.hosts[1].local / "a model").mkdir()
+    (lab.hosts[1].local / "a model" / "its own").write_text("stays")
+
+    assert sync(lab, data.parent).stdout == f"{2 * 100_010}\n"
+    for host in lab.hosts:
+        there = host.local / "a model"
+        assert (there / "deep" / "weights").read_bytes() == (data / "weights").read_bytes()
+        assert (there / "run me").stat().st_mode & 0o777 == 0o755
+        assert not list(there.rglob("*.partial"))
+    assert (lab.hosts[1].local / "a model" / "its own").read_text() == "stays"
+
+    assert sync(lab, data.parent).stdout == "0\n"
+    (data / "weights").write_bytes(b"new")
+    assert sync(lab, data.parent).stdout == "6\n"
+    assert (lab.hosts[0].local / "a model" / "deep" / "weights").read_bytes() == b"new"
+
+
+def test_what_can_not_be_brought_is_named_with_its_host(lab: Lab) -> None:
+    data = lab.folder / "local" / "data"
+    data.mkdir(parents=True)
+    (data / "text").write_text("text")
+    (lab.hosts[1].local / "data").write_text("a file where a folder should be")
+    said = sync(lab, data).stderr
+    assert "PreflightError: --sync: node2: " in said
+    assert str(data) in said
+    assert "no such file or folder" in sync(lab, lab.folder / "nothing").stderr

@@ -1,0 +1,31 @@
+"""What the screen shows of hosts."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from zinf_cli.console import Vitals, hosts_table
+from zinf_cli.launch.logs import LogLine
+from zinf_cli.launch.screens import log_line
+
+
+def shown(renderable: object) -> list[str]:
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text().splitlines()
+
+
+def test_hosts_by_memory_and_what_went_to_and_from_their_drives() -> None:
+    before = Vitals("node1", 2**29, 0, 2**20, time=10.0)
+    now = Vitals("node1", 2**30, 2**30, 2**20, time=12.0)
+    heading, line = shown(hosts_table([(before, now)]))
+    assert heading.split() == ["host", "memory", "read", "write"]
+    assert line.split() == ["node1", "1.00", "GiB", "512", "MiB/s", "0", "B/s"]
+
+
+def test_a_line_of_a_rank_says_where_it_comes_from() -> None:
+    line = log_line(LogLine("node1", 3, "[bold] stays as it is"))
+    assert shown(line) == ["node1:3 │ [bold] stays as it is"]
+    assert line.style == log_line(LogLine("node1", 3, "another")).style

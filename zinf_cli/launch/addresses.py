@@ -1,0 +1,32 @@
+"""By which address and interface a host takes part in a run. Standard library only, as supervisor.py."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+
+_SIOCGIFADDR = 0x8915
+
+
+def own_address(peer: str | None) -> str:
+    """This host's address for its peers: where SSH found it or, if that is loopback, the one on the way to `peer`."""
+    reached = os.environ.get("SSH_CONNECTION", "").split()[2:3] or ["127.0.0.1"]
+    if peer is None or not reached[0].startswith(("127.", "::1")):
+        return reached[0]
+    with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing: it asks the routing table
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this IPv4 address; None where there is none."""
+    if address.startswith("127."):
+        return "lo"
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            answer = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -1,0 +1,97 @@
+"""`python -m zinf_cli.launch.facts`: what a host has, as one JSON document; what to look at comes on stdin, as JSON.
+
+Run on every host before anything else is, so it imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import zinf_cli
+from zinf_cli.errors import PreflightError
+from zinf_cli.hardware import available_memory, drive_space
+
+
+def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
+    """Versions, accelerators, CPU memory in bytes, drives, the files at `paths`, and the time."""
+    return {
+        "code": code_digest(),
+        "torch": metadata.version("torch"),
+        "accelerators": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        "memory": available_memory(),
+        "drives": {folder: _drive(Path(folder)) for folder in nvme},
+        "paths": {path: _contents(Path(path)) for path in paths},
+        "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
+        "time": time.time(),
+    }
+
+
+def code_digest() -> str:
+    """The version and a digest of zinf's own files: hosts have to run the same."""
+    root = Path(zinf_cli.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return f"{metadata.version('zinf')} ({digest.hexdigest()[:8]})"
+
+
+def _drive(folder: Path) -> dict[str, Any]:
+    """Free bytes, the file system's number, and whether direct I/O works; "problem" where nothing can be written."""
+    made = []
+    try:
+        space = drive_space(folder)
+        for part in reversed([folder, *folder.parents]):
+            if not part.exists():
+                part.mkdir()
+                made.append(part)
+        return {"free": space.free_bytes, "device": space.device, "direct": _writes(folder), "problem": None}
+    except PreflightError as error:
+        return {"problem": error.message}
+    except OSError as error:
+        return {"problem": f"can't create a file: {error.strerror}"}
+    finally:
+        for part in reversed(made):
+            part.rmdir()
+
+
+def _writes(folder: Path) -> bool:
+    """Write to a file without a name, and say whether that went past the page cache."""
+    for flag in (os.O_DIRECT, 0):
+        try:
+            descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | flag, 0o600)
+            os.close(descriptor)
+        except OSError:
+            if flag == 0:
+                raise
+        else:
+            return bool(flag)
+    raise AssertionError
+
+
+def _contents(path: Path) -> str | None:
+    """A digest of the names and sizes below `path`, and of config.json itself; None where there is nothing."""
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        if file.name == "config.json":
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts(**json.load(sys.stdin))))

@@ -1,0 +1,123 @@
+"""A run's folder on one host, and how much of it the launcher has already.
+
+What ranks append to their logs, metrics and event files is sent to the launcher as it comes, so that the launcher's
+folder has it all even if the host is lost a moment later. Where the launcher sees the same folder (this machine, a
+shared file system) there is nothing to send. Standard library only, as supervisor.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+STOP_FILE = "stop"
+"""In the run's folder: asks the ranks to stop at the end of their step."""
+
+_MARK = ".launch"
+"""In a folder that is mirrored: the launch it belongs to."""
+_RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
+_CHUNK_BYTES = 1 << 18
+_PARTS = ("logs", "tensorboard", "")
+"""Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
+
+
+class RunFolder:
+    """The folder `path` of the launch `launch_id`; `nvme` are its folders on drives."""
+
+    def __init__(self, path: str, nvme: Sequence[str], launch_id: str) -> None:
+        self.path = Path(path)
+        self.mirrored = False
+        """Whether the launcher sees another folder than this one."""
+        self.behind = False
+        """Whether the last call of `news` left something out."""
+        self._nvme = [Path(folder) for folder in nvme]
+        self._launch_id = launch_id
+        self._sent: dict[str, int] = {}
+        self._delivered: list[str] = []
+        self._lock: int | None = None
+
+    def open(self, files: Mapping[str, str]) -> None:
+        """Lock the folder and write `files` into it, unless the launcher sees it; OSError if another run has it.
+
+        The launcher marks its own folder with the launch's id.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / f".{self._launch_id}").exists():
+            lock = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+                raise OSError(0, "another run is using this folder", str(self.path)) from None
+            self._lock, self.mirrored = lock, True
+            self._claim()
+            for name, text in files.items():
+                (self.path / name).write_text(text, encoding="utf-8")
+                self._delivered.append(name)
+        (self.path / "logs").mkdir(exist_ok=True)
+        for folder in self._nvme:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _claim(self) -> None:
+        """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost."""
+        mark = self.path / _MARK
+        if mark.exists() and mark.read_text() == self._launch_id:
+            return
+        there = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
+        number = 1
+        while (self.path / "earlier" / str(number)).exists():
+            number += 1
+        for entry in there:
+            (self.path / "earlier" / str(number)).mkdir(parents=True, exist_ok=True)
+            entry.rename(self.path / "earlier" / str(number) / entry.name)
+        mark.write_text(self._launch_id)
+
+    def begin(self) -> None:
+        """Ranks are about to start."""
+        (self.path / STOP_FILE).unlink(missing_ok=True)
+
+    def news(self) -> Iterator[tuple[str, int, bytes]]:
+        """(name, offset, bytes) of what was appended since the last call, at most a chunk of each file."""
+        self.behind = False
+        for name in self._names():
+            offset = self._sent.get(name, 0)
+            with contextlib.suppress(OSError):
+                with (self.path / name).open("rb") as file:
+                    file.seek(offset)
+                    data = file.read(_CHUNK_BYTES)
+                if data or name not in self._sent:
+                    self._sent[name] = offset + len(data)
+                    self.behind = self.behind or len(data) == _CHUNK_BYTES
+                    yield name, offset, data
+
+    def remove(self) -> None:
+        """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
+        if self.mirrored:
+            for part in filter(None, _PARTS):
+                shutil.rmtree(self.path / part, ignore_errors=True)
+            for name in (*self._delivered, "metrics.jsonl", _MARK):
+                (self.path / name).unlink(missing_ok=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the folder up; folders that are empty were made for this run and go."""
+        (self.path / STOP_FILE).unlink(missing_ok=True)
+        empty = [*self._nvme, *(self.path / part for part in _PARTS if self.mirrored)]
+        for folder in empty:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _names(self) -> Iterator[str]:
+        for part in _PARTS:
+            with contextlib.suppress(OSError), os.scandir(self.path / part) as entries:
+                for entry in entries:
+                    name = os.path.join(part, entry.name)  # noqa: PTH118
+                    if (part or name == "metrics.jsonl") and not name.endswith(".partial") and entry.is_file():
+                        yield name

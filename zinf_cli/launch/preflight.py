@@ -1,0 +1,211 @@
+"""Is every host ready? All of them are asked at once, and all that is wrong is told at once, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.errors import HostError, PreflightError
+from zinf_cli.hosts import Host
+from zinf_cli.launch.connection import Connection, Lifelines, at_all
+from zinf_cli.launch.facts import code_digest
+from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
+
+COLUMNS = ("ssh", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
+
+_FACTS_S = 120.0
+_MOST_SKEW_S = 5.0
+"""Clocks that differ more can't tell which rank failed first."""
+
+
+@dataclass
+class Row:
+    """What was found out about a host: a short text for each column that was got to."""
+
+    host: Host
+    connection: Connection | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    cells: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    """Column to what is wrong there, and what to do."""
+
+    def note(self, column: str, text: str, problem: str | None = None) -> None:
+        self.cells[column] = text
+        if problem is not None:
+            self.problems[column] = problem
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found out about all hosts."""
+
+    rows: Sequence[Row]
+    rendezvous: Rendezvous | None
+    absent: Sequence[Row] = ()
+    """Hosts that do not answer, and are not needed."""
+
+    @property
+    def problems(self) -> list[str]:
+        """`host: what is wrong`, of every host."""
+        return [f"{row.host.name}: {problem}" for row in self.rows for problem in row.problems.values()]
+
+    @property
+    def connections(self) -> list[Connection]:
+        return [row.connection for row in self.rows if row.connection is not None]
+
+    def require_ready(self) -> None:
+        """PreflightError unless all hosts are ready."""
+        count = sum(bool(row.problems) for row in self.rows)
+        if count:
+            raise PreflightError(f"{count} of {len(self.rows)} hosts are not ready", hint="nothing was started")
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A document for each host: its cells, its problems by column, and the facts behind them."""
+        return [
+            {"host": row.host.name, "checks": row.cells, "problems": row.problems, "facts": row.facts}
+            for row in self.rows
+        ]
+
+
+def check_hosts(
+    hosts: Sequence[Host],
+    lifelines: Lifelines,
+    *,
+    paths: Sequence[str] = (),
+    nvme: Sequence[str] = (),
+    min_hosts: int | None = None,
+) -> Preflight:
+    """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
+
+    `min_hosts` have to answer, by default all.
+    """
+    rows = [Row(host) for host in hosts]
+    question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
+    at_all(lambda row: _ask(row, lifelines, question), rows)
+    absent = [row for row in rows if row.connection is None]
+    if min_hosts is not None and len(rows) - len(absent) >= min_hosts:
+        rows = [row for row in rows if row.connection is not None]
+    else:
+        absent = []
+    answered = [row for row in rows if row.facts]
+    for row in answered:
+        _judge(row, answered)
+    for path in paths:
+        _compare(path, answered)
+    ready = [row for row in rows if row.connection is not None]
+    rendezvous = _meet(ready) if len(ready) == len(rows) > 1 else None
+    return Preflight(rows, rendezvous, absent)
+
+
+def _ask(row: Row, lifelines: Lifelines, question: str) -> None:
+    """Connect, and ask for the facts."""
+    try:
+        row.connection = lifelines.connect(row.host)
+    except HostError as error:
+        row.note("ssh", "no", f"{error.message} ({error.hint})" if error.hint else error.message)
+        return
+    row.note("ssh", "ok")
+    row.note("python", row.connection.python)
+    command = [sys.executable, "-m", "zinf_cli.launch.facts"]
+    asked = time.time()
+    try:
+        done = row.connection.capture(command, within=_FACTS_S, text=question)
+    except HostError as error:
+        row.note("zinf", "no", error.message)
+        return
+    if done["code"] != 0:
+        last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
+        row.note("zinf", "no", f"zinf does not run there by {sys.executable}: {last[0]}")
+        return
+    row.facts = json.loads(done["output"])
+    there = row.facts.pop("time")
+    row.facts["skew"] = there - min(max(there, asked), time.time())
+
+
+def _judge(row: Row, answered: Sequence[Row]) -> None:
+    """What the facts say of one host, beside what the others have."""
+    facts, here = row.facts, code_digest()
+    row.note(
+        "zinf",
+        facts["code"],
+        None if facts["code"] == here else f"zinf {facts['code']} is not the launcher's {here}: install the same there",
+    )
+    torch = answered[0].facts["torch"]
+    row.note(
+        "torch",
+        facts["torch"],
+        None if facts["torch"] == torch else f"torch {facts['torch']}, but {torch} on {answered[0].host.name}",
+    )
+    _judge_slots(row, any(other.facts["accelerators"] for other in answered))
+    row.note("memory", format_bytes(facts["memory"]))
+    for folder, drive in facts["drives"].items():
+        _judge_drive(row, folder, drive)
+    skew = facts["skew"]
+    row.note(
+        "clock",
+        "ok" if abs(skew) < 0.1 else f"{skew:+.1f} s",
+        None
+        if abs(skew) < _MOST_SKEW_S
+        else f"its clock is {skew:+.0f} s off this machine's: start an NTP service there",
+    )
+    limit = facts["memlock"]
+    row.note("memlock", "unlimited" if limit < 0 else format_bytes(limit))
+
+
+def _judge_slots(row: Row, accelerated: bool) -> None:
+    there, wanted = row.facts["accelerators"], row.host.slots
+    if not accelerated:
+        row.note("slots", f"{len(wanted)} CPU")
+        return
+    problem = None
+    if wanted[-1] >= there:
+        problem = f"slot {wanted[-1]} is asked for, but there are {there} accelerators (nvidia)"
+    row.note("slots", f"{len(wanted)} of {there}", problem)
+
+
+def _judge_drive(row: Row, folder: str, drive: dict[str, Any]) -> None:
+    if drive["problem"] is not None:
+        row.note("nvme", "no", f"offload.nvme_path {folder}: {drive['problem']}")
+    elif "nvme" not in row.problems:
+        row.note("nvme", format_bytes(free_on_drives(row.facts)) + ("" if drive["direct"] else ", buffered"))
+
+
+def free_on_drives(facts: dict[str, Any]) -> int:
+    """Bytes free below all folders of a host; folders of one file system share them."""
+    spaces = {drive["device"]: drive["free"] for drive in facts["drives"].values() if drive["problem"] is None}
+    return sum(spaces.values())
+
+
+def _compare(path: str, answered: Sequence[Row]) -> None:
+    """The same files everywhere, judged by their names and sizes, and the text of config.json."""
+    first = next((row for row in answered if row.facts["paths"][path] is not None), None)
+    for row in answered:
+        contents = row.facts["paths"][path]
+        if contents is None:
+            row.note("files", "no", f"{path}: no such file or folder there")
+        elif first is not None and contents != first.facts["paths"][path]:
+            row.note(
+                "files", "differ", f"{path}: not the same files as on {first.host.name} (names, sizes, config.json)"
+            )
+        elif "files" not in row.problems:
+            row.note("files", "ok")
+
+
+def _meet(rows: Sequence[Row]) -> Rendezvous | None:
+    """Open a port on the first host and have all others try it."""
+    try:
+        rendezvous = find_rendezvous([row.connection for row in rows if row.connection is not None])
+    except HostError as error:
+        rows[0].note("rendezvous", "no", f"can't open a port for the ranks to meet: {error.message}")
+        return None
+    for row, way in zip(rows, rendezvous.ways, strict=True):
+        if isinstance(way, HostError):
+            row.note("rendezvous", "no", f"{way.message}, where the ranks meet: open the firewall between the hosts")
+        else:
+            row.note("rendezvous", f"by {way}" if way else "ok")
+    return rendezvous

@@ -1,0 +1,172 @@
+"""The processes of a run on one host: started tethered, found wherever they hang, ended together.
+
+Standard library only: a supervisor takes this file along to hosts of which nothing is known yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+LAUNCH_ID = "ZINF_LAUNCH_ID"
+"""In the environment of every process of a launch."""
+AGENT_PID = "ZINF_AGENT_PID"
+"""In the environment of every rank: the process a rank is tethered to."""
+
+_GRACE_S = 1.0
+"""From SIGTERM to SIGKILL."""
+_KILL_TIMEOUT_S = 5.0
+"""A process that outlives SIGKILL this long sits in the kernel (a hung drive or GPU) and can't be ended."""
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_prctl = ctypes.CDLL(None).prctl
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def become_subreaper() -> None:
+    """From now on a process below whose parent dies becomes a child of this one, not of init."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+class Child:
+    """A process in a session of its own that dies with this one; `code` is None while it runs.
+
+    Its output goes into the file `log`, or without one is kept for `output` and `errors`. This process must have no
+    threads, since what follows the fork is Python.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: str | None, text: str) -> None:
+        self.code: int | None = None
+        self._kept: list[IO[bytes]] = []
+        with contextlib.ExitStack() as opened:
+            stdin = opened.enter_context(tempfile.TemporaryFile())
+            stdin.write(text.encode())
+            stdin.seek(0)
+            if log is None:
+                self._kept = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+                outputs = [file.fileno() for file in self._kept]
+            else:
+                outputs = [opened.enter_context(Path(log).open("wb")).fileno()] * 2
+            parent = os.getpid()
+            self.pid = os.fork()
+            if self.pid == 0:
+                _become(command, environment, [stdin.fileno(), *outputs], parent)
+
+    def output(self) -> str:
+        return self._text(0)
+
+    def errors(self) -> str:
+        return self._text(1)
+
+    def _text(self, number: int) -> str:
+        if not self._kept:
+            return ""
+        self._kept[number].seek(0)
+        return self._kept[number].read().decode(errors="replace")
+
+
+def _become(
+    command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], parent: int
+) -> NoReturn:
+    """The child's side of a fork: tether it, then exec."""
+    try:
+        os.setsid()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() == parent:
+            signal.set_wakeup_fd(-1)
+            for number in (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            for target, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, target)
+            os.execve(command[0], list(command), {**environment, AGENT_PID: str(os.getpid())})
+    finally:
+        os.write(2, f"can't start {command[0]}\n".encode())
+        os._exit(127)
+
+
+def reap() -> Iterator[tuple[int, int]]:
+    """(pid, exit code as subprocess gives it) of every child that has ended."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            yield pid, os.waitstatus_to_exitcode(status)
+
+
+def end_descendants() -> None:
+    """SIGTERM to all of it, then SIGKILL, again until nothing is left: a process may fork while the others die."""
+    _signal_all(_descendants(), signal.SIGTERM)
+    deadline = time.monotonic() + _GRACE_S
+    while _descendants() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while (left := _descendants()) and time.monotonic() < deadline:
+        _signal_all(left, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def end_marked(launch_id: str) -> int:
+    """SIGKILL to every process of a launch, wherever it hangs by now; how many there were."""
+    found = list(_marked(launch_id))
+    _signal_all(found, signal.SIGKILL)
+    return len(found)
+
+
+def vitals_of_tree() -> dict[str, int]:
+    """Of this process and all below it: "memory" with what they share counted once, and bytes "read" and "written"
+    from and to drives so far."""
+    vitals = {"memory": 0, "read": 0, "written": 0}
+    for pid in (os.getpid(), *_descendants()):
+        with contextlib.suppress(OSError):
+            vitals["memory"] += 1024 * _number(f"/proc/{pid}/smaps_rollup", "Pss:")
+            vitals["read"] += _number(f"/proc/{pid}/io", "read_bytes:")
+            vitals["written"] += _number(f"/proc/{pid}/io", "write_bytes:")
+    return vitals
+
+
+def _number(file: str, name: str) -> int:
+    lines = (line.split() for line in Path(file).read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[0] == name), 0)
+
+
+def _descendants() -> list[int]:
+    """Living processes below this one, parents before children: a guard told before its rank dies knows why it did."""
+    children: dict[int, list[int]] = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                children.setdefault(int(parent), []).append(pid)
+    found = [os.getpid()]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def _marked(launch_id: str) -> Iterator[int]:
+    mark = f"{LAUNCH_ID}={launch_id}".encode()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                yield pid
+
+
+def _pids() -> list[int]:
+    """All but this one; os.listdir, since a Path for each of thousands of processes takes too long."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
+
+
+def _signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)

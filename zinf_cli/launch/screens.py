@@ -1,0 +1,65 @@
+"""What a launch on many hosts puts on the screen: the preflight table, and the failure that ended a run."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from zinf_cli.launch.failure import Failure
+from zinf_cli.launch.logs import LogLine
+from zinf_cli.launch.preflight import COLUMNS, Preflight
+
+_LAST_LINES = 12
+_COLOURS = ("cyan", "magenta", "green", "blue", "yellow", "bright_cyan", "bright_magenta", "bright_green")
+
+
+def preflight_screen(preflight: Preflight) -> RenderableType:
+    """A row for each host, and below it everything that is wrong."""
+    rows = [*preflight.rows, *preflight.absent]
+    columns = [column for column in COLUMNS if any(column in row.cells for row in rows)]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("host")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        cells = [
+            Text(row.cells.get(column, ""), style="bold red" if column in row.problems else "") for column in columns
+        ]
+        table.add_row(row.host.name, *cells)
+    problems = [Text(f"✗ {problem}", style="red") for problem in preflight.problems]
+    problems += [
+        Text(f"- {row.host.name}: left out: {problem}", style="yellow")
+        for row in preflight.absent
+        for problem in row.problems.values()
+    ]
+    return Group(table, *([Text(), *problems] if problems else []))
+
+
+def log_line(line: LogLine) -> Text:
+    """`host:rank │ text`, each rank in a colour that stays the same."""
+    prefix = Text(f"{line.host}:{line.rank} │ ", style=_COLOURS[line.rank % len(_COLOURS)])
+    return prefix.append(line.text, style="default")
+
+
+def failure_screen(failure: Failure, others: str) -> RenderableType:
+    """Who failed first, its last lines, where the rest of them is, and what became of the others."""
+    who = failure.host
+    if failure.rank is not None:
+        local = "" if failure.local_rank is None else f", local {failure.local_rank}"
+        who = f"rank {failure.rank} ({failure.host}{local})"
+    lines: list[RenderableType] = [Text(f"{who}: {failure.message}", style="bold")]
+    last = _last_lines(failure)
+    if last:
+        lines += [Text(), *(Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in last)]
+    lines += [Text(), Text(f"log     {failure.log}", overflow="fold")]
+    if others:
+        lines.append(Text(f"others  {others}"))
+    return Panel(Group(*lines), title="the first failure", border_style="red", expand=False)
+
+
+def _last_lines(failure: Failure) -> list[str]:
+    if not failure.log.exists():
+        return []
+    return failure.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]

@@ -1,0 +1,90 @@
+"""What a run reports: its metrics as they come, its traces, and summary.json at the end."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.launch.runner import Outcome
+from zinf_cli.plan.plan import Plan
+
+
+@dataclass
+class Watch:
+    """Follows metrics.jsonl."""
+
+    run_dir: Path
+    show: Callable[[dict[str, Any]], None]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    _offset: int = 0
+
+    def poll(self) -> None:
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self.lines.append(json.loads(line))
+                    self.show(self.lines[-1])
+
+
+def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
+    """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
+    status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
+    steps = [line for line in watch.lines if "loss" in line]
+    evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
+
+    def median(key: str) -> float | None:
+        return statistics.median(line[key] for line in steps) if steps else None
+
+    waits = [line["wait_s"] / line["step_s"] for line in steps]
+    traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steps]
+    planned = [plan.nvme_traffic if line["updated_in_backward"] else plan.nvme_traffic_clipped for line in steps]
+    wait_share = statistics.median(waits) if waits else None
+    return {
+        "status": status,
+        "error": outcome.failure.message if outcome.failure is not None else None,
+        "steps": len(steps),
+        "max_steps": plan.max_steps,
+        "tokens": sum(line["tokens"] for line in steps),
+        "first_loss": steps[0]["loss"] if steps else None,
+        "last_loss": steps[-1]["loss"] if steps else None,
+        "first_eval_loss": evals[0] if evals else None,
+        "last_eval_loss": evals[-1] if evals else None,
+        "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
+        "measured": {
+            "step_s": median("step_s"),
+            "tokens_per_s": median("tokens_per_s"),
+            "tflops_per_rank": median("tflops_per_rank"),
+            "wait_share": wait_share,
+            "host_cpu_bytes": outcome.host_cpu_bytes,
+            "cpu_bytes": max((line["cpu_bytes"] for line in steps), default=None),
+            "device_bytes": max((line["device_bytes"] for line in steps), default=None),
+            "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),
+            "nvme_traffic": statistics.median(traffic) if traffic else None,
+        },
+        "predicted": {
+            "step_s": max(plan.compute_s, plan.nvme_s),
+            "bottleneck": plan.bottleneck,
+            "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
+            "cpu_bytes": plan.cpu_bytes_per_rank,
+            "nvme_bytes": plan.nvme_bytes,
+            "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
+        },
+    }
+
+
+def merge_traces(run_dir: Path) -> None:
+    """trace.json: the spans of every rank in one document."""
+    events = []
+    for path in sorted((run_dir / "logs").glob("trace-*.json")):
+        events += json.loads(path.read_text())["traceEvents"]
+        path.unlink()
+    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))

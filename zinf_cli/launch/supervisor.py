@@ -1,0 +1,230 @@
+"""The program that looks after a run on one host, at the far end of a lifeline to the launcher.
+
+    launcher ══ lifeline ══ supervisor ── torchrun's agent ── one guard per rank ── the rank ── whatever it starts
+
+The launcher sends it to a bare Python on the host (transport.py), so it needs nothing but the standard library. On
+the launcher's own machine the lifeline is a pair of pipes, elsewhere an SSH channel. What comes in on stdin are
+requests, a JSON object a line, and empty lines, the launcher's heartbeats; what goes out on stdout are answers, events
+and the supervisor's own heartbeats.
+
+None of the run outlives its supervisor, and none outlives the launcher. When the lifeline closes or is silent for too
+long, when a signal comes or the agent ends, everything below is ended: SIGTERM, then SIGKILL until nothing is left.
+The supervisor is a sub-reaper, so a walk down from here finds all of it. If the supervisor itself is killed, the
+kernel kills the agent (PR_SET_PDEATHSIG), then the guards, and then their ranks; what else they had started still
+carries the launch's id in its environment, by which the next supervisor's `sweep` finds it.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from zinf_cli.launch.addresses import interface_of, own_address
+from zinf_cli.launch.mirror import STOP_FILE, RunFolder
+from zinf_cli.launch.process_tree import (
+    ENDING_SIGNALS,
+    LAUNCH_ID,
+    Child,
+    become_subreaper,
+    end_descendants,
+    end_marked,
+    reap,
+    vitals_of_tree,
+)
+
+_HEARTBEAT_S = 1.0
+_POLL_S = 0.1
+_MOST_OUTGOING_BYTES = 8 << 20
+"""Queued for the launcher before files have to wait."""
+
+
+class _Signalled(Exception):  # noqa: N818
+    """A signal that ends the supervisor."""
+
+
+class Supervisor:
+    """Serves one launcher until the lifeline is gone, or silent for `silence_s` seconds."""
+
+    def __init__(self, launch_id: str, silence_s: float) -> None:
+        self._launch_id = launch_id
+        self._silence_s = silence_s
+        self._incoming = b""
+        self._outgoing = b""
+        self._heard = self._spoken = time.monotonic()
+        self._folder: RunFolder | None = None
+        self._child: Child | None = None
+        self._listener: socket.socket | None = None
+
+    def serve(self) -> None:
+        """Until the lifeline closes or falls silent, or a signal comes; then end everything."""
+        become_subreaper()
+        os.set_blocking(1, False)  # a launcher that reads nothing must not hold up the rest
+        wake, woken = os.pipe()
+        os.set_blocking(woken, False)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        for number in ENDING_SIGNALS:
+            signal.signal(number, _raise_signalled)
+        try:
+            self._send({"event": "hello", "pid": os.getpid(), "python": sys.version.split()[0]})
+            while time.monotonic() - self._heard < self._silence_s:
+                ready, _, _ = select.select([0, wake], [1] if self._outgoing else [], [], _POLL_S)
+                if wake in ready:
+                    os.read(wake, 4096)
+                if 0 in ready and not self._receive():
+                    break
+                self._watch()
+                if time.monotonic() - self._spoken >= _HEARTBEAT_S:
+                    self._beat()
+                self._flush()
+        except (_Signalled, OSError):
+            pass
+        finally:
+            for number in ENDING_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            end_descendants()
+            if self._folder is not None:
+                self._folder.leave()
+
+    def _beat(self) -> None:
+        """Say that all is well and, while ranks run, what they take."""
+        self._spoken = time.monotonic()
+        if self._folder is not None and self._child is not None:
+            self._send({"event": "vitals", **vitals_of_tree()})
+        else:
+            self._outgoing += b"\n"
+
+    def _receive(self) -> bool:
+        """Take what has come in and do what it asks; False once the lifeline is closed."""
+        data = os.read(0, 1 << 16)
+        *lines, self._incoming = (self._incoming + data).split(b"\n")
+        for line in filter(None, lines):
+            request = json.loads(line)
+            try:
+                answer = getattr(self, "do_" + request.pop("do"))(**request)
+                self._send({"answer": answer})
+            except OSError as error:
+                place = f"{error.filename}: " if error.filename else ""
+                self._send({"error": f"{place}{error.strerror or error}"})
+        self._heard = time.monotonic()
+        return bool(data)
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self._outgoing += json.dumps(message).encode() + b"\n"
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what the lifeline takes now."""
+        with contextlib.suppress(BlockingIOError):
+            while self._outgoing:
+                self._outgoing = self._outgoing[os.write(1, self._outgoing[: 1 << 16]) :]
+
+    def _watch(self) -> None:
+        """Reap, send on what the ranks wrote, and report the child's end once all of that is on its way."""
+        for pid, code in reap():
+            if self._child is not None and pid == self._child.pid:
+                self._child.code = code
+                end_descendants()
+        behind = False
+        if self._folder is not None and self._folder.mirrored:
+            behind = len(self._outgoing) > _MOST_OUTGOING_BYTES or self._send_news()
+        if self._child is not None and self._child.code is not None and not behind:
+            ended, self._child = self._child, None
+            self._send({"event": "ended", "code": ended.code, "output": ended.output(), "errors": ended.errors()})
+
+    def _send_news(self) -> bool:
+        """Send on what was appended to the files of the run's folder; whether there is more."""
+        assert self._folder is not None
+        for path, offset, data in self._folder.news():
+            text = base64.b64encode(data).decode()
+            self._send({"event": "file", "path": path, "offset": offset, "data": text})
+        return self._folder.behind
+
+    def do_listen(self, peer: str | None) -> dict[str, Any]:
+        """Open a port for other hosts to try, and keep it; the address by which `peer` reaches it."""
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        self._listener = socket.create_server(
+            ("", 0), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
+        )
+        return {"address": own_address(peer), "port": self._listener.getsockname()[1]}
+
+    def do_unlisten(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+
+    def do_own_address(self) -> str:
+        return own_address(None)
+
+    def do_reach(self, address: str, port: int, timeout_s: float) -> str | None:
+        """Connect to another host's listener; the interface that leads there."""
+        try:
+            with socket.create_connection((address, port), timeout=timeout_s) as there:
+                return interface_of(there.getsockname()[0])
+        except OSError as error:
+            raise OSError(0, f"can't reach {address} port {port}: {error.strerror or error}") from error
+
+    def do_open_folder(self, path: str, nvme: Sequence[str], files: Mapping[str, str]) -> None:
+        """Take the run's folder."""
+        folder = RunFolder(path, nvme, self._launch_id)
+        folder.open(files)
+        self._folder = folder
+
+    def do_close_folder(self) -> None:
+        """Send what the launcher does not have yet, then give the folder up."""
+        if self._folder is not None:
+            while self._folder.mirrored and self._send_news():
+                pass
+            self._folder.remove()
+            self._folder = None
+
+    def do_run(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        defaults: Mapping[str, str],
+        log: str | None = None,
+        text: str = "",
+    ) -> int:
+        """Start a process; its end is an event, which has its output where there is no `log`. Its pid.
+
+        `environment` is set, `defaults` where this host does not set them itself; the process reads `text`.
+        """
+        self.do_unlisten()
+        if self._folder is not None:
+            self._folder.begin()
+        variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id}
+        self._child = Child(command, variables, log, text)
+        return self._child.pid
+
+    def do_stop(self) -> None:
+        """Ask the ranks to stop at the end of their step."""
+        if self._folder is not None:
+            (self._folder.path / STOP_FILE).touch()
+
+    def do_kill(self) -> None:
+        end_descendants()
+
+    def do_sweep(self) -> int:
+        """End what an earlier supervisor of this launch had to leave; the number of processes."""
+        return end_marked(self._launch_id)
+
+
+def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Signalled
+
+
+def main(launch_id: str, silence_s: float) -> None:
+    """What transport.py calls on the host."""
+    with contextlib.suppress(OSError):
+        os.setsid()
+    Supervisor(launch_id, silence_s).serve()

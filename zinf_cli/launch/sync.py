@@ -1,0 +1,92 @@
+"""`--sync`: bring local files and folders to every host, to the same path there, over SFTP.
+
+A file that is there with the same size and time stays; on a shared file system that is every file. A file appears whole
+or not at all. What is only on the host stays, too.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from paramiko.ssh_exception import SSHException
+
+from zinf_cli.errors import HostError, PreflightError
+from zinf_cli.hosts import Host
+from zinf_cli.launch.connection import at_all
+from zinf_cli.launch.ssh import connect
+
+
+def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
+    """Bring `paths` (absolute) to all hosts at once; bytes sent to all of them. PreflightError names what failed.
+
+    Hosts that can't be reached are left to preflight, which says why.
+    """
+    files = [file for path in paths for file in _files(path)]
+    results = at_all(lambda host: _bring(files, host), hosts)
+    problems = [result.describe() for result in results if isinstance(result, HostError)]
+    if problems:
+        raise PreflightError("--sync: " + "; ".join(problems))
+    return sum(results)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.exists():
+        raise PreflightError(f"--sync: no such file or folder: {path}")
+    yield from sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _bring(files: Sequence[Path], host: Host) -> int:
+    """Bytes sent to one host."""
+    try:
+        connection = connect(host)
+    except HostError:
+        return 0
+    sent = 0
+    file = Path()
+    try:
+        sftp = connection.sftp()
+        made: set[Path] = set()
+        for file in files:
+            if not _is_there(sftp, file):
+                _make_folder(sftp, file.parent, made)
+                sent += _send(sftp, file)
+    except OSError as error:
+        raise HostError(f"{file}: {error.strerror or error}", where=host.name) from error
+    except (SSHException, EOFError) as error:
+        raise HostError(f"SFTP: {error or 'the host does not offer it'}", where=host.name) from error
+    finally:
+        connection.close()
+    return sent
+
+
+def _is_there(sftp: Any, file: Path) -> bool:
+    here = file.stat()
+    try:
+        there = sftp.stat(str(file))
+    except FileNotFoundError:
+        return False
+    return bool(there.st_size == here.st_size and there.st_mtime == int(here.st_mtime))
+
+
+def _make_folder(sftp: Any, folder: Path, made: set[Path]) -> None:
+    """With its parents, as `mkdir -p`."""
+    for part in reversed([folder, *folder.parents]):
+        if part not in made:
+            made.add(part)
+            try:
+                sftp.stat(str(part))
+            except FileNotFoundError:
+                sftp.mkdir(str(part))
+
+
+def _send(sftp: Any, file: Path) -> int:
+    """Beside its place, then renamed."""
+    here, partial = file.stat(), f"{file}.partial"
+    sftp.put(str(file), partial)
+    sftp.chmod(partial, stat.S_IMODE(here.st_mode))
+    sftp.utime(partial, (here.st_atime, int(here.st_mtime)))
+    sftp.posix_rename(partial, str(file))
+    return here.st_size

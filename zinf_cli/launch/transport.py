@@ -1,0 +1,130 @@
+"""The seam between the launcher and a host: how its supervisor is started, and how bytes go to and fro.
+
+A Transport opens a Channel to a host; there is one for this machine (a pair of pipes) and one for any other (ssh.py).
+Everything above knows neither.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import resources
+from typing import Protocol
+
+from zinf_cli.hosts import Host
+
+SILENCE_S = 10.0
+"""An end of a lifeline that hears nothing for so long takes the other for lost."""
+
+_MODULES = ("process_tree", "mirror", "addresses", "supervisor")
+"""Of zinf_cli.launch: what a supervisor consists of, importers last."""
+
+_LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
+"""Takes the supervisor's program from the start of stdin. It has no quotes or newlines: any shell has to take it."""
+
+
+class Channel(Protocol):
+    """Bytes to and from a supervisor."""
+
+    def send(self, data: bytes) -> None:
+        """All of it; OSError once the supervisor is gone."""
+
+    def receive(self) -> bytes:
+        """What has come, after waiting for some; b"" once the supervisor is gone."""
+
+    def close(self) -> None:
+        """Close the lifeline and wait until the supervisor has ended its run and itself."""
+
+    def abort(self) -> None:
+        """Give up a supervisor that does not answer, without a wait."""
+
+    def last_words(self) -> str:
+        """What the far side said on stderr, once it is gone."""
+
+
+class Transport(Protocol):
+    """Starts supervisors."""
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        """Start the supervisor of `host`; HostError says why that can't be."""
+
+
+def transport_to(hosts: Sequence[Host]) -> Transport:
+    """SSH to the hosts of a hostfile, pipes where there are none."""
+    if not hosts:
+        return Pipes()
+    from zinf_cli.launch.ssh import Ssh  # a local run needs no SSH library
+
+    return Ssh(sys.executable)
+
+
+class Pipes:
+    """To a supervisor on this machine."""
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        program = supervisor_program(launch_id)
+        channel = _PipeChannel(supervisor_command(sys.executable, program))
+        channel.send(program)
+        return channel
+
+
+class _PipeChannel:
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+
+    def send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._in.fileno(), left) :]
+
+    def receive(self) -> bytes:
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._in.close()
+        self._process.wait()
+        self._out.close()
+
+    def abort(self) -> None:
+        self._process.kill()
+
+    def last_words(self) -> str:
+        return ""  # its stderr is the launcher's
+
+
+def supervisor_command(python: str, program: bytes) -> list[str]:
+    """What to run on the host, before `program` is sent to its stdin."""
+    return [python, "-c", _LOADER, str(len(program))]
+
+
+def supervisor_program(launch_id: str) -> bytes:
+    """The Python text of a supervisor, whole: modules are made from their sources, then it serves."""
+    folder = resources.files("zinf_cli.launch")
+    sources = {f"zinf_cli.launch.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
+    return _PROGRAM.format(
+        packages=["zinf_cli", "zinf_cli.launch"], sources=sources, launch_id=launch_id, silence_s=SILENCE_S
+    ).encode()
+
+
+_PROGRAM = """
+import sys, types
+for name in {packages!r}:
+    sys.modules[name] = types.ModuleType(name)
+for name, source in {sources!r}.items():
+    sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), sys.modules[name].__dict__)
+sys.modules["zinf_cli.launch.supervisor"].main({launch_id!r}, {silence_s!r})
+"""
