@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
     {"errors", "amounts", "trace"},
-    {"recipe", "recipe_file", "hosts", "hardware"},
+    {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file"},
     {"plan"},
     {"console", "tiers"},
     {"engine"},
