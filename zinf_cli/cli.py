@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 _debug = False
 
 
@@ -53,6 +55,76 @@ def launch(
     from zinf_cli.launch.service import launch as run
 
     run(Request(recipe, tuple(overrides or ()), slots, dry_run, as_json), Console(stderr=True))
+
+
+@app.command()
+def estimate(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Instead of a recipe: a number of parameters, e.g. 7B or 1T.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Instead of --params: transformer blocks,")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="their hidden size,")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="attention heads [default: hidden / 128],")] = None,
+    vocab: Annotated[int, typer.Option(min=0, help="and rows of the embedding.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 1024,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences a GPU computes at once.")] = 1,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batches of a step, of all GPUs together [default: one each].")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a host [default: the profile's].")] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE", help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench."
+        ),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.")
+    ] = "infinity",
+    max_model: Annotated[bool, typer.Option("--max-model", help="Find the largest model that fits.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the terms and formulas.")] = False,
+    timeline: Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """Will it fit, and how fast will it be? Memory by tier and the time of a step, before anything is run."""
+    from rich.console import Console
+
+    from zinf_cli.launch.estimate import Flags, estimate_by_flags
+
+    given = list(recipe or ())
+    if given and "=" not in given[0]:
+        raise UsageError("a recipe can't be estimated in this version", hint="zinf launch --dry-run shows its plan")
+    flags = Flags(
+        params, layers, hidden, heads, vocab, seq_len, micro_batch_size, gradient_accumulation_steps, nodes,
+        gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json, tuple(given),
+    )  # fmt: skip
+    estimate_by_flags(flags, Console())
+
+
+@bench.command("nvme")
+def bench_nvme(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PATH ...]", help="Folders on drives, used together [default: here]."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Bytes of the files, all together; free again afterwards.")] = "4GiB",
+    block_sizes: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1MiB,4MiB,8MiB.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1,2,4,8,16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """How fast drives read and write, cache bypassed, by block size and threads; fio beside it where there is one."""
+    from rich.console import Console
+
+    from zinf_cli.bench.command import NvmeRequest, run_bench_nvme
+
+    request = NvmeRequest(tuple(paths or ()), size, block_sizes, threads, out, as_json)
+    run_bench_nvme(request, Console(stderr=True))
 
 
 @app.command()

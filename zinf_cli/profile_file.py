@@ -59,6 +59,8 @@ class Links(Section):
     """0: the CPU computes."""
     device_memory: Annotated[Capacity, Field(ge=0)] = 0
     """Of one accelerator."""
+    device_bandwidth: Bandwidth | None = None
+    """Of its memory."""
     cpu_memory: Size
     """Of the host."""
     matmul: dict[str, dict[int, Annotated[Number, Field(ge=1e7, le=1e17)]]]
@@ -80,8 +82,9 @@ class Links(Section):
     def _whole(self) -> Links:
         if not self.matmul or not all(self.matmul.values()):
             raise ValueError("matmul needs a rate for at least one precision and number of rows")
-        if self.accelerators and not (self.device_memory and self.copy_host and self.copy_alone):
-            raise ValueError("accelerators need device_memory, copy_host and copy_alone")
+        needed = (self.device_memory, self.device_bandwidth, self.copy_host, self.copy_alone)
+        if self.accelerators and not all(needed):
+            raise ValueError("accelerators need device_memory, device_bandwidth, copy_host and copy_alone")
         return self
 
 
@@ -162,6 +165,7 @@ def to_profile(measured: Measured) -> Profile:
         name=measured.name,
         accelerators=links.accelerators,
         device_memory=links.device_memory,
+        device_bandwidth=links.device_bandwidth or 1e13,
         cpu_memory=links.cpu_memory,
         drives=drives,
         matmul=links.matmul,

@@ -35,6 +35,8 @@ class Profile:
     """0: the CPU computes."""
     device_memory: int
     """Of one accelerator."""
+    device_bandwidth: float
+    """Of that memory."""
     cpu_memory: int
     drives: Drives
     matmul: Mapping[str, Mapping[int, float]]
@@ -88,6 +90,7 @@ _DGX2 = Profile(
     name="dgx2",
     accelerators=16,  # V100, ZeRO-Infinity figure 2b
     device_memory=32 * GIB,  # figure 2b
+    device_bandwidth=600 * GB,  # figure 2b: 600 to 900
     cpu_memory=3 * TIB // 2,  # figure 2b
     drives=Drives(
         space=28 * TIB,  # figure 2b
@@ -110,6 +113,7 @@ _DGX_H100 = Profile(
     name="dgx-h100",
     accelerators=8,  # DGX H100 datasheet
     device_memory=80 * GB,  # datasheet: 640 GB in all
+    device_bandwidth=3350 * GB,  # H100 SXM datasheet
     cpu_memory=2 * TB,  # datasheet
     drives=Drives(
         space=8 * 3840 * GB,  # datasheet: 8 U.2 drives of 3.84 TB
@@ -129,11 +133,13 @@ _H200 = replace(
     _DGX_H100,
     name="h200",
     device_memory=141 * GB,  # H200 datasheet; compute and links are those of the H100, eight to a host
+    device_bandwidth=4800 * GB,  # H200 datasheet
 )
 _RTX4090 = Profile(
     name="rtx4090-workstation",
     accelerators=1,
     device_memory=24 * GIB,  # GeForce RTX 4090 specifications
+    device_bandwidth=1008 * GB,  # the same
     cpu_memory=128 * GIB,  # four DIMMs of 32 GiB, the most of a common desktop board
     drives=Drives(
         space=4 * TB,  # one drive such as the Samsung 990 Pro 4TB

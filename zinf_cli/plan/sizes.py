@@ -91,6 +91,8 @@ SHAPES = (
     (80, 10240, 128), (100, 20480, 160), (128, 25600, 256), (195, 65536, 512), (315, 163840, 1024),
     # ZeRO-Infinity, table 1: 50B, 5T and 20T
     (62, 8192, 64), (174, 49152, 512), (205, 90112, 704),
+    # for tests on small machines
+    (2, 128, 2), (4, 256, 4), (6, 384, 6),
 )  # fmt: skip
 """(layers, hidden, heads) of models that were trained or planned; a number of parameters takes the nearest."""
 TOLERANCE = 0.03

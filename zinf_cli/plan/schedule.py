@@ -1,0 +1,251 @@
+"""A training step as data: operations of one rank, each with its lane, its amount and what it waits for.
+
+All ranks do the same at the same time, so one stands for all, with its share of what a host's ranks use together. Two
+schedules are stated here: zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update") and, to compare,
+ZeRO-Infinity's, which passes micro-batch after micro-batch and updates when the last is through. `simulate` plays them.
+
+Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
+"""In the sweep updates run on the compute lane; the lane "update" is the CPU of the paper's schedule."""
+GRAD_BYTES = 4
+"""A gradient is fp32 in zinf."""
+PIECES = 4
+"""Into how many pieces an update is cut here at most; the engine's chunks are finer."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """Something one lane does, without a break, when all of `after` (places in the list) are done."""
+
+    lane: str
+    rate: str
+    """Whose speed it has: the name of a lane, "matmul", "adamw" or "inside" (the network within a host)."""
+    name: str
+    amount: float
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitLoad:
+    """One unit in the order of the forward pass. Counts are of the whole unit, costs of one micro-batch on one rank."""
+
+    name: str
+    params: float
+    trainable: float
+    flops: float
+    """Of the forward pass."""
+    kept_bytes: float
+    """Its inputs, kept for the backward pass."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step is, apart from the speed of any machine."""
+
+    units: Sequence[UnitLoad]
+    micro_batches: int
+    per_sweep: int
+    world_size: int
+    placement: Mapping[str, str]
+    accelerator: bool
+    param_bytes: int = 2
+    """Of one parameter as it is computed with; with 4 it is its own master."""
+    eager: bool = False
+    depth: int = 4
+    """Visits that memory has room for, the one that is computed included."""
+    chunk_params: float = 8 * 2**20
+    """Parameters of an update that may be under way at once."""
+    exchange_bytes: float = 0
+    """Activations all-reduced within a host in a unit's forward pass, by model parallelism; classic_steps only."""
+
+
+@dataclass
+class _Ops:
+    """The list as it grows."""
+
+    step: Step
+    ops: list[Op] = field(default_factory=list)
+
+    def add(self, lane: str, name: str, amount: float, after: Sequence[int], rate: str | None = None) -> int:
+        self.ops.append(Op(lane, rate or lane, name, amount, tuple(after)))
+        return len(self.ops) - 1
+
+    def bring(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the tier of `state` to the compute device; what to wait for."""
+        return self._move(self._way(state, "nvme read", "copy in"), f"{name} {state}", num_bytes, after)
+
+    def send(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the compute device to the tier of `state`."""
+        return self._move(self._way(state, "nvme write", "copy out")[::-1], f"{name} {state}", num_bytes, after)
+
+    def _way(self, state: str, drive: str, copy: str) -> list[str]:
+        tier = self.step.placement[state]
+        lanes = [drive] if tier == "nvme" else []
+        return lanes + ([copy] if self.step.accelerator and tier != "device" else [])
+
+    def _move(self, lanes: Sequence[str], name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        last = list(after)
+        for lane in lanes if num_bytes else ():
+            last = [self.add(lane, name, num_bytes, last)]
+        return last
+
+    def between_ranks(self, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """All-gather or reduce-scatter of `num_bytes` in all."""
+        others = (self.step.world_size - 1) / self.step.world_size
+        return [self.add("network", name, num_bytes * others, after)] if others else list(after)
+
+
+def sweep_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
+    """`count` steps of zinf, each with the update of the one before; the operations, and each step's last compute."""
+    sweeps = _Sweeps(step)
+    return sweeps.ops.ops, [sweeps.step_of() for _ in range(count)]
+
+
+class _Sweeps:
+    """Visits, fetches that run ahead of them, updates on the way."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.ops = step, _Ops(step)
+        number = len(step.units)
+        self._released: list[int] = []
+        self._pieces: list[int] = []
+        self._params: list[list[int]] = [[] for _ in range(number)]
+        """By unit: the writes that the next read of its parameters waits for."""
+        self._grads: list[list[int]] = [[] for _ in range(number)]
+        self._kept: list[list[int]] = [[] for _ in range(number)]
+
+    def step_of(self) -> int:
+        step, last = self.step, len(self.step.units) - 1
+        left, first = step.micro_batches, True
+        while left > 0:
+            batches = min(step.per_sweep, left)
+            left -= batches
+            for number in range(last):
+                self._visit(number, batches, "forward", update=first and not step.eager)
+            self._visit(last, batches, "turn", update=first and not step.eager, first=first, final=left == 0)
+            for number in reversed(range(last)):
+                self._visit(number, batches, "backward", first=first, final=left == 0)
+            first = False
+        return self._released[-1]
+
+    def _visit(
+        self, number: int, batches: int, kind: str, *, update: bool = False, first: bool = True, final: bool = False
+    ) -> None:
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
+        ready = ops.bring(
+            "params", unit.name, unit.params / step.world_size * step.param_bytes, [*room, *self._params[number]]
+        )
+        if update:
+            ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
+        ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
+        if kind == "backward":
+            ready += ops.bring("activations", unit.name, unit.kept_bytes * batches, [*room, *self._kept[number]])
+        passes = {"forward": 1, "turn": 3, "backward": 3}[kind]
+        pieces = min(batches, PIECES)
+        for _ in range(pieces):
+            flops = unit.flops * passes * batches / pieces
+            ready = [ops.add("compute", f"{unit.name} {kind}", flops, ready, "matmul")]
+        self._released.append(ready[0])
+        if kind == "forward":
+            self._kept[number] = ops.send("activations", unit.name, unit.kept_bytes * batches, ready)
+        elif unit.trainable:
+            self._gradient(number, ready, room, first=first, final=final)
+
+    def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        own = unit.trainable / step.world_size * GRAD_BYTES
+        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
+        if not first:
+            reduced += ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
+        if final and step.eager:
+            self._update(number, reduced, reduced, with_grad=False)
+        else:
+            self._grads[number] = ops.send("grads", unit.name, own, reduced)
+
+    def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
+        """AdamW on this rank's slice, piece by piece; what the slot's next use waits for."""
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        own = unit.trainable / step.world_size
+        if not own:
+            return ready
+        pieces = max(1, min(PIECES, round(own / step.chunk_params * PIECES)))
+        piece = own / pieces
+        ahead = max(1, round(step.chunk_params / piece))
+        states = 8 if step.param_bytes == 4 else 12
+        writes: list[int] = []
+        for _ in range(pieces):
+            buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
+            reads = ops.bring("optimizer", unit.name, piece * states, [*after, *buffers])
+            if with_grad:
+                reads = reads + ops.bring("grads", unit.name, piece * GRAD_BYTES, [*after, *buffers])
+            done = [ops.add("compute", f"{unit.name} update", piece, [*reads, *ready], "adamw")]
+            self._pieces += ops.send("optimizer", unit.name, piece * states, done)
+            writes += ops.send("params", unit.name, piece * step.param_bytes, done)
+            ready = done
+        self._params[number] = writes
+        return ready
+
+
+def classic_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
+    """`count` steps as ZeRO-Infinity runs them: micro-batch after micro-batch, then the update, which all wait for.
+
+    fp16 gradients; the update is the CPU's where the optimizer states are not on the device, and streams
+    {fp32 gradient, momentum, variance, parameter} past it.
+    """
+    ops, released, ends, begun = _Ops(step), [], [], []  # type: ignore[var-annotated]
+    for _ in range(count):
+        kept: list[list[int]] = [[] for _ in step.units]
+        leaving: list[int] = []
+        for micro_batch in range(step.micro_batches):
+            order = [(number, "forward") for number in range(len(step.units))]
+            for number, kind in order + [(number, "backward") for number, _ in reversed(order)]:
+                unit = step.units[number]
+                room = [*released[-step.depth :][:1], *begun]
+                own = unit.params / step.world_size * 2
+                ready = ops.bring("params", unit.name, own, room)
+                ready = ops.between_ranks(f"gather {unit.name}", unit.params * 2, ready)
+                if kind == "backward":
+                    ready += ops.bring("activations", unit.name, unit.kept_bytes, [*room, *kept[number]])
+                passes = 1 if kind == "forward" else 3
+                ready = [
+                    ops.add("compute", f"{unit.name} {kind}", unit.flops * passes, [*ready, *released[-1:]], "matmul")
+                ]
+                if step.exchange_bytes:
+                    exchanged = step.exchange_bytes * (1 if kind == "forward" else 2)
+                    ready = [ops.add("network", f"{unit.name} all-reduce", exchanged, ready, "inside")]
+                released.append(ready[0])
+                if kind == "forward":
+                    kept[number] = ops.send("activations", unit.name, unit.kept_bytes, ready)
+                    continue
+                reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * 2, ready)
+                last = micro_batch == step.micro_batches - 1
+                leaving += ops.send("grads" if not last else "optimizer", unit.name, own * (2 if last else 1), reduced)
+        begun = _classic_update(ops, [*leaving, *released[-1:]])
+        ends.append(begun[-1])
+    return ops.ops, ends
+
+
+def _classic_update(ops: _Ops, after: list[int]) -> list[int]:
+    """Slice after slice through the CPU (or on the device); the last operations."""
+    step, last = ops.step, []
+    on_cpu = step.accelerator and step.placement["optimizer"] != "device"
+    streamed = step.placement["optimizer"] == "nvme"
+    for unit in step.units:
+        own = unit.trainable / step.world_size
+        ready = [ops.add("nvme read", f"{unit.name} optimizer", own * 16, after)] if streamed else after
+        lane = "update" if on_cpu else "compute"
+        done = [ops.add(lane, f"{unit.name} update", own, ready, "cpu adamw" if on_cpu else "adamw")]
+        if streamed:
+            last.append(ops.add("nvme write", f"{unit.name} optimizer", own * 12, done))
+        if step.placement["params"] == "nvme":
+            last.append(ops.add("nvme write", f"{unit.name} params", own * 2, done))
+        last += done
+    return last
