@@ -127,6 +127,22 @@ def bench_nvme(
     run_bench_nvme(request, Console(stderr=True))
 
 
+@bench.command("links")
+def bench_links(
+    hosts: Annotated[Path | None, typer.Option(help="A hostfile; without one, this machine.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """How fast this machine computes, updates, copies to its accelerators and gathers between its ranks."""
+    if hosts is not None:
+        raise UsageError("--hosts is not available in this version", hint="run it on each machine by itself")
+    from rich.console import Console
+
+    from zinf_cli.bench.command import run_bench_links
+
+    run_bench_links(out, as_json=as_json, console=Console(stderr=True))
+
+
 @app.command()
 def trace(
     run: Annotated[Path, typer.Argument(help="The folder of a run with profiler.enabled, or its trace.json.")],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -17,8 +20,9 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
 from zinf_cli.bench.nvme import BLOCK_SIZES, PAGE, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
-from zinf_cli.errors import UsageError
-from zinf_cli.profile_file import Best, Nvme, save_measured, user_file
+from zinf_cli.errors import Interrupted, RankError, UsageError
+from zinf_cli.launch.runner import run_ranks
+from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,65 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
         print(json.dumps({**result.to_json(), **({"fio": fio} if fio else {})}, indent=2))
     else:
         Console().print(nvme_screen(result, fio, out))
+
+
+def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> None:
+    """Ranks measure; the result on stdout and in the hardware.yaml."""
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        found = _ranks(Path(folder), "alone", 1, cores, console)
+        together = found["accelerators"] or min(2, cores)
+        if together > 1:
+            found |= _ranks(Path(folder), "together", together, max(1, cores // together), console)
+    links = Links.model_validate({**found, "matmul": _whole_rows(found["matmul"])})
+    path = out or user_file()
+    save_measured(path, "links", links, socket.gethostname())
+    if as_json:
+        print(json.dumps(links.model_dump(mode="json", exclude_none=True), indent=2))
+    else:
+        Console().print(links_screen(links, path))
+
+
+def _ranks(folder: Path, part: str, ranks: int, threads: int, console: Console) -> dict[str, Any]:
+    """What rank 0 wrote of one part."""
+    with console.status(f"measuring, {ranks} {'rank' if ranks == 1 else 'ranks'} ..."):
+        outcome = run_ranks(
+            "zinf_cli.bench.links", [str(folder), part], ranks=ranks, run_dir=folder, threads_per_rank=threads,
+            on_poll=lambda: None, notify=lambda line: None,
+        )  # fmt: skip
+    if outcome.interrupted:
+        raise Interrupted("interrupted")
+    if outcome.failure is not None:
+        raise RankError(f"rank {outcome.failure.rank}: {outcome.failure.message}")
+    found: dict[str, Any] = json.loads((folder / f"{part}.json").read_text())
+    return found
+
+
+def _whole_rows(matmul: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
+    """JSON has no numbers for keys."""
+    return {precision: {int(rows): rate for rows, rate in rates.items()} for precision, rates in matmul.items()}
+
+
+def links_screen(links: Links, out: Path) -> RenderableType:
+    """Rates of compute, update, copies and collectives."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("matrix products, rows")
+    counts = sorted({rows for rates in links.matmul.values() for rows in rates})
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    for precision, rates in links.matmul.items():
+        table.add_row(precision, *(f"{rates[count] / 1e12:.3g} TFLOP/s" if count in rates else "" for count in counts))
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("a whole block's pass", f"{links.sustained:.2f} of that")
+    lines.add_row("AdamW on the CPU", f"{links.adamw / 1e9:.2f} billion parameters/s")
+    for name, rate in (
+        ("CPU memory to one accelerator", links.copy_alone),
+        ("to all of them", links.copy_host),
+        ("all-gather, into one rank", links.collective),
+    ):
+        if rate is not None:
+            lines.add_row(name, f"{rate / 1e9:.3g} GB/s")
+    return Group(table, Text(), lines, Text(), Text(f"kept in {out}, where launch and estimate look for it"))
 
 
 def nvme_screen(result: Result, fio: dict[str, object] | None, out: Path) -> RenderableType:
