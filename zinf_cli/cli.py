@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
 _debug = False
 
 
@@ -64,46 +65,75 @@ def estimate(
         typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
     ] = None,
     params: Annotated[
-        str | None, typer.Option(help="Instead of a recipe: a number of parameters, e.g. 7B or 1T.")
+        str | None, typer.Option(help="Parameters, e.g. 7B or 1T; a usual shape is chosen.", rich_help_panel=MODEL)
     ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Instead of --params: transformer blocks,")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="their hidden size,")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="attention heads [default: hidden / 128],")] = None,
-    vocab: Annotated[int, typer.Option(min=0, help="and rows of the embedding.")] = 0,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 1024,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences a GPU computes at once.")] = 1,
+    layers: Annotated[int | None, typer.Option(min=1, help="Or: transformer blocks,", rich_help_panel=MODEL)] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="their hidden size,", rich_help_panel=MODEL)] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="attention heads (default: hidden / 128).", rich_help_panel=MODEL)
+    ] = None,
+    vocab: Annotated[int, typer.Option(min=0, help="Rows of a tied embedding.", rich_help_panel=MODEL)] = 0,
+    max_model: Annotated[
+        bool, typer.Option("--max-model", help="Or: find the largest model that fits.", rich_help_panel=MODEL)
+    ] = False,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=STEP)] = 1024,
+    micro_batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)
+    ] = 1,
     gradient_accumulation_steps: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batches of a step, of all GPUs together [default: one each].")
+        int | None,
+        typer.Option(
+            min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP
+        ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a host [default: the profile's].")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of a host (default: the profile's).", rich_help_panel=MACHINE)
+    ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
-            metavar="PROFILE", help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench."
+            metavar="PROFILE",
+            help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench "
+            "(default: this machine's, where it was measured, or dgx2).",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.")
+        str,
+        typer.Option(
+            help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.", rich_help_panel=MACHINE
+        ),
     ] = "infinity",
-    max_model: Annotated[bool, typer.Option("--max-model", help="Find the largest model that fits.")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the terms and formulas.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")] = False,
     timeline: Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
-    """Will it fit, and how fast will it be? Memory by tier and the time of a step, before anything is run."""
+    """Will it fit, and how fast will it be? Nothing is loaded and nothing is run.
+
+    Training a model takes about 20 bytes for each parameter, and activations besides. This says which of them lie in
+    GPU memory, in CPU memory and on NVMe, what each has to hold, how long a step takes, and what holds it up.
+
+    With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.
+    """
     from rich.console import Console
 
     from zinf_cli.launch.estimate import Flags, estimate_by_flags
 
     given = list(recipe or ())
-    if given and "=" not in given[0]:
-        raise UsageError("a recipe can't be estimated in this version", hint="zinf launch --dry-run shows its plan")
+    path = Path(given.pop(0)) if given and "=" not in given[0] else None
     flags = Flags(
         params, layers, hidden, heads, vocab, seq_len, micro_batch_size, gradient_accumulation_steps, nodes,
         gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json, tuple(given),
     )  # fmt: skip
-    estimate_by_flags(flags, Console())
+    if path is None:
+        estimate_by_flags(flags, Console())
+        return
+    if params or layers or hidden:
+        raise UsageError("give either a RECIPE or --params", hint=f"{path} is taken for the recipe")
+    from zinf_cli.launch.estimate_recipe import estimate_recipe
+
+    estimate_recipe(path, given, flags, Console())
 
 
 @bench.command("nvme")

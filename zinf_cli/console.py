@@ -34,7 +34,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     head.add_column(style="dim")
     head.add_column()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
-    head.add_row("host", f"this machine, {plan.world_size} {_ranks(plan)}, {plan.precision}")
+    head.add_row("host", f"{plan.figures.machine.name}, {plan.world_size} {_ranks(plan)}, {plan.precision}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
@@ -69,9 +69,11 @@ def _recomputed(plan: Plan) -> str:
 
 
 def _expectation(plan: Plan) -> str:
-    text = f"bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute a step"
+    text = f"{plan.step_s:.2g} s a step, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
     if plan.nvme_traffic:
-        text += f", {format_bytes(plan.nvme_traffic)} to and from NVMe ({plan.nvme_s:.2g} s at an assumed 2 GB/s)"
+        rate = plan.nvme_traffic * plan.world_size / plan.nvme_s / 1e9
+        known = "the measured" if plan.drives_measured else "an assumed"
+        text += f", {format_bytes(plan.nvme_traffic)} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
     return text
 
 
@@ -89,7 +91,7 @@ def _bytes_table(plan: Plan) -> Table:
 
 def _limits_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("on this machine")
+    table.add_column(f"on {plan.figures.machine.name}")
     table.add_column("needs", justify="right")
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")

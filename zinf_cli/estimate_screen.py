@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -11,7 +11,9 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.plan.estimate import BAND, Estimate
-from zinf_cli.plan.needs import TIERS, USABLE, capacity
+from zinf_cli.plan.needs import USABLE, capacity
+from zinf_cli.plan.placement import TIERS
+from zinf_cli.plan.simulate import Simulation
 from zinf_cli.plan.sizes import BYTES_PER_PARAM
 
 CLASS_NAMES = {
@@ -209,3 +211,20 @@ def _formulas(answer: Estimate) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def time_screen(played: Simulation, reasons: Mapping[str, str], *, known: bool) -> RenderableType:
+    """What a recipe's plan will take: placement with its reasons, the step's time and lanes."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for state, reason in reasons.items():
+        table.add_row(CLASS_NAMES[state], reason)
+    table.add_row("", "")
+    band = f"give or take {100 * BAND:.0f} %" if known else "by assumed rates; zinf bench measures them"
+    table.add_row("step", f"{seconds(played.step_s)}, {band}")
+    table.add_row("bound by", f"{played.bottleneck}; compute waits {100 * played.waiting:.0f} % of it")
+    for lane, share in played.busy.items():
+        if share >= 0.005:
+            table.add_row(lane, bar(share, 1.0, fits=True) + Text(f" {100 * share:.0f} %"))
+    return Panel(table, title="placement and time", expand=False)

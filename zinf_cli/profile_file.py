@@ -101,7 +101,7 @@ class Measured(Section):
     def drives(self) -> Drives | None:
         if self.nvme is None:
             return None
-        return Drives(self.nvme.space, self.nvme.read.bytes_per_s, self.nvme.write.bytes_per_s, self.nvme.both)
+        return Drives(self.nvme.space, self.nvme.read.bytes_per_s, self.nvme.write.bytes_per_s, self.nvme.both, True)
 
     def covers(self, folders: Sequence[Path]) -> bool:
         """Whether its drives are those of `folders`: the same file systems."""

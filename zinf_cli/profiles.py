@@ -24,6 +24,7 @@ class Drives:
     write: float
     both: float
     """Bytes per second in sum while reads and writes are under way."""
+    measured: bool = False
 
 
 @dataclass(frozen=True)

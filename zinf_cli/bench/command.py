@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +22,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
 from zinf_cli.bench.nvme import BLOCK_SIZES, PAGE, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
-from zinf_cli.errors import Interrupted, RankError, UsageError
-from zinf_cli.launch.runner import run_ranks
+from zinf_cli.errors import RankError, UsageError
 from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
 
 
@@ -70,6 +71,7 @@ def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> Non
     """Ranks measure; the result on stdout and in the hardware.yaml."""
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        (Path(folder) / "logs").mkdir()
         found = _ranks(Path(folder), "alone", 1, cores, console)
         together = found["accelerators"] or min(2, cores)
         if together > 1:
@@ -84,17 +86,18 @@ def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> Non
 
 
 def _ranks(folder: Path, part: str, ranks: int, threads: int, console: Console) -> dict[str, Any]:
-    """What rank 0 wrote of one part."""
+    """What rank 0 wrote of one part. The ranks are tethered to torchrun's agent, and end with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["--log-dir", os.devnull, "-m", "zinf_cli.bench.links", str(folder), part]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with console.status(f"measuring, {ranks} {'rank' if ranks == 1 else 'ranks'} ..."):
-        outcome = run_ranks(
-            "zinf_cli.bench.links", [str(folder), part], ranks=ranks, run_dir=folder, threads_per_rank=threads,
-            on_poll=lambda: None, notify=lambda line: None,
-        )  # fmt: skip
-    if outcome.interrupted:
-        raise Interrupted("interrupted")
-    if outcome.failure is not None:
-        raise RankError(f"rank {outcome.failure.rank}: {outcome.failure.message}")
-    found: dict[str, Any] = json.loads((folder / f"{part}.json").read_text())
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    path = folder / f"{part}.json"
+    if done.returncode or not path.is_file():
+        records = sorted((folder / "logs").glob("error-*.json"))
+        said = json.loads(records[0].read_text())["message"] if records else done.stderr.strip()[-500:]
+        raise RankError(f"a rank of the bench failed: {said}")
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 

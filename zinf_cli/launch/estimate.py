@@ -14,8 +14,9 @@ from zinf_cli.amounts import format_bytes, format_count, parse_count
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.plan.estimate import Estimate, estimate, hosts_needed, largest_model
 from zinf_cli.plan.memory import CLASSES
-from zinf_cli.plan.needs import STRATEGIES, TIERS, Question
-from zinf_cli.plan.simulate import write_timeline
+from zinf_cli.plan.needs import STRATEGIES, Question
+from zinf_cli.plan.placement import TIERS
+from zinf_cli.plan.simulate import Simulation, write_timeline
 from zinf_cli.plan.sizes import Transformer, shape_of
 from zinf_cli.profiles import BUILT_IN, Profile
 
@@ -61,10 +62,7 @@ def estimate_by_flags(flags: Flags, console: Console) -> None:
         question = replace(question, model=largest)
     answer = estimate(question)
     if flags.timeline is not None:
-        try:
-            write_timeline(answer.simulation, flags.timeline)
-        except OSError as error:
-            raise UsageError(f"can't write the timeline: {error.strerror}", where=str(flags.timeline)) from error
+        save_timeline(answer.simulation, flags.timeline)
     if flags.as_json:
         print(json.dumps(answer.to_json(), indent=2))
     else:
@@ -73,6 +71,14 @@ def estimate_by_flags(flags: Flags, console: Console) -> None:
         console.print(estimate_screen(answer, explain=flags.explain))
     if not answer.fits:
         raise CapacityError(f"does not fit: {_shortage(answer)}", hint=what_would_fit(answer))
+
+
+def save_timeline(played: Simulation, path: Path) -> None:
+    """Write it; UsageError where that is impossible."""
+    try:
+        write_timeline(played, path)
+    except OSError as error:
+        raise UsageError(f"can't write the timeline: {error.strerror}", where=str(path)) from error
 
 
 def question_of(flags: Flags) -> Question:

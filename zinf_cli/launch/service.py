@@ -25,7 +25,9 @@ from zinf_cli.errors import Interrupted, PreflightError, RankError, UsageError, 
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.runner import Outcome, run_ranks
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import Plan, make_plan
+from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
+from zinf_cli.plan.predict import profile_here
+from zinf_cli.profile_file import find_measured
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
 
@@ -57,7 +59,8 @@ def launch(request: Request, console: Console) -> None:
     _refuse_what_is_missing(recipe)
     with console.status("reading the model, its checkpoint and the text ..."):
         figures = _describe(recipe, request.slots)
-    plan = make_plan(recipe, figures)
+    measured = find_measured(None, request.recipe)
+    plan = make_plan(recipe, figures, profile_here(figures, nvme_folders(recipe), measured))
     console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
     if request.dry_run:
         if request.as_json:
@@ -258,8 +261,10 @@ def summarise(plan: Plan, watch: _Watch, status: str, failure: Failure | None) -
             "nvme_traffic": statistics.median(traffic) if traffic else None,
         },
         "predicted": {
-            "step_s": max(plan.compute_s, plan.nvme_s),
+            "step_s": plan.step_s,
+            "wait_share": 1 - plan.busy["compute"],
             "bottleneck": plan.bottleneck,
+            "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),
             "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
             "cpu_bytes": plan.cpu_bytes_per_rank,
             "nvme_bytes": plan.nvme_bytes,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.plan.needs import STRATEGIES, TIERS, Needs, Question, capacity, class_bytes, needs_of
+from zinf_cli.plan.needs import STRATEGIES, Needs, Question, capacity, class_bytes, needs_of
+from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.schedule import GRAD_BYTES, Step, UnitLoad, classic_steps, sweep_steps
 from zinf_cli.plan.simulate import RESOURCES, Host, Simulation, play, rates_of
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, SHAPES, Transformer, efficiency, shape_of
@@ -87,14 +88,17 @@ class Estimate:
                 continue
             faster = TIERS[TIERS.index(question.compute_tier) : TIERS.index(tier)]
             allowed = [name for name in faster if name in STRATEGIES[question.strategy].tiers[state]]
-            room = [
-                f"{name} has {format_bytes(max(0.0, self.needs.may_use[name] - self.needs.total(name)))} left"
-                for name in allowed
-            ]
+            room = [self._room(name, sizes[state]) for name in allowed]
             reasons[state] = f"{format_bytes(sizes[state])}" + (
                 f"; {', '.join(room)}" if room else ", the fastest tier"
             )
         return reasons
+
+    def _room(self, tier: str, num_bytes: float) -> str:
+        may_use = self.needs.may_use[tier]
+        if num_bytes > may_use:
+            return f"{tier} may hold {format_bytes(may_use)}"
+        return f"{tier} has {format_bytes(max(0.0, may_use - self.needs.total(tier)))} left"
 
     def to_json(self) -> dict[str, Any]:
         question, model, needs = self.question, self.question.model, self.needs

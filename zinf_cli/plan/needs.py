@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from zinf_cli.plan.memory import CLASSES, FRAMEWORK_BYTES, LAUNCHER_BYTES
+from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 from zinf_cli.profiles import GIB, Profile
 
-TIERS = ("device", "cpu", "nvme")
 CONTEXT_BYTES = 3 * GIB // 2
 """CUDA context, libraries and communication buffers of one rank."""
 USABLE = {"device": 0.9, "cpu": 0.9, "nvme": 0.7}

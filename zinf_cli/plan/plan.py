@@ -1,7 +1,8 @@
 """The plan: where every byte of a run will lie, what that leaves, and what will bound a step.
 
-`make_plan` judges placements from the fastest to the most frugal and takes the first that fits; classes the recipe
-pins stay where it says. What does not fit is refused with the numbers before anything is loaded.
+`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine and takes the
+fastest; classes the recipe pins stay where it says. What does not fit is refused with the numbers before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from zinf_cli.plan.memory import (
     state_bytes,
     working_buffers,
 )
+from zinf_cli.plan.placement import placements, undominated
+from zinf_cli.plan.predict import predict, profile_here
+from zinf_cli.plan.simulate import Host, rates_of
+from zinf_cli.profiles import Profile
 from zinf_cli.recipe import Recipe
 
-FRUGALITY = ("optimizer", "grads", "activations", "params")
-"""The order in which classes leave a faster tier: most bytes for the least traffic first."""
 MEMORY_SHARE = 0.9
 """Of what is available, where the recipe sets no budget."""
 
@@ -82,30 +85,33 @@ class Plan:
     limits: tuple[Limit, ...]
     compute_s: float
     nvme_s: float
-    """Expected seconds per step of compute, and of drive traffic at an assumed bandwidth."""
+    """Expected seconds per step of compute, and of drive traffic, each by itself."""
     nvme_traffic: int
     """Bytes read and written per step and rank."""
     figures: Figures
+    step_s: float = 0.0
+    """Expected seconds per step, all lanes together: the simulation's."""
+    bottleneck: str = "compute"
+    """The resource that is busiest in it."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Share of the step, by lane."""
+    drives_measured: bool = False
+    """Whether the drives' speed was measured on this machine."""
 
     @property
     def fits(self) -> bool:
         return all(limit.needed <= limit.allowed for limit in self.limits)
 
     @property
-    def bottleneck(self) -> str:
-        return "compute" if self.compute_s >= self.nvme_s else "nvme"
-
-    @property
     def cpu_bytes_per_rank(self) -> int:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "bottleneck": self.bottleneck}
+        return dataclasses.asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         document = json.loads(path.read_text())
-        del document["bottleneck"]
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
@@ -115,8 +121,11 @@ class Plan:
         return cls(**document)
 
 
-def make_plan(recipe: Recipe, figures: Figures) -> Plan:
-    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise."""
+def make_plan(recipe: Recipe, figures: Figures, profile: Profile | None = None) -> Plan:
+    """The fastest placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+
+    `profile`: the machine it is to run on; without one, this machine as far as it is known.
+    """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -125,42 +134,52 @@ def make_plan(recipe: Recipe, figures: Figures) -> Plan:
         )
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
-    plan = None
-    for choice in _choices(recipe, figures, micro_batches):
-        plan = _plan(recipe, figures, choice, micro_batches, sequences)
-        if not plan.fits:
-            continue
-        if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
-            limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-            kept = keepable(figures, choice, (limit.allowed - limit.needed) // figures.world_size)
-            plan = _plan(recipe, figures, replace(choice, kept=kept), micro_batches, sequences)
+    profile = profile or profile_here(figures, nvme_folders(recipe), None)
+    frugal = None
+    for choices in _choices(recipe, figures, micro_batches):
+        plans = [_plan(recipe, figures, choice, micro_batches, sequences) for choice in choices]
+        fitting = [(plan.placement, (plan, choice)) for plan, choice in zip(plans, choices, strict=True) if plan.fits]
+        if fitting:
+            worth = [_keeping(recipe, plan, choice) for plan, choice in undominated(fitting)]
+            return min((_with_time(plan, recipe, profile) for plan in worth), key=lambda plan: plan.step_s)
+        frugal = plans[-1]
+    assert frugal is not None
+    raise _does_not_fit(frugal)
+
+
+def _keeping(recipe: Recipe, plan: Plan, choice: Choice) -> Plan:
+    """The plan with the activations kept that there is room for, where that is left to it."""
+    if recipe.activation_checkpointing != "auto" or not choice.in_place("activations"):
         return plan
-    assert plan is not None
-    raise _does_not_fit(plan)
+    limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
+    kept = keepable(plan.figures, choice, (limit.allowed - limit.needed) // plan.world_size)
+    return _plan(recipe, plan.figures, replace(choice, kept=kept), plan.micro_batches, plan.sequences_per_step)
 
 
-def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[Choice]:
+def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
+    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    played = predict(plan, tokens, profile)
+    rates = rates_of(profile, Host(1, plan.world_size, plan.precision, tokens))
+    return replace(
+        plan,
+        compute_s=plan.compute_s * plan.figures.machine.flops / rates["matmul"],
+        nvme_s=plan.nvme_traffic / rates["both"],
+        step_s=played.step_s,
+        bottleneck=played.bottleneck,
+        busy=dict(played.busy),
+        drives_measured=profile.drives.measured,
+    )
+
+
+def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
+    """All placements with as many micro-batches in a sweep as there are, then with fewer; the most frugal ends each."""
     fixed = recipe.train.micro_batches_per_sweep
     sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
     compute_tier = "device" if figures.machine.accelerators else "cpu"
     asked = {state: getattr(recipe.offload, state) for state in CLASSES}
-    start = {state: compute_tier if tier == "auto" else tier for state, tier in asked.items()}
     kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
-    placements = [start]
-    for target in ("cpu", "nvme"):
-        for state in FRUGALITY:
-            current = placements[-1]
-            if asked[state] == "auto" and current[state] != target and not _slower(current[state], target):
-                placements.append({**current, state: target})
-    for placement in placements:
-        yield Choice(placement, sweeps[0], compute_tier, kept)
-    for per_sweep in sweeps[1:]:
-        yield Choice(placements[-1], per_sweep, compute_tier, kept)
-
-
-def _slower(tier: str, than: str) -> bool:
-    order = ("device", "cpu", "nvme")
-    return order.index(tier) > order.index(than)
+    for per_sweep in sweeps:
+        yield [Choice(placement, per_sweep, compute_tier, kept) for placement in placements(asked, compute_tier)]
 
 
 def _halvings(count: int) -> list[int]:
@@ -239,10 +258,14 @@ def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: W
 def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
     """(bytes, origin) per tier: the recipe's budget, and never more than the machine has."""
     offload = recipe.offload
-    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders(recipe))}
+    memory, space = figures.machine.cpu_bytes, figures.machine.nvme_bytes
+    if not memory:
+        memory = available_memory()
+        spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders(recipe))}
+        space = sum(spaces.values())
     machine = {
-        "cpu": (int(available_memory() * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
-        "nvme": (sum(spaces.values()), offload.nvme_space),
+        "cpu": (int(memory * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
+        "nvme": (space, offload.nvme_space),
     }
     if figures.machine.accelerators:
         machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
@@ -250,7 +273,7 @@ def _budgets(recipe: Recipe, figures: Figures) -> dict[str, tuple[int, str]]:
     for tier, (there, asked) in machine.items():
         key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
         asked_less = asked is not None and asked <= there
-        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, "this machine")
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, figures.machine.name)
     return budgets
 
 

@@ -42,7 +42,9 @@ class UnitLoad:
     flops: float
     """Of the forward pass."""
     kept_bytes: float
-    """Its inputs, kept for the backward pass."""
+    """What it leaves for the backward pass."""
+    recomputed: bool = True
+    """Whether the backward pass begins with its forward."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class _Sweeps:
         ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
         if kind == "backward":
             ready += ops.bring("activations", unit.name, unit.kept_bytes * batches, [*room, *self._kept[number]])
-        passes = {"forward": 1, "turn": 3, "backward": 3}[kind]
+        passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
             flops = unit.flops * passes * batches / pieces
