@@ -86,6 +86,9 @@ def estimate(
             min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP
         ),
     ] = None,
+    hosts: Annotated[
+        Path | None, typer.Option(help="A hostfile; without one, --nodes.", rich_help_panel=MACHINE)
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="GPUs of a host (default: the profile's).", rich_help_panel=MACHINE)
@@ -120,6 +123,8 @@ def estimate(
 
     from zinf_cli.launch.estimate import Flags, estimate_by_flags
 
+    if hosts is not None:
+        raise UsageError("--hosts is not available in this version", hint="give --nodes and --gpus-per-node")
     given = list(recipe or ())
     path = Path(given.pop(0)) if given and "=" not in given[0] else None
     flags = Flags(

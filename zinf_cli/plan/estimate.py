@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.plan.classic import classic_steps
 from zinf_cli.plan.needs import STRATEGIES, Needs, Question, capacity, class_bytes, needs_of
 from zinf_cli.plan.placement import TIERS
-from zinf_cli.plan.schedule import GRAD_BYTES, Step, UnitLoad, classic_steps, sweep_steps
+from zinf_cli.plan.schedule import GRAD_BYTES, Step, UnitLoad, sweep_steps
 from zinf_cli.plan.simulate import RESOURCES, Host, Simulation, play, rates_of
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, SHAPES, Transformer, efficiency, shape_of
 

@@ -1,8 +1,8 @@
 """A training step as data: operations of one rank, each with its lane, its amount and what it waits for.
 
-All ranks do the same at the same time, so one stands for all, with its share of what a host's ranks use together. Two
-schedules are stated here: zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update") and, to compare,
-ZeRO-Infinity's, which passes micro-batch after micro-batch and updates when the last is through. `simulate` plays them.
+All ranks do the same at the same time, so one stands for all, with its share of what a host's ranks use together. This
+is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"); classic.py states ZeRO-Infinity's
+schedule in the same words, and simulate.py plays both.
 
 Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw").
 """
@@ -65,11 +65,11 @@ class Step:
     chunk_params: float = 8 * 2**20
     """Parameters of an update that may be under way at once."""
     exchange_bytes: float = 0
-    """Activations all-reduced within a host in a unit's forward pass, by model parallelism; classic_steps only."""
+    """Activations all-reduced within a host in a unit's forward pass, by model parallelism (classic.py)."""
 
 
 @dataclass
-class _Ops:
+class Ops:
     """The list as it grows."""
 
     step: Step
@@ -114,7 +114,7 @@ class _Sweeps:
     """Visits, fetches that run ahead of them, updates on the way."""
 
     def __init__(self, step: Step) -> None:
-        self.step, self.ops = step, _Ops(step)
+        self.step, self.ops = step, Ops(step)
         number = len(step.units)
         self._released: list[int] = []
         self._pieces: list[int] = []
@@ -194,60 +194,3 @@ class _Sweeps:
             ready = done
         self._params[number] = writes
         return ready
-
-
-def classic_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
-    """`count` steps as ZeRO-Infinity runs them: micro-batch after micro-batch, then the update, which all wait for.
-
-    fp16 gradients; the update is the CPU's where the optimizer states are not on the device, and streams
-    {fp32 gradient, momentum, variance, parameter} past it.
-    """
-    ops, released, ends, begun = _Ops(step), [], [], []  # type: ignore[var-annotated]
-    for _ in range(count):
-        kept: list[list[int]] = [[] for _ in step.units]
-        leaving: list[int] = []
-        for micro_batch in range(step.micro_batches):
-            order = [(number, "forward") for number in range(len(step.units))]
-            for number, kind in order + [(number, "backward") for number, _ in reversed(order)]:
-                unit = step.units[number]
-                room = [*released[-step.depth :][:1], *begun]
-                own = unit.params / step.world_size * 2
-                ready = ops.bring("params", unit.name, own, room)
-                ready = ops.between_ranks(f"gather {unit.name}", unit.params * 2, ready)
-                if kind == "backward":
-                    ready += ops.bring("activations", unit.name, unit.kept_bytes, [*room, *kept[number]])
-                passes = 1 if kind == "forward" else 3
-                ready = [
-                    ops.add("compute", f"{unit.name} {kind}", unit.flops * passes, [*ready, *released[-1:]], "matmul")
-                ]
-                if step.exchange_bytes:
-                    exchanged = step.exchange_bytes * (1 if kind == "forward" else 2)
-                    ready = [ops.add("network", f"{unit.name} all-reduce", exchanged, ready, "inside")]
-                released.append(ready[0])
-                if kind == "forward":
-                    kept[number] = ops.send("activations", unit.name, unit.kept_bytes, ready)
-                    continue
-                reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * 2, ready)
-                last = micro_batch == step.micro_batches - 1
-                leaving += ops.send("grads" if not last else "optimizer", unit.name, own * (2 if last else 1), reduced)
-        begun = _classic_update(ops, [*leaving, *released[-1:]])
-        ends.append(begun[-1])
-    return ops.ops, ends
-
-
-def _classic_update(ops: _Ops, after: list[int]) -> list[int]:
-    """Slice after slice through the CPU (or on the device); the last operations."""
-    step, last = ops.step, []
-    on_cpu = step.accelerator and step.placement["optimizer"] != "device"
-    streamed = step.placement["optimizer"] == "nvme"
-    for unit in step.units:
-        own = unit.trainable / step.world_size
-        ready = [ops.add("nvme read", f"{unit.name} optimizer", own * 16, after)] if streamed else after
-        lane = "update" if on_cpu else "compute"
-        done = [ops.add(lane, f"{unit.name} update", own, ready, "cpu adamw" if on_cpu else "adamw")]
-        if streamed:
-            last.append(ops.add("nvme write", f"{unit.name} optimizer", own * 12, done))
-        if step.placement["params"] == "nvme":
-            last.append(ops.add("nvme write", f"{unit.name} params", own * 2, done))
-        last += done
-    return last
