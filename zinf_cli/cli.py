@@ -201,7 +201,9 @@ def trace(
 def main() -> None:
     """The entry point: run the app, turn errors into one red line and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code:  # typer makes 130 of Ctrl-C
+            raise SystemExit(code)
     except ZinfError as error:
         _report(error)
         raise SystemExit(error.exit_code) from None

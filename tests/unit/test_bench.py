@@ -56,7 +56,10 @@ def test_ctrl_c_in_the_middle_leaves_nothing_on_the_drive(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "zinf_cli.cli", "bench", "nvme", str(tmp_path), "--size", "512MiB"]
     before = _free(tmp_path)
     with subprocess.Popen(
-        [*command, "--out", str(tmp_path / "h.yaml")], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*command, "--out", str(tmp_path / "h.yaml")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as bench:
         while not _open_files(bench.pid, tmp_path):
             assert bench.poll() is None

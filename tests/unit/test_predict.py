@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 from test_plan import recipe_of
 
+from tiny_models import CONFIGS
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError
 from zinf_cli.launch.estimate import Flags
 from zinf_cli.launch.estimate_recipe import estimate_recipe
@@ -56,16 +57,21 @@ def test_only_placements_that_nothing_beats_are_timed() -> None:
 
 
 def test_what_has_to_leave_memory_is_what_costs_least(tmp_path: Path) -> None:
-    """With room for all but a few bytes, something leaves; gradients or moments cost less time than parameters."""
+    """Parameters are read twice in each of eight sweeps, moments are streamed once."""
     recipe = recipe_of(tmp_path, "llama", tier="auto", gradient_accumulation_steps=8, micro_batches_per_sweep=1)
+    large = {**CONFIGS["llama"], "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24}
+    model = recipe.model.model_copy(update={"config": {"model_type": "llama", **large}})
+    recipe = recipe.model_copy(update={"activation_checkpointing": "unit", "model": model})
     figures = figures_of(recipe)
     profile = profile_here(figures, [tmp_path], measured(tmp_path, rate=1e7))
-    ample = make_plan(recipe, figures, profile)
+    ample = tight = make_plan(recipe, figures, profile)
     assert set(ample.placement.values()) == {"cpu"}
-    budget = recipe.offload.model_copy(update={"cpu_memory": ample.limits[0].needed - 1})
-    tight = make_plan(recipe.model_copy(update={"offload": budget}), figures, profile)
+    budget = ample.limits[0].needed
+    while "nvme" not in tight.placement.values():
+        budget -= 16 * MIB
+        offload = recipe.offload.model_copy(update={"cpu_memory": budget})
+        tight = make_plan(recipe.model_copy(update={"offload": offload}), figures, profile)
     assert tight.placement["params"] == "cpu"
-    assert "nvme" in tight.placement.values()
     assert tight.step_s > ample.step_s
     reasons = reasons_of(tight, recipe)
     assert all("left for it" in reasons[state] for state, tier in tight.placement.items() if tier == "nvme")
@@ -78,8 +84,7 @@ def test_a_faster_drive_is_a_shorter_step(tmp_path: Path) -> None:
         make_plan(recipe, figures, profile_here(figures, [tmp_path], measured(tmp_path, rate))) for rate in (1e7, 1e9)
     )
     assert slow.bottleneck == "nvme"
-    assert slow.step_s > fast.step_s
-    assert slow.step_s >= slow.nvme_s * 0.9
+    assert slow.step_s > 5 * fast.step_s
 
 
 def test_a_drive_that_was_not_measured_is_assumed(tmp_path: Path) -> None:
