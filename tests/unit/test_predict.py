@@ -153,6 +153,7 @@ def test_what_does_not_fit_elsewhere_is_refused(tmp_path: Path, capsys: pytest.C
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe.model_copy(update={"offload": budget})))
     with pytest.raises(CapacityError, match="cpu needs"):
         answer(tmp_path / "r.yaml", capsys, hardware="rtx4090-workstation")
+    assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
 def test_flags_of_a_closed_form_do_not_go_with_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

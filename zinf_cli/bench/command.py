@@ -114,7 +114,7 @@ def links_screen(links: Links, out: Path) -> RenderableType:
     for count in counts:
         table.add_column(str(count), justify="right")
     for precision, rates in links.matmul.items():
-        table.add_row(precision, *(f"{rates[count] / 1e12:.3g} TFLOP/s" if count in rates else "" for count in counts))
+        table.add_row(precision, *(_flops(rates[count]) if count in rates else "" for count in counts))
     lines = Table.grid(padding=(0, 2))
     lines.add_row("a whole block's pass", f"{links.sustained:.2f} of that")
     lines.add_row("AdamW on the CPU", f"{links.adamw / 1e9:.2f} billion parameters/s")
@@ -126,6 +126,10 @@ def links_screen(links: Links, out: Path) -> RenderableType:
         if rate is not None:
             lines.add_row(name, f"{rate / 1e9:.3g} GB/s")
     return Group(table, Text(), lines, Text(), Text(f"kept in {out}, where launch and estimate look for it"))
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 def nvme_screen(result: Result, fio: dict[str, object] | None, out: Path) -> RenderableType:

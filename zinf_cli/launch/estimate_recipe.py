@@ -20,7 +20,7 @@ from zinf_cli.errors import RankError, RecipeError, UsageError, ZinfError
 from zinf_cli.launch.estimate import Flags, save_timeline
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import make_plan, nvme_folders
+from zinf_cli.plan.plan import best_plan, does_not_fit, nvme_folders
 from zinf_cli.plan.predict import predict, profile_here
 from zinf_cli.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.profiles import BUILT_IN, Profile
@@ -53,20 +53,22 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         else:
             measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
             profile = profile_here(figures, nvme_folders(recipe), measured)
-        plan = make_plan(recipe, figures, profile)
+        plan = best_plan(recipe, figures, profile)
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:
         save_timeline(played, flags.timeline)
     if flags.as_json:
         print(json.dumps(plan_document(plan, tokens, profile), indent=2))
-        return
-    from zinf_cli.console import plan_screen
-    from zinf_cli.estimate_screen import time_screen
+    else:
+        from zinf_cli.console import plan_screen
+        from zinf_cli.estimate_screen import time_screen
 
-    console.print(plan_screen(plan, path.stem, ()))
-    known = elsewhere is not None or (profile.measured and profile.drives.measured)
-    console.print(time_screen(played, reasons_of(plan, recipe), known=known))
+        console.print(plan_screen(plan, path.stem, ()))
+        known = elsewhere is not None or (profile.measured and profile.drives.measured)
+        console.print(time_screen(played, reasons_of(plan, recipe), known=known))
+    if not plan.fits:
+        raise does_not_fit(plan)
 
 
 def _elsewhere(hardware: str | None) -> Profile | None:

@@ -126,6 +126,14 @@ def make_plan(recipe: Recipe, figures: Figures, profile: Profile | None = None) 
 
     `profile`: the machine it is to run on; without one, this machine as far as it is known.
     """
+    plan = best_plan(recipe, figures, profile)
+    if not plan.fits:
+        raise does_not_fit(plan)
+    return plan
+
+
+def best_plan(recipe: Recipe, figures: Figures, profile: Profile | None = None) -> Plan:
+    """The fastest placement that fits; where none does, the most frugal one."""
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -144,7 +152,7 @@ def make_plan(recipe: Recipe, figures: Figures, profile: Profile | None = None) 
             return min((_with_time(plan, recipe, profile) for plan in worth), key=lambda plan: plan.step_s)
         frugal = plans[-1]
     assert frugal is not None
-    raise _does_not_fit(frugal)
+    return _with_time(frugal, recipe, profile)
 
 
 def _keeping(recipe: Recipe, plan: Plan, choice: Choice) -> Plan:
@@ -306,7 +314,8 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
     return total
 
 
-def _does_not_fit(plan: Plan) -> CapacityError:
+def does_not_fit(plan: Plan) -> CapacityError:
+    """What is too much, where, and what to do."""
     problems = []
     for limit in plan.limits:
         if limit.needed > limit.allowed:
