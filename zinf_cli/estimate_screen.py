@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -15,6 +16,9 @@ from zinf_cli.plan.needs import USABLE, capacity
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation
 from zinf_cli.plan.sizes import BYTES_PER_PARAM
+
+if TYPE_CHECKING:
+    from zinf_cli.plan.plan import Plan
 
 CLASS_NAMES = {
     "params": "parameters",
@@ -213,11 +217,17 @@ def _formulas(answer: Estimate) -> Table:
     return table
 
 
-def time_screen(played: Simulation, reasons: Mapping[str, str], *, known: bool) -> RenderableType:
-    """What a recipe's plan will take: placement with its reasons, the step's time and lanes."""
+def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, known: bool) -> RenderableType:
+    """What a recipe's plan will take: how full each tier is, placement with its reasons, the step's time and lanes."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
+    for limit in plan.limits:
+        fits = limit.needed <= limit.allowed
+        verdict = "fits" if fits else f"{format_bytes(limit.needed - limit.allowed)} too much"
+        filled = bar(limit.needed / max(1, limit.allowed), 1.0, fits=fits)
+        table.add_row(f"{limit.tier} filled", filled + Text(f" {verdict}", style="green" if fits else "bold red"))
+    table.add_row("", "")
     for state, reason in reasons.items():
         table.add_row(CLASS_NAMES[state], reason)
     table.add_row("", "")

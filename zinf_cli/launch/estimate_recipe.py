@@ -66,7 +66,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
 
         console.print(plan_screen(plan, path.stem, ()))
         known = elsewhere is not None or (profile.measured and profile.drives.measured)
-        console.print(time_screen(played, reasons_of(plan, recipe), known=known))
+        console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
     if not plan.fits:
         raise does_not_fit(plan)
 
