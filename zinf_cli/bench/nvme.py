@@ -28,7 +28,7 @@ from zinf_cli.tiers.nvme import is_tmpfs, open_nameless
 PAGE = 4096
 BLOCK_SIZES = (2**20, 4 * 2**20, 8 * 2**20)
 THREADS = (1, 2, 4, 8, 16)
-FINALISTS = 3
+FINALISTS = 2
 """Points of the sweep that are repeated."""
 REPEATS = 3
 SHARE = 4
@@ -205,10 +205,11 @@ class Bench:
             thread.start()
         told = 0
         try:
-            while any(thread.is_alive() for thread in threads):
-                next(thread for thread in threads if thread.is_alive()).join(0.1)
-                self._report(doing, min(mover.moved, num_bytes) - told)
-                told = min(mover.moved, num_bytes)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    self._report(doing, min(mover.moved, num_bytes) - told)
+                    told = min(mover.moved, num_bytes)
             self._report(doing, num_bytes - told)
         finally:
             mover.stop = True  # Ctrl-C: no descriptor is closed under a transfer
