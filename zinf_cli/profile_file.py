@@ -23,6 +23,7 @@ from zinf_cli.recipe_file import plain
 FILE_NAME = "hardware.yaml"
 Bandwidth = Annotated[Number, Field(ge=1e6, le=1e13)]
 """Bytes per second: between a floppy disk and the memory of a whole rack."""
+Flops = Annotated[Number, Field(ge=1e7, le=1e17)]
 Capacity = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
 
 
@@ -63,10 +64,10 @@ class Links(Section):
     """Of its memory."""
     cpu_memory: Size
     """Of the host."""
-    matmul: dict[str, dict[int, Annotated[Number, Field(ge=1e7, le=1e17)]]]
-    """FLOP/s by precision and by rows of the activation."""
-    sustained: Annotated[Number, Field(gt=0, le=2)]
-    """A block's forward and backward pass beside its matrix products alone."""
+    matmul: dict[str, dict[int, Flops]]
+    """FLOP/s of matrix products, by precision and by rows of the activation."""
+    block: dict[str, dict[int, Flops]]
+    """The same of a whole block's pass: forward, recomputed forward, backward."""
     adamw: Annotated[Number, Field(ge=1e4, le=1e13)]
     """Parameters per second of the host's CPU."""
     copy_host: Bandwidth | None = None
@@ -78,10 +79,16 @@ class Links(Section):
     across: Bandwidth | None = None
     """The same across hosts."""
 
+    @property
+    def best_matmul(self) -> dict[str, float]:
+        """By precision, of any number of rows."""
+        return {precision: max(rates.values()) for precision, rates in self.matmul.items()}
+
     @model_validator(mode="after")
     def _whole(self) -> Links:
-        if not self.matmul or not all(self.matmul.values()):
-            raise ValueError("matmul needs a rate for at least one precision and number of rows")
+        for name, rates in (("matmul", self.matmul), ("block", self.block)):
+            if not rates or not all(rates.values()):
+                raise ValueError(f"{name} needs a rate for at least one precision and number of rows")
         needed = (self.device_memory, self.device_bandwidth, self.copy_host, self.copy_alone)
         if self.accelerators and not all(needed):
             raise ValueError("accelerators need device_memory, device_bandwidth, copy_host and copy_alone")
@@ -168,8 +175,8 @@ def to_profile(measured: Measured) -> Profile:
         device_bandwidth=links.device_bandwidth or 1e13,
         cpu_memory=links.cpu_memory,
         drives=drives,
-        matmul=links.matmul,
-        sustained=links.sustained,
+        matmul=links.best_matmul,
+        passes=links.block,
         adamw=links.adamw,
         copy_host=links.copy_host or 1e13,
         copy_alone=links.copy_alone or 1e13,

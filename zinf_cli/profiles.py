@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 GB, TB = 10**9, 10**12
 GIB, TIB = 2**30, 2**40
+Rate = TypeVar("Rate")
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class Profile:
     """Of that memory."""
     cpu_memory: int
     drives: Drives
-    matmul: Mapping[str, Mapping[int, float]]
-    """FLOP/s by precision and by rows of the activation, of one accelerator (or of the whole CPU)."""
-    sustained: float
-    """The share of the matmul rate that a whole forward and backward pass reaches."""
+    matmul: Mapping[str, float]
+    """FLOP/s of large matrix products by precision, of one accelerator (or of the whole CPU)."""
+    passes: Mapping[str, Mapping[int, float]]
+    """FLOP/s that a whole forward and backward pass reaches, by precision and by rows of the activation."""
     adamw: float
     """Parameters per second of the host's CPU."""
     copy_host: float
@@ -58,22 +60,17 @@ class Profile:
 
     def peak(self, precision: str) -> float:
         """The best matmul rate, FLOP/s; 16-bit formats stand in for each other."""
-        return max(self._by_rows(precision).values())
+        return _of(self.matmul, precision)
 
     def flops(self, precision: str, rows: float) -> float:
         """FLOP/s a rank-sized pass reaches on activations of `rows` rows, between the measured points by logarithm."""
-        points = sorted(self._by_rows(precision).items())
+        points = sorted(_of(self.passes, precision).items())
         below = max((p for p in points if p[0] <= rows), default=points[0])
         above = min((p for p in points if p[0] >= rows), default=points[-1])
         if below[0] == above[0]:
-            return below[1] * self.sustained
+            return below[1]
         share = math.log(rows / below[0]) / math.log(above[0] / below[0])
-        return (below[1] * (1 - share) + above[1] * share) * self.sustained
-
-    def _by_rows(self, precision: str) -> Mapping[int, float]:
-        half = next((self.matmul[name] for name in ("bf16", "fp16") if name in self.matmul), self.matmul.get("fp32"))
-        found = self.matmul.get(precision) or (half if precision != "fp32" else None)
-        return found or next(iter(self.matmul.values()))
+        return below[1] * (1 - share) + above[1] * share
 
     def copy(self, ranks: int) -> float:
         """Bytes per second between CPU memory and the accelerator of one of `ranks` ranks on this host."""
@@ -83,8 +80,15 @@ class Profile:
         return replace(self, accelerators=count)
 
 
-def _flat(**rates: float) -> dict[str, dict[int, float]]:
-    return {precision: {1: rate} for precision, rate in rates.items()}
+def _of(rates: Mapping[str, Rate], precision: str) -> Rate:
+    """The rate of a precision, or of the other 16-bit format, or of what there is."""
+    near = {"bf16": "fp16", "fp16": "bf16"}.get(precision, precision)
+    return next((rates[name] for name in (precision, near) if name in rates), next(iter(rates.values())))
+
+
+def _sustained(share: float, **matmul: float) -> dict[str, Any]:
+    """Matmul rates, and passes that reach a share of them."""
+    return {"matmul": matmul, "passes": {precision: {1: share * rate} for precision, rate in matmul.items()}}
 
 
 _DGX2 = Profile(
@@ -100,10 +104,10 @@ _DGX2 = Profile(
         write=16 * 1.6 * GB,
         both=16 * 1.6 * GB,
     ),
-    matmul=_flat(fp16=70e12, fp32=14e12),  # section 4: 70 TFLOP/s reached by large matrices; fp32: 15.7 (datasheet)
-    # Figure 5a, the run of 1T parameters on 512 GPUs, which keeps everything in GPU memory: 48.9 of 70. One figure for
-    # the machine, from the one run that waits for no slower tier; all other runs are predicted with it.
-    sustained=0.70,
+    # Section 4: 70 TFLOP/s reached by large matrices; fp32: 15.7 (datasheet), 90 % reached. Sustained: figure 5a, the
+    # run of 1T parameters on 512 GPUs, which keeps everything in GPU memory: 48.9 of 70. One figure for the machine,
+    # from the one run that waits for no slower tier; all other runs are predicted with it.
+    **_sustained(0.70, fp16=70e12, fp32=14e12),
     adamw=4.3e9,  # 30 bytes a parameter at half of 256 GB/s: two sockets of six DDR4-2666 channels
     copy_host=16 * 3.0 * GB,  # figure 2b: 3.0 GB/s each with all 16 at work
     copy_alone=12 * GB,  # figure 2b
@@ -122,8 +126,8 @@ _DGX_H100 = Profile(
         write=8 * 4.0 * GB,
         both=8 * 6.8 * GB,  # assumed: no more than reading alone
     ),
-    matmul=_flat(bf16=989e12, fp32=67e12),  # H100 SXM datasheet, dense
-    sustained=0.41,  # Llama 3 (arXiv 2407.21783), table 4: 38 to 43 % of the datasheet's rate
+    # H100 SXM datasheet, dense. Sustained: Llama 3 (arXiv 2407.21783), table 4, 38 to 43 % of it
+    **_sustained(0.41, bf16=989e12, fp32=67e12),
     adamw=10e9,  # 30 bytes a parameter at half of 614 GB/s: two sockets of eight DDR5-4800 channels
     copy_host=8 * 50 * GB,  # PCIe 5 x16: 63 GB/s a direction, about 80 % of it reached
     copy_alone=50 * GB,
@@ -148,8 +152,8 @@ _RTX4090 = Profile(
         write=6.9 * GB,  # its datasheet, into its cache
         both=7.4 * GB,  # assumed: no more than reading alone
     ),
-    matmul=_flat(bf16=165.2e12, fp32=82.6e12),  # Ada whitepaper, dense, fp32 accumulation
-    sustained=0.5,  # assumed; `zinf bench links` measures it
+    # Ada whitepaper, dense, fp32 accumulation. Sustained: assumed; `zinf bench links` measures it
+    **_sustained(0.5, bf16=165.2e12, fp32=82.6e12),
     adamw=1.5e9,  # 30 bytes a parameter at half of 90 GB/s: two DDR5-5600 channels
     copy_host=25 * GB,  # PCIe 4 x16: 32 GB/s a direction, 80 % reached
     copy_alone=25 * GB,

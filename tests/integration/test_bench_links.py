@@ -20,7 +20,7 @@ def test_both_benches_make_a_profile(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         if command == ["links"]:
-            assert {"matmul", "sustained", "adamw", "collective", "cpu_memory"} <= set(found)
+            assert {"matmul", "block", "adamw", "collective", "cpu_memory"} <= set(found)
     profile = load_profile(str(out))
     assert profile.flops("fp32", 256) > 1e8
     assert profile.adamw > 1e6

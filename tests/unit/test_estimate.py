@@ -139,7 +139,8 @@ def test_a_cpu_profile_has_no_device(capsys: pytest.CaptureFixture[str], tmp_pat
         "nvme: {folders: [/tmp], space: 100GiB, both: 2e9,\n"
         "  read: {bytes_per_s: 2e9, block_size: 4MiB, threads: 4},\n"
         "  write: {bytes_per_s: 1e9, block_size: 4MiB, threads: 4}}\n"
-        "links: {accelerators: 0, cpu_memory: 16GiB, matmul: {fp32: {1024: 8e10}}, sustained: 0.8, adamw: 5e8}\n"
+        "links: {accelerators: 0, cpu_memory: 16GiB, adamw: 5e8,\n"
+        "  matmul: {fp32: {1024: 8e10}}, block: {fp32: {64: 6e10}}}\n"
     )
     found = answer(capsys, params="3B", hardware=str(tmp_path / "hardware.yaml"))
     assert set(found["tiers"]) == {"cpu", "nvme"}

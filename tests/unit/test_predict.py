@@ -35,7 +35,9 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(folder: Path, rate: float = 2e9) -> Measured:
     best = Best(bytes_per_s=rate, block_size=4 * MIB, threads=4)
-    links = Links(accelerators=0, cpu_memory=16 << 30, matmul={"fp32": {16: 2e10}}, sustained=0.8, adamw=4e8)
+    links = Links(
+        accelerators=0, cpu_memory=16 << 30, matmul={"fp32": {16: 2e10}}, block={"fp32": {16: 1.6e10}}, adamw=4e8
+    )
     nvme = Nvme(folders=(folder,), space=1 << 40, read=best, write=best, both=rate)
     return Measured(nvme=nvme, links=links)
 

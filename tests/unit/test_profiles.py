@@ -17,8 +17,8 @@ from zinf_cli.profiles import BUILT_IN
 
 BEST = Best(bytes_per_s=2.5e9, block_size=4 << 20, threads=4)
 LINKS = Links(
-    accelerators=0, cpu_memory=16 << 30, matmul={"fp32": {16: 1e10, 1024: 8e10}}, sustained=0.9, adamw=5e8
-)  # fmt: skip
+    accelerators=0, cpu_memory=16 << 30, matmul={"fp32": {16: 1e10}}, block={"fp32": {16: 9e9, 1024: 7.2e10}}, adamw=5e8
+)
 
 
 def nvme(folder: Path) -> Nvme:
@@ -82,7 +82,7 @@ def test_the_file_beside_the_recipe_comes_before_the_users(tmp_path: Path, monke
         (("nvme", "space"), "lots", "expected a size such as 48GiB"),
         (("links", "matmul"), {}, "matmul needs a rate"),
         (("links", "accelerators"), 4, "accelerators need device_memory"),
-        (("links", "sustained"), 17, "17 is absurd"),
+        (("links", "block"), {"fp32": {16: 3}}, "3 is absurd"),
         (("drives",), {}, "drives: unknown key"),
     ],
 )

@@ -76,7 +76,7 @@ def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> Non
         together = found["accelerators"] or min(2, cores)
         if together > 1:
             found |= _ranks(Path(folder), "together", together, max(1, cores // together), console)
-    links = Links.model_validate({**found, "matmul": _whole_rows(found["matmul"])})
+    links = Links.model_validate({**found, **{name: _whole_rows(found[name]) for name in ("matmul", "block")}})
     path = out or user_file()
     save_measured(path, "links", links, socket.gethostname())
     if as_json:
@@ -109,14 +109,15 @@ def _whole_rows(matmul: dict[str, dict[str, float]]) -> dict[str, dict[int, floa
 def links_screen(links: Links, out: Path) -> RenderableType:
     """Rates of compute, update, copies and collectives."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("matrix products, rows")
+    table.add_column("by rows")
     counts = sorted({rows for rates in links.matmul.values() for rows in rates})
     for count in counts:
         table.add_column(str(count), justify="right")
-    for precision, rates in links.matmul.items():
-        table.add_row(precision, *(_flops(rates[count]) if count in rates else "" for count in counts))
+    for name, measured in (("matrix products", links.matmul), ("a block's pass", links.block)):
+        for precision, rates in measured.items():
+            cells = (_flops(rates[count]) if count in rates else "" for count in counts)
+            table.add_row(f"{name}, {precision}", *cells)
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("a whole block's pass", f"{links.sustained:.2f} of that")
     lines.add_row("AdamW on the CPU", f"{links.adamw / 1e9:.2f} billion parameters/s")
     for name, rate in (
         ("CPU memory to one accelerator", links.copy_alone),

@@ -21,7 +21,8 @@ ROWS = {"cpu": (16, 64, 256, 1024), "cuda": (256, 1024, 4096, 16384)}
 """Tokens of a micro-batch."""
 HIDDEN = {"cpu": 1024, "cuda": 4096}
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
-PASS_ROWS = {"cpu": 256, "cuda": 4096}
+BLOCKS, MICRO_BATCHES = 3, 4
+"""Of a timed pass: weights come from memory, as in a sweep, and serve several micro-batches."""
 UPDATE_NUMEL = 1 << 23
 COPY_BYTES = 1 << 28
 GATHER_BYTES = 1 << 26
@@ -44,7 +45,10 @@ def measure_alone() -> dict[str, Any]:
         "accelerators": torch.cuda.device_count(),
         "cpu_memory": psutil.virtual_memory().total,
         "matmul": matmul,
-        "sustained": _block_rate(device) / matmul[PRECISIONS[device.type][0]][PASS_ROWS[device.type]],
+        "block": {
+            precision: {rows: _block_rate(rows, precision, device) for rows in ROWS[device.type]}
+            for precision in PRECISIONS[device.type]
+        },
         "adamw": _adamw_rate(),
     }
     if device.type == "cuda":
@@ -105,25 +109,19 @@ def _linear_rate(rows: int, precision: str, device: Any) -> float:
     return 3 * 2 * rows * weight.numel() / _seconds(products, device)
 
 
-def _block_rate(device: Any) -> float:
+def _block_rate(rows: int, precision: str, device: Any) -> float:
     """FLOP/s of a transformer block's forward, recomputed forward and backward."""
     import torch
 
+    from zinf_cli.bench.block import Block, pass_over
     from zinf_cli.train.setup import DTYPES
 
-    hidden, rows, dtype = HIDDEN[device.type], PASS_ROWS[device.type], DTYPES[PRECISIONS[device.type][0]]
-    block = torch.nn.TransformerEncoderLayer(
-        hidden, hidden // 64, 4 * hidden, dropout=0.0, batch_first=True, norm_first=True, device=device, dtype=dtype
-    )
-    x = torch.randn(1, rows, hidden, device=device, dtype=dtype, requires_grad=True)
-
-    def whole_pass() -> None:
-        with torch.no_grad():
-            block(x)
-        block(x).sum().backward()
-
-    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    return 4 * 2 * rows * weights / _seconds(whole_pass, device)
+    where = {"device": device, "dtype": DTYPES[precision]}
+    hidden = HIDDEN[device.type]
+    blocks = [Block(hidden, rows, **where) for _ in range(BLOCKS)]
+    batches = [torch.randn(1, rows, hidden, requires_grad=True, **where) for _ in range(MICRO_BATCHES)]
+    flops = 4 * BLOCKS * MICRO_BATCHES * blocks[0].flops(rows)
+    return flops / _seconds(lambda: pass_over(blocks, batches), device)
 
 
 def _adamw_rate() -> float:

@@ -43,14 +43,15 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
         return Profile(
             name="this machine", accelerators=machine.accelerators, device_memory=machine.device_bytes,
             device_bandwidth=1000 * GB, cpu_memory=0, drives=drives,
-            matmul={figures.precision: {1: machine.flops * share}}, sustained=1.0, adamw=ASSUMED_ADAMW,
+            matmul={figures.precision: machine.flops * share},
+            passes={figures.precision: {1: machine.flops * share}}, adamw=ASSUMED_ADAMW,
             copy_host=link * max(1, machine.accelerators), copy_alone=link, collective_inside=link,
             collective_across=ASSUMED_GATHER,
         )  # fmt: skip
     return Profile(
         name=measured.name if measured is not None else "", accelerators=machine.accelerators,
         device_memory=machine.device_bytes, device_bandwidth=links.device_bandwidth or 1000 * GB, cpu_memory=0,
-        drives=drives, matmul=links.matmul, sustained=links.sustained, adamw=links.adamw,
+        drives=drives, matmul=links.best_matmul, passes=links.block, adamw=links.adamw,
         copy_host=links.copy_host or link, copy_alone=links.copy_alone or link,
         collective_inside=links.collective or link, collective_across=links.across or ASSUMED_GATHER, measured=True,
     )  # fmt: skip
