@@ -87,7 +87,7 @@ def measure(layout: str, num_hosts: int, folder: Path, asked: argparse.Namespace
             command = [sys.executable, "-m", "benchmarks.bandwidth", "--rank", layout, "--folder", str(folder)]
             command += ["--unit", str(asked.unit), "--fetches", str(asked.fetches), "--group", str(group)]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        return max(json.loads(process.communicate()[0]) for process in processes)
+        return max(float(process.communicate()[0]) for process in processes)
 
 
 def main() -> None:

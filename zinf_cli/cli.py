@@ -25,6 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
 _debug = False
 
 
@@ -123,6 +126,126 @@ def doctor(
 
 
 @app.command()
+def estimate(
+    recipe: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameters, e.g. 7B or 1T; a usual shape is chosen.", rich_help_panel=MODEL)
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Or: transformer blocks,", rich_help_panel=MODEL)] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="their hidden size,", rich_help_panel=MODEL)] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="attention heads (default: hidden / 128).", rich_help_panel=MODEL)
+    ] = None,
+    vocab: Annotated[int, typer.Option(min=0, help="Rows of a tied embedding.", rich_help_panel=MODEL)] = 0,
+    max_model: Annotated[
+        bool, typer.Option("--max-model", help="Or: find the largest model that fits.", rich_help_panel=MODEL)
+    ] = False,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=STEP)] = 1024,
+    micro_batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)
+    ] = 1,
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP
+        ),
+    ] = None,
+    hosts: Annotated[
+        Path | None, typer.Option(help="A hostfile; without one, --nodes.", rich_help_panel=MACHINE)
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of a host (default: the profile's).", rich_help_panel=MACHINE)
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench "
+            "(default: this machine's, where it was measured, or dgx2).",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.", rich_help_panel=MACHINE
+        ),
+    ] = "infinity",
+    explain: Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")] = False,
+    timeline: Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """Will it fit, and how fast will it be? Nothing is loaded and nothing is run.
+
+    Training a model takes about 20 bytes for each parameter, and activations besides. This says which of them lie in
+    GPU memory, in CPU memory and on NVMe, what each has to hold, how long a step takes, and what holds it up.
+
+    With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.
+    """
+    from rich.console import Console
+
+    from zinf_cli.launch.estimate import Flags, estimate_by_flags
+
+    if hosts is not None:
+        raise UsageError("--hosts is not available in this version", hint="give --nodes and --gpus-per-node")
+    given = list(recipe or ())
+    path = Path(given.pop(0)) if given and "=" not in given[0] else None
+    flags = Flags(
+        params, layers, hidden, heads, vocab, seq_len, micro_batch_size, gradient_accumulation_steps, nodes,
+        gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json, tuple(given),
+    )  # fmt: skip
+    if path is None:
+        estimate_by_flags(flags, Console())
+        return
+    if params or layers or hidden:
+        raise UsageError("give either a RECIPE or --params", hint=f"{path} is taken for the recipe")
+    from zinf_cli.launch.estimate_recipe import estimate_recipe
+
+    estimate_recipe(path, given, flags, Console())
+
+
+@bench.command("nvme")
+def bench_nvme(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PATH ...]", help="Folders on drives, used together [default: here]."),
+    ] = None,
+    size: Annotated[str, typer.Option(help="Bytes of the files, all together; free again afterwards.")] = "4GiB",
+    block_sizes: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1MiB,4MiB,8MiB.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1,2,4,8,16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """How fast drives read and write, cache bypassed, by block size and threads; fio beside it where there is one."""
+    from rich.console import Console
+
+    from zinf_cli.bench.command import NvmeRequest, run_bench_nvme
+
+    request = NvmeRequest(tuple(paths or ()), size, block_sizes, threads, out, as_json)
+    run_bench_nvme(request, Console(stderr=True))
+
+
+@bench.command("links")
+def bench_links(
+    hosts: Annotated[Path | None, typer.Option(help="A hostfile; without one, this machine.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+) -> None:
+    """How fast this machine computes, updates, copies to its accelerators and gathers between its ranks."""
+    if hosts is not None:
+        raise UsageError("--hosts is not available in this version", hint="run it on each machine by itself")
+    from rich.console import Console
+
+    from zinf_cli.bench.command import run_bench_links
+
+    run_bench_links(out, as_json=as_json, console=Console(stderr=True))
+
+
+@app.command()
 def trace(
     run: Annotated[Path, typer.Argument(help="The folder of a run with profiler.enabled, or its trace.json.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
@@ -145,7 +268,9 @@ def trace(
 def main() -> None:
     """The entry point: run the app, turn errors into one red line and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code:  # typer makes 130 of Ctrl-C
+            raise SystemExit(code)
     except ZinfError as error:
         _report(error)
         raise SystemExit(error.exit_code) from None

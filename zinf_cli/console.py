@@ -88,11 +88,12 @@ def _recomputed(plan: Plan) -> str:
 
 
 def _expectation(plan: Plan) -> str:
-    text = f"bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute a step"
+    text = f"{plan.step_s:.2g} s a step, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
     if plan.nvme_traffic:
-        text += (
-            f", {format_bytes(plan.nvme_traffic_clipped)} to and from NVMe ({plan.nvme_s:.2g} s at an assumed 2 GB/s)"
-        )
+        rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
+        known = "the measured" if plan.drives_measured else "an assumed"
+        traffic = format_bytes(plan.nvme_traffic_clipped)
+        text += f", {traffic} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
     return text
 
 
@@ -110,7 +111,7 @@ def _bytes_table(plan: Plan) -> Table:
 
 def _limits_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
-    table.add_column("on this machine" if _is_here(plan) else "on each host")
+    table.add_column(f"on {plan.figures.machine.name}" if len(plan.hosts) == 1 and _is_here(plan) else "on each host")
     table.add_column("needs", justify="right")
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")

@@ -51,7 +51,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML with every default written out; reading it gives an equal recipe."""
-    return str(yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True))
 
 
 def filled_in(path: Path, overrides: Sequence[str]) -> list[str]:
@@ -62,7 +62,7 @@ def filled_in(path: Path, overrides: Sequence[str]) -> list[str]:
     recipe = load_recipe(path, overrides)
     return [
         f"{'.'.join(key)}={json.dumps(value) if not isinstance(value, str) else value}"
-        for key, value in _leaves(_plain(recipe))
+        for key, value in _leaves(plain(recipe))
         if not any(given == key[: len(given)] for given in places if _is_leaf(given, tree)) and value is not None
     ]
 
@@ -202,17 +202,17 @@ def _purpose(key: _Key) -> str:
     return f": {text}" if text else ""
 
 
-def _plain(value: Any) -> Any:
-    """A recipe as YAML has it: paths and tuples as strings and lists, sizes with their unit."""
+def plain(value: Any) -> Any:
+    """A section as YAML has it: paths and tuples as strings and lists, sizes with their unit."""
     if isinstance(value, BaseModel):
         return {
-            name: _with_unit(getattr(value, name)) if _is_size(name) else _plain(getattr(value, name))
+            name: _with_unit(getattr(value, name)) if _is_size(name) else plain(getattr(value, name))
             for name in type(value).model_fields
         }
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
     {"errors", "amounts", "trace"},
-    {"recipe", "recipe_file", "hosts", "hardware"},
+    {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file"},
     {"plan"},
-    {"console", "tiers"},
+    {"console", "estimate_screen", "tiers"},
     {"engine"},
     {"launch", "train", "bench"},
     {"cli"},
@@ -47,7 +47,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    modules = "zinf_cli.cli, zinf_cli.launch.service, zinf_cli.plan.plan, zinf_cli.console"
+    modules = "zinf_cli.cli, zinf_cli.launch.service, zinf_cli.launch.estimate, zinf_cli.plan.plan, zinf_cli.console"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

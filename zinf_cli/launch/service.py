@@ -30,6 +30,8 @@ from zinf_cli.launch.summary import Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
+from zinf_cli.plan.predict import profile_here
+from zinf_cli.profile_file import find_measured
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
 
@@ -101,7 +103,8 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         hosts = [connection.host for connection in connections] if preflight else request.hosts
         with console.status("reading the model, its checkpoint and the text ..."):
             figures = _describe(recipe, request.slots, hosts, connections[0])
-        plan = make_plan(recipe, figures, hosts, _least_room(preflight) if preflight else None)
+        profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
+        plan = make_plan(recipe, figures, profile, hosts, _least_room(preflight) if preflight else None)
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
         if request.dry_run:
             if request.as_json:

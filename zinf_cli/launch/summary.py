@@ -71,8 +71,10 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "nvme_traffic": statistics.median(traffic) if traffic else None,
         },
         "predicted": {
-            "step_s": max(plan.compute_s, plan.nvme_s),
+            "step_s": plan.step_s,
+            "wait_share": 1 - plan.busy["compute"],
             "bottleneck": plan.bottleneck,
+            "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),
             "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
             "cpu_bytes": plan.cpu_bytes_per_rank,
             "nvme_bytes": plan.nvme_bytes,

@@ -72,6 +72,11 @@ class MachineFigures:
     cores: int
     flops: float
     """Matrix multiplication in the run's precision, FLOP/s of one rank, measured for a moment."""
+    name: str = "this machine"
+    cpu_bytes: int = 0
+    """Of a machine that is not this one; 0: what this one has when the plan is made."""
+    nvme_bytes: int = 0
+    """The same for the space on drives."""
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """The plan: where every byte of a run will lie, what that leaves, and what will bound a step.
 
-`make_plan` judges placements from the fastest to the most frugal and takes the first that fits; classes the recipe
-pins stay where it says. What does not fit is refused with the numbers before anything is loaded.
+`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine and takes the
+fastest; classes the recipe pins stay where it says. What does not fit is refused with the numbers before anything is
+loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ from zinf_cli.plan.memory import (
     state_bytes,
     working_buffers,
 )
+from zinf_cli.plan.placement import placements, undominated
+from zinf_cli.plan.predict import cluster_of, predict, profile_here
+from zinf_cli.plan.simulate import rates_of
+from zinf_cli.profiles import Profile
 from zinf_cli.recipe import Recipe
 
-FRUGALITY = ("optimizer", "grads", "activations", "params")
-"""The order in which classes leave a faster tier: most bytes for the least traffic first."""
 MEMORY_SHARE = 0.9
 """Of what is available, where the recipe sets no budget."""
 
@@ -84,20 +88,24 @@ class Plan:
     limits: tuple[Limit, ...]
     compute_s: float
     nvme_s: float
-    """Expected seconds per step of compute, and of drive traffic at an assumed bandwidth."""
+    """Expected seconds per step of compute, and of drive traffic, each by itself."""
     nvme_traffic: int
     """Bytes read and written per step and rank."""
     nvme_traffic_clipped: int
     """The same, in a step whose gradient is clipped: then no update is made in the backward pass."""
     figures: Figures
+    step_s: float = 0.0
+    """Expected seconds per step, all lanes together: the simulation's."""
+    bottleneck: str = "compute"
+    """The resource that is busiest in it."""
+    busy: dict[str, float] = field(default_factory=dict)
+    """Share of the step, by lane."""
+    drives_measured: bool = False
+    """Whether the drives' speed was measured on this machine."""
 
     @property
     def fits(self) -> bool:
         return all(limit.needed <= limit.allowed for limit in self.limits)
-
-    @property
-    def bottleneck(self) -> str:
-        return "compute" if self.compute_s >= self.nvme_s else "nvme"
 
     @property
     def collective_timeout_s(self) -> float:
@@ -109,12 +117,11 @@ class Plan:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "bottleneck": self.bottleneck}
+        return dataclasses.asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         document = json.loads(path.read_text())
-        del document["bottleneck"]
         document["hosts"] = tuple(Host(**{**host, "slots": tuple(host["slots"])}) for host in document["hosts"])
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
@@ -125,11 +132,32 @@ class Plan:
         return cls(**document)
 
 
-def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> Plan:
-    """The first placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+def make_plan(
+    recipe: Recipe,
+    figures: Figures,
+    profile: Profile | None = None,
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> Plan:
+    """The fastest placement that fits; CapacityError with the numbers of the most frugal one otherwise.
 
-    Without `hosts`, all ranks are on this machine; without `room`, each host has what this machine has.
+    `profile`: the machine it is to run on; without one, this machine as far as it is known. Without `hosts`, all ranks
+    are on one; without `room`, each host has what the profile's machine has.
     """
+    plan = best_plan(recipe, figures, profile, hosts, room)
+    if not plan.fits:
+        raise does_not_fit(plan)
+    return plan
+
+
+def best_plan(
+    recipe: Recipe,
+    figures: Figures,
+    profile: Profile | None = None,
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> Plan:
+    """The fastest placement that fits; where none does, the most frugal one."""
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -139,57 +167,65 @@ def make_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
     hosts = tuple(hosts) or (this_machine(figures.world_size),)
+    machine = figures.machine
+    if room is None and machine.cpu_bytes:
+        room = Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
     room = room or room_here(nvme_folders(recipe))
-    plan = None
-    for choice in _choices(recipe, figures, micro_batches):
-        plan = _plan(recipe, figures, hosts, room, choice, micro_batches, sequences)
-        if not plan.fits:
-            continue
-        for better in _improvements(recipe, figures, choice, plan):
-            improved = _plan(recipe, figures, hosts, room, better, micro_batches, sequences)
-            if improved.fits:
-                plan, choice = improved, better
-        return plan
-    assert plan is not None
-    raise _does_not_fit(plan)
+    judge = partial(_plan, recipe, figures, hosts, room, micro_batches, sequences)
+    profile = profile or profile_here(figures, nvme_folders(recipe), None)
+    frugal = None
+    for choices in _choices(recipe, figures, micro_batches):
+        plans = [judge(choice) for choice in choices]
+        fitting = [(plan.placement, (plan, choice)) for plan, choice in zip(plans, choices, strict=True) if plan.fits]
+        if fitting:
+            worth = [_improved(recipe, plan, choice, judge) for plan, choice in undominated(fitting)]
+            return min((_with_time(plan, recipe, profile) for plan in worth), key=lambda plan: plan.step_s)
+        frugal = plans[-1]
+    assert frugal is not None
+    return _with_time(frugal, recipe, profile)
 
 
-def _improvements(recipe: Recipe, figures: Figures, choice: Choice, plan: Plan) -> Iterator[Choice]:
-    """What room that is left could buy: activations that need no recompute, or second places."""
+def _improved(recipe: Recipe, plan: Plan, choice: Choice, judge: Callable[[Choice], Plan]) -> Plan:
+    """The plan with what room that is left buys: activations that need no recompute, second places for updates."""
     if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
         limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-        room_left = (limit.allowed - limit.needed) // figures.ranks_per_host
-        yield replace(choice, kept=keepable(figures, choice, room_left))
+        room = (limit.allowed - limit.needed) // plan.figures.ranks_per_host
+        choice = replace(choice, kept=keepable(plan.figures, choice, room))
+        plan = judge(choice)
     streamed = choice.placement["params"] == choice.placement["optimizer"] == "nvme"
-    if streamed and choice.update == "deferred" and figures.precision != "fp16":
-        yield replace(choice, update="speculative")
+    if streamed and choice.update == "deferred" and plan.precision != "fp16":
+        speculative = judge(replace(choice, update="speculative"))
+        plan = speculative if speculative.fits else plan
+    return plan
 
 
-def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[Choice]:
+def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
+    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    played = predict(plan, tokens, profile)
+    rates = rates_of(profile, cluster_of(plan, tokens))
+    return replace(
+        plan,
+        compute_s=plan.compute_s * plan.figures.machine.flops / rates["matmul"],
+        nvme_s=plan.nvme_traffic_clipped / rates["both"],
+        step_s=played.step_s,
+        bottleneck=played.bottleneck,
+        busy=dict(played.busy),
+        drives_measured=profile.drives.measured,
+    )
+
+
+def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
+    """All placements with as many micro-batches in a sweep as there are, then with fewer; the most frugal ends each."""
     fixed = recipe.train.micro_batches_per_sweep
     sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
     compute_tier = "device" if figures.machine.accelerators else "cpu"
     asked = {state: getattr(recipe.offload, state) for state in CLASSES}
-    start = {state: compute_tier if tier == "auto" else tier for state, tier in asked.items()}
     kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
     train = recipe.train
     eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
-    base = Choice({}, sweeps[0], compute_tier, kept, "eager" if eager else "deferred")
-    placements = [start]
-    for target in ("cpu", "nvme"):
-        for state in FRUGALITY:
-            current = placements[-1]
-            if asked[state] == "auto" and current[state] != target and not _slower(current[state], target):
-                placements.append({**current, state: target})
-    for placement in placements:
-        yield replace(base, placement=placement)
-    for per_sweep in sweeps[1:]:
-        yield replace(base, placement=placements[-1], per_sweep=per_sweep)
-
-
-def _slower(tier: str, than: str) -> bool:
-    order = ("device", "cpu", "nvme")
-    return order.index(tier) > order.index(than)
+    update = "eager" if eager else "deferred"
+    for per_sweep in sweeps:
+        yield [Choice(placed, per_sweep, compute_tier, kept, update) for placed in placements(asked, compute_tier)]
 
 
 def _halvings(count: int) -> list[int]:
@@ -204,9 +240,9 @@ def _plan(
     figures: Figures,
     hosts: tuple[Host, ...],
     room: Room,
-    choice: Choice,
     micro_batches: int,
     sequences: int,
+    choice: Choice,
 ) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
     states = state_bytes(figures, choice)
@@ -286,7 +322,7 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
     }
     if figures.machine.accelerators:
         machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
-    origins = {"cpu": room.memory_of, "nvme": room.drives_of, "device": "this machine"}
+    origins = {"cpu": room.memory_of, "nvme": room.drives_of, "device": figures.machine.name}
     budgets = {}
     for tier, (there, asked) in machine.items():
         key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
@@ -325,7 +361,8 @@ def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: 
     return total
 
 
-def _does_not_fit(plan: Plan) -> CapacityError:
+def does_not_fit(plan: Plan) -> CapacityError:
+    """What is too much, where, and what to do."""
     problems = []
     for limit in plan.limits:
         if limit.needed > limit.allowed:

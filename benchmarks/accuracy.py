@@ -1,0 +1,111 @@
+"""`python -m benchmarks.accuracy`: what the plan predicts beside what a run then does, for recipes that differ.
+
+They differ in size, placement, ranks, sweeps, clipping and recomputation. Run `zinf bench` first, so that the times are
+predicted from what this machine can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.case import MODELS
+from zinf_cli.amounts import format_bytes
+
+SMALL = {**MODELS["216M"], "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
+SMALL |= {"num_key_value_heads": 8, "num_hidden_layers": 12}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe: its model, and keys."""
+
+    name: str
+    config: dict[str, Any]
+    keys: tuple[str, ...]
+    slots: int = 1
+
+
+def _nvme(*keys: str) -> tuple[str, ...]:
+    return (*(f"offload.{state}=nvme" for state in ("params", "grads", "optimizer", "activations")), *keys)
+
+
+STEP = ("train.seq_len=64", "train.gradient_accumulation_steps=8")
+ROWS = (
+    Row("216M, all NVMe", MODELS["216M"], _nvme(*STEP)),
+    Row("216M, all NVMe, not clipped", MODELS["216M"], _nvme(*STEP, "train.max_grad_norm=null")),
+    Row("216M, moments on NVMe", MODELS["216M"], ("offload.optimizer=nvme", "offload.params=cpu", *STEP)),
+    Row("216M, all CPU, recomputed", MODELS["216M"], ("activation_checkpointing=unit", "offload.optimizer=cpu", *STEP)),
+    Row("216M, all NVMe, 4 sweeps", MODELS["216M"], _nvme(*STEP, "train.micro_batches_per_sweep=2")),
+    Row("50M, all NVMe, 2 ranks", SMALL, _nvme(*STEP), slots=2),
+    Row("50M, all CPU", SMALL, ("train.seq_len=128", "train.gradient_accumulation_steps=4")),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted beside measured.")
+    parser.add_argument("--rows", nargs="*", type=int, default=range(len(ROWS)), help="numbers of the rows, from 0")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="accuracy-", dir=arguments.folder)).absolute()
+    table = Table("recipe", title="predicted → measured", title_justify="left")
+    for heading in ("s/step", "memory of the host", "of a rank", "on NVMe", "NVMe traffic/step"):
+        table.add_column(heading, justify="right")
+    try:
+        for number in arguments.rows:
+            summary = _run(ROWS[number], arguments.steps, folder)
+            table.add_row(ROWS[number].name, *_cells(summary))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    Console(width=150).print(table)
+
+
+def _run(row: Row, steps: int, folder: Path) -> dict[str, Any]:
+    """The summary of a run."""
+    np.save(folder / "tokens.npy", np.arange(1 << 16) * 7 % 8000)
+    recipe = {
+        "model": {"config": row.config},
+        "dataset": {"path": str(folder / "tokens.npy")},
+        "train": {"max_steps": steps},
+        "offload": {"nvme_path": str(folder / "nvme")},
+        "logging": {"tensorboard": False},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "zinf_cli.cli", "launch", str(folder / "recipe.yaml"), *row.keys]
+    done = subprocess.run([*command, "--slots", str(row.slots), "--json"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{row.name}: {done.stderr.strip()[-2000:]}")
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def _cells(summary: dict[str, Any]) -> list[str]:
+    predicted, measured = summary["predicted"], summary["measured"]
+
+    def cell(key: str, form: Any) -> str:
+        if not predicted[key] or not measured[key]:
+            return ""
+        off = 100 * (predicted[key] / measured[key] - 1)
+        return f"{form(predicted[key])} → {form(measured[key])} ({off:+.0f} %)"
+
+    sizes = ("host_cpu_bytes", "cpu_bytes", "nvme_bytes", "nvme_traffic")
+    return [cell("step_s", lambda value: f"{value:.2f}"), *(cell(key, format_bytes) for key in sizes)]
+
+
+if __name__ == "__main__":
+    main()

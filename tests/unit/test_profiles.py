@@ -1,0 +1,114 @@
+"""Hardware profiles: built in, and from a file that zinf bench wrote."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zinf_cli.errors import UsageError
+from zinf_cli.profile_file import Best, Links, Nvme, find_measured, load_measured, load_profile, save_measured
+from zinf_cli.profiles import BUILT_IN
+
+BEST = Best(bytes_per_s=2.5e9, block_size=4 << 20, threads=4)
+LINKS = Links(
+    accelerators=0, cpu_memory=16 << 30, matmul={"fp32": {16: 1e10}}, block={"fp32": {16: 9e9, 1024: 7.2e10}}, adamw=5e8
+)
+
+
+def nvme(folder: Path) -> Nvme:
+    return Nvme(folders=(folder,), space=1 << 40, read=BEST, write=BEST, both=2.7e9)
+
+
+def test_the_dgx2_is_that_of_figure_2b() -> None:
+    dgx2 = BUILT_IN["dgx2"]
+    assert dgx2.copy(16) == pytest.approx(3e9)
+    assert dgx2.copy(1) == pytest.approx(12e9)
+    assert dgx2.drives.read / 16 == pytest.approx(1.6e9)
+    assert dgx2.peak("bf16") == 70e12
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_profile_is_whole(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert min(profile.device_memory, profile.cpu_memory, profile.drives.space) > 1e10
+    assert profile.flops("bf16", 1024) < profile.peak("bf16")
+
+
+def test_each_bench_leaves_the_section_of_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "hardware.yaml"
+    save_measured(path, "nvme", nvme(tmp_path), "box")
+    with pytest.raises(UsageError, match="links is missing"):
+        load_profile(str(path))
+    save_measured(path, "links", LINKS, "box")
+    save_measured(path, "nvme", nvme(tmp_path), "box")
+    profile = load_profile(str(path))
+    assert profile.drives.both == 2.7e9
+    assert profile.flops("fp32", 16) == pytest.approx(0.9e10)
+    assert profile.flops("fp32", 128) == pytest.approx(0.9 * 4.5e10)  # half way by logarithm
+    assert profile.flops("fp32", 9000) == pytest.approx(7.2e10)
+    assert [entry.name for entry in path.parent.iterdir()] == ["hardware.yaml"]
+
+
+def test_the_file_beside_the_recipe_comes_before_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    recipe = tmp_path / "recipes" / "r.yaml"
+    assert find_measured(None, recipe) is None
+    save_measured(tmp_path / "config" / "zinf" / "hardware.yaml", "nvme", nvme(tmp_path), "user")
+    found = find_measured(None, recipe)
+    assert found is not None
+    assert found.name == "user"
+    assert found.covers((tmp_path / "not" / "there",))
+    assert not found.covers((Path("/proc"),))
+    save_measured(recipe.parent / "hardware.yaml", "nvme", nvme(tmp_path), "beside")
+    found = find_measured(None, recipe)
+    assert found is not None
+    assert found.name == "beside"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("nvme", "read", "bytes_per_s"), -3, "-3 is absurd: input should be greater"),
+        (("nvme", "both"), 1e30, "1e30 is absurd"),
+        (("nvme", "write"), None, "nvme.write"),
+        (("nvme", "read", "threads"), "four", "nvme.read.threads"),
+        (("nvme", "space"), "lots", "expected a size such as 48GiB"),
+        (("links", "matmul"), {}, "matmul needs a rate"),
+        (("links", "accelerators"), 4, "accelerators need device_memory"),
+        (("links", "block"), {"fp32": {16: 3}}, "3 is absurd"),
+        (("drives",), {}, "drives: unknown key"),
+    ],
+)
+def test_absurd_values_are_refused_by_name(path: tuple[str, ...], value: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "hardware.yaml"
+    save_measured(file, "nvme", nvme(tmp_path), "box")
+    save_measured(file, "links", LINKS, "box")
+    tree = branch = yaml.safe_load(file.read_text())
+    for key in path[:-1]:
+        branch = branch[key]
+    branch[path[-1]] = value
+    file.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UsageError) as caught:
+        load_measured(file)
+    assert message in str(caught.value).replace("1e+30", "1e30")
+    assert str(file) in str(caught.value)
+
+
+def test_a_profile_that_is_none_names_those_that_are() -> None:
+    with pytest.raises(UsageError, match="dgx2, dgx-h100"):
+        load_profile("dgx3")
+
+
+@given(st.text())
+def test_any_text_is_a_profile_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "hardware.yaml"
+    file.write_text(text, encoding="utf-8", errors="replace")
+    with contextlib.suppress(UsageError):
+        load_measured(file)

@@ -1,0 +1,196 @@
+"""`zinf bench`: measure, show, and keep the figures in a hardware.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from zinf_cli.amounts import format_bytes, parse_bytes
+from zinf_cli.bench.fio import beside_fio
+from zinf_cli.bench.nvme import BLOCK_SIZES, PAGE, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
+from zinf_cli.errors import RankError, UsageError
+from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
+
+
+@dataclass(frozen=True)
+class NvmeRequest:
+    """What was asked on the command line."""
+
+    paths: Sequence[Path]
+    size: str = "4GiB"
+    block_sizes: str | None = None
+    threads: str | None = None
+    out: Path | None = None
+    as_json: bool = False
+
+
+def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
+    """Progress on `console`, the result on stdout and in the hardware.yaml."""
+    folders = [path.expanduser().absolute() for path in request.paths] or [Path.cwd()]
+    if len(set(folders)) < len(folders):
+        raise UsageError("a folder is named twice", where=", ".join(map(str, folders)))
+    size = _size("--size", request.size)
+    blocks = _several("--block-sizes", request.block_sizes, BLOCK_SIZES, _size)
+    threads = _several("--threads", request.threads, THREADS, _count)
+    if size < 4 * max(blocks) * len(folders):
+        raise UsageError(
+            f"--size {format_bytes(size)} is too little for blocks of {format_bytes(max(blocks))}",
+            hint="give at least four blocks for each folder",
+        )
+    check_folders(folders, size)
+    with _progress(steps_of(size, blocks, threads), console) as report:
+        result = bench_nvme(folders, size, blocks, threads, report)
+    with console.status("the same with fio, in turn ..."):
+        fio = beside_fio(result)
+    out = request.out or user_file()
+    measured = Nvme(
+        folders=result.folders, space=result.space, read=_best(result.read), write=_best(result.write), both=result.both
+    )
+    save_measured(out, "nvme", measured, socket.gethostname())
+    if request.as_json:
+        print(json.dumps({**result.to_json(), **({"fio": fio} if fio else {})}, indent=2))
+    else:
+        Console().print(nvme_screen(result, fio, out))
+
+
+def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> None:
+    """Ranks measure; the result on stdout and in the hardware.yaml."""
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        (Path(folder) / "logs").mkdir()
+        found = _ranks(Path(folder), "alone", 1, cores, console)
+        together = found["accelerators"] or min(2, cores)
+        if together > 1:
+            found |= _ranks(Path(folder), "together", together, max(1, cores // together), console)
+    links = Links.model_validate({**found, **{name: _whole_rows(found[name]) for name in ("matmul", "block")}})
+    path = out or user_file()
+    save_measured(path, "links", links, socket.gethostname())
+    if as_json:
+        print(json.dumps(links.model_dump(mode="json", exclude_none=True), indent=2))
+    else:
+        Console().print(links_screen(links, path))
+
+
+def _ranks(folder: Path, part: str, ranks: int, threads: int, console: Console) -> dict[str, Any]:
+    """What rank 0 wrote of one part. The ranks are tethered to torchrun's agent, and end with it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["--log-dir", os.devnull, "-m", "zinf_cli.bench.links", str(folder), part]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with console.status(f"measuring, {ranks} {'rank' if ranks == 1 else 'ranks'} ..."):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    path = folder / f"{part}.json"
+    if done.returncode or not path.is_file():
+        records = sorted((folder / "logs").glob("error-*.json"))
+        said = json.loads(records[0].read_text())["message"] if records else done.stderr.strip()[-500:]
+        raise RankError(f"a rank of the bench failed: {said}")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _whole_rows(matmul: dict[str, dict[str, float]]) -> dict[str, dict[int, float]]:
+    """JSON has no numbers for keys."""
+    return {precision: {int(rows): rate for rows, rate in rates.items()} for precision, rates in matmul.items()}
+
+
+def links_screen(links: Links, out: Path) -> RenderableType:
+    """Rates of compute, update, copies and collectives."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("by rows")
+    counts = sorted({rows for rates in links.matmul.values() for rows in rates})
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    for name, measured in (("matrix products", links.matmul), ("a block's pass", links.block)):
+        for precision, rates in measured.items():
+            cells = (_flops(rates[count]) if count in rates else "" for count in counts)
+            table.add_row(f"{name}, {precision}", *cells)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("AdamW on the CPU", f"{links.adamw / 1e9:.2f} billion parameters/s")
+    for name, rate in (
+        ("CPU memory to one accelerator", links.copy_alone),
+        ("to all of them", links.copy_host),
+        ("all-gather, into one rank", links.collective),
+    ):
+        if rate is not None:
+            lines.add_row(name, f"{rate / 1e9:.3g} GB/s")
+    return Group(table, Text(), lines, Text(), Text(f"kept in {out}, where launch and estimate look for it"))
+
+
+def _flops(rate: float) -> str:
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
+
+
+def nvme_screen(result: Result, fio: dict[str, object] | None, out: Path) -> RenderableType:
+    """The sweep, the best of it, fio beside it, and a block to paste into a recipe."""
+    counts = sorted({point.threads for point in result.sweep})
+    parts: list[RenderableType] = []
+    for direction, best in (("read", result.read), ("write", result.write)):
+        table = Table(title=f"{direction}, by block size and threads", title_justify="left", box=None, pad_edge=False)
+        table.add_column("")
+        for count in counts:
+            table.add_column(str(count), justify="right")
+        rates = {(p.block_size, p.threads): p for p in result.sweep if p.direction == direction}
+        for block in sorted({point.block_size for point in result.sweep}):
+            cells = [f"{rates[block, count].bytes_per_s / 1e9:.2f} GB/s" for count in counts]
+            table.add_row(format_bytes(block), *cells)
+        parts += [table, Text(_line(direction, best, fio), style="bold"), Text()]
+    parts.append(Text(f"read and write at once: {result.both / 1e9:.2f} GB/s in sum"))
+    parts.append(Text(f"kept in {out}, where launch and estimate look for it"))
+    folders = ", ".join(str(folder) for folder in result.folders)
+    parts.append(Text(f"\nfor a recipe:\n\noffload:\n  nvme_path: [{folders}]"))
+    return Group(*parts)
+
+
+def _line(direction: str, best: Point, fio: dict[str, object] | None) -> str:
+    text = f"{direction}: {best.bytes_per_s / 1e9:.2f} GB/s with {best.threads} × {format_bytes(best.block_size)}"
+    if fio is not None:
+        theirs, share = fio[direction], fio["zinf_of_fio"]
+        assert isinstance(theirs, dict)
+        assert isinstance(share, dict)
+        text += f"; fio ({fio['engine']}) {theirs['bytes_per_s'] / 1e9:.2f} GB/s, in turn: {share[direction]:.2f} of it"
+    return text
+
+
+def _best(point: Point) -> Best:
+    return Best(bytes_per_s=point.bytes_per_s, block_size=point.block_size, threads=point.threads)
+
+
+@contextmanager
+def _progress(total: int, console: Console) -> Iterator[Report]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda doing, moved: progress.update(task, advance=moved, description=doing)
+
+
+def _several(flag: str, text: str | None, default: Sequence[int], parse: Callable[[str, str], int]) -> Sequence[int]:
+    return default if text is None else tuple(parse(flag, item.strip()) for item in text.split(","))
+
+
+def _size(flag: str, text: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error
+    if size < PAGE or size % PAGE:
+        raise UsageError(f"{flag}: expected a multiple of 4096 bytes, got {text}")
+    return size
+
+
+def _count(flag: str, text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 256:
+        raise UsageError(f"{flag}: expected numbers from 1 to 256, such as 1,4,8, got {text!r}")
+    return int(text)

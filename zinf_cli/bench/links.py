@@ -1,0 +1,180 @@
+"""`python -m zinf_cli.bench.links RUN_DIR PART`, started by torchrun: what one rank measures of its machine.
+
+PART is "alone" (matrix products, a block's pass, AdamW, copies of one accelerator) or "together" (copies of all
+accelerators at once, the all-gather between them). Rank 0 writes RUN_DIR/PART.json, in the words of profile_file.Links.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.train.rank_process import run_rank
+
+ROWS = {"cpu": (16, 64, 256, 1024), "cuda": (256, 1024, 4096, 16384)}
+"""Tokens of a micro-batch."""
+HIDDEN = {"cpu": 1024, "cuda": 4096}
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
+BLOCKS, MICRO_BATCHES = 3, 4
+"""Of a timed pass: weights come from memory, as in a sweep, and serve several micro-batches."""
+UPDATE_NUMEL = 1 << 23
+COPY_BYTES = 1 << 28
+GATHER_BYTES = 1 << 26
+REPEATS = 5
+"""Of which the median counts; each lasts at least SECONDS."""
+SECONDS = 0.05
+
+
+def measure_alone() -> dict[str, Any]:
+    """Of one rank with the machine to itself."""
+    import psutil
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    matmul = {
+        precision: {rows: _linear_rate(rows, precision, device) for rows in ROWS[device.type]}
+        for precision in PRECISIONS[device.type]
+    }
+    found: dict[str, Any] = {
+        "accelerators": torch.cuda.device_count(),
+        "cpu_memory": psutil.virtual_memory().total,
+        "matmul": matmul,
+        "block": {
+            precision: {rows: _block_rate(rows, precision, device) for rows in ROWS[device.type]}
+            for precision in PRECISIONS[device.type]
+        },
+        "adamw": _adamw_rate(),
+    }
+    if device.type == "cuda":
+        found["device_memory"] = torch.cuda.get_device_properties(device).total_memory
+        found["device_bandwidth"] = _device_bandwidth(device)
+        found["copy_alone"] = found["copy_host"] = _copy_rate(device)
+    return found
+
+
+def measure_together() -> dict[str, Any]:
+    """Of all ranks at once."""
+    import torch
+    import torch.distributed as dist
+
+    from zinf_cli.engine.ranks import Ranks
+    from zinf_cli.trace import Trace
+
+    cuda = torch.cuda.is_available()
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    ranks = Ranks.join(device)
+    flat = torch.zeros(GATHER_BYTES // 4, device=device)
+    own = flat.view(ranks.world_size, -1)[ranks.rank]
+    trace = Trace()
+
+    def gather() -> None:
+        ranks.gather(flat, own, trace, "bench").wait()
+        dist.barrier()
+
+    others = (ranks.world_size - 1) / ranks.world_size
+    found: dict[str, Any] = {"collective": GATHER_BYTES * others / _seconds(gather, device, times=3)}
+    if cuda:
+        dist.barrier()
+        rates = ranks.all(round(_copy_rate(device)))
+        found["copy_host"] = sum(rates)
+    ranks.leave()
+    return found
+
+
+def _linear_rate(rows: int, precision: str, device: Any) -> float:
+    """FLOP/s of a linear layer: forward, and the gradients of its input and of its weight."""
+    import torch
+
+    from zinf_cli.train.setup import DTYPES
+
+    hidden = HIDDEN[device.type]
+    weight = torch.randn(hidden, 4 * hidden, device=device, dtype=DTYPES[precision])
+    x = torch.randn(rows, hidden, device=device, dtype=DTYPES[precision])
+    y = x @ weight
+
+    def products() -> None:
+        torch.mm(x, weight)
+        torch.mm(y, weight.T)
+        torch.mm(x.T, y)
+
+    return 3 * 2 * rows * weight.numel() / _seconds(products, device)
+
+
+def _block_rate(rows: int, precision: str, device: Any) -> float:
+    """FLOP/s of a transformer block's forward, recomputed forward and backward."""
+    import torch
+
+    from zinf_cli.bench.block import Block, pass_over
+    from zinf_cli.train.setup import DTYPES
+
+    where = {"device": device, "dtype": DTYPES[precision]}
+    hidden = HIDDEN[device.type]
+    blocks = [Block(hidden, rows, **where) for _ in range(BLOCKS)]
+    batches = [torch.randn(1, rows, hidden, requires_grad=True, **where) for _ in range(MICRO_BATCHES)]
+    flops = 4 * BLOCKS * MICRO_BATCHES * blocks[0].flops(rows)
+    return flops / _seconds(lambda: pass_over(blocks, batches), device)
+
+
+def _adamw_rate() -> float:
+    """Parameters per second of the engine's AdamW on all cores of the CPU."""
+    import torch
+
+    from zinf_cli.engine.adamw import AdamW
+
+    adamw = AdamW(lr=1e-3, clip=torch.tensor(1.0))
+    param, grad, exp_avg, exp_avg_sq = (torch.rand(UPDATE_NUMEL) for _ in range(4))
+    return UPDATE_NUMEL / _seconds(lambda: adamw.update(param, grad, exp_avg, exp_avg_sq, 2), torch.device("cpu"))
+
+
+def _copy_rate(device: Any) -> float:
+    import torch
+
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    into = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
+
+
+def _device_bandwidth(device: Any) -> float:
+    """Read and written bytes per second."""
+    import torch
+
+    a, b = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * COPY_BYTES / _seconds(lambda: a.copy_(b), device)
+
+
+def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> float:
+    """The median of what one call takes; `times` fixes the number of calls, which ranks have to agree on."""
+    import torch
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / count
+
+    timed(2)
+    count = times or max(1, round(SECONDS / timed(1)))
+    return statistics.median(timed(count) for _ in range(REPEATS))
+
+
+def main() -> int:
+    run_dir, part = Path(sys.argv[1]), sys.argv[2]
+    found = measure_alone() if part == "alone" else measure_together()
+    if os.environ["RANK"] == "0":
+        (run_dir / f"{part}.json").write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    run_rank(main, Path(sys.argv[1]))

@@ -1,0 +1,240 @@
+"""What `zinf estimate` shows: need against have per tier, where everything lies and why, how long a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.plan.estimate import BAND, Estimate
+from zinf_cli.plan.needs import USABLE, capacity
+from zinf_cli.plan.placement import TIERS
+from zinf_cli.plan.simulate import Simulation
+from zinf_cli.plan.sizes import BYTES_PER_PARAM
+
+if TYPE_CHECKING:
+    from zinf_cli.plan.plan import Plan
+
+CLASS_NAMES = {
+    "params": "parameters",
+    "grads": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+}
+BAR = 24
+"""Characters of a full bar."""
+
+
+def estimate_screen(answer: Estimate, *, explain: bool = False) -> RenderableType:
+    """The whole screen; with `explain`, the terms of each sum and the formulas they come from."""
+    question, model = answer.question, answer.question.model
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="dim")
+    head.add_column()
+    head.add_row(
+        "model",
+        f"{format_count(model.params)} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads"
+        + (f", vocabulary {model.vocab}" if model.vocab else ""),
+    )
+    kind = "GPUs" if question.profile.accelerators else "CPU ranks"
+    hosts = f"{question.hosts} × {question.profile.name}"
+    head.add_row("machine", f"{hosts}, {question.world_size} {kind}" + _strategy(answer))
+    each = f"{question.micro_batch_size:g} {'sequence' if question.micro_batch_size == 1 else 'sequences'}"
+    head.add_row(
+        "step",
+        f"on each of them {question.micro_batches} × {each} of {model.seq_len} tokens"
+        + (f", {answer.per_sweep} in a sweep" if question.micro_batches > 1 else ""),
+    )
+    parts: list[RenderableType] = [head, Text(), _tiers(answer), Text(), _placement(answer), Text(), _verdict(answer)]
+    if explain:
+        parts += [Text(), _terms(answer), Text(), _formulas(answer)]
+    title = f"zinf estimate · {format_count(model.params)} on {hosts}"
+    return Panel(Group(*parts), title=title, expand=False)
+
+
+def _strategy(answer: Estimate) -> str:
+    return "" if answer.question.strategy == "infinity" else f", {answer.question.strategy}"
+
+
+def _tiers(answer: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("on each host")
+    for title in ("needs", "may use", "has"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    table.add_column("")
+    have = capacity(answer.question.profile, answer.question.ranks)
+    for tier in TIERS:
+        if have[tier]:
+            need, allowed = answer.needs.total(tier), answer.needs.may_use[tier]
+            fits = tier not in answer.needs.missing
+            table.add_row(
+                tier,
+                format_bytes(need),
+                format_bytes(allowed),
+                format_bytes(have[tier]),
+                bar(need / have[tier], USABLE[tier], fits=fits),
+                Text("fits", style="green")
+                if fits
+                else Text(f"{format_bytes(need - allowed)} too much", style="bold red"),
+            )
+    return table
+
+
+def bar(share: float, usable: float, *, fits: bool) -> Text:
+    """How full a tier is; the part a plan leaves free is dotted."""
+    full = min(BAR, max(1 if share > 0.002 else 0, round(share * BAR)))
+    free = max(0, round(usable * BAR) - full)
+    return (
+        Text("█" * full, style="green" if fits else "red")
+        + Text("░" * free, style="dim")
+        + Text("·" * (BAR - full - free), style="dim")
+    )
+
+
+def _placement(answer: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("placement", "tier", ""):
+        table.add_column(title, style="dim" if not title else "")
+    reasons = answer.reasons()
+    for state, tier in answer.placement.items():
+        shown = answer.question.compute_tier if tier == "device" else tier
+        table.add_row(CLASS_NAMES[state], shown, reasons[state])
+    return table
+
+
+def _verdict(answer: Estimate) -> Table:
+    played = answer.simulation
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    if not answer.fits:
+        table.add_row("fits", Text("no", style="bold red"))
+        return table
+    table.add_row("fits", Text("yes", style="bold green"))
+    table.add_row(
+        "step",
+        f"{seconds(played.step_s)}, give or take {100 * BAND:.0f} %; "
+        f"{answer.tflops:.3g} TFLOP/s per rank, waiting {100 * played.waiting:.0f} %",
+    )
+    table.add_row("bound by", f"{played.bottleneck}; {_what_would_move_it(answer)}")
+    busy = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in played.busy.items() if share >= 0.005)
+    table.add_row("busy", busy)
+    if not answer.block_fits:
+        table.add_row(
+            "but",
+            "zinf launch computes blocks whole so far, and one of these takes "
+            f"{format_bytes(answer.block_bytes)} of each rank; the figures are those of a block cut up",
+        )
+    return table
+
+
+def _what_would_move_it(answer: Estimate) -> str:
+    if answer.faster is None:
+        return "only faster compute or fewer tokens would shorten it"
+    text = f"twice its speed would make a step {seconds(answer.faster)}"
+    if answer.simulation.bottleneck != "network" and answer.simulation.waiting > 0.1:
+        text += "; more micro-batches a step cost no more traffic"
+    return text
+
+
+def seconds(value: float) -> str:
+    """0.35 s, 12.4 s, 24 min 53 s, 3 h 20 min."""
+    if value < 100:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _terms(answer: Estimate) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("of which")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for tier in TIERS:
+        for number, (name, num_bytes) in enumerate(answer.needs.terms[tier].items()):
+            table.add_row(tier if not number else "", CLASS_NAMES.get(name, name), format_bytes(num_bytes))
+    return table
+
+
+def _formulas(answer: Estimate) -> Table:
+    model, sequences = answer.question.model, answer.question.micro_batch_size
+    table = Table(box=None, pad_edge=False)
+    for title in ("ZeRO-Infinity, section 3 and 4", "", ""):
+        table.add_column(title, justify="right" if table.columns[1:] else "left")
+    rows: Sequence[tuple[str, str, str]] = (
+        (
+            "parameters",
+            "12 · layers · hidden²" + (" + vocab · hidden" if model.vocab else ""),
+            format_count(model.params),
+        ),
+        (
+            "model states",
+            f"{sum(BYTES_PER_PARAM.values())} B · parameters (2 fp16, 2 gradient, 16 fp32 and Adam)",
+            format_bytes(model.state_bytes),
+        ),
+        (
+            "checkpoints of a micro-batch",
+            "2 · batch · seq · hidden · layers",
+            format_bytes(model.checkpoint_bytes(sequences)),
+        ),
+        (
+            "all its activations",
+            "batch · seq · (16 · hidden + 2 · heads · seq) · layers",
+            format_bytes(model.activation_bytes(sequences)),
+        ),
+        (
+            "working memory, activations",
+            "the same of one layer",
+            format_bytes(model.activation_working_bytes(sequences)),
+        ),
+        (
+            "working memory, states",
+            "16 · hidden²" + (f", in {answer.needs.tiles} tiles" if answer.needs.tiles > 1 else ""),
+            format_bytes(model.state_working_bytes),
+        ),
+        (
+            "compute of a rank",
+            "8 · batch · seq · parameters",
+            f"{model.step_flops(answer.question.sequences):.3g} FLOP",
+        ),
+        *(
+            (f"efficiency, {CLASS_NAMES[state]}", form, f"{100 * answer.efficiency[state]:.1f} %")
+            for state, form in (
+                ("params", "intensity batch · seq, if nothing overlapped"),
+                ("optimizer", "intensity batch · seq / 4"),
+                ("activations", "intensity 24 · hidden"),
+            )
+        ),
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, known: bool) -> RenderableType:
+    """What a recipe's plan will take: how full each tier is, placement with its reasons, the step's time and lanes."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for limit in plan.limits:
+        fits = limit.needed <= limit.allowed
+        verdict = "fits" if fits else f"{format_bytes(limit.needed - limit.allowed)} too much"
+        filled = bar(limit.needed / max(1, limit.allowed), 1.0, fits=fits)
+        table.add_row(f"{limit.tier} filled", filled + Text(f" {verdict}", style="green" if fits else "bold red"))
+    table.add_row("", "")
+    for state, reason in reasons.items():
+        table.add_row(CLASS_NAMES[state], reason)
+    table.add_row("", "")
+    band = f"give or take {100 * BAND:.0f} %" if known else "by assumed rates; zinf bench measures them"
+    table.add_row("step", f"{seconds(played.step_s)}, {band}")
+    table.add_row("bound by", f"{played.bottleneck}; compute waits {100 * played.waiting:.0f} % of it")
+    for lane, share in played.busy.items():
+        if share >= 0.005:
+            table.add_row(lane, bar(share, 1.0, fits=True) + Text(f" {100 * share:.0f} %"))
+    return Panel(table, title="placement and time", expand=False)

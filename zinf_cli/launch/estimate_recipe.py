@@ -1,0 +1,155 @@
+"""`zinf estimate RECIPE`, or a config.json: the plan that launch would make, here or elsewhere, and its time."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from zinf_cli.errors import RankError, RecipeError, UsageError, ZinfError
+from zinf_cli.launch.estimate import Flags, save_timeline
+from zinf_cli.plan.exact import plan_document, reasons_of
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.plan import best_plan, does_not_fit, nvme_folders
+from zinf_cli.plan.predict import predict, profile_here
+from zinf_cli.profile_file import find_measured, load_measured, load_profile
+from zinf_cli.profiles import BUILT_IN, Profile
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import dump_recipe, load_recipe
+
+
+class _DescribedError(ZinfError):
+    """An error of the subprocess, in its words."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
+def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console: Console) -> None:
+    """Print the answer to stdout; CapacityError with the numbers where nothing fits."""
+    if flags.nodes > 1 or flags.max_model or flags.strategy != "infinity":
+        raise UsageError("--nodes, --max-model and --strategy go with --params, not with a recipe")
+    elsewhere = _elsewhere(flags.hardware)
+    with _opened(path, [*_flagged(flags), *overrides]) as recipe:
+        if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
+            recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
+        ranks = flags.gpus_per_node or (max(1, elsewhere.accelerators) if elsewhere is not None else None)
+        with Console(stderr=True).status("reading the model, its checkpoint and the text ..."):
+            figures = _figures(recipe, ranks)
+        if elsewhere is not None:
+            profile = elsewhere.with_accelerators(figures.world_size) if elsewhere.accelerators else elsewhere
+            figures = replace(figures, machine=_machine(profile, figures, recipe))
+        else:
+            measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
+            profile = profile_here(figures, nvme_folders(recipe), measured)
+        plan = best_plan(recipe, figures, profile)
+    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    played = predict(plan, tokens, profile)
+    if flags.timeline is not None:
+        save_timeline(played, flags.timeline)
+    if flags.as_json:
+        print(json.dumps(plan_document(plan, tokens, profile), indent=2))
+    else:
+        from zinf_cli.console import plan_screen
+        from zinf_cli.estimate_screen import time_screen
+
+        console.print(plan_screen(plan, path.stem, ()))
+        known = elsewhere is not None or (profile.measured and profile.drives.measured)
+        console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
+    if not plan.fits:
+        raise does_not_fit(plan)
+
+
+def _elsewhere(hardware: str | None) -> Profile | None:
+    """The profile of a machine that is not this one, if one is named."""
+    if hardware is None:
+        return None
+    if hardware in BUILT_IN:
+        return BUILT_IN[hardware]
+    there = load_measured(Path(hardware)).name != socket.gethostname()
+    return load_profile(hardware) if there else None
+
+
+def _flagged(flags: Flags) -> list[str]:
+    """Flags that are keys of a recipe as well, where they differ from their default."""
+    plain = Flags()
+    names = {
+        "seq_len": "train.seq_len",
+        "micro_batch_size": "train.micro_batch_size",
+        "accumulation": "train.gradient_accumulation_steps",
+    }
+    return [
+        f"{key}={getattr(flags, name)}" for name, key in names.items() if getattr(flags, name) != getattr(plain, name)
+    ]
+
+
+@contextmanager
+def _opened(path: Path, overrides: Sequence[str]) -> Iterator[Recipe]:
+    """The recipe; for a config.json (or a directory with nothing but one to read), a recipe around it."""
+    config = path / "config.json" if path.is_dir() else path
+    if config.suffix != ".json":
+        yield load_recipe(path, overrides)
+        return
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else "not valid JSON"
+        raise RecipeError([f"{config}: {what}"]) from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise RecipeError([f"{config}: no model_type, so not the config.json of a Hugging Face model"])
+    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        yield load_recipe(_around(values, Path(folder), config.parent.name), overrides)
+
+
+def _around(config: dict[str, Any], folder: Path, name: str) -> Path:
+    """A recipe file with `config` and a text of no meaning."""
+    import numpy as np
+
+    tokens, recipe = folder / "tokens.npy", folder / f"{name or 'config'}.yaml"
+    np.save(tokens, np.zeros(1 << 22, dtype=np.uint8))
+    tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": {"max_steps": 1}}
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return recipe
+
+
+def _figures(recipe: Recipe, ranks: int | None) -> Figures:
+    """Ask a subprocess, which imports torch and builds the model on the meta device."""
+    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        command = [sys.executable, "-m", "zinf_cli.train.describe", str(path)]
+        command += ["--slots", str(ranks)] if ranks else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        document = json.loads(done.stdout)
+    except json.JSONDecodeError as error:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise RankError(f"the model could not be described: {last[0]}") from error
+    if "error" in document:
+        raise _DescribedError(document["error"], document["exit_code"])
+    return Figures.from_json(document)
+
+
+def _machine(profile: Profile, figures: Figures, recipe: Recipe) -> Any:
+    """The machine of `profile` in the words of the plan."""
+    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    return replace(
+        figures.machine,
+        name=profile.name,
+        accelerators=profile.accelerators,
+        device_bytes=profile.device_memory,
+        flops=profile.flops(figures.precision, tokens),
+        cpu_bytes=profile.cpu_memory,
+        nvme_bytes=profile.drives.space,
+    )

@@ -1,0 +1,91 @@
+"""ZeRO-Infinity's own schedule, to compare with: micro-batch after micro-batch, then an update that all waits for.
+
+Parameters and gradients are fp16. The update streams {fp32 gradient, momentum, variance, parameter} past the CPU, or
+runs on the device where the optimizer states are there.
+"""
+
+from __future__ import annotations
+
+from zinf_cli.plan.schedule import Op, Ops, Step
+
+FP16 = 2
+READ, WRITTEN = 16, 12
+"""Bytes per parameter of the update's fp32 states: the gradient is only read."""
+
+
+def classic_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
+    """`count` steps; the operations, and the last one of each step."""
+    classic = _Classic(step)
+    return classic.ops.ops, [classic.step_of() for _ in range(count)]
+
+
+class _Classic:
+    def __init__(self, step: Step) -> None:
+        self.step, self.ops = step, Ops(step)
+        self._computed: list[int] = []
+        self._begun: list[int] = []
+        """The last update's end, which the next step waits for."""
+        self._kept: list[list[int]] = []
+        self._leaving: list[int] = []
+
+    def step_of(self) -> int:
+        units = range(len(self.step.units))
+        for micro_batch in range(self.step.micro_batches):
+            last = micro_batch == self.step.micro_batches - 1
+            self._kept = [[] for _ in units]
+            for number in units:
+                self._forward(number)
+            for number in reversed(units):
+                self._backward(number, last=last)
+        self._begun = self._update([*self._leaving, *self._computed[-1:]])
+        self._leaving = []
+        return self._begun[-1]
+
+    def _forward(self, number: int) -> None:
+        done = self._visit(number, "forward", 1, [])
+        self._kept[number] = self.ops.send(
+            "activations", self.step.units[number].name, self.step.units[number].kept_bytes, done
+        )
+
+    def _backward(self, number: int, *, last: bool) -> None:
+        """Recompute and backward; the gradient leaves, in the end to where the update reads it, in fp32."""
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        brought = ops.bring("activations", unit.name, unit.kept_bytes, [*self._room(), *self._kept[number]])
+        done = self._visit(number, "backward", 3, brought)
+        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * FP16, done)
+        own = unit.trainable / step.world_size * FP16
+        self._leaving += ops.send("optimizer" if last else "grads", unit.name, own * (2 if last else 1), reduced)
+
+    def _room(self) -> list[int]:
+        """What a fetch waits for: a free buffer, and the update before this step."""
+        return [*self._computed[-self.step.depth :][:1], *self._begun]
+
+    def _visit(self, number: int, kind: str, passes: int, also: list[int]) -> list[int]:
+        """Fetch, gather, compute, and the all-reduces of model parallelism: two forward, four backward."""
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        ready = ops.bring("params", unit.name, unit.params / step.world_size * FP16, self._room())
+        ready = [*ops.between_ranks(f"gather {unit.name}", unit.params * FP16, ready), *also, *self._computed[-1:]]
+        done = [ops.add("compute", f"{unit.name} {kind}", unit.flops * passes, ready, "matmul")]
+        if step.exchange_bytes:
+            exchanged = step.exchange_bytes * (1 if passes == 1 else 2)
+            done = [ops.add("network", f"{unit.name} all-reduce", exchanged, done, "inside")]
+        self._computed.append(done[0])
+        return done
+
+    def _update(self, after: list[int]) -> list[int]:
+        """Slice after slice; its last operations."""
+        step, ops = self.step, self.ops
+        last: list[int] = []
+        on_cpu = step.accelerator and step.placement["optimizer"] != "device"
+        streamed = step.placement["optimizer"] == "nvme"
+        lane, rate = ("update", "cpu adamw") if on_cpu else ("compute", "adamw")
+        for unit in step.units:
+            own = unit.trainable / step.world_size
+            ready = [ops.add("nvme read", f"{unit.name} optimizer", own * READ, after)] if streamed else after
+            done = [ops.add(lane, f"{unit.name} update", own, ready, rate)]
+            if streamed:
+                last.append(ops.add("nvme write", f"{unit.name} optimizer", own * WRITTEN, done))
+            if step.placement["params"] == "nvme":
+                last.append(ops.add("nvme write", f"{unit.name} params", own * FP16, done))
+            last += done
+        return last

@@ -1,0 +1,93 @@
+"""A plan as `zinf estimate --json` says it, and why each class lies where it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.plan.memory import CLASSES, Choice, block_bytes
+from zinf_cli.plan.placement import TIERS
+from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.predict import cluster_of
+from zinf_cli.plan.simulate import rates_of
+from zinf_cli.plan.sizes import efficiency
+from zinf_cli.profiles import Profile
+from zinf_cli.recipe import Recipe
+
+
+def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
+    """A line for each class."""
+    sizes = {line.what: line.num_bytes for line in plan.lines}
+    left = {limit.tier: limit.allowed - limit.needed for limit in plan.limits}
+    reasons = {}
+    for state, tier in plan.placement.items():
+        if getattr(recipe.offload, state) != "auto":
+            reasons[state] = f"{tier}: as the recipe says"
+            continue
+        faster = [name for name in TIERS[: TIERS.index(tier)] if name in left]
+        room = [f"{name} has {format_bytes(max(0, left[name]))} left for it" for name in faster]
+        why = ", ".join(room) if room else "the fastest tier"
+        reasons[state] = f"{tier}: {format_bytes(sizes[state])} a rank; {why}"
+    return reasons
+
+
+def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
+    """The keys of every estimate, from exact figures; `tokens` of one micro-batch."""
+    model, world = plan.figures.model, plan.world_size
+    sizes = {line.what: line.num_bytes for line in plan.lines}
+    compute_tier = "device" if plan.figures.machine.accelerators else "cpu"
+    choice = Choice(plan.placement, plan.per_sweep, compute_tier, frozenset(plan.kept_units))
+    again = 4 / 3 if not plan.kept_units else 1
+    flops = model.flops_per_token * again * tokens * plan.micro_batches
+    return {
+        "params": model.num_params,
+        "architecture": model.architecture,
+        "hardware": profile.name,
+        "gpus_per_node": world,
+        "precision": plan.precision,
+        "micro_batches": plan.micro_batches,
+        "micro_batches_per_sweep": plan.per_sweep,
+        "model_states_bytes": sum(sizes[state] for state in CLASSES if state != "activations") * world,
+        "activation_bytes": {
+            "full": sum(unit.saved_bytes for unit in model.units),
+            "checkpoints": sum(unit.input_bytes for unit in model.units),
+            "working": max((unit.saved_bytes // max(1, unit.calls) for unit in model.units), default=0),
+        },
+        "state_working_bytes": max(block_bytes(unit, plan.figures, choice, 1) for unit in model.units),
+        "efficiency": _efficiency(plan, tokens, profile),
+        "tiers": {
+            limit.tier: {
+                "need_bytes": limit.needed,
+                "have_bytes": limit.allowed,
+                "terms": {line.what: line.num_bytes * world for line in plan.lines if line.tier == limit.tier},
+            }
+            for limit in plan.limits
+        },
+        "placement": plan.placement,
+        "fits": plan.fits,
+        "step_s": plan.step_s,
+        "tflops_per_gpu": flops / plan.step_s / 1e12,
+        "bottleneck": plan.bottleneck,
+        "lanes": plan.busy,
+        "nvme_traffic_bytes": plan.nvme_traffic,
+    }
+
+
+def _efficiency(plan: Plan, tokens: int, profile: Profile) -> dict[str, float]:
+    """ZeRO-Infinity, section 4: the share of the peak if nothing overlapped, by class."""
+    host = cluster_of(plan, tokens)
+    rates, peak = rates_of(profile, host), profile.peak(plan.precision)
+    memory = profile.device_bandwidth if profile.accelerators else 1e13
+    speed = {"device": memory, "cpu": rates["copy in"], "nvme": min(rates["copy in"], rates["nvme read"])}
+    model = plan.figures.model
+    moved = 2 * sum(unit.input_bytes for unit in model.units)
+    intensity = {
+        "params": float(tokens),
+        "optimizer": tokens / 4,
+        "activations": model.flops_per_token * 4 / 3 * tokens / max(1, moved),
+    }
+    ranks = {"params": plan.world_size, "optimizer": plan.world_size, "activations": 1}
+    return {
+        state: efficiency(value, ranks[state] * speed[plan.placement[state]], peak)
+        for state, value in intensity.items()
+    }

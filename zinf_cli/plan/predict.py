@@ -1,0 +1,123 @@
+"""What a step of a plan will take: the plan as a schedule, played on this machine or on another's profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH
+from zinf_cli.plan.layout import Figures, ModelFigures
+from zinf_cli.plan.memory import CHUNK_NUMEL, Choice, activation_bytes
+from zinf_cli.plan.schedule import Step, UnitLoad
+from zinf_cli.plan.simulate import Cluster, Simulation, simulate
+from zinf_cli.profile_file import Measured
+from zinf_cli.profiles import GB, Drives, Profile
+
+if TYPE_CHECKING:
+    from zinf_cli.plan.plan import Plan
+
+ASSUMED_ADAMW = 0.5e9
+"""Parameters per second of a host's CPU, where nothing was measured: two cores, measured once."""
+ASSUMED_LINK = 12 * GB
+"""Bytes per second to an accelerator, and between accelerators, where nothing was measured."""
+IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
+"""Parameters of an update under way at once where nothing has to be brought for it."""
+ASSUMED_GATHER = 1 * GB
+"""Between CPU ranks."""
+
+
+def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured | None) -> Profile:
+    """This machine: measured where `zinf bench` was run, assumed where not.
+
+    Drives count as measured only where `folders` lie on them.
+    """
+    machine, links = figures.machine, measured.links if measured is not None else None
+    assumed = ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))
+    drives = Drives(0, assumed, assumed, assumed)
+    if measured is not None and measured.covers(folders):
+        drives = measured.drives() or drives
+    link = ASSUMED_LINK if machine.accelerators else ASSUMED_GATHER
+    if links is None:
+        share = 1 if machine.accelerators else figures.ranks_per_host  # measured with the threads of one rank
+        return Profile(
+            name="this machine", accelerators=machine.accelerators, device_memory=machine.device_bytes,
+            device_bandwidth=1000 * GB, cpu_memory=0, drives=drives,
+            matmul={figures.precision: machine.flops * share},
+            passes={figures.precision: {1: machine.flops * share}}, adamw=ASSUMED_ADAMW,
+            copy_host=link * max(1, machine.accelerators), copy_alone=link, collective_inside=link,
+            collective_across=ASSUMED_GATHER,
+        )  # fmt: skip
+    return Profile(
+        name=measured.name if measured is not None else "", accelerators=machine.accelerators,
+        device_memory=machine.device_bytes, device_bandwidth=links.device_bandwidth or 1000 * GB, cpu_memory=0,
+        drives=drives, matmul=links.best_matmul, passes=links.block, adamw=links.adamw,
+        copy_host=links.copy_host or link, copy_alone=links.copy_alone or link,
+        collective_inside=links.collective or link, collective_across=links.across or ASSUMED_GATHER, measured=True,
+    )  # fmt: skip
+
+
+def predict(plan: Plan, tokens: int, profile: Profile) -> Simulation:
+    """Play a step of `plan`; `tokens` of one micro-batch."""
+    return simulate(step_of_plan(plan, tokens), profile, cluster_of(plan, tokens))
+
+
+def cluster_of(plan: Plan, tokens: int) -> Cluster:
+    return Cluster(len(plan.hosts), plan.figures.ranks_per_host, plan.precision, tokens)
+
+
+def step_of_plan(plan: Plan, tokens: int) -> Step:
+    """The plan as a schedule; `tokens` of one micro-batch."""
+    figures, working = plan.figures, plan.working
+    accelerator = bool(figures.machine.accelerators)
+    compute_tier = "device" if accelerator else "cpu"
+    choice = Choice(plan.placement, plan.per_sweep, compute_tier, frozenset(plan.kept_units), plan.update)
+    blocks = sorted(unit.numel for unit in figures.model.units if not unit.resident)
+    typical = max(1, blocks[len(blocks) // 2] * 8)  # parameters and gradient
+    fields = max(1, working.num_chunks // 8)
+    placement = dict(plan.placement)
+    if not accelerator:
+        placement = {state: "cpu" if tier == "device" else tier for state, tier in placement.items()}
+    return Step(
+        _loads(figures, choice, tokens),
+        plan.micro_batches,
+        plan.per_sweep,
+        plan.world_size,
+        placement,
+        accelerator,
+        param_bytes=4 if plan.precision == "fp32" else 2,
+        eager=plan.update == "eager",
+        depth=max(2, min(8, working.slot_bytes // typical)),
+        chunk_params=working.num_chunks * working.chunk_numel / fields or IN_PLACE_CHUNK,
+    )
+
+
+def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
+    """The visits of a forward pass. A unit that is called again brings its parameters again, its gradient once."""
+    model = figures.model
+    turn = model.turn
+    kept = dict(zip((n for n in range(len(model.units)) if n != turn), activation_bytes(figures, choice), strict=True))
+    weights = [_weight(model, place) for place in range(len(model.order))]
+    forward = model.flops_per_token / 3 * tokens
+    loads = []
+    for place, number in enumerate(model.order):
+        unit = model.units[number]
+        first = number not in model.order[:place]
+        loads.append(
+            UnitLoad(
+                unit.name,
+                unit.numel,
+                unit.trainable_numel if first else 0,
+                forward * weights[place] / max(1, sum(weights)),
+                kept.get(number, 0) / max(1, unit.calls),
+                recomputed=number not in choice.kept,
+            )
+        )
+    return loads
+
+
+def _weight(model: ModelFigures, place: int) -> int:
+    """The share of a visit in the compute: its parameters, but for an embedding that is only looked up."""
+    unit = model.units[model.order[place]]
+    lookup = place == 0 and unit.largest_param_numel > 0.9 * unit.numel
+    return 0 if lookup else unit.numel

@@ -1,0 +1,196 @@
+"""A training step as data: operations of one rank, each with its lane, its amount and what it waits for.
+
+All ranks do the same at the same time, so one stands for all, with its share of what a host's ranks use together. This
+is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"); classic.py states ZeRO-Infinity's
+schedule in the same words, and simulate.py plays both.
+
+Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
+"""In the sweep updates run on the compute lane; the lane "update" is the CPU of the paper's schedule."""
+GRAD_BYTES = 4
+"""A gradient is fp32 in zinf."""
+PIECES = 4
+"""Into how many pieces an update is cut here at most; the engine's chunks are finer."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """Something one lane does, without a break, when all of `after` (places in the list) are done."""
+
+    lane: str
+    rate: str
+    """Whose speed it has: the name of a lane, "matmul", "adamw" or "inside" (the network within a host)."""
+    name: str
+    amount: float
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class UnitLoad:
+    """One unit in the order of the forward pass. Counts are of the whole unit, costs of one micro-batch on one rank."""
+
+    name: str
+    params: float
+    trainable: float
+    flops: float
+    """Of the forward pass."""
+    kept_bytes: float
+    """What it leaves for the backward pass."""
+    recomputed: bool = True
+    """Whether the backward pass begins with its forward."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step is, apart from the speed of any machine."""
+
+    units: Sequence[UnitLoad]
+    micro_batches: int
+    per_sweep: int
+    world_size: int
+    placement: Mapping[str, str]
+    accelerator: bool
+    param_bytes: int = 2
+    """Of one parameter as it is computed with; with 4 it is its own master."""
+    eager: bool = False
+    depth: int = 4
+    """Visits that memory has room for, the one that is computed included."""
+    chunk_params: float = 8 * 2**20
+    """Parameters of an update that may be under way at once."""
+    exchange_bytes: float = 0
+    """Activations all-reduced within a host in a unit's forward pass, by model parallelism (classic.py)."""
+
+
+@dataclass
+class Ops:
+    """The list as it grows."""
+
+    step: Step
+    ops: list[Op] = field(default_factory=list)
+
+    def add(self, lane: str, name: str, amount: float, after: Sequence[int], rate: str | None = None) -> int:
+        self.ops.append(Op(lane, rate or lane, name, amount, tuple(after)))
+        return len(self.ops) - 1
+
+    def bring(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the tier of `state` to the compute device; what to wait for."""
+        return self._move(self._way(state, "nvme read", "copy in"), f"{name} {state}", num_bytes, after)
+
+    def send(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the compute device to the tier of `state`."""
+        return self._move(self._way(state, "nvme write", "copy out")[::-1], f"{name} {state}", num_bytes, after)
+
+    def _way(self, state: str, drive: str, copy: str) -> list[str]:
+        tier = self.step.placement[state]
+        lanes = [drive] if tier == "nvme" else []
+        return lanes + ([copy] if self.step.accelerator and tier != "device" else [])
+
+    def _move(self, lanes: Sequence[str], name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        last = list(after)
+        for lane in lanes if num_bytes else ():
+            last = [self.add(lane, name, num_bytes, last)]
+        return last
+
+    def between_ranks(self, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """All-gather or reduce-scatter of `num_bytes` in all."""
+        others = (self.step.world_size - 1) / self.step.world_size
+        return [self.add("network", name, num_bytes * others, after)] if others else list(after)
+
+
+def sweep_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
+    """`count` steps of zinf, each with the update of the one before; the operations, and each step's last compute."""
+    sweeps = _Sweeps(step)
+    return sweeps.ops.ops, [sweeps.step_of() for _ in range(count)]
+
+
+class _Sweeps:
+    """Visits, fetches that run ahead of them, updates on the way."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.ops = step, Ops(step)
+        number = len(step.units)
+        self._released: list[int] = []
+        self._pieces: list[int] = []
+        self._params: list[list[int]] = [[] for _ in range(number)]
+        """By unit: the writes that the next read of its parameters waits for."""
+        self._grads: list[list[int]] = [[] for _ in range(number)]
+        self._kept: list[list[int]] = [[] for _ in range(number)]
+
+    def step_of(self) -> int:
+        step, last = self.step, len(self.step.units) - 1
+        left, first = step.micro_batches, True
+        while left > 0:
+            batches = min(step.per_sweep, left)
+            left -= batches
+            for number in range(last):
+                self._visit(number, batches, "forward", update=first and not step.eager)
+            self._visit(last, batches, "turn", update=first and not step.eager, first=first, final=left == 0)
+            for number in reversed(range(last)):
+                self._visit(number, batches, "backward", first=first, final=left == 0)
+            first = False
+        return self._released[-1]
+
+    def _visit(
+        self, number: int, batches: int, kind: str, *, update: bool = False, first: bool = True, final: bool = False
+    ) -> None:
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
+        ready = ops.bring(
+            "params", unit.name, unit.params / step.world_size * step.param_bytes, [*room, *self._params[number]]
+        )
+        if update:
+            ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
+        ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
+        if kind == "backward":
+            ready += ops.bring("activations", unit.name, unit.kept_bytes * batches, [*room, *self._kept[number]])
+        passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
+        pieces = min(batches, PIECES)
+        for _ in range(pieces):
+            flops = unit.flops * passes * batches / pieces
+            ready = [ops.add("compute", f"{unit.name} {kind}", flops, ready, "matmul")]
+        self._released.append(ready[0])
+        if kind == "forward":
+            self._kept[number] = ops.send("activations", unit.name, unit.kept_bytes * batches, ready)
+        elif unit.trainable:
+            self._gradient(number, ready, room, first=first, final=final)
+
+    def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        own = unit.trainable / step.world_size * GRAD_BYTES
+        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
+        if not first:
+            reduced += ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
+        if final and step.eager:
+            self._update(number, reduced, reduced, with_grad=False)
+        else:
+            self._grads[number] = ops.send("grads", unit.name, own, reduced)
+
+    def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
+        """AdamW on this rank's slice, piece by piece; what the slot's next use waits for."""
+        step, ops, unit = self.step, self.ops, self.step.units[number]
+        own = unit.trainable / step.world_size
+        if not own:
+            return ready
+        pieces = max(1, min(PIECES, round(own / step.chunk_params * PIECES)))
+        piece = own / pieces
+        ahead = max(1, round(step.chunk_params / piece))
+        states = 8 if step.param_bytes == 4 else 12
+        writes: list[int] = []
+        for _ in range(pieces):
+            buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
+            reads = ops.bring("optimizer", unit.name, piece * states, [*after, *buffers])
+            if with_grad:
+                reads = reads + ops.bring("grads", unit.name, piece * GRAD_BYTES, [*after, *buffers])
+            done = [ops.add("compute", f"{unit.name} update", piece, [*reads, *ready], "adamw")]
+            self._pieces += ops.send("optimizer", unit.name, piece * states, done)
+            writes += ops.send("params", unit.name, piece * step.param_bytes, done)
+            ready = done
+        self._params[number] = writes
+        return ready

@@ -1,0 +1,224 @@
+"""hardware.yaml: what `zinf bench` measured on a machine, in a strict schema; a Profile out of it.
+
+`zinf bench nvme` writes the section nvme, `zinf bench links` the section links; each leaves the other as it is. launch
+and estimate read the file that --hardware names, or the first of `places`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from zinf_cli.amounts import parse_bytes
+from zinf_cli.errors import UsageError
+from zinf_cli.profiles import BUILT_IN, Drives, Profile
+from zinf_cli.recipe import Number, Paths, Section, Size
+from zinf_cli.recipe_file import plain
+
+FILE_NAME = "hardware.yaml"
+Bandwidth = Annotated[Number, Field(ge=1e6, le=1e13)]
+"""Bytes per second: between a floppy disk and the memory of a whole rack."""
+Flops = Annotated[Number, Field(ge=1e7, le=1e17)]
+Capacity = Annotated[int, BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value)]
+
+
+class Best(Section):
+    """The fastest point of a sweep over block sizes and threads."""
+
+    bytes_per_s: Bandwidth
+    """Median of the repeats."""
+    block_size: Annotated[Size, Field(ge=4096)]
+    """Bytes of one transfer."""
+    threads: Annotated[int, Field(ge=1, le=4096)]
+    """Transfers under way at once."""
+
+
+class Nvme(Section):
+    """Drives, as `zinf bench nvme` found them."""
+
+    folders: Paths
+    """Where it was measured."""
+    space: Size
+    """Free bytes."""
+    read: Best
+    """Reading, cache bypassed."""
+    write: Best
+    """Writing, cache bypassed."""
+    both: Bandwidth
+    """Bytes per second in sum, reading and writing at once."""
+
+
+class Links(Section):
+    """Compute, memory and links, as `zinf bench links` found them."""
+
+    accelerators: Annotated[int, Field(ge=0, le=1024)]
+    """0: the CPU computes."""
+    device_memory: Annotated[Capacity, Field(ge=0)] = 0
+    """Of one accelerator."""
+    device_bandwidth: Bandwidth | None = None
+    """Of its memory."""
+    cpu_memory: Size
+    """Of the host."""
+    matmul: dict[str, dict[int, Flops]]
+    """FLOP/s of matrix products, by precision and by rows of the activation."""
+    block: dict[str, dict[int, Flops]]
+    """The same of a whole block's pass: forward, recomputed forward, backward."""
+    adamw: Annotated[Number, Field(ge=1e4, le=1e13)]
+    """Parameters per second of the host's CPU."""
+    copy_host: Bandwidth | None = None
+    """CPU memory to all accelerators at once."""
+    copy_alone: Bandwidth | None = None
+    """CPU memory to one accelerator."""
+    collective: Bandwidth | None = None
+    """All-gather between the ranks of this host, bytes per second into one of them."""
+    across: Bandwidth | None = None
+    """The same across hosts."""
+
+    @property
+    def best_matmul(self) -> dict[str, float]:
+        """By precision, of any number of rows."""
+        return {precision: max(rates.values()) for precision, rates in self.matmul.items()}
+
+    @model_validator(mode="after")
+    def _whole(self) -> Links:
+        for name, rates in (("matmul", self.matmul), ("block", self.block)):
+            if not rates or not all(rates.values()):
+                raise ValueError(f"{name} needs a rate for at least one precision and number of rows")
+        needed = (self.device_memory, self.device_bandwidth, self.copy_host, self.copy_alone)
+        if self.accelerators and not all(needed):
+            raise ValueError("accelerators need device_memory, device_bandwidth, copy_host and copy_alone")
+        return self
+
+
+class Measured(Section):
+    """A hardware.yaml."""
+
+    name: str = "this machine"
+    """What the estimate calls it."""
+    nvme: Nvme | None = None
+    """Of zinf bench nvme."""
+    links: Links | None = None
+    """Of zinf bench links."""
+
+    def drives(self) -> Drives | None:
+        if self.nvme is None:
+            return None
+        return Drives(self.nvme.space, self.nvme.read.bytes_per_s, self.nvme.write.bytes_per_s, self.nvme.both, True)
+
+    def covers(self, folders: Sequence[Path]) -> bool:
+        """Whether its drives are those of `folders`: the same file systems."""
+        return self.nvme is not None and _devices(folders) == _devices(self.nvme.folders)
+
+
+def places(recipe: Path | None) -> list[Path]:
+    """Where a machine's profile is looked for: beside the recipe, then in the user's configuration."""
+    beside = [recipe.parent / FILE_NAME] if recipe is not None else []
+    return [*beside, user_file()]
+
+
+def user_file() -> Path:
+    """~/.config/zinf/hardware.yaml, or where XDG_CONFIG_HOME says."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "zinf" / FILE_NAME
+
+
+def find_measured(hardware: Path | None, recipe: Path | None) -> Measured | None:
+    """The profile file that was named, or the first there is; None without one."""
+    if hardware is not None:
+        return load_measured(hardware)
+    return next((load_measured(path) for path in places(recipe) if path.is_file()), None)
+
+
+def load_measured(path: Path) -> Measured:
+    """Read and check a hardware.yaml; UsageError with every problem in one line."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = f"built-in profiles: {', '.join(BUILT_IN)}; zinf bench measures this machine"
+        raise UsageError(f"no such profile: {error.strerror}", where=str(path), hint=hint) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError("not valid YAML", where=str(path), hint="zinf bench writes it anew") from error
+    if not isinstance(tree, dict):
+        raise UsageError("a profile is a mapping with nvme: and links:", where=str(path))
+    try:
+        return Measured.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_describe(entry) for entry in error.errors())
+        raise UsageError(problems, where=str(path), hint="zinf bench measures it anew") from error
+
+
+def load_profile(name: str) -> Profile:
+    """A built-in profile by its name, or a measured one by its file; UsageError for what is neither or not whole."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    path = Path(name).expanduser()
+    measured = load_measured(path)
+    for section, command in (("nvme", "zinf bench nvme"), ("links", "zinf bench links")):
+        if getattr(measured, section) is None:
+            raise UsageError(f"{section} is missing", where=name, hint=f"{command} --out {name} adds it")
+    return to_profile(measured)
+
+
+def to_profile(measured: Measured) -> Profile:
+    """The planner's view of a file that has both sections."""
+    links, drives = measured.links, measured.drives()
+    assert links is not None
+    assert drives is not None
+    return Profile(
+        name=measured.name,
+        accelerators=links.accelerators,
+        device_memory=links.device_memory,
+        device_bandwidth=links.device_bandwidth or 1e13,
+        cpu_memory=links.cpu_memory,
+        drives=drives,
+        matmul=links.best_matmul,
+        passes=links.block,
+        adamw=links.adamw,
+        copy_host=links.copy_host or 1e13,
+        copy_alone=links.copy_alone or 1e13,
+        collective_inside=links.collective or links.copy_alone or 1e9,
+        collective_across=links.across or 1.1e9,
+        measured=True,
+    )
+
+
+def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> None:
+    """Put one section into the file, in place of what it had there; the other one stays."""
+    there = load_measured(path) if path.is_file() else Measured()
+    measured = there.model_copy(update={"name": name, section: values})
+    tree = {key: _given(plain(value)) for key, value in measured if value is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _given(value: Any) -> Any:
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def _describe(entry: Any) -> str:
+    key = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "missing":
+        return f"{key} is missing"
+    if entry["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    message = str(entry["ctx"]["error"]) if entry["type"] == "value_error" else str(entry["msg"])
+    if entry["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        message = f"{entry['input']} is absurd: {message[0].lower()}{message[1:]}"
+    return f"{key}: {message}" if key else message
+
+
+def _devices(folders: Sequence[Path]) -> set[int]:
+    """The file systems of folders, or of what exists above them."""
+    found = set()
+    for folder in folders:
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+        found.add(existing.stat().st_dev)
+    return found
