@@ -118,6 +118,8 @@ class Ended:
     interrupted: bool
     polls: int
     notes: list[str]
+    others: str
+    host_cpu_bytes: int
     run_dir: Path
     seconds: float
     ended_at: float
@@ -177,6 +179,8 @@ def run_scenario(folder: Path, scenario: str, disturb: Callable[[subprocess.Pope
         "interrupted": False,
         "polls": 0,
         "notes": [],
+        "others": "",
+        "host_cpu_bytes": 0,
     }
     outcome = json.loads(answer) if answer else nothing
     return Ended(**outcome, run_dir=run_dir, seconds=seconds, ended_at=ended_at, left=list(left.values()))
@@ -258,6 +262,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def test_ranks_meet_and_end(run: Run, name: str) -> None:
     ended = run(name)
     assert (ended.exit_code, ended.failure, ended.interrupted) == (0, None, False)
+    assert ended.host_cpu_bytes > 2 * 50e6  # two ranks that have imported torch
     for rank in (0, 1):
         assert "sum 3.0 threads 1" in ended.log(f"rank-{rank:05d}.log")
     assert ended.polls > 0.5 * ended.seconds / 0.2
