@@ -8,7 +8,6 @@ stands for a host; a control group (root, cgroup v1) limits how fast each may re
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import socket
@@ -103,7 +102,7 @@ def main() -> None:
     if asked.rank is not None:
         (asked.group / "cgroup.procs").write_text(str(os.getpid()))
         ranks = Ranks.join(torch.device("cpu"))
-        print(json.dumps(seconds_per_fetch(asked.rank, ranks, asked.folder, asked.unit, asked.fetches)))
+        print(seconds_per_fetch(asked.rank, ranks, asked.folder, asked.unit, asked.fetches))
         ranks.leave()
         return
     table = Table(box=None, pad_edge=False, title=f"seconds to fetch {format_bytes(asked.unit)}")
