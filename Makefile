@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test test-faults lab check bench bench-peer gpu-check clean
+.PHONY: help install fetch demo test test-crash test-faults lab check bench bench-peer gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few 
 
 test: install lab ## run the unit and integration tests
 	$(PYTHON) -m pytest tests/unit tests/integration
+
+test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
+	$(PYTHON) -m pytest tests/crash
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest tests/integration/test_faults.py

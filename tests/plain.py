@@ -124,6 +124,7 @@ def engine_losses(
     engine: Engine,
     steps: int,
     *,
+    first: int = 0,
     count: int = 3,
     rank: int = 0,
     world_size: int = 1,
@@ -133,10 +134,10 @@ def engine_losses(
     close: bool = True,
     device: torch.device = CPU,
 ) -> list[list[float]]:
-    """What plain_losses returns, through the engine; of the micro-batches of `rank` in a world of several."""
+    """What plain_losses returns from step `first` on, through the engine; of the micro-batches of `rank`."""
     losses = []
     share = count // world_size
-    for step in range(steps):
+    for step in range(first, steps):
         work = [
             MicroBatch(
                 partial(model_loss, engine.model, ids.to(device), ids.to(device)), 1 / count, 1000 * step + number

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zinf_cli.errors import FileError, UsageError, ZinfError
+from zinf_cli.errors import DamagedError, FileError, UsageError, ZinfError
 
 if TYPE_CHECKING:
     from zinf_cli.hosts import Host
@@ -110,6 +110,9 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
 
 @app.command()
 def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A run's folder or one of its checkpoints, read and checked in full.")
+    ] = None,
     hosts: Annotated[
         str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
     ] = None,
@@ -117,12 +120,38 @@ def doctor(
     exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
-    """What this machine, or every host, has and lacks."""
+    """What this machine, every host or a checkpoint has and lacks."""
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint.absolute(), as_json=as_json)
+        return
     from rich.console import Console
 
     from zinf_cli.launch.doctor import doctor as look
 
     look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Console())
+
+
+def _check_checkpoint(path: Path, *, as_json: bool) -> None:
+    """A verdict on every file; DamagedError unless all are whole."""
+    import dataclasses
+    import json
+
+    from zinf_cli.checkpoint.folder import find_checkpoint
+    from zinf_cli.checkpoint.verify import verify
+
+    folder = find_checkpoint(path)
+    verdicts = verify(folder)
+    if as_json:
+        print(json.dumps({"checkpoint": str(folder), "files": [dataclasses.asdict(v) for v in verdicts]}, indent=2))
+    else:
+        from rich.console import Console
+
+        from zinf_cli.console import checkpoint_screen
+
+        Console().print(checkpoint_screen(folder, verdicts))
+    if damaged := [verdict for verdict in verdicts if verdict.problem]:
+        what = "; ".join(f"{verdict.name} is {verdict.problem}" for verdict in damaged)
+        raise DamagedError(what, where=str(folder), hint="resume and export want another checkpoint of this run")
 
 
 @app.command()
@@ -263,6 +292,49 @@ def trace(
         print(json.dumps(summary, indent=2))
     else:
         Console().print(trace_screen(summary))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, as they are trained, bf16 or fp16.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="What was written, as JSON on stdout.")] = False,
+) -> None:
+    """Write an ordinary Hugging Face checkpoint, unit by unit."""
+    if dtype not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"--dtype is fp32, bf16 or fp16, not {dtype}")
+    import dataclasses
+    import json
+
+    from zinf_cli.amounts import format_bytes
+    from zinf_cli.train.export import export as write
+
+    done = write(run.absolute(), out.absolute(), dtype)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done), indent=2, default=str))
+        return
+    files = "1 file" if done.num_shards == 1 else f"{done.num_shards} files"
+    print(f"{done.folder}: step {done.step}, {format_bytes(done.num_bytes)} of {dtype} in {files}")
+
+
+@app.command()
+def clean(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH ...]", help="Runs, or folders of runs [default: runs].")
+    ] = None,
+) -> None:
+    """List and remove what killed runs have left behind."""
+    from zinf_cli.amounts import format_bytes
+    from zinf_cli.launch.leftovers import leftovers_of, remove
+
+    found = [leftover for path in paths or [Path("runs")] for leftover in leftovers_of(path.absolute())]
+    for leftover in found:
+        print(f"{leftover.path}: {leftover.what}, {format_bytes(leftover.num_bytes)}")
+    for leftover in found:
+        remove(leftover)
+    total = format_bytes(sum(leftover.num_bytes for leftover in found))
+    print(f"{len(found)} removed, {total}" if found else "nothing left behind")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.hosts import this_machine
 from zinf_cli.plan.plan import Plan
 
@@ -50,6 +52,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
     )
     head.add_row("backward", _recomputed(plan))
+    if plan.resume is not None:
+        head.add_row("resume", plan.resume)
     head.add_row("expected", _expectation(plan))
     if plan.nvme_folders:
         head.add_row("nvme", ", ".join(plan.nvme_folders))
@@ -265,6 +269,18 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     lines.append(Text("   ".join(losses), style="bold"))
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     return Panel(Group(*lines), title=title, expand=False)
+
+
+def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableType:
+    """Every file of a checkpoint, and whether it is as it was written."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(str(folder))
+    table.add_column("", justify="right")
+    table.add_column("")
+    for verdict in verdicts:
+        state = Text("whole", style="green") if verdict.problem is None else Text(verdict.problem, style="bold red")
+        table.add_row(verdict.name, format_bytes(verdict.num_bytes), state)
+    return table
 
 
 def trace_screen(summary: dict[str, Any]) -> RenderableType:

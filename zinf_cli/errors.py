@@ -6,7 +6,8 @@
     │   ├── RecipeError       2   a recipe that does not parse or validate
     │   └── HostfileError     2   a hostfile that does not parse
     ├── DatasetError          2   text that is missing, unreadable or too short
-    ├── CheckpointError       2   missing, extra or misshaped tensors
+    ├── CheckpointError       2   missing, extra or misshaped tensors; a checkpoint that does not go with the recipe
+    │   └── DamagedError      2   a checkpoint of a run that is not as it was written
     ├── ModelError            2   a model the engine can't run, named with the reason
     ├── PreflightError        3   a machine that lacks something the run needs
     ├── HostError             3   a host that can't be reached, or does not do what it is asked to
@@ -73,6 +74,10 @@ class DatasetError(ZinfError):
 
 class CheckpointError(ZinfError):
     exit_code = 2
+
+
+class DamagedError(CheckpointError):
+    pass
 
 
 class ModelError(ZinfError):

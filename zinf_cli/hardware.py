@@ -77,8 +77,8 @@ def _page_cache(group: Path) -> int:
     return int(counters["inactive_file"]) + int(counters["active_file"])
 
 
-def drive_space(folder: Path) -> Space:
-    """The free space where `folder` is or will be created; PreflightError where nothing can be written."""
+def drive_space(folder: Path, key: str = "offload.nvme_path") -> Space:
+    """The free space where `folder` (the recipe's `key`) is or will be; PreflightError where nothing can be written."""
     existing = folder
     while not existing.exists():
         existing = existing.parent
@@ -88,6 +88,6 @@ def drive_space(folder: Path) -> Space:
         raise PreflightError(
             f"can't create files here: {problem or f'{existing} is a file'}",
             where=str(folder),
-            hint="choose another offload.nvme_path",
+            hint=f"choose another {key}",
         )
     return Space(folder, existing.stat().st_dev, status.f_bavail * status.f_frsize)

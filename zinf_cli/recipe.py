@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from zinf_cli.amounts import parse_bytes
+from zinf_cli.checkpoint.folder import checkpoints_of
 
 Tier = Literal["auto", "device", "cpu", "nvme"]
 
@@ -56,7 +57,7 @@ class Model(Section):
     """What is trained."""
 
     name_or_path: AbsolutePath | None = None
-    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer."""
+    """A Hugging Face checkpoint directory: config.json, safetensors, tokenizer; or a run's folder or checkpoint."""
     config: dict[str, Any] | None = None
     """Instead of name_or_path: a transformers config with its model_type; weights are drawn from the seed."""
     init: Literal["pretrained", "random"] | None = None
@@ -65,6 +66,8 @@ class Model(Section):
     @field_validator("name_or_path")
     @classmethod
     def _is_checkpoint(cls, path: Path | None) -> Path | None:
+        if path is not None and (newest := checkpoints_of(path)):
+            return newest[0]
         if path is not None and not (path / "config.json").is_file():
             what = "no config.json in" if path.is_dir() else "no such directory:"
             raise ValueError(f"{what} {path}; download a model first: hf download ORG/NAME --local-dir DIRECTORY")
@@ -210,11 +213,11 @@ class Checkpoint(Section):
     """Checkpoints of a run."""
 
     interval: Annotated[int, Field(ge=1)] | None = None
-    """Steps between checkpoints; null: none."""
+    """Steps between checkpoints, with one after the last step as well; null: none."""
     keep_latest_k: Annotated[int, Field(ge=1)] | None = None
     """Older ones are removed."""
     resume: Literal["auto", "never"] | AbsolutePath = "auto"
-    """auto: from the newest in the run's folder, if there is one."""
+    """auto: from the newest in the run's folder, if there is one; or from a path, of a checkpoint or another run."""
 
 
 class Logging(Section):

@@ -236,7 +236,6 @@ def test_a_recipe_that_is_not_there(workshop: Workshop) -> None:
         (["offload.cpu_memory=100MiB"], 4, "cpu needs"),
         (["offload.nvme_space=64KiB"], 4, "nvme needs"),
         (["offload.nvme_path=/proc/zinf"], 3, "/proc/zinf: can't create"),
-        (["checkpoint.interval=2"], 2, "checkpoint"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
     {"errors", "amounts", "trace"},
-    {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file"},
+    {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file", "checkpoint"},
     {"plan"},
     {"console", "estimate_screen", "tiers"},
     {"engine"},
@@ -21,7 +21,8 @@ FLOORS = (
 """A module imports from its own floor and from those above it in this list."""
 
 APART = {"train": {"launch", "console"}, "launch": {"train", "engine", "tiers"}, "console": {"tiers"}}
-APART |= {"engine": {"recipe", "recipe_file", "plan", "console"}, "tiers": {"recipe", "recipe_file", "plan", "console"}}
+APART |= {"engine": {"recipe", "recipe_file", "checkpoint", "plan", "console"}}
+APART |= {"tiers": {"recipe", "recipe_file", "checkpoint", "plan", "console"}}
 
 
 def rooms() -> dict[str, set[str]]:

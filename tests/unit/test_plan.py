@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from tiny_models import CONFIGS
+from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
+from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.plan import Plan, make_plan
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe import Checkpoint, Recipe
 from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train import loop
 from zinf_cli.train.describe import describe
@@ -149,3 +151,25 @@ def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
     budget = recipe.offload.model_copy(update={"cpu_memory": needs - 1})
     with pytest.raises(CapacityError, match=r"cpu needs .*, offload\.cpu_memory allows"):
         make_plan(recipe.model_copy(update={"offload": budget.model_copy(update={"cpu_memory": 1 << 20})}), figures)
+
+
+@pytest.mark.parametrize(("kept", "count"), [(None, 50), (2, 3), (80, 50)])
+def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", max_steps=99).model_copy(
+        update={"checkpoint": Checkpoint(interval=2, keep_latest_k=kept)}
+    )
+    figures = describe(recipe, 2)
+    (limit,) = (limit for limit in make_plan(recipe, figures).limits if limit.tier == "checkpoints")
+    assert limit.needed == count * checkpoint_bytes(figures)
+    many = recipe.model_copy(update={"checkpoint": Checkpoint(interval=1)})
+    endless = replace(figures, data=replace(figures.data, max_steps=10**9))
+    with pytest.raises(CapacityError, match=r"checkpoints need .*TiB, this machine allows .*keep_latest_k"):
+        make_plan(many, endless)
+
+
+def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama").model_copy(update={"checkpoint": Checkpoint(interval=3)})
+    figures = describe(recipe, 1)
+    run(recipe, make_plan(recipe, figures))
+    manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
+    assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)

@@ -27,6 +27,7 @@ from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.state import StateSink, StateSource, load_state, save_state
 from zinf_cli.engine.store import TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
 from zinf_cli.engine.units import UnitLayout
@@ -187,6 +188,15 @@ class Engine:
         self._pipeline.forget_coming()
         self._flush_pending()
         self._pipeline.settle()
+
+    def save(self, sink: StateSink) -> None:
+        """Hand the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
+        self.flush()
+        save_state(self.units, self.memory, sink)
+
+    def load_state(self, source: StateSource) -> None:
+        """Take the state of every unit from `source`, in place of `load`."""
+        load_state(self.units, self.memory, source)
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
         """The parameters of a unit (cloned, compute dtype, whole on every rank); pending updates are done first."""

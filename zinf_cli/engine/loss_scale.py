@@ -11,13 +11,13 @@ class LossScale:
 
     scale: float = 2.0**16
     growth_interval: int = 2000
-    _finite_steps: int = 0
+    finite_steps: int = 0
 
     def note(self, *, finite: bool) -> None:
         """A step has ended; with `finite` False its update was dropped."""
         if not finite:
-            self.scale, self._finite_steps = self.scale / 2, 0
+            self.scale, self.finite_steps = self.scale / 2, 0
             return
-        self._finite_steps += 1
-        if self._finite_steps == self.growth_interval:
-            self.scale, self._finite_steps = self.scale * 2, 0
+        self.finite_steps += 1
+        if self.finite_steps == self.growth_interval:
+            self.scale, self.finite_steps = self.scale * 2, 0

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zinf_cli.checkpoint.folder import FOLDER as CHECKPOINTS
+from zinf_cli.checkpoint.folder import checkpoints_of, point_latest, remove_remains, step_of
 from zinf_cli.errors import PreflightError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
 
-RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
+RUN_FILES = (
+    "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard", CHECKPOINTS,
+)  # fmt: skip
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if here:
                 _check_nvme(plan)
-            _set_aside(run_dir)
+            _set_aside(run_dir, plan.resume)
             (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
             (run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
         except BlockingIOError as error:
@@ -70,15 +74,22 @@ def _check_nvme(plan: Plan) -> None:
             ) from error
 
 
-def _set_aside(run_dir: Path) -> None:
-    """Move what an earlier run left into earlier/N, so that nothing is lost and nothing is mixed."""
+def _set_aside(run_dir: Path, resume: str | None) -> None:
+    """Move what an earlier run left into earlier/N, so that nothing is lost and nothing is mixed.
+
+    A run that goes on from a checkpoint of its own keeps its files, but for checkpoints of later steps.
+    """
+    remove_remains(run_dir)
     there = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
+    if resume is not None and Path(resume).resolve().parent == (run_dir / CHECKPOINTS).resolve():
+        there = [path for path in checkpoints_of(run_dir) if step_of(path) > step_of(Path(resume))]
     if not there:
         return
     number = 1
     while (run_dir / "earlier" / str(number)).exists():
         number += 1
     target = run_dir / "earlier" / str(number)
-    target.mkdir(parents=True)
     for path in there:
-        path.rename(target / path.name)
+        (target / path.relative_to(run_dir)).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target / path.relative_to(run_dir))
+    point_latest(run_dir)

@@ -15,8 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.checkpoint.folder import checkpoints_to_resume, step_of
 from zinf_cli.console import RunView, plan_screen, summary_screen
-from zinf_cli.errors import Interrupted, NonFiniteError, RankError, UsageError, ZinfError
+from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
 from zinf_cli.hardware import Room
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Connection, Lifelines
@@ -26,7 +27,7 @@ from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
 from zinf_cli.launch.run_folder import run_folder
 from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
-from zinf_cli.launch.summary import Watch, merge_traces, summarise
+from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
@@ -73,7 +74,6 @@ class Ended:
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
-    _refuse_what_is_missing(recipe)
     ended = _plan_and_run(recipe, request, console)
     for restart in range(1, recipe.launch.max_restarts + 1):
         if ended is None or not _may_restart(ended.outcome):
@@ -95,7 +95,8 @@ def _may_restart(outcome: Outcome) -> bool:
 
 
 def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts: int | None = None) -> Ended | None:
-    """One life of a run; None for a dry run. With `min_hosts`, hosts that do not answer may be missing."""
+    """One life of a run; None where nothing is to be done (a dry run). With `min_hosts`, some hosts may be missing."""
+    resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     far = bool(request.hosts) and not request.dry_run
     with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
         preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
@@ -105,10 +106,16 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             figures = _describe(recipe, request.slots, hosts, connections[0])
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
         plan = make_plan(recipe, figures, profile, hosts, _least_room(preflight) if preflight else None)
+        if resumed:
+            plan = replace(plan, resume=str(resumed[0]))
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
         if request.dry_run:
             if request.as_json:
                 print(json.dumps(plan.to_json(), indent=2))
+            return None
+        if resumed and step_of(resumed[0]) >= plan.max_steps:
+            hint = "raise train.max_steps to go on, or set checkpoint.resume=never to begin anew"
+            console.print(f"nothing to do: the run has done its {plan.max_steps} steps ({hint})", soft_wrap=True)
             return None
         for connection, host in zip(connections, plan.hosts, strict=True):
             connection.host = host
@@ -170,12 +177,6 @@ def _least_room(preflight: Preflight) -> Room:
     return Room(memory.facts["memory"], free_on_drives(drives.facts), memory.host.name, drives.host.name)
 
 
-def _refuse_what_is_missing(recipe: Recipe) -> None:
-    """Keys of the recipe that this version would ignore."""
-    if recipe.checkpoint.interval is not None or recipe.checkpoint.resume not in ("auto", "never"):
-        raise UsageError("checkpoint: this version writes and reads no checkpoints of a run", hint="remove interval")
-
-
 def _describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
     """Ask a process of that host for the figures; it imports torch and builds the model on the meta device."""
     command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
@@ -233,6 +234,7 @@ def _run(
     console: Console,
 ) -> tuple[dict[str, Any], Outcome]:
     view = RunView(console, plan, recipe.logging.interval)
+    (run_dir / START_FILE).unlink(missing_ok=True)
     watch = Watch(run_dir, view.show)
     logs = RankLogs(run_dir, plan.hosts)
 

@@ -12,6 +12,9 @@ from typing import Any
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 
+START_FILE = "logs/start.json"
+"""Written by rank 0 when metrics.jsonl is ready: the step the run begins after."""
+
 
 @dataclass
 class Watch:
@@ -20,11 +23,15 @@ class Watch:
     run_dir: Path
     show: Callable[[dict[str, Any]], None]
     lines: list[dict[str, Any]] = field(default_factory=list)
+    first_step: int | None = None
+    """Steps up to here were done by a run before; None while the ranks have not said so."""
     _offset: int = 0
 
     def poll(self) -> None:
+        if self.first_step is None and (self.run_dir / START_FILE).exists():
+            self.first_step = json.loads((self.run_dir / START_FILE).read_text())["step"]
         path = self.run_dir / "metrics.jsonl"
-        if path.exists():
+        if self.first_step is not None and path.exists():
             with path.open("rb") as file:
                 file.seek(self._offset)
                 for line in file:
@@ -32,7 +39,8 @@ class Watch:
                         break
                     self._offset += len(line)
                     self.lines.append(json.loads(line))
-                    self.show(self.lines[-1])
+                    if self.lines[-1]["step"] > self.first_step or not self.first_step:
+                        self.show(self.lines[-1])
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
@@ -52,6 +60,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "status": status,
         "error": outcome.failure.message if outcome.failure is not None else None,
         "steps": len(steps),
+        "resumed_from_step": watch.first_step or None,
         "max_steps": plan.max_steps,
         "tokens": sum(line["tokens"] for line in steps),
         "first_loss": steps[0]["loss"] if steps else None,

@@ -19,6 +19,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
+from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
@@ -38,6 +39,8 @@ from zinf_cli.plan.simulate import rates_of
 from zinf_cli.profiles import Profile
 from zinf_cli.recipe import Recipe
 
+CHECKPOINTS = "checkpoints"
+"""A limit's tier that is none: the file system of the run's folder."""
 MEMORY_SHARE = 0.9
 """Of what is available, where the recipe sets no budget."""
 
@@ -102,6 +105,8 @@ class Plan:
     """Share of the step, by lane."""
     drives_measured: bool = False
     """Whether the drives' speed was measured on this machine."""
+    resume: str | None = None
+    """The checkpoint the run goes on from."""
 
     @property
     def fits(self) -> bool:
@@ -259,6 +264,9 @@ def _plan(
         for tier, (allowed, origin) in budgets.items()
         if needed[tier] or tier == choice.compute_tier
     ]
+    if count := checkpoints_to_come(recipe, figures.data.max_steps):
+        left = space_left(recipe, folders, needed["nvme"])
+        limits.append(Limit(CHECKPOINTS, count * checkpoint_bytes(figures), left, "this machine"))
     traffic = _nvme_traffic(figures, choice, sweeps, micro_batches)
     waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
     most_traffic = _nvme_traffic(figures, waiting, sweeps, micro_batches)
@@ -372,15 +380,15 @@ def does_not_fit(plan: Plan) -> CapacityError:
                 if line.tier == limit.tier and line.num_bytes
             )
             count = plan.figures.ranks_per_host
-            ranks = f" on each of {count} ranks" if count > 1 else ""
+            ranks = f" on each of {count} ranks" if parts and count > 1 else ""
             problems.append(
-                f"{limit.tier} needs {format_bytes(limit.needed)}, {limit.origin} allows "
-                f"{format_bytes(limit.allowed)}: {parts}{ranks}"
+                f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
+                f"{limit.origin} allows {format_bytes(limit.allowed)}{': ' if parts else ''}{parts}{ranks}"
             )
     tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
-    hint = (
-        "free space on the drive or add a folder to offload.nvme_path"
-        if tiers == {"nvme"}
-        else "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
-    )
+    hint = "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
+    if tiers == {"nvme"}:
+        hint = "free space on the drive or add a folder to offload.nvme_path"
+    elif tiers == {CHECKPOINTS}:
+        hint = "free space on the drive of output_dir, set checkpoint.keep_latest_k or raise checkpoint.interval"
     return CapacityError("does not fit: " + "; ".join(problems), hint=hint)

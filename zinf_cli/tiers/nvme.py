@@ -52,7 +52,7 @@ def open_nameless(folder: Path) -> tuple[int, bool]:
             where=str(folder),
             hint="choose another offload.nvme_path",
         ) from error
-    return descriptor, _supports_direct(descriptor, folder)
+    return descriptor, set_direct(descriptor, folder)
 
 
 def _open_nameless(folder: Path) -> int:
@@ -66,8 +66,8 @@ def _open_nameless(folder: Path) -> int:
         return descriptor
 
 
-def _supports_direct(descriptor: int, folder: Path) -> bool:
-    """Try one direct read; tmpfs is memory whatever it answers (since Linux 6.6 it accepts the flag)."""
+def set_direct(descriptor: int, folder: Path) -> bool:
+    """Switch to O_DIRECT if a read succeeds with it; tmpfs is memory, whatever it answers (since Linux 6.6)."""
     if is_tmpfs(folder):
         return False
     import fcntl
@@ -140,7 +140,10 @@ class NvmeTier:
         *,
         rank: int = 0,
         notice: Callable[[str], None] | None = None,
+        file: int | None = None,
     ) -> None:
+        """With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
+        the tier is the same range of the file."""
         self.name = "nvme"
         self.in_place = False
         self.used = self.peak = 0
@@ -153,7 +156,9 @@ class NvmeTier:
         self._reserved = 0
         self._next = 0
         self._freed: dict[int, list[int]] = defaultdict(list)  # num_bytes -> starts
-        for folder in self._folders:
+        if file is not None:
+            self._files.append(file)
+        for folder in self._folders if file is None else ():
             descriptor, direct = open_nameless(folder)
             self._files.append(descriptor)
             if not direct and notice is not None:

@@ -42,15 +42,26 @@ class BatchOrder:
         self._shuffle = shuffle
         self._epoch = -1
         self._permutation: np.ndarray[tuple[int], np.dtype[np.int64]] = np.arange(0)
+        self._start = (0, 0)
+
+    def start_at(self, step: int, sequences: int) -> None:
+        """`sequences` have been taken in the `step` steps so far, maybe in batches of another size."""
+        self._start = (step, sequences)
+
+    def sequences_before(self, step: int) -> int:
+        """How many sequences the steps before `step` take."""
+        first, sequences = self._start
+        return sequences + (step - first) * self._sequences
 
     def windows(self, step: int) -> tuple[int, ...]:
         """Window numbers of `step` (from 0), in order."""
-        first = step * self._sequences
+        first = self.sequences_before(step)
         return tuple(self._window(place) for place in range(first, first + self._sequences))
 
     def steps_for(self, epochs: float) -> int:
-        """Steps until every window has been seen `epochs` times."""
-        return math.ceil(epochs * self._num_windows / self._sequences)
+        """Steps, from the first, until every window has been seen `epochs` times."""
+        step, sequences = self._start
+        return step + math.ceil(max(0.0, epochs * self._num_windows - sequences) / self._sequences)
 
     def _window(self, place: int) -> int:
         epoch, inside = divmod(place, self._num_windows)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ CACHE_VERSION = 1
 LARGEST_TOKEN = 2**31 - 1
 MASKED = -100
 _BLOCK = 1 << 22
+_SAMPLE, _SAMPLES = 4096, 1024
+"""Tokens of a sample, and how many of them a fingerprint takes at most."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ class TokenStream:
         if self.loss_mask is not None:
             labels[torch.from_numpy(~self.loss_mask[part])] = MASKED
         return input_ids, labels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens and their mask: the same for the same text, wherever it lies. Long texts are sampled."""
+        digest = hashlib.sha256(str(len(self)).encode())
+        for start in np.linspace(0, max(0, len(self) - _SAMPLE), min(_SAMPLES, -(-len(self) // _SAMPLE)), dtype=int):
+            digest.update(self.tokens[start : start + _SAMPLE].tobytes())
+            if self.loss_mask is not None:
+                digest.update(self.loss_mask[start : start + _SAMPLE].tobytes())
+        return digest.hexdigest()[:32]
 
     def part(self, start: int, stop: int) -> TokenStream:
         mask = None if self.loss_mask is None else self.loss_mask[start:stop]

@@ -24,6 +24,7 @@ from zinf_cli.errors import ZinfError
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import load_recipe
+from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     DTYPES,
     model_source,
@@ -50,9 +51,12 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     model = open_model(recipe, precision)
     open_weights(model, model_source(recipe))
     text = open_text(recipe, vocabulary_of(model))
+    if (resumed := newest_manifest(recipe, model, text)) is not None:
+        text.order.start_at(resumed.step, resumed.sequences)
     seen = survey_model(model, recipe, world_size)
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
-    data = DataFigures(len(text.train), text.train.num_windows(recipe.train.seq_len), held_out, text.max_steps)
+    windows = text.train.num_windows(recipe.train.seq_len)
+    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train))
     machine = _machine(device, precision, ranks)
     return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)
 

@@ -26,8 +26,11 @@ from zinf_cli.recipe_file import load_recipe
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train import batches
+from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.metrics import Metrics, PeakMemory
+from zinf_cli.train.model_files import model_files
 from zinf_cli.train.rank_process import stop_requested
+from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.setup import (
     DTYPES,
@@ -41,7 +44,7 @@ from zinf_cli.train.setup import (
     vocabulary_of,
 )
 from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.weights import load_buffers, open_weights
+from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
 def train(run_dir: Path) -> int:
@@ -51,13 +54,18 @@ def train(run_dir: Path) -> int:
     device = _device(plan)
     ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
-    engine, model = _open_engine(recipe, plan, device, ranks, trace)
+    engine, model, weights = _open_engine(recipe, plan, device, ranks, trace)
     metrics = None
     try:
         text = open_text(recipe, vocabulary_of(model))
+        start = resume(recipe, engine, model, text, ranks, note)
+        if start.folder is None:
+            engine.load(weights.read)
         if ranks.rank == 0:
-            metrics = Metrics(run_dir, interval=recipe.logging.interval, tensorboard=recipe.logging.tensorboard)
-        Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device).go()
+            logging = recipe.logging
+            metrics = Metrics(run_dir, interval=logging.interval, tensorboard=logging.tensorboard, step=start.step)
+            start.announce(run_dir)
+        Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
     finally:
         if recipe.profiler.enabled:
             trace.write(run_dir / "logs" / f"trace-{ranks.rank:05d}.json")
@@ -78,8 +86,8 @@ def _device(plan: Plan) -> torch.device:
 
 def _open_engine(
     recipe: Recipe, plan: Plan, device: torch.device, ranks: Ranks, trace: Trace
-) -> tuple[Engine, torch.nn.Module]:
-    """The model with its state on the plan's tiers, its weights loaded unit by unit."""
+) -> tuple[Engine, torch.nn.Module, WeightSource]:
+    """The model with room for its state on the plan's tiers, and where its first weights come from."""
     model = open_model(recipe, plan.precision)
     weights = open_weights(model, model_source(recipe))
     load_buffers(model, model_source(recipe))
@@ -109,10 +117,14 @@ def _open_engine(
         trace,
         order=seen.order if seen.complete else None,
         side_outputs=CapturedOutputs(),
-        notice=lambda line: print(f"note: {line}", file=sys.stderr, flush=True),
+        notice=note,
     )
-    engine.load(weights.read)
-    return engine, model
+    return engine, model, weights
+
+
+def note(line: str) -> None:
+    """Say something to the user: the launcher shows what rank 0 notes."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -128,31 +140,68 @@ class Run:
     ranks: Ranks
     metrics: Metrics | None
     device: torch.device
+    start: Start
 
     def go(self) -> None:
         """Every step, with evaluations where the recipe asks for them."""
         max_steps = self.plan.max_steps
         self._peak = PeakMemory()
-        self._loss_scale = LossScale() if self.plan.precision == "fp16" else None
+        self._loss_scale = None
+        if self.plan.precision == "fp16":
+            self._loss_scale = LossScale()
+            if self.start.loss_scale is not None:
+                self._loss_scale.scale, self._loss_scale.finite_steps = self.start.loss_scale
+        self.text.order.start_at(self.start.step, self.start.sequences)
         self._drives = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
-        interval = self.recipe.train.eval_interval
-        if self.text.held_out is not None:
+        self._writer = self._checkpoints()
+        interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
+        saved = step = self.start.step
+        if self.text.held_out is not None and not step:
             self._write({"step": 0, "eval_loss": self._evaluate()})
-        for step in range(max_steps):
-            stopping = self._stop_requested()
-            if stopping:
-                break
+        while step < max_steps and not self._stop_requested():
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
             )
             last = step + 1 == max_steps
-            evaluate = self.text.held_out is not None and (last or bool(interval and (step + 1) % interval == 0))
-            values = self._step(step, more=not last and not evaluate)
+            evaluate = self.text.held_out is not None and (last or _due(step + 1, interval))
+            save = _due(step + 1, save_interval)
+            values = self._step(step, more=not (last or evaluate or save))
+            step += 1
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
+            if save:
+                self._save(step)
+                saved = step
+        if save_interval and saved < step:  # the last step, or the one after which the run was to stop
+            self._save(step)
         self.engine.flush()
+
+    def _checkpoints(self) -> CheckpointWriter:
+        source = model_source(self.recipe)
+        return CheckpointWriter(
+            self.run_dir,
+            self.engine,
+            self.ranks,
+            partial(model_files, source, self.model, self.recipe.dataset.tokenizer),
+            self.recipe.checkpoint.keep_latest_k,
+        )
+
+    def _save(self, step: int) -> None:
+        """A checkpoint of the state after `step` steps, whose line is in metrics.jsonl already."""
+        if self.metrics is not None:
+            self.metrics.sync()
+        scale = self._loss_scale
+        position = Position(
+            step=step,
+            precision=self.plan.precision,
+            sequences=self.text.order.sequences_before(step),
+            text=self.text.train.fingerprint,
+            loss_scale=(scale.scale, scale.finite_steps) if scale is not None else None,
+            recipe=plain(self.recipe),
+        )
+        self._writer.write(position)
 
     def _step(self, step: int, *, more: bool) -> dict[str, Any]:
         start = time.perf_counter()
@@ -241,7 +290,7 @@ class Run:
         """The engine has already dropped the update; stop, or go on where the recipe says so."""
         what = f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (windows {_ranges(windows)})"
         if self.recipe.train.non_finite == "skip":
-            print(f"note: skipped {what}", file=sys.stderr, flush=True)
+            note(f"skipped {what}")
             return
         raise NonFiniteError(
             what,
@@ -280,6 +329,10 @@ class Run:
     def _write(self, values: dict[str, Any]) -> None:
         if self.metrics is not None:
             self.metrics.write(values)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % (interval or 1) == 0
 
 
 def _ranges(windows: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,24 @@ SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_r
 
 
 class Metrics:
-    """Appends to `run_dir`/metrics.jsonl, every line flushed; every `interval` steps to TensorBoard."""
+    """Appends to `run_dir`/metrics.jsonl, every line flushed; every `interval` steps to TensorBoard.
 
-    def __init__(self, run_dir: Path, *, interval: int, tensorboard: bool) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+    A run that goes on after `step` keeps the lines up to there: what a crashed run wrote of later steps comes again.
+    """
+
+    def __init__(self, run_dir: Path, *, interval: int, tensorboard: bool, step: int = 0) -> None:
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.rename(path)
+        self._file = path.open("a", encoding="utf-8")
         self._interval = interval
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; `values` has "step". What is not finite becomes null, since JSON has no word for it."""
@@ -32,10 +41,21 @@ class Metrics:
                 if name in values:
                     self._board.add_scalar(name, values[name], values["step"])
 
+    def sync(self) -> None:
+        """Return when every line is on the drive."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; a killed run may have left half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 class PeakMemory:

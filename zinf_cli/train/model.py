@@ -59,7 +59,7 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
     unit's forward. Raises ModelError.
     """
     where = str(source.name_or_path or f"model.config (model_type {(source.config or {}).get('model_type')})")
-    config = _load_config(source)
+    config = load_config(source)
     model_class = _model_class(config, where)
     config.use_cache = False
     try:
@@ -110,7 +110,8 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
     return {name: twin.get_parameter(name).detach() for name in names}
 
 
-def _load_config(source: ModelSource) -> PreTrainedConfig:
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration as it was given; build_model changes its own copy. Raises ModelError."""
     if source.name_or_path is None:
         return _config_from_dict(source.config or {})
     where = str(source.name_or_path)

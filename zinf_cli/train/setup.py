@@ -11,7 +11,7 @@ from torch import nn
 
 from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.errors import DatasetError
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.data import TextSource, TokenStream, open_token_stream, split_held_out
 from zinf_cli.train.model import ModelSource, build_model
@@ -26,7 +26,10 @@ class Text:
     train: TokenStream
     held_out: TokenStream | None
     order: BatchOrder
-    max_steps: int
+
+    def max_steps(self, train: Train) -> int:
+        """The step at which a run ends."""
+        return train.max_steps if train.max_steps is not None else self.order.steps_for(train.epochs or 1.0)
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> str:
@@ -94,8 +97,7 @@ def open_text(recipe: Recipe, vocabulary: int) -> Text:
         )
     sequences = train.micro_batch_size * train.gradient_accumulation_steps
     order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
-    max_steps = train.max_steps if train.max_steps is not None else order.steps_for(train.epochs or 1.0)
-    return Text(stream, held_out, order, max_steps)
+    return Text(stream, held_out, order)
 
 
 def vocabulary_of(model: nn.Module) -> int:

@@ -29,7 +29,9 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from zinf_cli.checkpoint.folder import is_checkpoint
 from zinf_cli.errors import CheckpointError
+from zinf_cli.train.checkpoint_reader import StoredWeights, load_buffers_of
 from zinf_cli.train.model import ModelSource, skeleton
 from zinf_cli.train.random_weights import RandomWeights
 from zinf_cli.train.safetensors_files import SafetensorsFiles
@@ -54,6 +56,8 @@ def open_weights(model: nn.Module, source: ModelSource) -> WeightSource:
     """
     if source.init == "random" or source.name_or_path is None:
         return RandomWeights(model, source.seed)
+    if is_checkpoint(source.name_or_path):
+        return StoredWeights(source.name_or_path, model)
     return PretrainedWeights(model, SafetensorsFiles(source.name_or_path), source.seed)
 
 
@@ -61,6 +65,9 @@ def load_buffers(model: nn.Module, source: ModelSource) -> None:
     """Fill the persistent buffers from the checkpoint; random weights leave them as `__init__` made them."""
     stored = model.state_dict().keys() & dict(model.named_buffers()).keys()
     if source.init == "random" or source.name_or_path is None or not stored:
+        return
+    if is_checkpoint(source.name_or_path):
+        load_buffers_of(source.name_or_path, model)
         return
     files = SafetensorsFiles(source.name_or_path)
     with files.reader() as fetch:
@@ -186,7 +193,7 @@ def _judge(model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles) -> dict
                 misshaped.append(f"{name} should be {tuple(state[name].shape)} but is {tuple(shape)}")
 
     origins: dict[str, _Origins] = {}
-    for names in _tied_names(model):
+    for names in tied_names(model):
         origins[names[0]] = {name: yields[name] for name in names if name in yields}
     absent = {name for name, found in origins.items() if not found}
     absent |= state.keys() & dict(model.named_buffers()).keys() - yields.keys()
@@ -209,7 +216,7 @@ def _judge(model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles) -> dict
     return origins
 
 
-def _tied_names(model: nn.Module) -> list[list[str]]:
+def tied_names(model: nn.Module) -> list[list[str]]:
     """The names of each parameter, the one in `model.named_parameters()` first."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

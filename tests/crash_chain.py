@@ -1,0 +1,108 @@
+"""A run that is killed again and again, and resumed each time, against one that never was."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from forked_ranks import ForkedRanks
+from tiny_models import CONFIGS
+from zinf_cli.checkpoint.folder import checkpoints_of
+from zinf_cli.checkpoint.manifest import Manifest
+
+NVME = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "nvme"}
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A recipe of a tiny llama with dropout, and what its run has left."""
+
+    folder: Path
+
+    @classmethod
+    def write(cls, folder: Path, steps: int, **changes: Any) -> TinyRun:
+        """`changes` override sections of the recipe."""
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
+        recipe: dict[str, Any] = {
+            "model": {"config": {"model_type": "llama", **CONFIGS["llama"], "attention_dropout": 0.1}},
+            "dataset": {"path": str(folder / "tokens.npy")},
+            "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": steps},
+            "optimizer": {"lr": 1e-2},
+            "lr_scheduler": {"name": "cosine"},
+            "offload": {**NVME, "nvme_path": str(folder / "nvme")},
+            "checkpoint": {"interval": 2, "keep_latest_k": 2},
+            "logging": {"tensorboard": False},
+            "output_dir": str(folder / "run"),
+        }
+        for section, content in changes.items():
+            recipe[section] = {**recipe.get(section, {}), **content}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return cls(folder)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def log(self) -> str:
+        return (self.run_dir / "logs" / "forked.log").read_text()
+
+    @property
+    def trajectory(self) -> list[tuple[int, float, float]]:
+        """(step, loss, gradient norm) of every step."""
+        lines = map(json.loads, (self.run_dir / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+    @property
+    def newest(self) -> Manifest:
+        return Manifest.load(checkpoints_of(self.run_dir)[0])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The checksums of all state in the newest checkpoint, and what goes with it."""
+        manifest = self.newest
+        files = {name: file for name, file in manifest.files.items() if name.endswith(".safetensors")}
+        return {**files, "units": manifest.units, "step": manifest.step, "sequences": manifest.sequences}
+
+
+def random_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
+    """A moment: some time after the start, or somewhere inside the writing of a checkpoint."""
+    if rng.random() < 0.3:
+        return {"after_s": rng.uniform(0.1, 1.0)}
+    rank = rng.randrange(ranks)
+    most = {"posix_fallocate": 4, "pwritev": 100, "fsync": 16, "rename": 6, "unlink": 6, "symlink": 3, "rmdir": 3}
+    if rank > 0:  # it writes its own file and nothing else
+        most = {"posix_fallocate": 4, "pwritev": 100, "fsync": 3}
+    call = rng.choice(sorted(most))
+    return {"rank": rank, "call": call, "nth": rng.randint(1, most[call]), "before": rng.random() < 0.5}
+
+
+def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
+    """Killed `kills` times, a run ends with the bits of one that was not."""
+    steps = 10 * kills
+    unbroken, broken = (TinyRun.write(folder / name, steps) for name in ("unbroken", "broken"))
+    rng = random.Random(seed)
+    with ForkedRanks() as forked:
+        assert forked.run(unbroken.recipe, ranks) == [0] * ranks, unbroken.log
+        killed = 0
+        while killed < kills:
+            kill = random_kill(rng, ranks)
+            codes = forked.run(broken.recipe, ranks, kill)
+            assert set(codes) <= {0, -9}, broken.log
+            killed += -9 in codes
+            assert -9 in codes or broken.newest.step < steps, f"done after {killed} kills"
+        assert forked.run(broken.recipe, ranks) == [0] * ranks, broken.log
+    assert broken.trajectory == unbroken.trajectory
+    assert broken.state == unbroken.state
+    assert len(checkpoints_of(broken.run_dir)) == 2

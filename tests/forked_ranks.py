@@ -1,0 +1,163 @@
+"""Runs of a recipe in ranks that are forked from a process with torch imported: a start takes half a second.
+
+`python -m forked_ranks` reads a job a line and answers each with the exit codes of its ranks, negative for a signal:
+
+    {"recipe": "r.yaml", "ranks": 2, "kill": {"after_s": 0.7}}
+    {"recipe": "r.yaml", "ranks": 2, "kill": {"rank": 1, "call": "fsync", "nth": 5, "before": true}}
+
+A kill is SIGKILL to the process group of all ranks: some time after their start, or just before or after a rank's nth
+call of a function of `os`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class ForkedRanks:
+    """The process, from a test's side."""
+
+    def __enter__(self) -> ForkedRanks:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "forked_ranks"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process as process:
+            process.kill()
+
+    def run(self, recipe: Path, ranks: int, kill: dict[str, Any] | None = None) -> list[int]:
+        """The exit codes of the ranks; their output is in the run's logs/forked.log."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"recipe": str(recipe), "ranks": ranks, "kill": kill}), file=self._process.stdin, flush=True)
+        codes: list[int] = json.loads(self._process.stdout.readline())
+        return codes
+
+
+def _serve() -> None:
+    import zinf_cli.train.describe
+    import zinf_cli.train.loop  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
+
+
+def _run(recipe: str, ranks: int, kill: dict[str, Any] | None) -> list[int]:
+    from zinf_cli.recipe_file import load_recipe
+
+    run_dir = load_recipe(Path(recipe)).output_dir
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    planned = _ended(_fork(lambda: _plan(recipe, run_dir, ranks), run_dir, group=0))
+    if planned != 0:
+        return [planned]
+    port = _free_port()
+    pids: list[int] = []
+    for rank in range(ranks):
+        group = pids[0] if pids else 0
+        pids.append(_fork(lambda rank=rank: _rank(run_dir, rank, ranks, port, kill), run_dir, group))  # type: ignore[misc]
+    if kill is not None and "after_s" in kill:
+        time.sleep(kill["after_s"])
+        with suppress(ProcessLookupError):
+            os.killpg(pids[0], signal.SIGKILL)
+    return [_ended(pid, pids[0] if len(pids) > 1 else None) for pid in pids]
+
+
+def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
+    """A child that does `work` in process group `group` (0: its own), and exits with what it returns."""
+    pid = os.fork()
+    if pid:
+        with suppress(OSError):
+            os.setpgid(pid, group)  # here and there, so that whoever comes first is right
+        return pid
+    code = 1
+    try:
+        with suppress(OSError):
+            os.setpgid(0, group)
+        log = os.open(run_dir / "logs" / "forked.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = work()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
+    from zinf_cli.plan.plan import make_plan
+    from zinf_cli.recipe_file import dump_recipe, load_recipe
+    from zinf_cli.train.describe import describe
+
+    loaded = load_recipe(Path(recipe))
+    (run_dir / "plan.json").write_text(json.dumps(make_plan(loaded, describe(loaded, ranks)).to_json()))
+    (run_dir / "recipe.yaml").write_text(dump_recipe(loaded))
+    return 0
+
+
+def _rank(run_dir: Path, rank: int, ranks: int, port: int, kill: dict[str, Any] | None) -> int:
+    from zinf_cli.train.loop import train
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if kill is not None and kill.get("rank") == rank:
+        _die_at(kill["call"], kill["nth"], before=kill["before"])
+    return train(run_dir)
+
+
+def _die_at(name: str, nth: int, *, before: bool) -> None:
+    """Kill this process group at the nth call of os.`name` from now on."""
+    call = getattr(os, name)
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == nth and before:
+            os.kill(0, signal.SIGKILL)
+        result = call(*args, **kwargs)
+        if count == nth:
+            os.kill(0, signal.SIGKILL)
+        return result
+
+    setattr(os, name, counted)
+
+
+def _ended(pid: int, group: int | None = None) -> int:
+    """The exit code; where it is not 0, the rest of `group` can't go on and is killed."""
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code and group is not None:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,238 @@
+"""manifest.json: what a checkpoint holds and where, and a checksum of every piece of every file.
+
+    step-00000100/
+      rank-00000.safetensors    per unit and field, rank 0's slice of {param, exp_avg, exp_avg_sq}, fp32, or {frozen}
+      buffers.safetensors       the module's buffers
+      config.json, tokenizer... what makes the folder a model for `model.name_or_path`
+      manifest.json             written last: without it there is no checkpoint
+
+A rank's file is an ordinary safetensors file whose header is padded with spaces so that data starts on a page. Slices
+are whole pages long, so each field of each unit is a *region* of the file that O_DIRECT can write: its place is known
+before the first byte is written, the regions can be filled in any order, and a tier's extent can be such a region.
+
+Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut into PIECE bytes from its start. The manifest
+begins with the checksum of the rest of itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_64_hexdigest
+
+from zinf_cli.errors import DamagedError
+
+VERSION = 1
+PAGE = 4096
+PIECE = 4 * 2**20
+MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
+FIELDS = ("param", "exp_avg", "exp_avg_sq")
+"""Of a trainable flat, fp32; "param" is the master where the compute is 16-bit."""
+FROZEN = "frozen"
+_ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
+_HEAD, _DIGITS = b'{"xxh3": "', 16
+
+
+@dataclass(frozen=True)
+class StoredParam:
+    """A parameter inside a flat: `numel` elements from element `offset`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    updates: int
+    """How often AdamW has updated it."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredFlat:
+    """Parameters side by side, padded to `numel` elements and cut into world_size equal slices."""
+
+    dtype: str
+    """As safetensors writes it: F32; of a frozen flat, the dtype of the compute."""
+    trainable: bool
+    numel: int
+    params: tuple[StoredParam, ...]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return FIELDS if self.trainable else (FROZEN,)
+
+
+@dataclass(frozen=True)
+class StoredUnit:
+    name: str
+    flats: tuple[StoredFlat, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """One field of one flat in the file of every rank: a flat tensor of `numel` elements, whole pages long."""
+
+    unit: str
+    field: str
+    dtype: str
+    numel: int
+    start: int
+    """First byte after the header."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * _ITEMSIZE[self.dtype]
+
+    @property
+    def name(self) -> str:
+        return f"{self.unit}/{self.field}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the bytes of a rank's file lie; the same for every rank."""
+
+    units: tuple[StoredUnit, ...]
+    world_size: int
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...]:
+        regions: list[Region] = []
+        start = 0
+        for unit in self.units:
+            for flat in unit.flats:
+                for name in flat.fields:
+                    regions.append(Region(unit.name, name, flat.dtype, flat.numel // self.world_size, start))
+                    start += regions[-1].num_bytes
+        return tuple(regions)
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header with its length in front, padded to whole pages."""
+        entries: dict[str, Any] = {"__metadata__": {"zinf": f"a slice of every unit, see {MANIFEST}"}}
+        for region in self.regions:
+            offsets = [region.start, region.start + region.num_bytes]
+            entries[region.name] = {"dtype": region.dtype, "shape": [region.numel], "data_offsets": offsets}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        size = -(-(8 + len(text)) // PAGE) * PAGE - 8
+        return size.to_bytes(8, "little") + text.ljust(size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of a rank's file."""
+        return len(self.header) + sum(region.num_bytes for region in self.regions)
+
+    @cached_property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """(offset in the file, length) of what has a checksum of its own."""
+        pieces = [(0, len(self.header))]
+        for region in self.regions:
+            start = len(self.header) + region.start
+            pieces += [(start + offset, length) for offset, length in cut(region.num_bytes)]
+        return tuple(pieces)
+
+    @cached_property
+    def first_piece(self) -> Mapping[tuple[str, str], int]:
+        """Number of the first piece of a region, by (unit, field)."""
+        first, number = {}, 1
+        for region in self.regions:
+            first[region.unit, region.field] = number
+            number += len(cut(region.num_bytes))
+        return first
+
+
+def cut(num_bytes: int) -> list[tuple[int, int]]:
+    """(offset, length) of the pieces of a region or a whole file."""
+    return [(offset, min(PIECE, num_bytes - offset)) for offset in range(0, num_bytes, PIECE)]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    num_bytes: int
+    xxh3: tuple[str, ...]
+    """Of its pieces, in order: 16 hexadecimal digits each."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint: the state after `step` updates."""
+
+    step: int
+    world_size: int
+    precision: str
+    sequences: int
+    """Sequences consumed so far: where in the text the run is."""
+    text: str
+    """Fingerprint of the tokens, so that the place means the same."""
+    loss_scale: tuple[float, int] | None
+    """fp16: the scale, and the finite steps since it last changed."""
+    units: tuple[StoredUnit, ...]
+    files: Mapping[str, StoredFile]
+    recipe: Mapping[str, Any]
+    """As the run's recipe.yaml has it. Its seed and the step give every random number to come: generators start
+    anew in every micro-batch."""
+    version: int = field(default=VERSION, kw_only=True)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.units, self.world_size)
+
+    def pieces_of(self, name: str) -> Sequence[tuple[int, int]]:
+        """(offset, length) of the pieces of a file."""
+        return self.layout.pieces if name.startswith("rank-") else cut(self.files[name].num_bytes)
+
+    def params(self) -> Iterator[tuple[StoredFlat, StoredParam]]:
+        for unit in self.units:
+            for flat in unit.flats:
+                for param in flat.params:
+                    yield flat, param
+
+    def dump(self) -> bytes:
+        document = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
+        document["units"] = [dataclasses.asdict(unit) for unit in self.units]
+        document["files"] = {name: dataclasses.asdict(file) for name, file in self.files.items()}
+        rest = b'",\n' + json.dumps(document, indent=1).encode()[1:].lstrip()
+        return _HEAD + xxh3_64_hexdigest(rest).encode() + rest
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """The manifest of a checkpoint; DamagedError where there is none, or not as it was written."""
+        path = folder / MANIFEST
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"not a checkpoint: {error.strerror}", where=str(path)) from error
+        start = len(_HEAD) + _DIGITS
+        if content[:start] != _HEAD + xxh3_64_hexdigest(content[start:]).encode():
+            raise DamagedError("damaged: its checksum is another", where=str(path))
+        document = json.loads(content)
+        del document["xxh3"]
+        if document["version"] != VERSION:
+            raise DamagedError(f"version {document['version']} is not known here", where=str(path))
+        document["units"] = tuple(map(_unit, document["units"]))
+        document["files"] = {
+            name: StoredFile(file["num_bytes"], tuple(file["xxh3"])) for name, file in document["files"].items()
+        }
+        if document["loss_scale"] is not None:
+            document["loss_scale"] = tuple(document["loss_scale"])
+        return cls(**document)
+
+
+def _unit(document: Mapping[str, Any]) -> StoredUnit:
+    flats = []
+    for flat in document["flats"]:
+        params = tuple(StoredParam(**{**param, "shape": tuple(param["shape"])}) for param in flat["params"])
+        flats.append(StoredFlat(**{**flat, "params": params}))
+    return StoredUnit(document["name"], tuple(flats))
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"

@@ -1,0 +1,168 @@
+"""Reading a checkpoint: a parameter's field at a time, whatever ranks wrote it; what is read is checked.
+
+Slices are cut and joined by parameter name, so the reader needs to know nothing of how the engine that asks is sliced.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from torch import nn
+from xxhash import xxh3_64_hexdigest
+
+from zinf_cli.checkpoint.manifest import BUFFERS, FROZEN, PIECE, Manifest, Region, StoredFlat, StoredParam, rank_file
+from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
+from zinf_cli.errors import CheckpointError, DamagedError
+from zinf_cli.tiers.arena import Arena, Buffer
+from zinf_cli.tiers.nvme import as_memory
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_KEPT = 4
+"""Pieces kept in memory: a parameter's neighbours lie in the same ones, and ask next."""
+_WILL_NEED = 4
+"""Pieces the kernel is told to read ahead."""
+
+
+class CheckpointReader:
+    """A StateSource and a WeightSource over a checkpoint's folder.
+
+    DamagedError at once where a file is missing or has another size, and later where a piece is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.load(folder)
+        for name in self.manifest.files:
+            if (problem := size_problem(folder, self.manifest, name)) is not None:
+                raise DamagedError(problem, where=str(folder / name))
+        self._places: dict[str, tuple[str, StoredFlat, StoredParam]] = {}
+        for unit in self.manifest.units:
+            for flat in unit.flats:
+                self._places.update((param.name, (unit.name, flat, param)) for param in flat.params)
+        self._regions = {(region.unit, region.field): region for region in self.manifest.layout.regions}
+        self._files: dict[str, int] = {}
+        self._arena = Arena(_KEPT * PIECE, torch.device("cpu"))
+        self._pieces: OrderedDict[tuple[str, int], Buffer] = OrderedDict()
+
+    def close(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        while self._pieces:
+            self._pieces.popitem()[1].free()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters it holds."""
+        return {name: param.shape for name, (_, _, param) in self._places.items()}
+
+    def updates(self, name: str) -> int:
+        """See StateSource."""
+        return self._places[name][2].updates
+
+    def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
+        """See StateSource; a parameter may have been trained and be frozen now, or the other way round."""
+        unit, flat, param = self._places[name]
+        if field not in flat.fields:
+            if field in ("exp_avg", "exp_avg_sq"):
+                return torch.zeros(last - first)
+            field = flat.fields[0]
+        region = self._regions[unit, field]
+        values = torch.empty(last - first, dtype=_DTYPES[flat.dtype])
+        done = 0
+        while done < values.numel():
+            rank, inside = divmod(param.offset + first + done, region.numel)
+            count = min(region.numel - inside, values.numel() - done)
+            self._read(rank_file(rank), region, inside, values[done : done + count])
+            done += count
+        return values
+
+    def param(self, name: str) -> torch.Tensor:
+        """A whole parameter in its shape: fp32 where it was trained."""
+        _, _, param = self._places[name]
+        return self.read(name, FROZEN, 0, param.numel).view(param.shape)
+
+    def _read(self, file: str, region: Region, begin: int, into: torch.Tensor) -> None:
+        """Elements `begin` and on of a region of a rank's file."""
+        data = into.view(torch.uint8)
+        start, done = begin * into.element_size(), 0
+        while done < data.numel():
+            number, inside = divmod(start + done, PIECE)
+            piece = self._piece(file, self.manifest.layout.first_piece[region.unit, region.field] + number)
+            count = min(piece.numel() - inside, data.numel() - done)
+            data[done : done + count] = piece[inside : inside + count]
+            done += count
+
+    def _piece(self, file: str, number: int) -> torch.Tensor:
+        """A piece of a rank's file, read and checked, or kept from before."""
+        if (file, number) in self._pieces:
+            self._pieces.move_to_end((file, number))
+            return self._pieces[file, number].data
+        offset, length = self.manifest.layout.pieces[number]
+        while (piece := self._arena.allocate(length)) is None:
+            self._pieces.popitem(last=False)[1].free()
+        try:
+            self._fill(piece.data, file, number, offset)
+        except DamagedError:
+            piece.free()
+            raise
+        self._pieces[file, number] = piece
+        return piece.data
+
+    def _fill(self, piece: torch.Tensor, file: str, number: int, offset: int) -> None:
+        """Read a piece and compare its checksum."""
+        path, descriptor, length = self.folder / file, self._open(file), piece.numel()
+        try:
+            os.posix_fadvise(descriptor, offset + length, _WILL_NEED * PIECE, os.POSIX_FADV_WILLNEED)
+            read = os.preadv(descriptor, [as_memory(piece)], offset)
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise DamagedError(f"can't be read: {error.strerror}", where=str(path)) from error
+        if read < length or xxh3_64_hexdigest(as_memory(piece)) != self.manifest.files[file].xxh3[number]:
+            raise DamagedError(damage_of(number, offset, length), where=str(path))
+
+    def _open(self, file: str) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+        return self._files[file]
+
+
+class StoredWeights:
+    """A WeightSource over the checkpoint of a run, in place of a Hugging Face checkpoint's."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self._reader = CheckpointReader(folder)
+        check_params(self._reader, model)
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See WeightSource."""
+        values = {name: self._reader.param(name) for name in names}
+        self._reader.close()  # its pieces are memory; files open again when asked
+        return values
+
+
+def check_params(reader: CheckpointReader, model: nn.Module) -> None:
+    """CheckpointError where a checkpoint's parameters are not those of `model`, in name or shape."""
+    stored, wanted = reader.shapes, {name: tuple(param.shape) for name, param in model.named_parameters()}
+    different = [name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)]
+    if different:
+        name = min(different)
+        raise CheckpointError(
+            f"of another model: {len(different)} parameters differ, such as {name}: "
+            f"{stored.get(name, 'missing')} here, {wanted.get(name, 'missing')} in the recipe's model",
+            where=str(reader.folder),
+            hint="is model.config the one of this checkpoint?",
+        )
+
+
+def load_buffers_of(folder: Path, model: nn.Module) -> None:
+    """Fill the module's buffers from a checkpoint."""
+    manifest = Manifest.load(folder)
+    if BUFFERS in manifest.files:
+        for name, value in load(read_file(folder, manifest, BUFFERS)).items():
+            model.get_buffer(name).copy_(value)

@@ -1,0 +1,184 @@
+"""A checkpoint of a run as an ordinary Hugging Face checkpoint: config, tokenizer, sharded safetensors with an index.
+
+Weights leave unit by unit: read, cast, put back under the names and into the shapes they are published in by
+transformers' own conversions (weights.py goes the other way), written to their place in a shard. So memory follows the
+largest unit. Names and shapes are known beforehand: the same conversions run on the meta device first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers.core_model_loading import revert_weight_conversion
+
+from zinf_cli.checkpoint.folder import MANIFEST, find_checkpoint
+from zinf_cli.checkpoint.manifest import BUFFERS
+from zinf_cli.checkpoint.verify import read_file
+from zinf_cli.errors import TierError, UsageError
+from zinf_cli.tiers.nvme import as_memory
+from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.model_files import CONFIG
+from zinf_cli.train.weights import tied_names
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_SHARD = 5 * 10**9
+"""Bytes of a shard, unless a single tensor has more."""
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+_Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written; `num_bytes` of weights."""
+
+    checkpoint: Path
+    folder: Path
+    step: int
+    dtype: str
+    num_bytes: int
+    num_shards: int
+
+
+def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHARD) -> Exported:
+    """Write the newest checkpoint of a run, or the checkpoint at `path`, to the new folder `out`.
+
+    Parameters are written as `dtype`, whatever the run computed in: what was trained is fp32 in a checkpoint.
+    UsageError where `out` is in use, DamagedError where the checkpoint is not as it was written (and no `out`).
+    """
+    folder = find_checkpoint(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError("the folder of an export has to be new or empty", where=str(out))
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        weights = _Weights(folder, DTYPES[dtype])
+        num_bytes, num_shards = _write_shards(weights, partial, max_shard)
+        _write_model_files(weights.reader, partial, DTYPES[dtype])
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise TierError(f"can't write the export: {error.strerror}", where=str(out)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Exported(folder, out, weights.reader.manifest.step, dtype, num_bytes, num_shards)
+
+
+class _Weights:
+    """The weights of a checkpoint as they are published, a unit at a time, on the meta device or for real."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.reader = CheckpointReader(folder)
+        self._dtype = dtype
+        model = build_model(ModelSource(folder, None, "pretrained", 0))
+        self._model: Any = model
+        check_params(self.reader, model)
+        load_buffers_of(folder, model)
+        tied_to = cast("dict[str, str]", self._model.all_tied_weights_keys)
+        self._stored_as = {
+            names[0]: next((name for name in names if name not in tied_to), names[0]) for names in tied_names(model)
+        }
+
+    def on_meta(self) -> Iterator[_Tensors]:
+        """Every tensor's name, shape and dtype."""
+        shapes = self.reader.shapes
+        return self._groups(lambda name: torch.empty(shapes[name], dtype=self._dtype, device="meta"))
+
+    def read(self) -> Iterator[_Tensors]:
+        """The tensors; those of a unit are let go of before the next one is read."""
+        return self._groups(lambda name: self.reader.param(name).to(self._dtype))
+
+    def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
+        for unit in self.reader.manifest.units:
+            names = [param.name for flat in unit.flats for param in flat.params]
+            yield self._published({self._stored_as[name]: value_of(name) for name in names})
+        persistent = self._model.state_dict().keys()
+        yield self._published({name: value for name, value in self._model.named_buffers() if name in persistent})
+
+    def _published(self, tensors: _Tensors) -> _Tensors:
+        ignored = self._model._keys_to_ignore_on_save or ()
+        kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+        published: _Tensors = revert_weight_conversion(self._model, kept)
+        return published
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A safetensors file of known tensors that are written in any order."""
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor]
+    """On the meta device."""
+
+    def offsets(self) -> dict[str, tuple[int, int]]:
+        """(first, last) byte of each tensor after the header; wide types first, so that each is aligned to its own."""
+        offsets, start = {}, 0
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+            offsets[name] = (start, start + tensor.nbytes)
+            start += tensor.nbytes
+        return offsets
+
+    def begin(self) -> int:
+        """Write the header; its length."""
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, offsets in self.offsets().items():
+            tensor = self.tensors[name]
+            entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        header = text.ljust(-(-len(text) // 8) * 8)
+        self.path.write_bytes(len(header).to_bytes(8, "little") + header)
+        return 8 + len(header)
+
+
+def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, int]:
+    """(bytes, number of shards), with an index where there are several."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in (item for group in weights.on_meta() for item in group.items()):
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard:
+            shards.append({})
+        shards[-1][name] = tensor
+    count = len(shards)
+    file_names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        file_names = ["model.safetensors"]
+    places: dict[str, tuple[Path, int]] = {}
+    for file_name, tensors in zip(file_names, shards, strict=True):
+        shard = _Shard(out / file_name, tensors)
+        start = shard.begin()
+        places |= {name: (shard.path, start + first) for name, (first, _) in shard.offsets().items()}
+    for group in weights.read():
+        for name, tensor in group.items():
+            path, offset = places[name]
+            with path.open("r+b") as file:
+                file.seek(offset)
+                file.write(as_memory(tensor.contiguous().reshape(-1).view(torch.uint8)))
+    num_bytes = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+    if count > 1:
+        weight_map = {name: path.name for name, (path, _) in sorted(places.items())}
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return num_bytes, count
+
+
+def _write_model_files(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> None:
+    """The configuration, with the dtype of the weights, and the tokenizer."""
+    manifest = reader.manifest
+    for name in manifest.files:
+        if name not in (MANIFEST, BUFFERS) and not re.fullmatch(r"rank-\d+\.safetensors", name):
+            (out / name).write_bytes(read_file(reader.folder, manifest, name))
+    config = json.loads((out / CONFIG).read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

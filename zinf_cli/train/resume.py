@@ -1,0 +1,159 @@
+"""Going on from a checkpoint: which one, whether the recipe still goes with it, and the state back into the engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from zinf_cli.checkpoint.folder import checkpoints_to_resume, set_damaged_aside
+from zinf_cli.checkpoint.manifest import Manifest
+from zinf_cli.checkpoint.verify import read_file, verify
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.errors import CheckpointError, DamagedError
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
+from zinf_cli.train.model_files import CONFIG, config_of
+from zinf_cli.train.setup import Text, model_source
+
+START_FILE = "logs/start.json"
+"""In the run's folder, when the state is loaded and metrics.jsonl is ready: where the run begins."""
+_FIXED = ("seed", "train.seq_len", "dataset.shuffle")
+"""Keys that say where in the text a step is and what is random in it."""
+_OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+"""Entries of a config.json that do not change what a model computes here."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at the beginning, or after what a checkpoint holds."""
+
+    folder: Path | None = None
+    step: int = 0
+    sequences: int = 0
+    loss_scale: tuple[float, int] | None = None
+
+    def announce(self, run_dir: Path) -> None:
+        """Tell the launcher, which then follows metrics.jsonl."""
+        path = run_dir / START_FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"step": self.step, "checkpoint": str(self.folder) if self.folder else None}))
+        partial.rename(path)
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a manifest holds it."""
+    tree: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
+    return tree
+
+
+def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | None:
+    """Of the checkpoint a run would go on from, as far as small files tell; None where it begins at the beginning.
+
+    CheckpointError where the recipe does not go with it.
+    """
+    problem = None
+    for folder in checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume):
+        try:
+            manifest = Manifest.load(folder)
+            check_recipe(folder, manifest, recipe, model, text)
+        except DamagedError as error:
+            problem = problem or error
+        else:
+            return manifest
+    if problem is not None:
+        raise problem
+    return None
+
+
+def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Module, text: Text) -> None:
+    """CheckpointError with the keys by which a recipe does not go with a checkpoint.
+
+    What may change: the length of the run, batch sizes, the optimizer's settings, placement, precision, ranks.
+    """
+    before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
+    problems = [f"{key} was {before.get(key)}, is {now[key]}" for key in _FIXED if before.get(key) != now[key]]
+    stored, wanted = json.loads(read_file(folder, manifest, CONFIG)), json.loads(config_of(model_source(recipe), model))
+    problems += [
+        f"model.config.{key} was {stored.get(key)}, is {wanted.get(key)}"
+        for key in sorted((stored.keys() | wanted.keys()) - _OF_NO_ACCOUNT)
+        if stored.get(key) != wanted.get(key)
+    ]
+    if manifest.text != text.train.fingerprint:
+        keys = [key for key in now if key.startswith("dataset.") and before.get(key) != now[key]]
+        problems.append(f"{', '.join(keys) or 'dataset.path'}: the text is another one")
+    if problems:
+        raise CheckpointError(
+            f"the recipe does not go on from step {manifest.step}: {'; '.join(problems)}",
+            where=str(folder),
+            hint="put these keys back, or begin anew with checkpoint.resume=never or another output_dir",
+        )
+
+
+def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
+    """Keys of the recipe that a run goes on with in another way, and that bear on its numbers."""
+    before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
+    sections = ("train", "optimizer", "lr_scheduler")
+    return [key for key in now if key.split(".")[0] in sections and before.get(key) != now[key]]
+
+
+def resume(
+    recipe: Recipe, engine: Engine, model: nn.Module, text: Text, ranks: Ranks, notice: Callable[[str], None]
+) -> Start:
+    """Load the newest checkpoint that is whole on every rank; without one to go on from, do nothing.
+
+    `notice` is called (on every rank) for each one that is damaged, and with what has changed. CheckpointError where
+    none is whole, or the recipe does not go with it.
+    """
+    candidates = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
+    for number, folder in enumerate(candidates):
+        problem = None
+        try:
+            manifest = _load(folder, recipe, engine, model, text)
+        except DamagedError as error:
+            problem = error.describe()
+        damaged = [rank for rank, flag in enumerate(ranks.all(int(problem is not None))) if flag]
+        if not damaged:
+            if number and ranks.rank == 0:
+                set_damaged_aside(recipe.output_dir, candidates[:number])
+            if changed := changed_keys(manifest, recipe):
+                notice(f"resumed with another {', '.join(changed)}")
+            return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale)
+        if problem is None:
+            found = next((f"{v.name} is {v.problem}" for v in verify(folder) if v.problem), "no longer")
+            problem = f"{folder}: {found} (found by rank {damaged[0]})"
+        notice(f"not resumed from {folder.name}: {problem}")
+    if candidates:
+        raise CheckpointError(
+            "none of the run's checkpoints is whole",
+            where=str(candidates[0].parent),
+            hint="zinf doctor CHECKPOINT says what is wrong; checkpoint.resume=never begins anew",
+        )
+    return Start()
+
+
+def _load(folder: Path, recipe: Recipe, engine: Engine, model: nn.Module, text: Text) -> Manifest:
+    reader = CheckpointReader(folder)
+    try:
+        check_params(reader, model)
+        check_recipe(folder, reader.manifest, recipe, model, text)
+        engine.load_state(reader)
+        load_buffers_of(folder, model)
+    finally:
+        reader.close()
+    return reader.manifest
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
