@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 
 from zinf_cli.amounts import format_bytes
@@ -257,7 +257,7 @@ def _run(
     if recipe.profiler.enabled:
         merge_traces(run_dir)
     if not request.hosts:  # the launcher is on the ranks' host
-        own_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own_bytes = int(psutil.Process().memory_full_info().pss)
         outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
     summary = summarise(plan, watch, outcome)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
