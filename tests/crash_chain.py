@@ -81,16 +81,16 @@ def random_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
     if rng.random() < 0.3:
         return {"after_s": rng.uniform(0.1, 1.0)}
     rank = rng.randrange(ranks)
-    most = {"posix_fallocate": 4, "pwritev": 100, "fsync": 16, "rename": 6, "unlink": 6, "symlink": 3, "rmdir": 3}
+    most = {"posix_fallocate": 4, "pwritev": 40, "fsync": 16, "rename": 6, "unlink": 6, "symlink": 3, "rmdir": 3}
     if rank > 0:  # it writes its own file and nothing else
-        most = {"posix_fallocate": 4, "pwritev": 100, "fsync": 3}
+        most = {"posix_fallocate": 4, "pwritev": 40, "fsync": 3}
     call = rng.choice(sorted(most))
     return {"rank": rank, "call": call, "nth": rng.randint(1, most[call]), "before": rng.random() < 0.5}
 
 
 def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
     """Killed `kills` times, a run ends with the bits of one that was not."""
-    steps = 10 * kills
+    steps = 16 * kills
     unbroken, broken = (TinyRun.write(folder / name, steps) for name in ("unbroken", "broken"))
     rng = random.Random(seed)
     with ForkedRanks() as forked:
