@@ -20,7 +20,8 @@ demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few 
 	.venv/bin/zinf launch recipes/smollm2-135m.yaml
 
 test: install lab ## run the unit and integration tests
-	$(PYTHON) -m pytest tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/unit
+	$(PYTHON) -m pytest tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
 	$(PYTHON) -m pytest tests/crash

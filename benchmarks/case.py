@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
+CALM = 1e4
 MODELS: dict[str, dict[str, Any]] = {
     "216M": {
         **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
+    },
+    "3 times the layers": {
+        **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 48,
         "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
     },
     "3B": {
@@ -31,8 +36,8 @@ class Case:
     model: str = "216M"
     checkpointing: bool = True
     """Whether activations are recomputed."""
-    clip: bool = True
-    """Whether the global gradient norm is clipped; without, zinf updates in the backward pass."""
+    clip: float | None = 1.0
+    """Largest gradient norm: 1 clips every step of this training, CALM none. Without one, zinf updates in backward."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -51,5 +56,6 @@ class Case:
         return (
             f"{self.micro_batches}×{self.tokens}"
             + ("" if self.checkpointing else ", no recompute")
-            + ("" if self.clip else ", no clipping")
+            + {None: ", no clipping", CALM: ", norm never clips"}.get(self.clip, "")
+            + ("" if self.model == "216M" else f", {self.model}")
         )

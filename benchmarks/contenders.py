@@ -38,7 +38,7 @@ def launch_command(case: Case, tier: str, steps: int, folder: Path) -> tuple[lis
             "micro_batch_size": 1,
             "gradient_accumulation_steps": case.micro_batches,
             "max_steps": steps,
-            "max_grad_norm": 1.0 if case.clip else None,
+            "max_grad_norm": case.clip,
         },
         "optimizer": {"lr": 1e-4},
         "activation_checkpointing": "unit" if case.checkpointing else "none",

@@ -66,7 +66,7 @@ def config(case: Case, folder: str, small: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.micro_batches,
-        "gradient_clipping": 1.0 if case.clip else 0.0,
+        "gradient_clipping": case.clip or 0.0,
         "steps_per_print": sys.maxsize,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": WEIGHT_DECAY}},
         "zero_optimization": {

@@ -31,8 +31,8 @@ def main() -> None:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss / case.micro_batches
             loss.backward()
             total += loss.item()
-        if case.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if case.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
         optimizer.step()
         optimizer.zero_grad()
         with steps_file.open("a") as file:

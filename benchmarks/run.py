@@ -18,33 +18,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.case import Case
+from benchmarks.case import CALM, Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.watch import Watched
 from zinf_cli.amounts import format_bytes
 
 ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
-CASES = (
-    Case(8, 16),
-    Case(8, 16, clip=False),
-    Case(8, 64),
-    Case(8, 64, clip=False),
-    Case(1, 16),
-    Case(1, 16, clip=False),
-)
+CASES = {
+    f"{micro_batches}x{tokens}{suffix}": Case(micro_batches, tokens, **more)
+    for micro_batches, tokens in ((8, 16), (8, 64), (1, 16))
+    for suffix, more in (("", {}), ("-calm", {"clip": CALM}), ("-unclipped", {"clip": None}))
+} | {"8x64-kept": Case(8, 64, checkpointing=False), "8x16-layers": Case(8, 16, model="3 times the layers")}
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="zinf beside plain PyTorch and DeepSpeed.")
-    parser.add_argument("--cases", nargs="*", default=[], help="such as 8x16, or sweep: 1x16 to 16x16")
+    parser.add_argument("--cases", nargs="*", default=[], choices=[*CASES, "sweep"], help="all but sweep")
     parser.add_argument("--contenders", nargs="*", default=ALWAYS, choices=CONTENDERS, help="the first is the base")
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender, in turn")
     parser.add_argument("--folder", type=Path, default=None, help="where the drive is (default: runs/)")
     arguments = parser.parse_args()
-    cases = [case for text in arguments.cases for case in (SWEEP if text == "sweep" else [_case(text)])] or CASES
+    names = arguments.cases or list(CASES)
+    cases = [case for name in names for case in (SWEEP if name == "sweep" else (CASES[name],))]
     console = Console(width=140)
     console.print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, torch {torch.__version__}", highlight=False)
     root = arguments.folder or Path("runs")
@@ -94,11 +92,6 @@ def _compare_losses(console: Console, runs: dict[str, list[Watched]]) -> None:
             apart = max(abs(ours - theirs) for ours, theirs in pairs)
             verdict = "" if apart <= LOSS_TOLERANCE else ": NOT the same training"
             console.print(f"losses of {name} and plain: at most {apart:.1e} apart{verdict}", highlight=False)
-
-
-def _case(text: str) -> Case:
-    micro_batches, _, tokens = text.partition("x")
-    return Case(int(micro_batches), int(tokens))
 
 
 def _steps(watched: list[Watched]) -> list[float]:

@@ -78,7 +78,7 @@ def test_two_hosts_train_as_one_rank_does(near: FarWorkshop) -> None:
     assert two.losses == pytest.approx(first.losses, rel=1e-5)
     assert json.loads(two.out) == two.summary
     assert {path.name for path in (near.run_dir / "logs").iterdir()} == {
-        "rank-00000.log", "rank-00001.log", "torchrun-00000.log", "torchrun-00001.log",
+        "rank-00000.log", "rank-00001.log", "start.json", "torchrun-00000.log", "torchrun-00001.log",
     }  # fmt: skip
     assert near.left_behind() == []
 

@@ -28,6 +28,8 @@ GATHER_BYTES = 1 << 26
 REPEATS = 5
 """Of which the fastest counts: what else the machine does can only slow one down. Each lasts at least SECONDS."""
 SECONDS = 0.05
+ENOUGH_S = 1.0
+"""So long a call is not repeated more than once."""
 
 
 def measure_alone() -> dict[str, Any]:
@@ -162,8 +164,11 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / count
 
-    timed(2)
-    count = times or max(1, round(SECONDS / timed(1)))
+    timed(1)
+    once = timed(1)
+    if times is None and once > ENOUGH_S:
+        return min(once, timed(1))
+    count = times or max(1, round(SECONDS / once))
     return min(timed(count) for _ in range(REPEATS))
 
 
