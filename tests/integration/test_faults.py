@@ -102,7 +102,7 @@ FAULTS = {
 }
 
 
-SHORT = ("rank killed", "supervisor killed", "launcher killed", "host crashed", "Ctrl-C twice")
+SHORT = ("rank killed", "launcher killed")
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
@@ -176,6 +176,7 @@ def on_host(lab: Lab, number: int, *command: str) -> None:
     subprocess.run(["nsenter", "-t", sshd, "-m", *command], check=True)
 
 
+@pytest.mark.skipif(MOMENTS == 1, reason="takes half a minute: make test-faults")
 def test_a_run_starts_again_on_the_hosts_that_answer(apart: ApartWorkshop) -> None:
     restarts = ("launch.max_restarts=2", "launch.min_hosts=1")
     process = apart.start("--hosts", apart.lab.hostfile(), "train.max_steps=100000", *restarts)

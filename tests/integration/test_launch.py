@@ -159,19 +159,16 @@ def test_losses_are_the_same_for_every_placement_and_number_of_ranks(workshop: W
     nvme = workshop.launch()
     workshop.content["offload"] = {}
     memory = workshop.launch()
-    again = workshop.launch("seed=1")
     workshop.content["offload"] = {**NVME, "nvme_path": [str(workshop.nvme / "a"), str(workshop.nvme / "b")]}
     two = workshop.launch("--slots", "2")
     three = workshop.launch("--slots", "3", "train.micro_batches_per_sweep=1")
     assert [run.code for run in (nvme, memory, two, three)] == [0, 0, 0, 0], two.err + three.err
     earlier = sorted((workshop.folder / "run" / "earlier").iterdir())
-    assert len(earlier) == 4
+    assert len(earlier) == 3
     runs = [Ended(0, "", "", folder).losses for folder in (*earlier, workshop.folder / "run")]
     assert runs[0] == runs[1]
-    assert runs[2] != runs[1]
-    for losses in runs[3:]:
+    for losses in runs[2:]:
         assert losses == pytest.approx(runs[0], rel=1e-5)
-    assert again.code == 0
     assert workshop.left_behind() == []
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from zinf_cli.train.rank_process import run_rank
 
-ROWS = {"cpu": (16, 64, 256, 1024), "cuda": (256, 1024, 4096, 16384)}
+ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}
 """Tokens of a micro-batch."""
 HIDDEN = {"cpu": 1024, "cuda": 4096}
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
