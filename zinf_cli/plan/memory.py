@@ -13,9 +13,9 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 PAGE = 4096
-FRAMEWORK_BYTES = 600 * MIB
+FRAMEWORK_BYTES = 640 * MIB
 """A rank with torch and transformers imported and a model without weights."""
-LAUNCHER_BYTES = 230 * MIB
+LAUNCHER_BYTES = 200 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
