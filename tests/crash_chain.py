@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tiny_models import CONFIGS
 from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.checkpoint.manifest import Manifest
 
+ENDLESS = 100_000
+"""Steps of a run that is to be killed before it is done."""
 NVME = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "nvme"}
 
 
@@ -35,7 +38,7 @@ class TinyRun:
             "dataset": {"path": str(folder / "tokens.npy")},
             "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": steps},
             "optimizer": {"lr": 1e-2},
-            "lr_scheduler": {"name": "cosine"},
+            "lr_scheduler": {"name": "constant", "warmup_steps": 20},
             "offload": {**NVME, "nvme_path": str(folder / "nvme")},
             "checkpoint": {"interval": 2, "keep_latest_k": 2},
             "logging": {"tensorboard": False},
@@ -90,19 +93,21 @@ def random_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
 
 def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
     """Killed `kills` times, a run ends with the bits of one that was not."""
-    steps = 16 * kills
-    unbroken, broken = (TinyRun.write(folder / name, steps) for name in ("unbroken", "broken"))
+    broken = TinyRun.write(folder / "broken", ENDLESS)
     rng = random.Random(seed)
     with ForkedRanks() as forked:
-        assert forked.run(unbroken.recipe, ranks) == [0] * ranks, unbroken.log
-        killed = 0
-        while killed < kills:
-            kill = random_kill(rng, ranks)
-            codes = forked.run(broken.recipe, ranks, kill)
-            assert set(codes) <= {0, -9}, broken.log
-            killed += -9 in codes
-            assert -9 in codes or broken.newest.step < steps, f"done after {killed} kills"
-        assert forked.run(broken.recipe, ranks) == [0] * ranks, broken.log
+        for _ in range(kills):
+            codes = forked.run(broken.recipe, ranks, random_kill(rng, ranks))
+            assert codes == [-9] * ranks, broken.log
+        assert_ends_unharmed(broken, lambda run: forked.run(run.recipe, ranks) == [0] * ranks)
+
+
+def assert_ends_unharmed(broken: TinyRun, runs: Callable[[TinyRun], bool]) -> None:
+    """From its newest checkpoint a run ends with the bits of one that was never killed; `runs` runs it to its end."""
+    steps = broken.newest.step + 3
+    folder = broken.folder.parent
+    assert runs(TinyRun.write(broken.folder, steps))
+    assert runs(unbroken := TinyRun.write(folder / "unbroken", steps))
     assert broken.trajectory == unbroken.trajectory
     assert broken.state == unbroken.state
     assert len(checkpoints_of(broken.run_dir)) == 2

@@ -32,20 +32,20 @@ def forked() -> Iterator[ForkedRanks]:
 @pytest.fixture(scope="module")
 def unbroken(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Eight steps in one go on one rank."""
-    run = TinyRun.write(tmp_path_factory.mktemp("unbroken"), STEPS, lr_scheduler={"name": "constant"})
+    run = TinyRun.write(tmp_path_factory.mktemp("unbroken"), STEPS)
     assert forked.run(run.recipe, 1) == [0], run.log
     return run
 
 
 def go_on(forked: ForkedRanks, folder: Path, steps: int, ranks: int = 1, **changes: Any) -> TinyRun:
-    run = TinyRun.write(folder, steps, **{"lr_scheduler": {"name": "constant"}, **changes})
+    run = TinyRun.write(folder, steps, **changes)
     assert forked.run(run.recipe, ranks) == [0] * ranks, run.log
     return run
 
 
 def refused(forked: ForkedRanks, folder: Path, **changes: Any) -> str:
     """What a run that can't go on says."""
-    run = TinyRun.write(folder, STEPS, **{"lr_scheduler": {"name": "constant"}, **changes})
+    run = TinyRun.write(folder, STEPS, **changes)
     assert forked.run(run.recipe, 1) == [1]
     return run.log.splitlines()[-1]
 
