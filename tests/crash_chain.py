@@ -17,8 +17,7 @@ from tiny_models import CONFIGS
 from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.checkpoint.manifest import Manifest
 
-ENDLESS = 100_000
-"""Steps of a run that is to be killed before it is done."""
+WARMUP = {"warmup_steps": 20}
 NVME = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "nvme"}
 
 
@@ -38,7 +37,7 @@ class TinyRun:
             "dataset": {"path": str(folder / "tokens.npy")},
             "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": steps},
             "optimizer": {"lr": 1e-2},
-            "lr_scheduler": {"name": "constant", "warmup_steps": 20},
+            "lr_scheduler": {"name": "constant"},
             "offload": {**NVME, "nvme_path": str(folder / "nvme")},
             "checkpoint": {"interval": 2, "keep_latest_k": 2},
             "logging": {"tensorboard": False},
@@ -91,9 +90,14 @@ def random_kill(rng: random.Random, ranks: int) -> dict[str, Any]:
     return {"rank": rank, "call": call, "nth": rng.randint(1, most[call]), "before": rng.random() < 0.5}
 
 
+def endless(folder: Path) -> TinyRun:
+    """A run that is to be killed before it is done."""
+    return TinyRun.write(folder, 100_000, lr_scheduler=WARMUP)
+
+
 def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
     """Killed `kills` times, a run ends with the bits of one that was not."""
-    broken = TinyRun.write(folder / "broken", ENDLESS)
+    broken = endless(folder / "broken")
     rng = random.Random(seed)
     with ForkedRanks() as forked:
         for _ in range(kills):
@@ -106,8 +110,8 @@ def assert_ends_unharmed(broken: TinyRun, runs: Callable[[TinyRun], bool]) -> No
     """From its newest checkpoint a run ends with the bits of one that was never killed; `runs` runs it to its end."""
     steps = broken.newest.step + 3
     folder = broken.folder.parent
-    assert runs(TinyRun.write(broken.folder, steps))
-    assert runs(unbroken := TinyRun.write(folder / "unbroken", steps))
+    assert runs(TinyRun.write(broken.folder, steps, lr_scheduler=WARMUP))
+    assert runs(unbroken := TinyRun.write(folder / "unbroken", steps, lr_scheduler=WARMUP))
     assert broken.trajectory == unbroken.trajectory
     assert broken.state == unbroken.state
     assert len(checkpoints_of(broken.run_dir)) == 2

@@ -11,13 +11,14 @@ call of a function of `os`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -73,11 +74,13 @@ def _run(recipe: str, ranks: int, kill: dict[str, Any] | None) -> list[int]:
     for rank in range(ranks):
         group = pids[0] if pids else 0
         pids.append(_fork(lambda rank=rank: _rank(run_dir, rank, ranks, port, kill), run_dir, group))  # type: ignore[misc]
-    if kill is not None and "after_s" in kill:
-        time.sleep(kill["after_s"])
-        with suppress(ProcessLookupError):
-            os.killpg(pids[0], signal.SIGKILL)
-    return [_ended(pid, pids[0] if len(pids) > 1 else None) for pid in pids]
+    if kill is None:
+        return _all_ended(pids)
+    timer = threading.Timer(kill.get("after_s", 60), os.killpg, (pids[0], signal.SIGKILL))
+    timer.start()
+    codes = _all_ended(pids)
+    timer.cancel()
+    return codes
 
 
 def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
@@ -128,19 +131,22 @@ def _rank(run_dir: Path, rank: int, ranks: int, port: int, kill: dict[str, Any] 
 def _die_at(name: str, nth: int, *, before: bool) -> None:
     """Kill this process group at the nth call of os.`name` from now on."""
     call = getattr(os, name)
-    count = 0
+    numbers = itertools.count(1)  # several threads call
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == nth and before:
+        number = next(numbers)
+        if number == nth and before:
             os.kill(0, signal.SIGKILL)
         result = call(*args, **kwargs)
-        if count == nth:
+        if number == nth:
             os.kill(0, signal.SIGKILL)
         return result
 
     setattr(os, name, counted)
+
+
+def _all_ended(pids: list[int]) -> list[int]:
+    return [_ended(pid, pids[0] if len(pids) > 1 else None) for pid in pids]
 
 
 def _ended(pid: int, group: int | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crash_chain import ENDLESS, TinyRun, assert_ends_unharmed, assert_survives
+from crash_chain import TinyRun, assert_ends_unharmed, assert_survives, endless
 
 KILLS = 25
 
@@ -32,7 +32,7 @@ def launch(run: TinyRun, ranks: int) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_launcher_is_killed_with_all_it_started(ranks: int, tmp_path: Path) -> None:
     """Every process of the run dies with the launcher, wherever it is; the same command then goes on."""
-    broken = TinyRun.write(tmp_path / "broken", ENDLESS)
+    broken = endless(tmp_path / "broken")
     rng = random.Random(ranks)
     for _ in range(KILLS):
         process = launch(broken, ranks)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from plain import engine_losses, everything_on, open_engine
+from plain import LR, batches, engine_losses, everything_on, open_engine
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, PAGE, Manifest
 from zinf_cli.checkpoint.verify import verify
+from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
+from zinf_cli.train.setup import model_loss
 
 STEPS = 4
 
@@ -88,6 +92,62 @@ def test_every_placement_and_precision(before: str, after: str, dtype: torch.dty
 def test_updates_done_in_the_backward_pass(tmp_path: Path) -> None:
     nvme = everything_on("nvme", tmp_path / "a")
     assert_goes_on("llama", tmp_path, nvme, nvme, clip=None, eager=True)
+
+
+PASSING = {2, 3, 4, 6, 9}
+"""Steps whose checkpoint is taken in passing: some in a row, some with others between them."""
+MIXED = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["deferred", "eager", "speculative", "in memory", "mixed", "another drive", "dropped"])
+def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """And the run goes on as if there had been none."""
+    options = everything_on("cpu" if how == "in memory" else "nvme", tmp_path / "nvme")
+    options = replace(options, dtype=dtype, speculate=how == "speculative")
+    if how == "mixed":
+        options = replace(options, **MIXED)
+    elif how == "another drive":
+        options = replace(options, nvme_folders=(tmp_path / "nvme", Path("/dev/shm")))
+    source = (
+        random_source("opt", layerdrop=0.5, num_hidden_layers=4, ffn_dim=16)
+        if how == "dropped"
+        else random_source("llama")
+    )
+    freeze = "layers.0.mlp" if how in ("deferred", "mixed") else ""
+    clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)
+    losses, states = [], []
+    for in_passing in (False, True):
+        run_dir = tmp_path / str(in_passing)
+        engine = open_engine(source, options, freeze=freeze)
+        writer = CheckpointWriter(run_dir, engine, Ranks(), lambda: iter([]), None)
+        found = []
+        for step in range(10):
+            work = [
+                MicroBatch(partial(model_loss, engine.model, ids, ids), 1 / 3, 1000 * step + number)
+                for number, ids in enumerate(batches(step, 3))
+            ]
+            sink = writer.begin(step + 1) if in_passing and step + 1 in PASSING else None
+            result = engine.train_step(work, AdamW(LR), max_grad_norm=clip, eager=how == "eager", sink=sink)
+            position = Position(step + 1, "fp32", 3, "text", None, {"seed": 0})
+            if sink is not None:
+                writer.describe(position)
+            elif step + 1 in PASSING:
+                writer.write(position)
+            writer.advance()
+            found.append((result.losses, result.grad_norm, result.updated))
+        engine.flush()
+        writer.finish()
+        losses.append(found)
+        writer.close()
+        engine.close()
+        states.append([Manifest.load(folder) for folder in folders.checkpoints_of(run_dir)])
+        assert not [bad for folder in folders.checkpoints_of(run_dir) for bad in verify(folder) if bad.problem]
+    assert losses[0] == losses[1]
+    assert {manifest.step for manifest in states[0]} == PASSING
+    assert states[0] == states[1]
+    if how == "speculative":
+        assert {updated for _, _, updated in losses[0]} == {True, False}
 
 
 @pytest.fixture(scope="module")

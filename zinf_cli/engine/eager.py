@@ -4,21 +4,21 @@ It needs no second read of the parameters and, where nothing has to wait for the
 to its tier; and the drive is as busy in backward as in forward.
 
 **Speculation.** Where the norm may clip the gradient but lately did not, the update is made as if it would not again,
-into the second places of the unit (ping-pong), and the gradient is kept on its tier too. When the norm is known, either
-the places are exchanged, or the deferred update is made from the first ones as if nothing had happened. Either way the
-bits are those of an update that waited: the coefficient is exactly 1 where the norm is not clipped.
+into the unit's other home (ping-pong), and the gradient is kept on its tier too. When the norm is known, either the
+unit moves there, or the deferred update is made from where it was as if nothing had happened. Either way the bits are
+those of an update that waited: the coefficient is exactly 1 where the norm is not clipped.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from zinf_cli.engine.store import Unit
-from zinf_cli.tiers.tier import Transfer
+from zinf_cli.tiers.tier import Extent, Transfer
 
 if TYPE_CHECKING:
     from zinf_cli.engine.fetch import Fetch
@@ -44,13 +44,12 @@ class EagerUpdates:
         """Update the unit of `fetch` with the gradient slice `own` (fp32), which lies in its buffer or home."""
         unit = fetch.unit
         writes: list[Transfer] = []
-        unit.undecided = self.speculative
         if self.speculative:
             assert unit.grad is not None
             if unit.grad.view() is None:
                 writes.append(unit.grad.write(0, own.view(torch.uint8)))
             unit.grad_ready = True
-        fetch.update_now(own, unit.second if self.speculative else None)
+        fetch.update_now(own, speculative=self.speculative)
         self._under_way.append((fetch, writes))
 
     def advance(self) -> None:
@@ -76,23 +75,24 @@ class EagerUpdates:
     def commit(self) -> None:
         """The updates of this step hold; those under way will be finished in their time."""
         under_way = {id(fetch.unit) for fetch, _ in self._under_way}
-        for unit in self._undecided():
-            unit.flip()
+        for unit, places in self._undecided():
+            unit.at = places
             unit.updating = id(unit) in under_way
 
     def discard(self) -> None:
         """They do not hold: each unit gets its deferred update instead."""
         self.finish()
-        for unit in self._undecided():
+        for unit, _ in self._undecided():
             unit.updating = False
             unit.update_due = True
             unit.count_update(-1)
 
-    def _undecided(self) -> list[Unit]:
-        units = [unit for unit in self._units if unit.undecided]
-        for unit in units:
-            unit.undecided = False
-        return units
+    def _undecided(self) -> Iterator[tuple[Unit, dict[str, Extent]]]:
+        """Each unit with an update that is yet to be confirmed, and where that went."""
+        for unit in self._units:
+            if unit.proposed is not None:
+                places, unit.proposed = unit.proposed, None
+                yield unit, places
 
     def _let_go(self) -> None:
         fetch, writes = self._under_way.popleft()

@@ -24,10 +24,11 @@ from torch import nn
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.capture import StateSink
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.state import StateSink, StateSource, load_state, save_state
+from zinf_cli.engine.state import FROZEN, StateSource, fields_of, load_state, save_state
 from zinf_cli.engine.store import TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
 from zinf_cli.engine.units import UnitLayout
@@ -35,7 +36,7 @@ from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import NvmeTier
-from zinf_cli.tiers.tier import Tier
+from zinf_cli.tiers.tier import Extent, Tier
 from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
@@ -59,6 +60,7 @@ class EngineOptions:
     slot_bytes: int = 0
     resident_bytes: int = 0
     chunk_numel: int = 1 << 20
+    """Elements of an update's chunk: what makes a PIECE of state (state.py), or no fewer than the widest slice has."""
     num_chunks: int = 8
     staging_bytes: int = 0
     """Memory through which activations go to another tier than the compute device's."""
@@ -122,11 +124,13 @@ class Engine:
         self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
+        self._left: list[StateSink] = []
+        """Checkpoints that have been completed, and that units may lie in."""
         self._calm_steps = 0
         """Steps since the gradient was last clipped."""
         if options.speculate:
             for unit in self.units:
-                unit.allocate_second(self.tiers)
+                unit.add_home(self.tiers)
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
         """Fill every unit from `read(parameter names)`; memory is one unit's."""
@@ -142,6 +146,7 @@ class Engine:
         loss_scale: float = 1.0,
         eager: bool = False,
         more: bool = True,
+        sink: StateSink | None = None,
     ) -> StepResult:
         """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
 
@@ -149,13 +154,16 @@ class Engine:
         large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. A result that
         is not finite has no pending update: nothing changes. With `eager`, which needs a step that is not clipped,
         each unit is updated as soon as its gradient is complete; then a result that is not finite comes too late.
+
+        `sink` gets the state after this step. It is told to `complete` when the last update has been made: in the
+        forward of the next step, or in `flush`.
         """
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
         speculative = not eager and self._options.speculate and loss_scale == 1.0 and self._calm_steps >= CALM_STEPS
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
-        forward_done = partial(self._forward_done, adamw if eager or speculative else None)
+        forward_done = partial(self._forward_done, adamw if eager or speculative else None, sink)
         losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), forward_done))
         if more:
             self._sweep.announce_step(len(self._deal(batches)))
@@ -171,11 +179,15 @@ class Engine:
         elif speculative:
             self._pipeline.forget_coming()
             self._pipeline.eager.discard()
+            if sink is not None:  # the same regions will be written again, and last
+                self._pipeline.settle()
         updated = eager or (speculative and calm)
         if not updated:
             self._set_update(adamw, norm, clip / loss_scale)
         if speculative and not calm and more:
             self._sweep.announce_step(len(self._deal(batches)))
+        if sink is not None:
+            self._copy_what_stays(sink)
         return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s, updated)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
@@ -188,11 +200,13 @@ class Engine:
         self._pipeline.forget_coming()
         self._flush_pending()
         self._pipeline.settle()
+        self._go_on_to(None)
 
     def save(self, sink: StateSink) -> None:
-        """Hand the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
+        """Copy the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
         self.flush()
-        save_state(self.units, self.memory, sink)
+        self._copy([(unit, field, extent) for unit in self.units for field, _, extent in fields_of(unit)], sink)
+        sink.complete()
 
     def load_state(self, source: StateSource) -> None:
         """Take the state of every unit from `source`, in place of `load`."""
@@ -221,6 +235,8 @@ class Engine:
         """Give back threads, files and memory; the model's forwards are its own again."""
         self._restore()
         self._sweep.close()
+        for left in self._left:
+            left.close()
         for tier in self.tiers.distinct():
             tier.close()
 
@@ -238,11 +254,42 @@ class Engine:
             self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
             return run()
 
-    def _forward_done(self, adamw: AdamW | None) -> None:
+    def _forward_done(self, adamw: AdamW | None, sink: StateSink | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
         self._flush_pending()
         self._pipeline.eager.finish()
+        self._go_on_to(sink)
         self._pipeline.adamw = adamw
+
+    def _go_on_to(self, sink: StateSink | None) -> None:
+        """Updates go into `sink` from here on; the one before has got all it gets."""
+        before = self._pipeline.sink
+        if before is not None and before is not sink:
+            before.complete()
+            self._left.append(before)
+        self._pipeline.sink = sink
+        places = [extent for unit in self.units for extent in unit.at.values()]
+        for left in list(self._left):
+            if not any(map(left.holds, places)):
+                left.close()
+                self._left.remove(left)
+
+    def _copy_what_stays(self, sink: StateSink) -> None:
+        """What this step does not update goes into its checkpoint as it is."""
+        updated = {self.units[number].name for number in self._pipeline.completed}
+        stays = [
+            (unit, field, extent)
+            for unit in self.units
+            for field, _, extent in fields_of(unit)
+            if field == FROZEN or unit.name not in updated
+        ]
+        if stays:
+            self._pipeline.forget_coming()
+            self._pipeline.settle()
+            self._copy(stays, sink)
+
+    def _copy(self, fields: Sequence[tuple[Unit, str, Extent]], sink: StateSink) -> None:
+        save_state([(extent, sink.region(unit.name, field)) for unit, field, extent in fields], self.memory)
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from zinf_cli.engine.capture import Destination, destination
 from zinf_cli.engine.update import SliceUpdate
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.tiers.arena import Buffer
-from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.tiers.tier import Transfer
 
 if TYPE_CHECKING:
     from zinf_cli.engine.pipeline import Pipeline
@@ -95,7 +96,7 @@ class Fetch:
             self.flats = in_place
         self._read_params()
         if self.update:
-            self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace)
+            self.unit.at = self._start_update(None, keep=False).into
         self.placed = True
         return True
 
@@ -149,7 +150,7 @@ class Fetch:
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
-            self.unit.updating = self.unit.undecided
+            self.unit.updating = self.unit.proposed is not None
         if self._gathers is None:
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
@@ -172,10 +173,20 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grad: torch.Tensor, into: Mapping[str, Extent] | None) -> None:
+    def update_now(self, grad: torch.Tensor, *, speculative: bool) -> None:
         """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
-        self._update = SliceUpdate(self.unit, self.own_slices()[0], self._memory, self._pipeline.trace, grad, into)
+        goes = self._start_update(grad, keep=speculative)
+        if speculative:
+            self.unit.proposed = goes.into
+        else:
+            self.unit.at = goes.into
         self.unit.count_update()
+
+    def _start_update(self, grad: torch.Tensor | None, *, keep: bool) -> Destination:
+        goes = destination(self.unit, self._pipeline.sink, keep=keep)
+        own = self.own_slices()[0]
+        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grad)
+        return goes
 
     def bind(self) -> None:
         self.unit.bind(self.flats)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.capture import StateSink
 from zinf_cli.engine.eager import EagerUpdates
 from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.ranks import Flags, Ranks
@@ -67,6 +68,8 @@ class Pipeline:
         """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
         self.completed: set[int] = set()
         """Units whose gradient of this step is complete."""
+        self.sink: StateSink | None = None
+        """The checkpoint that updates go into, see capture.py."""
         self._coming: deque[Visit] = deque()
         self._fetches: deque[Fetch] = deque()
         self._held: dict[int, Fetch] = {}

@@ -8,11 +8,12 @@ A unit's state on one rank is its slice of a few fields: "param" (fp32: the mast
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
+from zinf_cli.engine.capture import stored_fields
 from zinf_cli.engine.store import Unit, overlap
 from zinf_cli.engine.units import FlatLayout
 from zinf_cli.engine.visit import Memory
@@ -22,15 +23,9 @@ from zinf_cli.tiers.tier import DONE, Extent, Transfer
 PIECE = 4 * 2**20
 """Bytes that are moved at once."""
 AHEAD = 8
-"""Pieces under way, where there is room for them."""
-
-
-class StateSink(Protocol):
-    """Where state goes."""
-
-    def write(self, unit: str, field: str, start: int, data: torch.Tensor) -> None:
-        """Take bytes `start` and on of this rank's slice of a field; `data` (uint8, on the compute device) is free
-        again on return. `start` is a multiple of PIECE, and only a field's last piece is shorter than PIECE."""
+"""Pieces under way at once, where there is room for them."""
+FROZEN = "frozen"
+"""What a checkpoint calls the slice of a frozen flat."""
 
 
 class StateSource(Protocol):
@@ -45,57 +40,67 @@ class StateSource(Protocol):
 
 def fields_of(unit: Unit) -> Iterator[tuple[str, FlatLayout, Extent]]:
     """Each field of a unit with the flat it belongs to and where its slice lies now."""
-    for layout, extent in zip(unit.layout.flats, unit.slices, strict=True):
-        if not layout.trainable:
-            yield "frozen", layout, extent
-            continue
-        yield "param", layout, unit.optimizer.get("master", extent)
-        for name in ("exp_avg", "exp_avg_sq"):
-            yield name, layout, unit.optimizer[name]
+    frozen = iter(unit.frozen)
+    for layout in unit.layout.flats:
+        if layout.trainable:
+            for name, stored in stored_fields(unit).items():
+                yield stored, layout, unit.at[name]
+        else:
+            yield FROZEN, layout, next(frozen)
 
 
-def save_state(units: Sequence[Unit], memory: Memory, sink: StateSink) -> None:
-    """Hand every unit's slices to `sink`, in order, reading ahead; no update is pending and no buffer in use."""
-    ahead: deque[_Read] = deque()
-    for unit in units:
-        for field, _, extent in fields_of(unit):
-            for start in range(0, extent.num_bytes, PIECE):
-                piece = _Read(unit.name, field, start, extent)
-                while len(ahead) >= AHEAD or not piece.issue(memory):
-                    ahead.popleft().hand_to(sink)
-                ahead.append(piece)
-    for piece in ahead:
-        piece.hand_to(sink)
+def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
+    """Copy what lies in each extent to a region of a StateSink; no update is pending and no buffer in use."""
+    under_way: deque[_Copy] = deque()
+    for extent, region in fields:
+        for start in range(0, extent.num_bytes, PIECE):
+            copy = _Copy(start, extent, region)
+            while len(under_way) >= AHEAD or not copy.issue(memory):
+                under_way.popleft().finish()
+            under_way.append(copy)
+            for earlier in under_way:
+                earlier.progress()
+    for copy in under_way:
+        copy.finish()
 
 
-class _Read:
-    """A piece on its way out."""
+class _Copy:
+    """A piece on its way into a checkpoint."""
 
-    def __init__(self, unit: str, field: str, start: int, extent: Extent) -> None:
-        self._where = (unit, field, start)
+    def __init__(self, start: int, extent: Extent, region: Extent) -> None:
+        self._start = start
         self._extent = extent
+        self._region = region
         self._buffer: Buffer | None = None
         self._data: torch.Tensor
         self._read: Transfer = DONE
+        self._write: Transfer | None = None
 
     def issue(self, memory: Memory) -> bool:
         """Start reading; False where there is no buffer now."""
-        start = self._where[2]
-        end = min(start + PIECE, self._extent.num_bytes)
+        end = min(self._start + PIECE, self._extent.num_bytes)
         view = self._extent.view()
         if view is not None:
-            self._data = view[start:end]
+            self._data = view[self._start : end]
             return True
-        self._buffer = _buffer(memory, end - start)
+        self._buffer = _buffer(memory, end - self._start)
         if self._buffer is None:
             return False
         self._data = self._buffer.data
-        self._read = self._extent.read(start, self._data)
+        self._read = self._extent.read(self._start, self._data)
         return True
 
-    def hand_to(self, sink: StateSink) -> None:
+    def progress(self) -> None:
+        """Start writing what has been read."""
+        if self._write is None and self._read.done():
+            self._read.wait()
+            self._write = self._region.write(self._start, self._data)
+
+    def finish(self) -> None:
         self._read.wait()
-        sink.write(*self._where, self._data)
+        self.progress()
+        assert self._write is not None
+        self._write.wait()
         if self._buffer is not None:
             self._buffer.free()
 

@@ -49,23 +49,29 @@ class Unit:
             [torch.full((1,), math.nan, dtype=dtype, device=p.device).expand(p.shape) for p in params]
             for params in self._params
         ]
-        self.slices: list[Extent] = [
-            tiers.params.allocate(flat.slice_numel * dtype.itemsize, f"{self.name} params") for flat in layout.flats
+        trainable = layout.trainable
+        self.homes: list[dict[str, Extent]] = []
+        """Places of its own for what an update changes: "params" and each optimizer field. With speculative updates
+        (eager.py) there are two, for two versions."""
+        if trainable is not None:
+            self.add_home(tiers)
+        self.at = dict(self.homes[0]) if self.homes else {}
+        """Where that lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
+        self.proposed: dict[str, Extent] | None = None
+        """Where an update has put it of which nobody knows yet whether it holds (eager.py)."""
+        self.frozen: list[Extent] = [
+            tiers.params.allocate(flat.slice_numel * dtype.itemsize, f"{self.name} params")
+            for flat in layout.flats
+            if not flat.trainable
         ]
         self.grad: Extent | None = None
-        self.optimizer: dict[str, Extent] = {}
-        trainable = layout.trainable
         num_trainable = len(trainable.params) if trainable is not None else 0
         self.steps = [0] * num_trainable
         """Updates of each trainable parameter so far."""
         self.touched = [False] * num_trainable
         """Which of them got a gradient in this step; the others are not updated."""
         if trainable is not None:
-            num_bytes = trainable.slice_numel * 4
-            self.grad = tiers.grads.allocate(num_bytes, f"{self.name} grads")
-            fields = OPTIMIZER_FIELDS if dtype == torch.float32 else (*OPTIMIZER_FIELDS, "master")
-            for field in fields:
-                self.optimizer[field] = tiers.optimizer.allocate(num_bytes, f"{self.name} {field}")
+            self.grad = tiers.grads.allocate(trainable.slice_numel * 4, f"{self.name} grads")
             for number, param in enumerate(self._params[0]):
                 param.register_post_accumulate_grad_hook(self._touch(number))
         self.backwards = 0
@@ -76,28 +82,36 @@ class Unit:
         """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
         self.updating = False
         """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
-        self.undecided = False
-        """An update has gone to the second places, and nobody knows yet whether it holds (eager.py)."""
-        self.second: dict[str, Extent] = {}
-        """Places for the other version of the trainable parameters ("params") and of each optimizer field."""
         self.release()
 
-    def allocate_second(self, tiers: TierSet) -> None:
-        """Room for two versions of what an update changes."""
-        if self.optimizer:
-            for name, extent in self.updated().items():
-                tier = tiers.params if name == "params" else tiers.optimizer
-                self.second[name] = tier.allocate(extent.num_bytes, extent.label)
+    def add_home(self, tiers: TierSet) -> None:
+        """Room for one version of what an update changes."""
+        layout = self.layout.trainable
+        if layout is None:
+            return
+        home = {"params": tiers.params.allocate(layout.slice_numel * self.dtype.itemsize, f"{self.name} params")}
+        for field in OPTIMIZER_FIELDS if self.dtype == torch.float32 else (*OPTIMIZER_FIELDS, "master"):
+            home[field] = tiers.optimizer.allocate(layout.slice_numel * 4, f"{self.name} {field}")
+        self.homes.append(home)
 
-    def updated(self) -> dict[str, Extent]:
-        """What an update changes, where it lies now."""
-        return {"params": self.slices[0], **self.optimizer}
+    def places(self, *, keep: bool) -> dict[str, Extent]:
+        """Where an update goes: into a home, which is another one if the present version is to be kept."""
+        places = {}
+        for name, now in self.at.items():
+            homes = [home[name] for home in self.homes]
+            others = [home for home in homes if home is not now]
+            places[name] = now if not keep and len(others) < len(homes) else others[0]
+        return places
 
-    def flip(self) -> None:
-        """The second places become the first."""
-        first, second = self.updated(), self.second
-        self.slices[0] = second.pop("params")
-        self.optimizer, self.second = second, first
+    @property
+    def slices(self) -> list[Extent]:
+        """This rank's slice of each flat, where it lies now."""
+        return [*([self.at["params"]] if self.at else []), *self.frozen]
+
+    @property
+    def optimizer(self) -> dict[str, Extent]:
+        """The optimizer's fields of the trainable slice, where they lie now."""
+        return {name: extent for name, extent in self.at.items() if name != "params"}
 
     @property
     def params(self) -> list[nn.Parameter]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.capture import Destination
 from zinf_cli.engine.store import Unit, overlap
 from zinf_cli.engine.visit import Memory
 from zinf_cli.tiers.arena import Arena, Buffer
@@ -30,12 +31,12 @@ class ChunkUpdate:
         grad: torch.Tensor | None,
         begin: int,
         sources: Mapping[str, Extent],
-        into: Mapping[str, Extent],
+        goes: Destination,
         trace: Trace,
     ) -> None:
         self._unit = unit
         self._sources = sources
-        self._into = into
+        self._goes = goes
         self._grad = grad
         self._param = param
         self._begin = begin
@@ -69,6 +70,9 @@ class ChunkUpdate:
             else:
                 end = self._begin + self._param.numel()
                 self._fields[name] = memory.view(torch.float32)[self._begin : end]
+        for extent in self._goes.into.values():
+            if extent.view() is not None:  # a copy of the version before may be on its way
+                self.reads.extend(extent.writes)
         return True
 
     def apply(self, adamw: AdamW) -> list[Transfer]:
@@ -84,13 +88,20 @@ class ChunkUpdate:
             if target is not self._param:
                 self._param.copy_(target)
         for name in unit.optimizer:
-            if self._into[name].view() is None:
-                data = self._fields[name].view(torch.uint8)
-                self._writes.append(self._into[name].write(self._begin * 4, data))
-        home = self._into["params"]
-        if home.view() is not None:
-            return []
-        return [home.write(self._begin * unit.dtype.itemsize, self._param.view(torch.uint8))]
+            self._writes += self._send(name, self._fields[name])
+        return self._send("params", self._param)
+
+    def _send(self, name: str, values: torch.Tensor) -> list[Transfer]:
+        """Start writing new values to where they go, unless they are there."""
+        data = values.view(torch.uint8)
+        start = self._begin * values.element_size()
+        home, copy = self._goes.into[name], self._goes.also.get(name)
+        writes = [home.write(start, data)] if home.view() is None else []
+        if copy is not None:
+            writes.append(copy.write(start, data))
+            if home.view() is not None:
+                home.writes = [write for write in home.writes if not write.done()] + writes
+        return writes
 
     def trailing(self) -> tuple[list[Transfer], list[Buffer]]:
         """The write-backs, and the buffers they free."""
@@ -115,7 +126,7 @@ class SliceUpdate:
 
     `own` is the parameter slice where compute sees it; `grad` the gradient slice, where it is not to be read from its
     tier. Whoever holds the memory of the two keeps it until `progress` has returned True and `writes` are done.
-    The new values go in place, or `into` other extents.
+    The new values go where `goes` says.
     """
 
     def __init__(
@@ -124,11 +135,10 @@ class SliceUpdate:
         own: torch.Tensor,
         memory: Memory,
         trace: Trace,
+        goes: Destination,
         grad: torch.Tensor | None = None,
-        into: Mapping[str, Extent] | None = None,
     ) -> None:
-        into = unit.updated() if into is None else dict(into)
-        sources = dict(unit.optimizer)  # a unit's places may be exchanged while the update is under way
+        sources = unit.optimizer  # as it is now: the unit may be said to lie elsewhere while the update is under way
         if grad is None:
             assert unit.grad is not None
             sources["grad"] = unit.grad
@@ -140,7 +150,7 @@ class SliceUpdate:
                 None if grad is None else grad[begin : begin + chunk_numel],
                 begin,
                 sources,
-                into,
+                goes,
                 trace,
             )
             for begin in range(0, own.numel(), chunk_numel)

@@ -20,7 +20,8 @@ def checkpoint_bytes(figures: Figures) -> int:
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
     """How many more of them there will be at once than there are now.
 
-    With keep_latest_k, one more than those that are kept: the oldest goes when the newest is whole.
+    With keep_latest_k, one more than those that are kept: the oldest goes when the newest is whole. That is in the step
+    after; so two more where each step has a checkpoint.
     """
     interval, kept = recipe.checkpoint.interval, recipe.checkpoint.keep_latest_k
     resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
@@ -31,7 +32,7 @@ def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
     if kept is None:
         return written
     there = len(checkpoints_of(recipe.output_dir)) if recipe.checkpoint.resume == "auto" else 0
-    return max(1, min(written + there, kept + 1) - there)
+    return max(1, min(written + there, kept + (2 if interval == 1 else 1)) - there)
 
 
 def space_left(recipe: Recipe, nvme_folders: Sequence[Path], nvme_bytes: int) -> int:

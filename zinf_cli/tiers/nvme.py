@@ -1,7 +1,8 @@
 """The NVMe tier: nameless, preallocated O_DIRECT files striped over folders, moved by a pool of threads.
 
 One file per folder. The tier's address space is cut into stripes of STRIPE bytes dealt round-robin over the files, so
-every large transfer uses every drive. Threads call preadv and pwritev on 4 MiB blocks and hold no GIL while they do;
+every large transfer uses every drive; with one file, transfers are cut at multiples of STRIPE from their extent's
+start, where the engine cuts them, too. Threads call preadv and pwritev on such blocks and hold no GIL while they do;
 beside fio with io_uring this reaches the drive's limit, so there is no native code here.
 
 The files have no name while they are used (O_TMPFILE, or unlinked at once), so a killed run leaves nothing behind.
@@ -19,14 +20,14 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.errors import CapacityError, PreflightError, TierError, ZinfError
+from zinf_cli.errors import CapacityError, PreflightError, TierError
 from zinf_cli.tiers.arena import PAGE, Arena, round_up
 from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer
@@ -112,9 +113,9 @@ class _Job:
         self._left = blocks
         self._lock = threading.Lock()
         self._finished = threading.Event()
-        self._error: ZinfError | None = None
+        self._error: Exception | None = None
 
-    def block_done(self, error: ZinfError | None) -> None:
+    def block_done(self, error: Exception | None) -> None:
         with self._lock:
             self._error = self._error or error
             self._left -= 1
@@ -141,9 +142,11 @@ class NvmeTier:
         rank: int = 0,
         notice: Callable[[str], None] | None = None,
         file: int | None = None,
+        written: Callable[[int, memoryview], None] | None = None,
     ) -> None:
         """With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
-        the tier is the same range of the file."""
+        the tier is the same range of the file. `written` is told (position in the file, bytes) of what is written,
+        by the thread that is about to."""
         self.name = "nvme"
         self.in_place = False
         self.used = self.peak = 0
@@ -152,6 +155,7 @@ class NvmeTier:
         self._trace = trace
         self._rank = rank
         self._folders = list(folders)
+        self._written = written
         self._files: list[int] = []
         self._reserved = 0
         self._next = 0
@@ -163,6 +167,8 @@ class NvmeTier:
             self._files.append(descriptor)
             if not direct and notice is not None:
                 notice(f"{folder}: no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)")
+        self.devices = {os.fstat(descriptor).st_dev for descriptor in self._files}
+        """The file systems its files lie on."""
         self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
             queue.SimpleQueue(),
             queue.SimpleQueue(),
@@ -238,7 +244,7 @@ class NvmeTier:
     def _start(self, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> _Job:
         if offset + data.numel() > extent.num_bytes:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
-        blocks = list(self._blocks(extent.start + offset, data.numel()))
+        blocks = list(self._blocks(extent, offset, data.numel()))
         what = f"{'write' if write else 'read'} {extent.label}"
         job = _Job(what, len(blocks), [] if write else list(extent.writes))
         jobs = self._queues[1 if write else 0]
@@ -247,23 +253,22 @@ class NvmeTier:
             jobs.put(self._block(job, extent.label, file, position, data[begin:end], moment, write=write))
         return job
 
-    def _blocks(self, start: int, num_bytes: int) -> list[tuple[int, int, int, int]]:
+    def _blocks(self, extent: Extent, offset: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
         """(file, position in the file, begin, end in the transfer) for each stripe that is touched."""
-        blocks = []
+        base, first = (extent.start, offset) if len(self._files) == 1 else (0, extent.start + offset)
         begin = 0
         while begin < num_bytes:
-            stripe, inside = divmod(start + begin, STRIPE)
+            stripe, inside = divmod(first + begin, STRIPE)
             length = min(STRIPE - inside, num_bytes - begin)
             row, file = divmod(stripe, len(self._files))
-            blocks.append((file, row * STRIPE + inside, begin, begin + length))
+            yield file, base + row * STRIPE + inside, begin, begin + length
             begin += length
-        return blocks
 
     def _block(
         self, job: _Job, label: str, file: int, position: int, data: torch.Tensor, moment: Moment, *, write: bool
     ) -> Callable[[], None]:
         def move() -> None:
-            error: ZinfError | None = None
+            error: Exception | None = None
             try:
                 for write_before in job.after:
                     write_before.wait()  # its own threads are at work on it: no deadlock
@@ -274,8 +279,6 @@ class NvmeTier:
                     moment.read(data, partial(self._move, os.preadv, file, position))
                 lane = "nvme write" if write else "nvme read"
                 self._trace.add(lane, label, start, time.perf_counter(), data.numel())
-            except ZinfError as failure:
-                error = failure
             except OSError as failure:
                 what = f"{'write' if write else 'read'} of {data.numel()} bytes at offset {position}"
                 error = TierError(
@@ -283,6 +286,8 @@ class NvmeTier:
                     where=str(self._folders[file]),
                     hint=f"of {label}; the run can resume from its last checkpoint",
                 )
+            except Exception as failure:
+                error = failure
             job.block_done(error)
 
         return move
@@ -290,6 +295,8 @@ class NvmeTier:
     def _move(self, call: Callable[..., int], file: int, position: int, data: torch.Tensor) -> None:
         """Move all of `data`; a transfer that makes no progress is an error, never silence."""
         memory = as_memory(data)
+        if call is os.pwritev and self._written is not None:
+            self._written(position, memory)
         moved = 0
         while moved < len(memory):
             count = call(self._files[file], [memory[moved:]], position + moved)

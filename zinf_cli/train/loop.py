@@ -143,7 +143,14 @@ class Run:
     start: Start
 
     def go(self) -> None:
-        """Every step, with evaluations where the recipe asks for them."""
+        """Every step, with evaluations and checkpoints where the recipe asks for them."""
+        self._writer = self._checkpoints()
+        try:
+            self._go()
+        finally:
+            self._writer.close()
+
+    def _go(self) -> None:
         max_steps = self.plan.max_steps
         self._peak = PeakMemory()
         self._loss_scale = None
@@ -154,7 +161,6 @@ class Run:
         self.text.order.start_at(self.start.step, self.start.sequences)
         self._drives = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
-        self._writer = self._checkpoints()
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
         saved = step = self.start.step
         if self.text.held_out is not None and not step:
@@ -165,18 +171,19 @@ class Run:
             )
             last = step + 1 == max_steps
             evaluate = self.text.held_out is not None and (last or _due(step + 1, interval))
-            save = _due(step + 1, save_interval)
-            values = self._step(step, more=not (last or evaluate or save))
+            save = _due(step + 1, save_interval) or (last and save_interval is not None)
+            values = self._step(step, more=not (last or evaluate), save=save)
             step += 1
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
             if save:
-                self._save(step)
+                self._writer.describe(self._position(step))
                 saved = step
-        if save_interval and saved < step:  # the last step, or the one after which the run was to stop
-            self._save(step)
         self.engine.flush()
+        if save_interval and saved < step:  # the run was to stop after this step
+            self._writer.write(self._position(step))
+        self._writer.finish()
 
     def _checkpoints(self) -> CheckpointWriter:
         source = model_source(self.recipe)
@@ -188,12 +195,12 @@ class Run:
             self.recipe.checkpoint.keep_latest_k,
         )
 
-    def _save(self, step: int) -> None:
-        """A checkpoint of the state after `step` steps, whose line is in metrics.jsonl already."""
+    def _position(self, step: int) -> Position:
+        """Where the run stands after `step` steps, whose lines are in metrics.jsonl already, and on the drive now."""
         if self.metrics is not None:
             self.metrics.sync()
         scale = self._loss_scale
-        position = Position(
+        return Position(
             step=step,
             precision=self.plan.precision,
             sequences=self.text.order.sequences_before(step),
@@ -201,10 +208,11 @@ class Run:
             loss_scale=(scale.scale, scale.finite_steps) if scale is not None else None,
             recipe=plain(self.recipe),
         )
-        self._writer.write(position)
 
-    def _step(self, step: int, *, more: bool) -> dict[str, Any]:
+    def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:
         start = time.perf_counter()
+        self._writer.advance()
+        sink = self._writer.begin(step + 1) if save else None
         self._peak.reset()
         for tier in self._drives:
             tier.peak = tier.used
@@ -222,6 +230,7 @@ class Run:
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
             eager=self.plan.update == "eager",
             more=more,
+            sink=sink,
         )
         weighted = sum(
             loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
@@ -308,7 +317,10 @@ class Run:
         return self._sum([float(asked)])[0] > 0
 
     def _traffic(self) -> tuple[int, int]:
-        return sum(tier.read_bytes for tier in self._drives), sum(tier.write_bytes for tier in self._drives)
+        read, written = self._writer.traffic()
+        for tier in self._drives:
+            read, written = read + tier.read_bytes, written + tier.write_bytes
+        return read, written
 
     def _memory(self) -> dict[str, int]:
         """Peaks of this rank in the step, and what went to and from its drives."""

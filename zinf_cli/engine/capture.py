@@ -1,0 +1,69 @@
+"""A checkpoint in passing: the updates of one step write the new state into it as they are made.
+
+An update reads parameters and optimizer states and writes them all anew. In a checkpoint step the new values go into
+the checkpoint's file instead of in place, if that lies on the drive of the tier: not a byte more is moved. The unit
+then lies in the checkpoint, which nothing changes any more; the next update reads it there and writes to the unit's
+home. What an update leaves in memory, or on another drive, is written to the file as well, behind the update.
+
+What no update touches in the step (frozen parameters, a unit without a gradient) is copied, see `Engine.train_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from zinf_cli.engine.store import Unit
+from zinf_cli.tiers.tier import Extent
+
+
+class StateSink(Protocol):
+    """Where the state after one step goes: a region for each field of each unit, which is written once, from its start
+    on in pieces of PIECE bytes (state.py), and may be read from then on."""
+
+    def region(self, unit: str, field: str) -> Extent: ...
+
+    def replaces(self, extent: Extent) -> bool:
+        """Whether a unit may lie in a region instead of this extent for a step."""
+
+    def holds(self, extent: Extent) -> bool:
+        """Whether an extent is one of its regions."""
+
+    def complete(self) -> None:
+        """Everything has been handed to its region; writes may be under way."""
+
+    def close(self) -> None:
+        """No unit lies here any more."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an update puts what it changes, by names of `Unit.at`."""
+
+    into: dict[str, Extent]
+    """Where it lies from now on."""
+    also: Mapping[str, Extent] = field(default_factory=dict)
+    """Where a copy goes."""
+
+
+def stored_fields(unit: Unit) -> dict[str, str]:
+    """The names of `Unit.at` that are state between two steps, and what a checkpoint calls them."""
+    if not unit.at:
+        return {}
+    return {"master" if "master" in unit.at else "params": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+def destination(unit: Unit, sink: StateSink | None, *, keep: bool) -> Destination:
+    """Where an update of `unit` goes; with `keep` it leaves the present version as it is."""
+    into = unit.places(keep=keep)
+    also: dict[str, Extent] = {}
+    if sink is None:
+        return Destination(into)
+    for name, stored in stored_fields(unit).items():
+        region = sink.region(unit.name, stored)
+        if sink.replaces(into[name]):
+            into[name] = region
+        else:
+            also[name] = region
+    return Destination(into, also)

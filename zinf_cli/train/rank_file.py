@@ -1,0 +1,125 @@
+"""One rank's file of a checkpoint; its layout is in checkpoint/manifest.py."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from xxhash import xxh3_64_intdigest
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.checkpoint.manifest import Layout, rank_file
+from zinf_cli.errors import CapacityError, PreflightError
+from zinf_cli.tiers.nvme import NvmeTier, set_direct
+from zinf_cli.tiers.tier import Extent
+from zinf_cli.trace import Trace
+
+
+def open_rank_file(folder: Path, layout: Layout, trace: Trace, rank: int, background: Executor) -> RankFile:
+    """This rank's file, its space taken; nothing of it is left where that fails."""
+    if not folder.is_dir():
+        raise PreflightError(
+            f"rank {rank} does not see the checkpoint's folder that rank 0 has made",
+            where=str(folder),
+            hint="output_dir has to lie on a file system that all hosts share",
+        )
+    path = folder / rank_file(rank)
+    try:
+        return RankFile(path, layout, trace, rank, background)
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()
+        raise
+
+
+class RankFile:
+    """One rank's file of a checkpoint, a StateSink; checksums are taken by the threads that write."""
+
+    def __init__(self, path: Path, layout: Layout, trace: Trace, rank: int, background: Executor) -> None:
+        self.path = path
+        self.checksums = torch.zeros(len(layout.pieces), dtype=torch.int64)
+        """xxh3 of every piece, as signed 64-bit numbers."""
+        self.closed = False
+        self._pieces = {start: (number, length) for number, (start, length) in enumerate(layout.pieces)}
+        self._descriptor = _create(path, layout, rank)
+        self._tier = NvmeTier([path], trace, rank=rank, file=self._descriptor, written=self._note)
+        self._background = background
+        self._on_drive: Future[None] | None = None
+        self._note(0, memoryview(layout.header))
+        self._regions = {
+            (region.unit, region.field): Extent(
+                self._tier, region.num_bytes, f"checkpoint {region.name}", start=len(layout.header) + region.start
+            )
+            for region in layout.regions
+        }
+
+    def region(self, unit: str, field: str) -> Extent:
+        return self._regions[unit, field]
+
+    def replaces(self, extent: Extent) -> bool:
+        return isinstance(extent.tier, NvmeTier) and extent.tier.devices == self._tier.devices
+
+    def holds(self, extent: Extent) -> bool:
+        return extent.tier is self._tier
+
+    def complete(self) -> None:
+        self._on_drive = self._background.submit(self._sync)
+
+    @property
+    def completed(self) -> bool:
+        """Whether everything has been handed to it; the same on every rank."""
+        return self._on_drive is not None
+
+    @property
+    def on_drive(self) -> Future[None]:
+        """Done when all of it is on the drive."""
+        assert self._on_drive is not None
+        return self._on_drive
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes (read, written) so far."""
+        return self._tier.read_bytes, self._tier.write_bytes
+
+    def close(self) -> None:
+        """Unless it is on the drive, it will never be."""
+        if not self.closed:
+            self.closed = True
+            if self._on_drive is not None:
+                wait([self._on_drive])
+            self._tier.close()
+
+    def _sync(self) -> None:
+        for region in self._regions.values():
+            for write in region.writes:
+                write.wait()
+        os.fsync(self._descriptor)
+
+    def _note(self, position: int, content: memoryview) -> None:
+        piece, length = self._pieces[position]
+        assert len(content) == length, f"{len(content)} bytes at {position}, where {length} have one checksum"
+        unsigned = xxh3_64_intdigest(content)
+        self.checksums[piece] = unsigned - (1 << 64) if unsigned >> 63 else unsigned
+
+
+def _create(path: Path, layout: Layout, rank: int) -> int:
+    """The file with its header, as long as it will be: a full drive is found here, and not half way."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        os.posix_fallocate(descriptor, 0, layout.num_bytes)
+        os.pwrite(descriptor, layout.header, 0)
+    except OSError as error:
+        os.close(descriptor)
+        status = os.statvfs(path.parent)
+        left = format_bytes(status.f_bavail * status.f_frsize)
+        raise CapacityError(
+            f"no room for a checkpoint: rank {rank} needs {format_bytes(layout.num_bytes)}, {left} are left "
+            f"({error.strerror})",
+            where=str(path.parent),
+            hint="free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were",
+        ) from error
+    set_direct(descriptor, path)
+    return descriptor
