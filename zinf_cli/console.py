@@ -56,7 +56,9 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row("resume", plan.resume)
     head.add_row("expected", _expectation(plan))
     if plan.nvme_folders:
-        head.add_row("nvme", ", ".join(plan.nvme_folders))
+        io = plan.io
+        threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
+        head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
     if defaults:
         head.add_row("defaults", Text(", ".join(defaults), style="dim"))
     return Panel(

@@ -108,7 +108,11 @@ class Measured(Section):
     def drives(self) -> Drives | None:
         if self.nvme is None:
             return None
-        return Drives(self.nvme.space, self.nvme.read.bytes_per_s, self.nvme.write.bytes_per_s, self.nvme.both, True)
+        read, write = self.nvme.read, self.nvme.write
+        return Drives(
+            self.nvme.space, read.bytes_per_s, write.bytes_per_s, self.nvme.both, True,
+            reads=read.threads, writes=write.threads, block_bytes=max(read.block_size, write.block_size),
+        )  # fmt: skip
 
     def covers(self, folders: Sequence[Path]) -> bool:
         """Whether its drives are those of `folders`: the same file systems."""

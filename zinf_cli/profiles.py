@@ -27,6 +27,11 @@ class Drives:
     both: float
     """Bytes per second in sum while reads and writes are under way."""
     measured: bool = False
+    reads: int = 0
+    writes: int = 0
+    """Transfers under way at once that were fastest, where it was measured."""
+    block_bytes: int = 0
+    """Of one such transfer."""
 
 
 @dataclass(frozen=True)

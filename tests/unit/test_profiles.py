@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import UsageError
-from zinf_cli.profile_file import Best, Links, Nvme, find_measured, load_measured, load_profile, save_measured
+from zinf_cli.plan.io import Io, choose_io
+from zinf_cli.profile_file import Best, Links, Measured, Nvme, find_measured, load_measured, load_profile, save_measured
 from zinf_cli.profiles import BUILT_IN
 
 BEST = Best(bytes_per_s=2.5e9, block_size=4 << 20, threads=4)
@@ -39,6 +41,18 @@ def test_a_built_in_profile_is_whole(name: str) -> None:
     assert profile.name == name
     assert min(profile.device_memory, profile.cpu_memory, profile.drives.space) > 1e10
     assert profile.flops("bf16", 1024) < profile.peak("bf16")
+
+
+def test_launch_speaks_to_the_drives_as_the_bench_found_best(tmp_path: Path) -> None:
+    drives = Measured(nvme=nvme(tmp_path)).drives()
+    assert drives is not None
+    assert choose_io(drives, folders=1, ranks=1, cores=0) == Io(4, 4, 4 << 20)
+    assert choose_io(drives, folders=2, ranks=1, cores=0) == Io(2, 2, 4 << 20)
+    assert choose_io(drives, folders=1, ranks=16, cores=0) == Io(1, 1, 4 << 20)
+    assert choose_io(drives, folders=1, ranks=1, cores=2) == Io(2, 2, 4 << 20)  # compute needs the cores
+    small = replace(drives, block_bytes=3 << 20)
+    assert choose_io(small, folders=1, ranks=1, cores=0).block_bytes == 2 << 20  # a part of a stripe
+    assert choose_io(replace(drives, measured=False), folders=1, ranks=1, cores=0) == Io()
 
 
 def test_each_bench_leaves_the_section_of_the_other(tmp_path: Path) -> None:

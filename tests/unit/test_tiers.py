@@ -32,8 +32,8 @@ def buffer(num_bytes: int, fill: int | None = None) -> torch.Tensor:
 
 
 @contextmanager
-def nvme(*folders: Path) -> Iterator[NvmeTier]:
-    tier = NvmeTier(folders, Trace())
+def nvme(*folders: Path, **how: int) -> Iterator[NvmeTier]:
+    tier = NvmeTier(folders, Trace(), **how)  # type: ignore[arg-type]
     try:
         yield tier
     finally:
@@ -102,8 +102,13 @@ def round_trip(tier: Tier, num_bytes: int) -> None:
 @pytest.mark.parametrize("num_bytes", [3 * PAGE, STRIPE, 3 * STRIPE + 5 * PAGE])
 def test_what_is_written_is_read(num_bytes: int, tmp_path: Path) -> None:
     round_trip(MemoryTier("cpu", CPU, CPU, Trace()), num_bytes)
-    for count in (1, 3):
-        with nvme(*(tmp_path / str(number) for number in range(count))) as tier:
+    for count, how in (
+        (1, {}),
+        (3, {}),
+        (1, {"block_bytes": MIB}),
+        (3, {"block_bytes": MIB, "readers": 1, "writers": 3}),
+    ):
+        with nvme(*(tmp_path / str(number) for number in range(count)), **how) as tier:
             round_trip(tier, num_bytes)
             assert tier.read_bytes > tier.write_bytes == 2 * num_bytes
 

@@ -35,7 +35,7 @@ from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
-from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.tiers.nvme import STRIPE, NvmeTier
 from zinf_cli.tiers.tier import Extent, Tier
 from zinf_cli.trace import Trace
 
@@ -57,6 +57,11 @@ class EngineOptions:
     nvme_folders: tuple[Path, ...] = ()
     nvme_bytes: int = 0
     """Space taken on the drives at the start."""
+    nvme_readers: int = 2
+    nvme_writers: int = 2
+    """Threads for each folder."""
+    nvme_block_bytes: int = STRIPE
+    """Of one transfer."""
     slot_bytes: int = 0
     resident_bytes: int = 0
     chunk_numel: int = 1 << 20
@@ -321,7 +326,15 @@ def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callabl
         if name in opened:
             continue
         if name == "nvme":
-            tier = NvmeTier(options.nvme_folders, trace, rank=rank, notice=notice)
+            tier = NvmeTier(
+                options.nvme_folders,
+                trace,
+                rank=rank,
+                readers=options.nvme_readers,
+                writers=options.nvme_writers,
+                block_bytes=options.nvme_block_bytes,
+                notice=notice,
+            )
             tier.reserve(options.nvme_bytes)
             opened[name] = tier
         else:

@@ -20,6 +20,7 @@ from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
+from zinf_cli.plan.io import Io, choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
@@ -103,6 +104,8 @@ class Plan:
     """The resource that is busiest in it."""
     busy: dict[str, float] = field(default_factory=dict)
     """Share of the step, by lane."""
+    io: Io = field(default_factory=Io)
+    """Threads and blocks on the drives."""
     drives_measured: bool = False
     """Whether the drives' speed was measured on this machine."""
     resume: str | None = None
@@ -133,6 +136,7 @@ class Plan:
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
         document["kept_units"] = tuple(document["kept_units"])
         document["nvme_folders"] = tuple(document["nvme_folders"])
+        document["io"] = Io(**document["io"])
         document["figures"] = Figures.from_json(document["figures"])
         return cls(**document)
 
@@ -208,9 +212,12 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     rates = rates_of(profile, cluster_of(plan, tokens))
+    figures = plan.figures
+    cores = 0 if figures.machine.accelerators else plan.threads_per_rank
     return replace(
         plan,
-        compute_s=plan.compute_s * plan.figures.machine.flops / rates["matmul"],
+        io=choose_io(profile.drives, len(plan.nvme_folders), figures.ranks_per_host, cores),
+        compute_s=plan.compute_s * figures.machine.flops / rates["matmul"],
         nvme_s=plan.nvme_traffic_clipped / rates["both"],
         step_s=played.step_s,
         bottleneck=played.bottleneck,

@@ -34,9 +34,6 @@ from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
 STRIPE = 4 * 2**20
-READERS = 2
-WRITERS = 2
-"""Threads per folder. More gain nothing on blocks of this size and take the cores from compute."""
 
 
 def open_nameless(folder: Path) -> tuple[int, bool]:
@@ -140,11 +137,17 @@ class NvmeTier:
         trace: Trace,
         *,
         rank: int = 0,
+        readers: int = 2,
+        writers: int = 2,
+        block_bytes: int = STRIPE,
         notice: Callable[[str], None] | None = None,
         file: int | None = None,
         written: Callable[[int, memoryview], None] | None = None,
     ) -> None:
-        """With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
+        """`readers` and `writers` are threads for each folder; `block_bytes`, a part of STRIPE, are moved at once.
+        With more, a drive may be faster, and compute has less of the cores.
+
+        With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
         the tier is the same range of the file. `written` is told (position in the file, bytes) of what is written,
         by the thread that is about to."""
         self.name = "nvme"
@@ -156,6 +159,8 @@ class NvmeTier:
         self._rank = rank
         self._folders = list(folders)
         self._written = written
+        self._block_bytes = block_bytes
+        self._threads_of_lane = (readers * len(self._folders), writers * len(self._folders))
         self._files: list[int] = []
         self._reserved = 0
         self._next = 0
@@ -175,8 +180,8 @@ class NvmeTier:
         )
         self._threads = [
             threading.Thread(target=_work, args=(jobs,), name=f"zinf-nvme-{lane}", daemon=True)
-            for jobs, lane, count in zip(self._queues, ("read", "write"), (READERS, WRITERS), strict=True)
-            for _ in range(count * len(self._folders))
+            for jobs, lane, count in zip(self._queues, ("read", "write"), self._threads_of_lane, strict=True)
+            for _ in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -232,8 +237,8 @@ class NvmeTier:
 
     def close(self) -> None:
         """Stop the threads and drop the files; the space is free again."""
-        for jobs, count in zip(self._queues, (READERS, WRITERS), strict=True):
-            for _ in range(count * len(self._folders)):
+        for jobs, count in zip(self._queues, self._threads_of_lane, strict=True):
+            for _ in range(count):
                 jobs.put(None)
         for thread in self._threads:
             thread.join()
@@ -254,12 +259,12 @@ class NvmeTier:
         return job
 
     def _blocks(self, extent: Extent, offset: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-        """(file, position in the file, begin, end in the transfer) for each stripe that is touched."""
+        """(file, position in the file, begin, end in the transfer) for each block of a stripe that is touched."""
         base, first = (extent.start, offset) if len(self._files) == 1 else (0, extent.start + offset)
         begin = 0
         while begin < num_bytes:
             stripe, inside = divmod(first + begin, STRIPE)
-            length = min(STRIPE - inside, num_bytes - begin)
+            length = min(self._block_bytes - inside % self._block_bytes, num_bytes - begin)
             row, file = divmod(stripe, len(self._files))
             yield file, base + row * STRIPE + inside, begin, begin + length
             begin += length

@@ -1,0 +1,35 @@
+"""How a rank speaks to its drives: from what `zinf bench nvme` found fastest, where it was run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zinf_cli.profiles import Drives
+
+LARGEST_BLOCK = 4 * 2**20
+"""A stripe of the NVMe tier: no transfer is larger."""
+
+
+@dataclass(frozen=True)
+class Io:
+    """Threads of one rank for each folder, and bytes of one transfer."""
+
+    readers: int = 2
+    writers: int = 2
+    block_bytes: int = LARGEST_BLOCK
+
+
+def choose_io(drives: Drives, folders: int, ranks: int, cores: int) -> Io:
+    """The transfers under way at once that the drives want, dealt to the ranks of a host and their folders.
+
+    `cores`: where a rank computes with these, not on an accelerator; more threads than that take them from compute.
+    """
+    if not drives.measured:
+        return Io()
+
+    def threads(under_way: int) -> int:
+        each = -(-under_way // max(1, folders * ranks))
+        return min(each, max(2, cores)) if cores else each
+
+    block = 2 ** (min(drives.block_bytes, LARGEST_BLOCK).bit_length() - 1)
+    return Io(threads(drives.reads), threads(drives.writes), block)
