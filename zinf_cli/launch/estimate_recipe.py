@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +14,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from zinf_cli.errors import RankError, RecipeError, UsageError, ZinfError
+from zinf_cli.errors import RecipeError, UsageError
+from zinf_cli.hosts import this_machine
+from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.description import describe
 from zinf_cli.launch.estimate import Flags, save_timeline
+from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import best_plan, does_not_fit, nvme_folders
@@ -25,15 +27,7 @@ from zinf_cli.plan.predict import predict, profile_here
 from zinf_cli.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.profiles import BUILT_IN, Profile
 from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe, load_recipe
-
-
-class _DescribedError(ZinfError):
-    """An error of the subprocess, in its words."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
+from zinf_cli.recipe_file import load_recipe
 
 
 def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console: Console) -> None:
@@ -45,8 +39,11 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
         ranks = flags.gpus_per_node or (max(1, elsewhere.accelerators) if elsewhere is not None else None)
-        with Console(stderr=True).status("reading the model, its checkpoint and the text ..."):
-            figures = _figures(recipe, ranks)
+        with (
+            Console(stderr=True).status("reading the model, its checkpoint and the text ..."),
+            Lifelines(transport_to(())) as lifelines,
+        ):
+            figures = describe(recipe, ranks, (), lifelines.connect(this_machine(1)))
         if elsewhere is not None:
             profile = elsewhere.with_accelerators(figures.world_size) if elsewhere.accelerators else elsewhere
             figures = replace(figures, machine=_machine(profile, figures, recipe))
@@ -121,24 +118,6 @@ def _around(config: dict[str, Any], folder: Path, name: str) -> Path:
     tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": {"max_steps": 1}}
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return recipe
-
-
-def _figures(recipe: Recipe, ranks: int | None) -> Figures:
-    """Ask a subprocess, which imports torch and builds the model on the meta device."""
-    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        command = [sys.executable, "-m", "zinf_cli.train.describe", str(path)]
-        command += ["--slots", str(ranks)] if ranks else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        document = json.loads(done.stdout)
-    except json.JSONDecodeError as error:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise RankError(f"the model could not be described: {last[0]}") from error
-    if "error" in document:
-        raise _DescribedError(document["error"], document["exit_code"])
-    return Figures.from_json(document)
 
 
 def _machine(profile: Profile, figures: Figures, recipe: Recipe) -> Any:

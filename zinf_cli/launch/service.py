@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
 from zinf_cli.hardware import Room
 from zinf_cli.hosts import Host, this_machine
-from zinf_cli.launch.connection import Connection, Lifelines
+from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.description import Describing, ReportedError, describe
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
@@ -29,20 +29,11 @@ from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
-from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.profile_file import find_measured
 from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
-
-
-class _ReportedError(ZinfError):
-    """An error found in a subprocess, already described there."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
+from zinf_cli.recipe_file import filled_in, load_recipe
 
 
 @dataclass(frozen=True)
@@ -99,11 +90,17 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
     resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     far = bool(request.hosts) and not request.dry_run
     with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
+        if far:
+            _bring_files(request, console)
+        describing = Describing(recipe, request.hosts, lifelines) if far else None
         preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
         connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
         hosts = [connection.host for connection in connections] if preflight else request.hosts
         with console.status("reading the model, its checkpoint and the text ..."):
-            figures = _describe(recipe, request.slots, hosts, connections[0])
+            if describing is not None:
+                figures = describing.figures(hosts, connections[0])
+            else:
+                figures = describe(recipe, request.slots, hosts, connections[0])
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
         plan = make_plan(recipe, figures, profile, hosts, _least_room(preflight) if preflight else None)
         if resumed:
@@ -140,16 +137,19 @@ def _report(ended: Ended, request: Request, console: Console) -> None:
         raise _error_of(outcome.failure)
 
 
-def _preflight(
-    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
-) -> Preflight:
-    """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
+def _bring_files(request: Request, console: Console) -> None:
     if request.sync:
         from zinf_cli.launch.sync import sync  # as in transport_to
 
         with console.status(f"bringing files to {len(request.hosts)} hosts ..."):
             sent = sync([path.absolute() for path in request.sync], request.hosts)
         console.print(f"brought to the hosts: {format_bytes(sent)}", highlight=False)
+
+
+def _preflight(
+    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
+) -> Preflight:
+    """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
     with console.status(f"looking at {len(request.hosts)} hosts ..."):
         preflight = check_hosts(
             request.hosts,
@@ -176,27 +176,6 @@ def _least_room(preflight: Preflight) -> Room:
     drives = min(preflight.rows, key=lambda row: free_on_drives(row.facts))
     return Room(memory.facts["memory"], free_on_drives(drives.facts), memory.host.name, drives.host.name)
 
-
-def _describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
-    """Ask a process of that host for the figures; it imports torch and builds the model on the meta device."""
-    command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
-    command += ["--slots", str(slots)] if slots else []
-    if hosts:
-        counts = [len(host.slots) for host in hosts]
-        command += ["--slots", str(max(counts)), "--world-size", str(sum(counts))]
-    done = connection.capture(command, within=_DESCRIBE_S, text=dump_recipe(recipe))
-    try:
-        document = json.loads(done["output"])
-    except json.JSONDecodeError as error:
-        last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
-        raise RankError(f"the model could not be described: {last[0]}", hint=done["errors"].strip()) from error
-    if "error" in document:
-        raise _ReportedError(document["error"], document["exit_code"])
-    return Figures.from_json(document)
-
-
-_DESCRIBE_S = 24 * 3600.0
-"""Tokenising may take long; Ctrl-C ends it."""
 
 _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 """glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
@@ -266,4 +245,4 @@ def _run(
 
 def _error_of(failure: Failure) -> ZinfError:
     who = f"{failure.host}:rank {failure.rank}" if failure.rank is not None else failure.host
-    return _ReportedError(f"{who}: {failure.message} (log: {failure.log})", failure.exit_code)
+    return ReportedError(f"{who}: {failure.message} (log: {failure.log})", failure.exit_code)
