@@ -1,0 +1,92 @@
+"""`python -m benchmarks.startup` (root): from Enter to the first step on 4 hosts, beside plain torchrun.
+
+The hosts are sshd processes in network namespaces of this machine (tests/lab.py). Plain torchrun is four agents started
+there at once, whose ranks import what zinf's import and do one all-reduce. In turn; medians.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from tests.lab import Lab, namespace_lab
+
+HOSTS, ROUNDS = 4, 3
+SCRIPT = """
+import time
+import torch
+import torch.distributed as dist
+import zinf_cli.train.loop
+dist.init_process_group("gloo")
+dist.all_reduce(torch.ones(1))
+if dist.get_rank() == 0:
+    print("met", time.time(), flush=True)
+dist.destroy_process_group()
+"""
+LLAMA = {
+    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def main() -> None:
+    plain, zinf = [], []
+    with tempfile.TemporaryDirectory(prefix="zinf-") as name, namespace_lab(Path(name), HOSTS) as lab:
+        folder = Path(name)
+        (folder / "script.py").write_text(SCRIPT)
+        for attempt in range(ROUNDS):
+            plain.append(_torchrun(lab, folder / "script.py", 29500 + attempt))
+            zinf.append(_zinf(lab, folder / str(attempt)))
+    ours, theirs = statistics.median(zinf), statistics.median(plain)
+    print(f"zinf, from Enter to the first step: {ours:.1f} s")
+    print(f"{HOSTS} plain torchruns, to their first collective: {theirs:.1f} s")
+
+
+def _torchrun(lab: Lab, script: Path, port: int) -> float:
+    start = time.time()
+    agents = []
+    for rank, host in enumerate(lab.hosts):
+        command = ["ip", "netns", "exec", str(host.namespace), "env", "OMP_NUM_THREADS=1", "GLOO_SOCKET_IFNAME=eth0"]
+        command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(HOSTS), "--node-rank", str(rank)]
+        command += ["--master-addr", "10.77.0.1", "--master-port", str(port), str(script)]
+        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+    said = "".join(agent.communicate()[0] for agent in agents)
+    return float(said.split("met ")[1].split()[0]) - start
+
+
+def _zinf(lab: Lab, folder: Path) -> float:
+    folder.mkdir()
+    np.save(folder / "tokens.npy", np.arange(4000) % 251)
+    recipe = {
+        "model": {"config": LLAMA},
+        "dataset": {"path": str(folder / "tokens.npy")},
+        "train": {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": HOSTS, "max_steps": 2},
+        "offload": {"nvme_path": str(folder / "nvme")},
+        "logging": {"tensorboard": False},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    metrics = folder / "run" / "metrics.jsonl"
+    start = time.time()
+    command = lab.zinf("launch", str(folder / "recipe.yaml"), "--hosts", lab.hostfile())
+    process = subprocess.Popen(
+        command, env=lab.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (metrics.exists() and metrics.stat().st_size):
+        if process.poll() is not None:
+            raise SystemExit(f"zinf ended with {process.returncode}: {process.communicate()[1][-2000:]}")
+        time.sleep(0.02)
+    seconds = time.time() - start
+    process.communicate()
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
