@@ -15,6 +15,7 @@ from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.plan.checkpoints import checkpoint_bytes
+from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan, make_plan
 from zinf_cli.recipe import Checkpoint, Recipe
 from zinf_cli.recipe_file import dump_recipe
@@ -99,7 +100,7 @@ def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
     unit = recipe.model_copy(update={"activation_checkpointing": "unit"})
     needed = make_plan(unit, figures).limits[0].needed
     assert make_plan(unit, figures).kept_units == ()
-    one_more = figures.model.units[1].saved_bytes * 3
+    one_more = int(figures.model.units[1].saved_bytes * KEPT_MORE) * 3
     offload = recipe.offload.model_copy(update={"cpu_memory": needed + one_more})
     plan = make_plan(recipe.model_copy(update={"offload": offload}), figures)
     assert len({1, 2} & set(plan.kept_units)) == 1  # of the two layers; the embedding saves next to nothing

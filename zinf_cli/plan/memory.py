@@ -13,10 +13,17 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 PAGE = 4096
-FRAMEWORK_BYTES = 640 * MIB
-"""A rank with torch and transformers imported and a model without weights."""
-LAUNCHER_BYTES = 200 * MIB
+FRAMEWORK_BYTES = 535 * MIB
+"""A rank with torch and transformers imported and a model without weights; and what malloc holds beside what is in use,
+as temporaries of many sizes come and go."""
+STREAMING_BYTES = 64 * MIB
+"""More of the latter where state comes from another tier and goes there."""
+SHARED_BYTES = 100 * MIB
+"""Of FRAMEWORK_BYTES, the pages of libraries that all ranks of a host share."""
+LAUNCHER_BYTES = 190 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
+KEPT_MORE = 1.12
+"""Activations that are kept in memory are many tensors, with gaps between them."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
 DEPTH = 2
@@ -97,6 +104,15 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     }
 
 
+def framework_bytes(figures: Figures, choice: Choice) -> int:
+    """What a rank takes of CPU memory beside the model and its states."""
+    streamed = not all(choice.in_place(state) for state in CLASSES)
+    meeting = 0
+    if figures.world_size > 1 and not figures.machine.accelerators:  # gloo copies what it gathers and what it reduces
+        meeting = 2 * 4 * max((unit.numel for unit in figures.model.units), default=0)
+    return FRAMEWORK_BYTES + streamed * STREAMING_BYTES + meeting
+
+
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
     """What each unit leaves for its backward, per micro-batch: its inputs, or all that autograd saved.
 
@@ -104,7 +120,10 @@ def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
     """
     for number, unit in enumerate(figures.model.units):
         if number != figures.model.turn:
-            yield unit.saved_bytes if number in choice.kept else unit.input_bytes
+            if number not in choice.kept:
+                yield unit.input_bytes
+            else:
+                yield int(unit.saved_bytes * (KEPT_MORE if choice.in_place("activations") else 1))
 
 
 def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
@@ -112,7 +131,7 @@ def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     kept = []
     model = figures.model
     costs = {
-        number: max(1, choice.per_sweep * (unit.saved_bytes - unit.input_bytes))
+        number: max(1, choice.per_sweep * (int(unit.saved_bytes * KEPT_MORE) - unit.input_bytes))
         for number, unit in enumerate(model.units)
         if number in model.order and number != model.turn
     }

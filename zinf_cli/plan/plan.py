@@ -24,12 +24,13 @@ from zinf_cli.plan.io import Io, choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
-    FRAMEWORK_BYTES,
     LAUNCHER_BYTES,
+    SHARED_BYTES,
     Choice,
     Working,
     activation_bytes,
     compute_bytes,
+    framework_bytes,
     keepable,
     state_bytes,
     working_buffers,
@@ -318,11 +319,11 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
         yield Line("nvme", "second", states["second"])
     yield Line(choice.compute_tier, "buffers", working.total)
     yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
-    yield Line("cpu", "framework", FRAMEWORK_BYTES)
+    yield Line("cpu", "framework", framework_bytes(figures, choice))
 
 
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
-    needed = {"device": 0, "cpu": LAUNCHER_BYTES, "nvme": 0}
+    needed = {"device": 0, "cpu": LAUNCHER_BYTES - (figures.ranks_per_host - 1) * SHARED_BYTES, "nvme": 0}
     for line in _lines(figures, choice, states, working):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     return needed
