@@ -180,7 +180,15 @@ class RunView:
         elif "loss" not in metrics:
             self.say(f"before the first step: eval_loss {_number(metrics['eval_loss'], '.4f')}")
         elif metrics["step"] % self._interval == 0 or metrics["step"] == self._plan.max_steps:
-            self.say(step_line(metrics, self._plan.max_steps))
+            slow = self._straggler(metrics)
+            self.say(step_line(metrics, self._plan.max_steps) + (f"  waits for {slow}" if slow else ""))
+
+    def _straggler(self, metrics: dict[str, Any]) -> str | None:
+        """The host that the others wait for."""
+        if metrics.get("straggler") is None or len(self._plan.hosts) < 2:
+            return None
+        rank: int = metrics["straggler"]
+        return [host.name for host in self._plan.hosts for _ in host.slots][rank]
 
     def _panel(self) -> RenderableType:
         values = self._latest
@@ -202,20 +210,24 @@ class RunView:
         table.add_row("waiting", f"{100 * values['wait_s'] / values['step_s']:.0f} % of the step")
         parts: list[RenderableType] = [table]
         if len(self._plan.hosts) > 1:
-            most = sorted(self._vitals.values(), key=lambda pair: -pair[1].memory)[:_MOST_HOSTS_SHOWN]
-            parts += [Text(), hosts_table(sorted(most, key=lambda pair: pair[1].host))]
+            slow = self._straggler(values)
+            first = sorted(self._vitals.values(), key=lambda pair: (pair[1].host != slow, -pair[1].memory))
+            shown = sorted(first[:_MOST_HOSTS_SHOWN], key=lambda pair: pair[1].host)
+            parts += [Text(), hosts_table(shown, slow)]
         return Panel(Group(*parts), title="zinf", expand=False)
 
 
-def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]]) -> Table:
-    """Hosts by what they took between two looks at them."""
+def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]], slow: str | None = None) -> Table:
+    """Hosts by what they took between two looks at them; `slow` is the one that the others wait for."""
     table = Table(box=None, pad_edge=False)
-    for column in ("host", "memory", "read", "write"):
-        table.add_column(column, justify="left" if column == "host" else "right")
+    for column in ("host", "memory", "read", "write", ""):
+        table.add_column(column, justify="right" if column in ("memory", "read", "write") else "left")
     for before, now in vitals:
         seconds = max(1e-3, now.time - before.time)
         rates = ((now.read - before.read) / seconds, (now.written - before.written) / seconds)
-        table.add_row(now.host, format_bytes(now.memory), *(f"{format_bytes(max(0.0, rate))}/s" for rate in rates))
+        cells = [format_bytes(now.memory), *(f"{format_bytes(max(0.0, rate))}/s" for rate in rates)]
+        late = now.host == slow
+        table.add_row(now.host, *cells, "the others wait for it" if late else "", style="yellow" if late else "")
     return table
 
 

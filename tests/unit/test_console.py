@@ -9,6 +9,7 @@ from rich.console import Console
 from zinf_cli.console import Vitals, hosts_table
 from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.screens import log_line
+from zinf_cli.train.metrics import straggler_of
 
 
 def shown(renderable: object) -> list[str]:
@@ -20,9 +21,16 @@ def shown(renderable: object) -> list[str]:
 def test_hosts_by_memory_and_what_went_to_and_from_their_drives() -> None:
     before = Vitals("node1", 2**29, 0, 2**20, time=10.0)
     now = Vitals("node1", 2**30, 2**30, 2**20, time=12.0)
-    heading, line = shown(hosts_table([(before, now)]))
+    heading, line = shown(hosts_table([(before, now)], slow="node2"))
     assert heading.split() == ["host", "memory", "read", "write"]
     assert line.split() == ["node1", "1.00", "GiB", "512", "MiB/s", "0", "B/s"]
+    assert shown(hosts_table([(before, now)], slow="node1"))[1].endswith("the others wait for it")
+
+
+def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
+    assert straggler_of([0.9, 0.1, 0.8, 1.0], step_s=2.0) == 1
+    assert straggler_of([0.9, 0.8, 0.8, 1.0], step_s=2.0) is None
+    assert straggler_of([0.3], step_s=2.0) is None
 
 
 def test_a_line_of_a_rank_says_where_it_comes_from() -> None:

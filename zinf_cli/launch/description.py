@@ -69,5 +69,6 @@ class Describing:
         try:
             connection = self._lifelines.connect(self._hosts[0])
             self._found = describe(self._recipe, None, self._hosts, connection)
+            connection.close()
         except ZinfError as error:
             self._found = error

@@ -22,13 +22,14 @@ class Io:
 def choose_io(drives: Drives, folders: int, ranks: int, cores: int) -> Io:
     """The transfers under way at once that the drives want, dealt to the ranks of a host and their folders.
 
-    `cores`: where a rank computes with these, not on an accelerator; more threads than that take them from compute.
+    Two at least, so that one is at work while the other ends. `cores`: where a rank computes with these, not on an
+    accelerator; more threads than that take them from compute.
     """
     if not drives.measured:
         return Io()
 
     def threads(under_way: int) -> int:
-        each = -(-under_way // max(1, folders * ranks))
+        each = max(2, -(-under_way // max(1, folders * ranks)))
         return min(each, max(2, cores)) if cores else each
 
     block = 2 ** (min(drives.block_bytes, LARGEST_BLOCK).bit_length() - 1)

@@ -27,7 +27,7 @@ from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train import batches
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.metrics import Metrics, PeakMemory
+from zinf_cli.train.metrics import Metrics, PeakMemory, straggler_of
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
@@ -243,9 +243,11 @@ class Run:
             self._loss_scale.note(finite=result.finite)
         elif not (result.finite and math.isfinite(loss)):
             self._non_finite(step, loss, result, windows)
+        waits = self.ranks.all(round(result.wait_s * 1e6))
         tokens = len(windows) * self.recipe.train.seq_len
         seconds = time.perf_counter() - start
         flops = self.plan.figures.model.flops_per_token * tokens / self.ranks.world_size
+        slowest = straggler_of([micros / 1e6 for micros in waits], seconds)
         return {
             "step": step + 1,
             "loss": loss,
@@ -257,6 +259,7 @@ class Run:
             "tflops_per_rank": flops / seconds / 1e12,
             "wait_s": result.wait_s,
             "updated_in_backward": result.updated,
+            **({} if slowest is None else {"straggler": slowest}),
             **self._memory(),
         }
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
+STRAGGLING = 0.2
+"""Of a step: what the others have to wait for a rank to be called the slowest."""
 
 
 class Metrics:
@@ -56,6 +60,19 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def straggler_of(waits: Sequence[float], step_s: float) -> int | None:
+    """The rank that the others wait for, by the seconds that each has waited in a step.
+
+    All are done at the same time, so the slowest waits least. It counts where the others, by their median, wait a fifth
+    of the step longer.
+    """
+    if len(waits) < 2:
+        return None
+    least = min(range(len(waits)), key=lambda rank: waits[rank])
+    others = statistics.median(wait for rank, wait in enumerate(waits) if rank != least)
+    return least if others - waits[least] > STRAGGLING * step_s else None
 
 
 class PeakMemory:
