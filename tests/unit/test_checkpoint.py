@@ -28,8 +28,8 @@ from zinf_cli.checkpoint.manifest import MANIFEST, PAGE, Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position

@@ -14,7 +14,7 @@ from plain import engine_losses, everything_on, open_engine, plain_losses, relat
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import EngineOptions
-from zinf_cli.engine.sweep import MicroBatch
+from zinf_cli.engine.lane import MicroBatch
 
 CLASSES = ("params", "grads", "optimizer", "activations")
 STEPS = 10

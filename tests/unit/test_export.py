@@ -17,8 +17,8 @@ from plain import engine_losses, open_engine
 from tiny_models import CONFIGS, batch, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.errors import DamagedError, UsageError
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.export import export

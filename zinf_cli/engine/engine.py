@@ -25,12 +25,13 @@ from torch import nn
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.capture import StateSink
+from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.state import FROZEN, StateSource, fields_of, load_state, save_state
 from zinf_cli.engine.store import TierSet, Unit, to_placeholders
-from zinf_cli.engine.sweep import Disagreement, MicroBatch, Sweep
+from zinf_cli.engine.sweep import Disagreement, Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.tiers.arena import Arena

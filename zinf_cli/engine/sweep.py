@@ -22,21 +22,12 @@ import torch
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.keep import Keeper
-from zinf_cli.engine.micro_batch import Finished, MicroBatchThread, UnitCall
+from zinf_cli.engine.lane import Lane, MicroBatch
+from zinf_cli.engine.micro_batch import Finished
 from zinf_cli.engine.pipeline import Pipeline
-from zinf_cli.engine.tape import RngState, Tape
+from zinf_cli.engine.tape import Tape
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.trace import Trace
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward of the model. `forward()` returns the mean loss (scalar); its gradient is scaled by `weight`."""
-
-    forward: Callable[[], torch.Tensor]
-    weight: float = 1.0
-    seed: int = 0
-    """Where its random numbers (dropout) start."""
 
 
 class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on)
@@ -50,65 +41,6 @@ class Route:
     forward: list[int]
     backward: list[int]
     """Without the turn."""
-
-
-class Lane:
-    """One micro-batch in a sweep: its thread, its tape, its random state."""
-
-    def __init__(self, number: int, device: torch.device) -> None:
-        self.thread = MicroBatchThread(number, device)
-        self._device = device
-        self._rng: RngState | None = None
-        self.batch: MicroBatch
-        self.tape: Tape
-        self.at: UnitCall | Finished
-
-    def start(self, batch: MicroBatch, tape: Tape, *, grad: bool) -> None:
-        self.batch, self.tape = batch, tape
-        torch.manual_seed(batch.seed)
-        self.at = self.thread.start(batch.forward, grad=grad)
-        self._rng = RngState(self._device)
-
-    def pass_unit(self, name: str, *, hot: bool = False, keeper: Keeper | None = None) -> None:
-        """Compute the unit the micro-batch has called, and let it go on to the next."""
-        assert isinstance(self.at, UnitCall)
-        assert self._rng is not None
-        self._rng.restore()
-        outputs = self.tape.forward(self.at, name, hot=hot, keeper=keeper)
-        self.at = self.thread.resume(outputs)
-        self._rng = RngState(self._device)
-
-    @property
-    def called(self) -> int | None:
-        """The unit the micro-batch waits for."""
-        return self.at.unit if isinstance(self.at, UnitCall) else None
-
-    @property
-    def recorded(self) -> int | None:
-        """The unit of the newest record, whose backward comes next."""
-        return self.tape.records[-1].call.unit if self.tape.records else None
-
-    def backward(self) -> None:
-        """Backward of the newest record."""
-        self.tape.backward(self.tape.records[-1])
-
-    def give_up(self) -> None:
-        self.thread.abandon()
-        self.tape.close()
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """What the forward returned."""
-        assert isinstance(self.at, Finished)
-        return self.at.loss
-
-    def take_loss(self) -> torch.Tensor:
-        """The loss, backward through the glue behind it."""
-        loss = self.loss
-        self.at = Finished(loss.detach())
-        scale = torch.full_like(loss, self.batch.weight)
-        torch.autograd.backward((loss,), (scale,), retain_graph=True)
-        return loss.detach()
 
 
 class Sweep:

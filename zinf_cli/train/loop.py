@@ -16,9 +16,9 @@ import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
+from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.sweep import MicroBatch
 from zinf_cli.errors import NonFiniteError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
