@@ -24,6 +24,8 @@ LAUNCHER_BYTES = 190 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 KEPT_MORE = 1.12
 """Activations that are kept in memory are many tensors, with gaps between them."""
+TEMPORARIES_MORE = 1.25
+"""So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
 DEPTH = 2
@@ -195,4 +197,4 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
     if last is not None:
         turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + 4 * last.largest_param_numel
     between = model.glue_bytes + max((unit.call_bytes for unit in model.units), default=0)
-    return max(inside, turn) + between * choice.per_sweep
+    return int(max(inside, turn) * TEMPORARIES_MORE) + between * choice.per_sweep
