@@ -211,8 +211,9 @@ class Engine:
     def save(self, sink: StateSink) -> None:
         """Copy the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
         self.flush()
+        self._pipeline.sink = sink
         self._copy([(unit, field, extent) for unit in self.units for field, _, extent in fields_of(unit)], sink)
-        sink.complete()
+        self._go_on_to(None)
 
     def load_state(self, source: StateSource) -> None:
         """Take the state of every unit from `source`, in place of `load`."""

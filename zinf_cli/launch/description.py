@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from zinf_cli.errors import RankError, ZinfError
 from zinf_cli.hosts import Host
@@ -51,24 +52,19 @@ class Describing:
         self._recipe = recipe
         self._hosts = list(hosts)
         self._lifelines = lifelines
-        self._found: Figures | ZinfError | None = None
-        self._thread = threading.Thread(target=self._run, name="describing", daemon=True)
-        self._thread.start()
+        self._found: Future[Figures] = Future()
+        threading.Thread(target=self._run, name="describing", daemon=True).start()
 
     def figures(self, hosts: Sequence[Host], connection: Connection) -> Figures:
         """What was found; where `hosts`, those that are ready, are not all of them, asked again by `connection`."""
         if list(hosts) != self._hosts:
             return describe(self._recipe, None, hosts, connection)
-        self._thread.join()
-        if isinstance(self._found, ZinfError):
-            raise self._found
-        assert self._found is not None
-        return self._found
+        return self._found.result()
 
     def _run(self) -> None:
         try:
             connection = self._lifelines.connect(self._hosts[0])
-            self._found = describe(self._recipe, None, self._hosts, connection)
+            self._found.set_result(describe(self._recipe, None, self._hosts, connection))
             connection.close()
         except ZinfError as error:
-            self._found = error
+            self._found.set_exception(error)
