@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,9 @@ from zinf_cli.tiers.tier import Extent, Tier, Transfer
 PAGE = 4096
 SMALL = PAGE // 2
 """Bytes below which a tensor is kept: its page on the tier would be larger than it is."""
+
+PARCEL = 16 * 2**20
+"""Bytes up to which what one call saves goes together. Larger transfers are not faster, and need more room at once."""
 
 
 class Saved(Protocol):
@@ -73,15 +76,22 @@ class Activations:
         return self._staging is None or num_bytes < SMALL
 
     def save(self, tensor: torch.Tensor, label: str) -> Saved:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if self.keeps(num_bytes):
+        if self.keeps(tensor.numel() * tensor.element_size()):
             return Kept(tensor)
-        size = round_up(num_bytes, PAGE)
-        buffer = self.take(size)
-        buffer.data[:num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        extent = self._tier.allocate(size, f"{label} activations")
+        return self.save_together([tensor], label)[0]
+
+    def save_together(self, tensors: Sequence[torch.Tensor], label: str) -> list[Offloaded]:
+        """Several tensors in one transfer; they are at home on the tier from now on."""
+        starts = [0]
+        for tensor in tensors:
+            starts.append(starts[-1] + round_up(tensor.numel() * tensor.element_size(), PAGE))
+        buffer = self.take(starts[-1])
+        for tensor, start in zip(tensors, starts, strict=False):
+            _part(buffer.data, start, tensor.shape, tensor.dtype).copy_(tensor)
+        extent = self._tier.allocate(starts[-1], f"{label} activations")
         self._leaving.append((extent.write(0, buffer.data), buffer))
-        return Offloaded(self, self._tier, extent, tensor.shape, tensor.dtype)
+        parcel = Parcel(self, self._tier, extent)
+        return [Offloaded(parcel, start, t.shape, t.dtype) for t, start in zip(tensors, starts, strict=False)]
 
     def take(self, num_bytes: int) -> Buffer:
         """A staging buffer, waiting for the oldest writes where none is free."""
@@ -109,15 +119,13 @@ class Activations:
         return self._staging.allocate(num_bytes)
 
 
-class Offloaded:
-    """A tensor on a tier."""
+class Parcel:
+    """Tensors that went to a tier together, and come back together."""
 
-    def __init__(self, home: Activations, tier: Tier, extent: Extent, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(self, home: Activations, tier: Tier, extent: Extent) -> None:
         self._home = home
         self._tier = tier
         self._extent: Extent | None = extent
-        self._shape = shape
-        self._dtype = dtype
         self._buffer: Buffer | None = None
         self._read: Transfer | None = None
 
@@ -127,14 +135,14 @@ class Offloaded:
         return self._read is not None
 
     def get(self) -> torch.Tensor:
+        """Its bytes."""
         assert self._extent is not None
         if self._read is None:
             self._start(self._home.take(self._extent.num_bytes))
         assert self._read is not None
         assert self._buffer is not None
         self._home.wait(self._read)
-        num_bytes = self._shape.numel() * self._dtype.itemsize
-        return self._buffer.data[:num_bytes].view(self._dtype).view(self._shape)
+        return self._buffer.data
 
     def drop(self) -> None:
         if self._read is not None and self._buffer is not None:
@@ -154,3 +162,23 @@ class Offloaded:
         if buffer is not None and self._extent is not None:
             self._buffer = buffer
             self._read = self._extent.read(0, buffer.data)
+
+
+class Offloaded:
+    """A tensor in a parcel; what is done to it is done to all of the parcel."""
+
+    def __init__(self, parcel: Parcel, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.parcel = parcel
+        self._start = start
+        self._shape = shape
+        self._dtype = dtype
+        self.prefetch = parcel.prefetch
+        self.drop = parcel.drop
+        self.free = parcel.free
+
+    def get(self) -> torch.Tensor:
+        return _part(self.parcel.get(), self._start, self._shape, self._dtype)
+
+
+def _part(data: torch.Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return data[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)

@@ -2,8 +2,8 @@
 
 A unit whose activations are kept runs its forward once, with grad. While it runs, autograd hands over every tensor it
 saves (torch.autograd.graph.saved_tensors_hooks). A weight is packed as a window into its parameter, whose bytes are
-back in the backward visit, probably elsewhere. All else is an activation: it stays, or goes to its tier, where tensors
-that share a storage make one transfer, and comes back with the strides it had.
+back in the backward visit, probably elsewhere. All else is an activation: it stays, or goes to its tier when the
+forward is over, each storage once and all of a call in a few large transfers, and comes back with the strides it had.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from zinf_cli.engine.activations import Activations, Kept, Saved
+from zinf_cli.engine.activations import PARCEL, Activations, Kept, Offloaded, Saved
 
 _Unpack = Callable[[], torch.Tensor]
 
@@ -34,7 +34,7 @@ class Keeper:
         self._params = [(p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), p) for p in params]
         self._present: set[int] = set()
         self.add_present(present)
-        self._storages: dict[int, tuple[Saved, torch.UntypedStorage]] = {}
+        self._leaving: dict[int, _Storage] = {}
         self.saved: list[Saved] = []
 
     def add_present(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -45,7 +45,15 @@ class Keeper:
         """The time of the unit's forward."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
-        self._storages.clear()  # held until here, so that no address was used twice
+        together: list[_Storage] = []
+        for storage in self._leaving.values():
+            if together and sum(one.num_bytes for one in (*together, storage)) > PARCEL:
+                self._send(together)
+                together = []
+            together.append(storage)
+        if together:
+            self._send(together)
+        self._leaving.clear()
 
     def _pack(self, tensor: torch.Tensor) -> _Unpack:
         for begin, end, param in self._params:
@@ -55,15 +63,35 @@ class Keeper:
         storage = tensor.untyped_storage()
         if storage._cdata in self._present or self._activations.keeps(storage.nbytes()):
             return Kept(tensor).get
-        return _Window(self._save(storage, tensor.device).get, tensor, int(tensor.storage_offset()))
+        if storage._cdata not in self._leaving:
+            self._leaving[storage._cdata] = _Storage(tensor)
+        return _Window(self._leaving[storage._cdata].get, tensor, int(tensor.storage_offset()))
 
-    def _save(self, storage: torch.UntypedStorage, device: torch.device) -> Saved:
-        if storage._cdata not in self._storages:
-            whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-            saved = self._activations.save(whole, self._label)
-            self._storages[storage._cdata] = (saved, storage)
-            self.saved.append(saved)
-        return self._storages[storage._cdata][0]
+    def _send(self, storages: Sequence[_Storage]) -> None:
+        parts = self._activations.save_together([storage.get() for storage in storages], self._label)
+        for storage, part in zip(storages, parts, strict=True):
+            storage.leave(part)
+        self.saved.append(parts[0].parcel)
+
+
+class _Storage:
+    """The bytes behind saved tensors: in memory until the forward is over, so that no address is used twice."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.num_bytes = tensor.untyped_storage().nbytes()
+        self._tensor: Kept | None = Kept(tensor)
+        self._home: Offloaded | None = None
+
+    def get(self) -> torch.Tensor:
+        """All of them, as uint8."""
+        if self._home is not None:
+            return self._home.get()
+        assert self._tensor is not None
+        tensor = self._tensor.get()
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+    def leave(self, home: Offloaded) -> None:
+        self._tensor, self._home = None, home
 
 
 class _Window:
