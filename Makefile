@@ -47,7 +47,7 @@ bench: install ## measure this machine, side by side with plain PyTorch
 	$(PYTHON) -m benchmarks.run
 
 bench-peer: install $(PEER_INSTALLED) ## the same with DeepSpeed beside it, and a sweep over 1 to 16 micro-batches
-	$(PYTHON) -m benchmarks.run --rounds 1 --steps 3 --cases 8x16 8x64 1x16 --contenders plain zinf-nvme deepspeed deepspeed-small
+	$(PYTHON) -m benchmarks.run --rounds 1 --steps 3 --cases 8x16 8x64 1x16 --contenders plain zinf-cpu zinf-nvme deepspeed deepspeed-small
 	$(PYTHON) -m benchmarks.run --rounds 1 --steps 2 --cases sweep --contenders zinf-nvme deepspeed
 
 gpu-check: ## the tests and benchmarks that need a GPU

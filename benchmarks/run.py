@@ -22,15 +22,21 @@ from benchmarks.case import CALM, Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.watch import Watched
 from zinf_cli.amounts import format_bytes
+from zinf_cli.bench.nvme import READ, WRITE, Bench, Point, open_files
 
 ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
 CASES = {
     f"{micro_batches}x{tokens}{suffix}": Case(micro_batches, tokens, **more)
     for micro_batches, tokens in ((8, 16), (8, 64), (1, 16))
     for suffix, more in (("", {}), ("-calm", {"clip": CALM}), ("-unclipped", {"clip": None}))
-} | {"8x64-kept": Case(8, 64, checkpointing=False), "8x16-layers": Case(8, 16, model="3 times the layers")}
+} | {
+    "8x64-kept": Case(8, 64, checkpointing=False),
+    "8x64-kept-calm": Case(8, 64, checkpointing=False, clip=CALM),
+    "8x16-layers": Case(8, 16, model="3 times the layers"),
+}
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3
+DRIVE_BYTES = 2**30
 
 
 def main() -> None:
@@ -51,13 +57,25 @@ def main() -> None:
     try:
         for case in cases:
             runs: dict[str, list[Watched]] = {name: [] for name in arguments.contenders}
+            drive = [_drive(folder)]
             for _ in range(arguments.rounds):
                 for name in runs:
                     runs[name].append(CONTENDERS[name](case, arguments.steps, folder))
+                    drive.append(_drive(folder))
             console.print(_table(case, runs))
+            _compare_with_limit(console, runs, statistics.median(drive))
             _compare_losses(console, runs)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drive(folder: Path) -> float:
+    """Bytes per second of the drive now, reading and writing at once, with the threads and blocks a run has."""
+    with open_files([folder], DRIVE_BYTES) as files:
+        bench = Bench(files, lambda doing, num_bytes: None)
+        points = [Point(direction, 4 * 2**20, 2, 0.0) for direction in (WRITE, READ)]
+        bench.run(WRITE, DRIVE_BYTES, points[0].block_size, points[0].threads, "filling")
+        return bench.both(points[1], points[0], DRIVE_BYTES)
 
 
 def _table(case: Case, runs: dict[str, list[Watched]]) -> Table:
@@ -82,6 +100,18 @@ def _table(case: Case, runs: dict[str, list[Watched]]) -> Table:
             f"{(read + written) / case.num_params:.1f}",
         )
     return table
+
+
+def _compare_with_limit(console: Console, runs: dict[str, list[Watched]], drive: float) -> None:
+    """zinf on the drive beside what nothing could beat: its compute alone, or its bytes at the drive's rate."""
+    line = f"the drive, reading and writing at once: {drive / 1e9:.2f} GB/s"
+    if runs.get("zinf-nvme") and runs.get("zinf-cpu"):
+        compute = statistics.median(_steps(runs["zinf-cpu"]))
+        moving = statistics.median(run.read_bytes + run.write_bytes for run in runs["zinf-nvme"]) / drive
+        ours = statistics.median(_steps(runs["zinf-nvme"]))
+        line += f"; compute alone {compute:.2f} s, zinf-nvme's bytes at that rate {moving:.2f} s"
+        line += f"; zinf-nvme takes {ours / max(compute, moving):.2f} times the larger"
+    console.print(line, highlight=False)
 
 
 def _compare_losses(console: Console, runs: dict[str, list[Watched]]) -> None:
