@@ -84,7 +84,9 @@ def classic_tflops(run: Run) -> float:
 def sweep_tflops(run: Run, *, eager: bool = False) -> float:
     """Per GPU, under zinf's schedule with the same placement, gradients with the optimizer states."""
     question, placement = run.question, run.placement
-    step = replace(step_of(question, placement, 1, needs_of(question, placement, 1)), eager=eager)
+    step = replace(
+        step_of(question, placement, 1, needs_of(question, placement, 1)), update="eager" if eager else "deferred"
+    )
     rates = rates_of(DGX2, Cluster(question.hosts, question.ranks, "fp16", run.batch * 1024))
     return _tflops(question, play(*sweep_steps(step), rates).step_s)
 

@@ -6,6 +6,7 @@ there at once, whose ranks import what zinf's import and do one all-reduce. In t
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def _torchrun(lab: Lab, script: Path, port: int) -> float:
     for rank, host in enumerate(lab.hosts):
         command = ["ip", "netns", "exec", str(host.namespace), "env", "OMP_NUM_THREADS=1", "GLOO_SOCKET_IFNAME=eth0"]
         command += [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(HOSTS), "--node-rank", str(rank)]
-        command += ["--master-addr", "10.77.0.1", "--master-port", str(port), str(script)]
+        command += ["--master-addr", "10.77.0.1", "--master-port", str(port), "--log-dir", os.devnull, str(script)]
         agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
     said = "".join(agent.communicate()[0] for agent in agents)
     return float(said.split("met ")[1].split()[0]) - start

@@ -183,7 +183,8 @@ def estimate(
         ),
     ] = None,
     hosts: Annotated[
-        Path | None, typer.Option(help="A hostfile; without one, --nodes.", rich_help_panel=MACHINE)
+        str | None,
+        typer.Option(metavar="HOSTFILE", help="Count the hosts in a file, or --nodes.", rich_help_panel=MACHINE),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)] = 1,
     gpus_per_node: Annotated[
@@ -220,7 +221,9 @@ def estimate(
     from zinf_cli.launch.estimate import Flags, estimate_by_flags
 
     if hosts is not None:
-        raise UsageError("--hosts is not available in this version", hint="give --nodes and --gpus-per-node")
+        if nodes > 1 or gpus_per_node:
+            raise UsageError("give either --hosts or --nodes and --gpus-per-node")
+        nodes, gpus_per_node = _counted(hosts)
     given = list(recipe or ())
     path = Path(given.pop(0)) if given and "=" not in given[0] else None
     flags = Flags(
@@ -235,6 +238,20 @@ def estimate(
     from zinf_cli.launch.estimate_recipe import estimate_recipe
 
     estimate_recipe(path, given, flags, Console())
+
+
+def _counted(hostfile: str) -> tuple[int, int]:
+    """Hosts, and the slots of each."""
+    from zinf_cli.hosts import load_hosts
+
+    hosts = load_hosts(hostfile)
+    slots = {len(host.slots) for host in hosts}
+    if len(slots) > 1:
+        raise UsageError(
+            f"{hostfile} has hosts with {min(slots)} and with {max(slots)} slots",
+            hint="an estimate is of hosts that are alike: give --nodes and --gpus-per-node",
+        )
+    return len(hosts), slots.pop()
 
 
 @bench.command("nvme")
@@ -260,18 +277,20 @@ def bench_nvme(
 
 @bench.command("links")
 def bench_links(
-    hosts: Annotated[Path | None, typer.Option(help="A hostfile; without one, this machine.")] = None,
+    hosts: Annotated[
+        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
+    ] = None,
+    include: Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")] = None,
+    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
     out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
-    """How fast this machine computes, updates, copies to its accelerators and gathers between its ranks."""
-    if hosts is not None:
-        raise UsageError("--hosts is not available in this version", hint="run it on each machine by itself")
+    """How fast a machine computes, updates, and moves data: to its accelerators, between its ranks, between hosts."""
     from rich.console import Console
 
     from zinf_cli.bench.command import run_bench_links
 
-    run_bench_links(out, as_json=as_json, console=Console(stderr=True))
+    run_bench_links(_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Console(stderr=True))
 
 
 @app.command()

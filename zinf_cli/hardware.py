@@ -40,6 +40,11 @@ def room_here(nvme_folders: Sequence[Path]) -> Room:
     return Room(available_memory(), sum(spaces.values()))
 
 
+def accelerators_here() -> int:
+    """GPUs the kernel's driver knows, whatever this process may see of them."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
 def available_memory() -> int:
     """Bytes of CPU memory a new process could use: the kernel's estimate, or what the control group leaves."""
     available = int(psutil.virtual_memory().available)

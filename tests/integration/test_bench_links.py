@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from zinf_cli.profile_file import load_profile
+from lab import namespace_lab
+from zinf_cli.profile_file import load_measured, load_profile
 
 
 def test_both_benches_make_a_profile(tmp_path: Path) -> None:
@@ -29,3 +30,16 @@ def test_both_benches_make_a_profile(tmp_path: Path) -> None:
     answer = subprocess.run(asked, capture_output=True, text=True, check=True)
     assert json.loads(answer.stdout)["step_s"] > 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_hosts_are_measured_together(tmp_path: Path) -> None:
+    with namespace_lab(tmp_path, 2) as lab:
+        command = lab.zinf("bench", "links", "--hosts", lab.hostfile(), "--out", str(tmp_path / "h.yaml"), "--json")
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["across"] > 1e6
+        assert "collective" not in found
+        assert "node2" in done.stderr
+        assert lab.left_behind() == []
+    assert load_measured(tmp_path / "h.yaml").name == "node1"

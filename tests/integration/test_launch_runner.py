@@ -82,6 +82,13 @@ def main():
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         meet()
+    elif scenario == "frozen":
+        import torch
+        from zinf_cli.engine.ranks import Ranks
+        ranks = Ranks.join(torch.device("cpu"), timeout_s=3)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ranks.all(1)
     elif scenario == "guard_killed":
         if rank == 1:
             os.kill(os.getppid(), signal.SIGKILL)
@@ -233,6 +240,7 @@ SCENARIOS = {
     "capacity": ("capacity", leave_alone),
     "peer_lost_first": ("peer_lost_first", leave_alone),
     "killed": ("killed", leave_alone),
+    "frozen": ("frozen", leave_alone),
     "guard_killed": ("guard_killed", leave_alone),
     "deaf": ("deaf", leave_alone),
     "interrupt": ("stop", interrupt),
@@ -297,6 +305,14 @@ def test_a_killed_rank_is_named_with_its_signal(run: Run) -> None:
     assert ended.failure is not None
     assert (ended.failure["rank"], ended.failure["kind"]) == (1, "SIGKILL")
     assert "memory" in ended.failure["message"]
+
+
+def test_a_rank_that_stands_still_is_not_waited_for_forever(run: Run) -> None:
+    ended = run("frozen")
+    assert ended.exit_code == 1
+    assert ended.failure is not None
+    assert ended.failure["rank"] == 0
+    assert "imed out" in ended.failure["message"]
 
 
 def test_a_rank_without_a_record_is_named_from_torchruns_report(run: Run) -> None:

@@ -17,10 +17,10 @@ import pytest
 from zinf_cli.errors import PreflightError
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.facts import code_digest
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
 from zinf_cli.launch.transport import Channel
+from zinf_cli.version import code_digest
 
 HOSTS = tuple(Host(f"node{number:03d}", tuple(range(8))) for number in range(100))
 FACTS = {

@@ -158,6 +158,25 @@ def test_what_does_not_fit_elsewhere_is_refused(tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
-def test_flags_of_a_closed_form_do_not_go_with_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_hosts_share_the_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 512, "n_head": 8, "vocab_size": 1000, "n_positions": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    one, four = (answer(tmp_path, capsys, hardware="dgx2", seq_len=128, nodes=nodes) for nodes in (1, 4))
+    assert (one["nodes"], four["nodes"]) == (1, 4)
+    assert one["gpus_per_node"] == four["gpus_per_node"] == 16
+    assert one["micro_batches"] == four["micro_batches"] == 1
+    assert one["model_states_bytes"] == pytest.approx(four["model_states_bytes"], rel=0.05)
+    for found in (one, four):
+        terms = found["tiers"]["device"]["terms"]
+        states = sum(terms[state] for state in ("params", "grads", "optimizer")) * found["nodes"]
+        assert states == pytest.approx(found["model_states_bytes"], rel=0.05)
+    with pytest.raises(UsageError, match="ranks of a host"):
+        answer(tmp_path, capsys, nodes=2)
+
+
+@pytest.mark.parametrize("flag", [{"max_model": True}, {"strategy": "zero-3"}])
+def test_flags_of_a_closed_form_do_not_go_with_a_recipe(
+    flag: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="go with --params"):
-        answer(tmp_path / "r.yaml", capsys, nodes=2)
+        answer(tmp_path / "r.yaml", capsys, **flag)

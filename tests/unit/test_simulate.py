@@ -53,16 +53,16 @@ def test_the_lane_takes_what_comes_first_in_the_schedule() -> None:
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 4),
-    st.booleans(),
+    st.sampled_from(["deferred", "speculative", "eager"]),
     st.booleans(),
     st.lists(st.sampled_from(["device", "cpu", "nvme"]), min_size=4, max_size=4),
 )
 def test_any_step_can_be_played_and_moves_the_planned_bytes(
-    units: int, micro_batches: int, per_sweep: int, world: int, eager: bool, accelerator: bool, tiers: list[str]
+    units: int, micro_batches: int, per_sweep: int, world: int, update: str, accelerator: bool, tiers: list[str]
 ) -> None:
     placement = dict(zip(("params", "grads", "optimizer", "activations"), tiers, strict=True))
     load = [UnitLoad(f"unit {number}", 120, 120, 7, 5) for number in range(units)]
-    step = Step(load, micro_batches, per_sweep, world, placement, accelerator, eager=eager, chunk_params=50)
+    step = Step(load, micro_batches, per_sweep, world, placement, accelerator, update=update, chunk_params=50)
     ops, ends = sweep_steps(step, 3)
     assert len(ends) == 3
     played = play(ops, ends, RATES)
@@ -75,7 +75,10 @@ def test_any_step_can_be_played_and_moves_the_planned_bytes(
     visits = sweeps * (2 * units - 1)
     planned = {
         "params": (own * 2 * visits, own * 2 * units),
-        "grads": (own * 4 * units * (sweeps - (1 if eager else 0)),) * 2,
+        "grads": (
+            own * 4 * units * (sweeps - (update != "deferred")),
+            own * 4 * units * (sweeps - (update == "eager")),
+        ),
         "optimizer": (own * 12 * units,) * 2,
         "activations": (5 * micro_batches * (units - 1),) * 2,
     }

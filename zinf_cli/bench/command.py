@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,13 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
 from zinf_cli.bench.nvme import BLOCK_SIZES, PAGE, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
-from zinf_cli.errors import RankError, UsageError
+from zinf_cli.errors import Interrupted, RankError, UsageError
+from zinf_cli.hosts import Host, this_machine
+from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.preflight import check_hosts
+from zinf_cli.launch.runner import Program, World, run_ranks
+from zinf_cli.launch.screens import preflight_screen
+from zinf_cli.launch.transport import transport_to
 from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
 
 
@@ -67,37 +71,52 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
         Console().print(nvme_screen(result, fio, out))
 
 
-def run_bench_links(out: Path | None, *, as_json: bool, console: Console) -> None:
-    """Ranks measure; the result on stdout and in the hardware.yaml."""
-    cores = len(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        (Path(folder) / "logs").mkdir()
-        found = _ranks(Path(folder), "alone", 1, cores, console)
-        together = found["accelerators"] or min(2, cores)
-        if together > 1:
-            found |= _ranks(Path(folder), "together", together, max(1, cores // together), console)
+def run_bench_links(hosts: Sequence[Host], out: Path | None, *, as_json: bool, console: Console) -> None:
+    """Ranks measure, on this machine or on `hosts`; the result on stdout and in the hardware.yaml.
+
+    Of several hosts the first one is measured by itself, and then what all of them gather together.
+    """
+    with Lifelines(transport_to(hosts)) as lifelines:
+        preflight = check_hosts(hosts or (this_machine(1),), lifelines)
+        if hosts:
+            console.print(preflight_screen(preflight))
+        preflight.require_ready()
+        first, *others = preflight.connections
+        first.host = replace(first.host, slots=(0,))
+        found = _measured("alone", World(lifelines, [first]), console)
+        here = found["accelerators"] or min(2, len(os.sched_getaffinity(0)))
+        inside = len(hosts[0].slots) if hosts else here
+        if inside > 1:
+            first.host = replace(first.host, slots=tuple(range(inside)))
+            found |= _measured("together", World(lifelines, [first]), console)
+        if others:
+            first.host = hosts[0]
+            together = _measured("together", World(lifelines, preflight.connections, preflight.rendezvous), console)
+            found["across"] = together["collective"]
     links = Links.model_validate({**found, **{name: _whole_rows(found[name]) for name in ("matmul", "block")}})
     path = out or user_file()
-    save_measured(path, "links", links, socket.gethostname())
+    save_measured(path, "links", links, hosts[0].name if hosts else socket.gethostname())
     if as_json:
         print(json.dumps(links.model_dump(mode="json", exclude_none=True), indent=2))
     else:
         Console().print(links_screen(links, path))
 
 
-def _ranks(folder: Path, part: str, ranks: int, threads: int, console: Console) -> dict[str, Any]:
-    """What rank 0 wrote of one part. The ranks are tethered to torchrun's agent, and end with it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["--log-dir", os.devnull, "-m", "zinf_cli.bench.links", str(folder), part]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with console.status(f"measuring, {ranks} {'rank' if ranks == 1 else 'ranks'} ..."):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    path = folder / f"{part}.json"
-    if done.returncode or not path.is_file():
-        records = sorted((folder / "logs").glob("error-*.json"))
-        said = json.loads(records[0].read_text())["message"] if records else done.stderr.strip()[-500:]
-        raise RankError(f"a rank of the bench failed: {said}")
-    found: dict[str, Any] = json.loads(path.read_text())
+def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
+    """What rank 0 says at the end of one part."""
+    count = sum(len(connection.host.slots) for connection in world.connections)
+    with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
+        run_dir = Path(folder)
+        program = Program("zinf_cli.bench.links", [folder, part], run_dir, {}, (), {}, {})
+        with console.status(f"measuring, {count} {'rank' if count == 1 else 'ranks'} ..."):
+            outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
+        if outcome.interrupted:
+            raise Interrupted("interrupted")
+        if outcome.failure is not None:
+            failure = outcome.failure
+            raise RankError(f"rank {failure.rank} of the bench failed: {failure.message}", where=failure.host)
+        *_, last = (run_dir / "logs" / "rank-00000.log").read_text().splitlines()
+    found: dict[str, Any] = json.loads(last)
     return found
 
 
@@ -122,7 +141,8 @@ def links_screen(links: Links, out: Path) -> RenderableType:
     for name, rate in (
         ("CPU memory to one accelerator", links.copy_alone),
         ("to all of them", links.copy_host),
-        ("all-gather, into one rank", links.collective),
+        ("all-gather within the host, into one rank", links.collective),
+        ("all-gather across hosts, into one rank", links.across),
     ):
         if rate is not None:
             lines.add_row(name, f"{rate / 1e9:.3g} GB/s")

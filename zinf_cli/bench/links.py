@@ -1,7 +1,7 @@
 """`python -m zinf_cli.bench.links RUN_DIR PART`, started by torchrun: what one rank measures of its machine.
 
 PART is "alone" (matrix products, a block's pass, AdamW, copies of one accelerator) or "together" (copies of all
-accelerators at once, the all-gather between them). Rank 0 writes RUN_DIR/PART.json, in the words of profile_file.Links.
+accelerators at once, the all-gather between them). The last line of rank 0 is JSON, in the words of profile_file.Links.
 """
 
 from __future__ import annotations
@@ -173,10 +173,12 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
 
 
 def main() -> int:
-    run_dir, part = Path(sys.argv[1]), sys.argv[2]
-    found = measure_alone() if part == "alone" else measure_together()
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    found = measure_alone() if sys.argv[2] == "alone" else measure_together()
     if os.environ["RANK"] == "0":
-        (run_dir / f"{part}.json").write_text(json.dumps(found))
+        print(json.dumps(found))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What the plan needs to know of a recipe, from a process on one of the hosts (train/describe.py)."""
+"""What the plan needs to know of a recipe, from a process on one of the hosts (train/described.py)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ReportedError(ZinfError):
 
 
 def describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
-    """Ask a process of that host, which imports torch and builds the model on the meta device."""
-    command = [sys.executable, "-m", "zinf_cli.train.describe", "/dev/stdin"]
+    """Ask a process of that host, which builds the model on the meta device, unless it has been asked before."""
+    command = [sys.executable, "-m", "zinf_cli.train.described", "/dev/stdin"]
     command += ["--slots", str(slots)] if slots else []
     if hosts:
         counts = [len(host.slots) for host in hosts]

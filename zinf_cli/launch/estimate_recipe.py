@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from zinf_cli.errors import RecipeError, UsageError
-from zinf_cli.hosts import this_machine
+from zinf_cli.hardware import accelerators_here
+from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.description import describe
 from zinf_cli.launch.estimate import Flags, save_timeline
@@ -32,25 +33,28 @@ from zinf_cli.recipe_file import load_recipe
 
 def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console: Console) -> None:
     """Print the answer to stdout; CapacityError with the numbers where nothing fits."""
-    if flags.nodes > 1 or flags.max_model or flags.strategy != "infinity":
-        raise UsageError("--nodes, --max-model and --strategy go with --params, not with a recipe")
+    if flags.max_model or flags.strategy != "infinity":
+        raise UsageError("--max-model and --strategy go with --params, not with a recipe")
     elsewhere = _elsewhere(flags.hardware)
-    with _opened(path, [*_flagged(flags), *overrides]) as recipe:
+    ranks = flags.gpus_per_node or (max(1, elsewhere.accelerators) if elsewhere is not None else None)
+    if flags.nodes > 1 and ranks is None:
+        raise UsageError("--nodes needs to know the ranks of a host", hint="give --gpus-per-node or --hardware")
+    hosts = [Host(f"node-{n}", tuple(range(ranks or 1))) for n in range(flags.nodes)] if flags.nodes > 1 else []
+    with _opened(path, [*_flagged(flags), *overrides], flags.nodes * (ranks or accelerators_here() or 1)) as recipe:
         if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
-        ranks = flags.gpus_per_node or (max(1, elsewhere.accelerators) if elsewhere is not None else None)
         with (
             Console(stderr=True).status("reading the model, its checkpoint and the text ..."),
             Lifelines(transport_to(())) as lifelines,
         ):
-            figures = describe(recipe, ranks, (), lifelines.connect(this_machine(1)))
+            figures = describe(recipe, ranks, hosts, lifelines.connect(this_machine(1)))
         if elsewhere is not None:
-            profile = elsewhere.with_accelerators(figures.world_size) if elsewhere.accelerators else elsewhere
+            profile = elsewhere.with_accelerators(figures.ranks_per_host) if elsewhere.accelerators else elsewhere
             figures = replace(figures, machine=_machine(profile, figures, recipe))
         else:
             measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
             profile = profile_here(figures, nvme_folders(recipe), measured)
-        plan = best_plan(recipe, figures, profile)
+        plan = best_plan(recipe, figures, profile, hosts)
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:
@@ -92,8 +96,11 @@ def _flagged(flags: Flags) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path, overrides: Sequence[str]) -> Iterator[Recipe]:
-    """The recipe; for a config.json (or a directory with nothing but one to read), a recipe around it."""
+def _opened(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[Recipe]:
+    """The recipe; for a config.json (or a directory with nothing but one to read), a recipe around it.
+
+    Without other word, that has a micro-batch for each of `ranks` in a step.
+    """
     config = path / "config.json" if path.is_dir() else path
     if config.suffix != ".json":
         yield load_recipe(path, overrides)
@@ -106,16 +113,17 @@ def _opened(path: Path, overrides: Sequence[str]) -> Iterator[Recipe]:
     if not isinstance(values, dict) or "model_type" not in values:
         raise RecipeError([f"{config}: no model_type, so not the config.json of a Hugging Face model"])
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        yield load_recipe(_around(values, Path(folder), config.parent.name), overrides)
+        yield load_recipe(_around(values, Path(folder), config.parent.name, ranks), overrides)
 
 
-def _around(config: dict[str, Any], folder: Path, name: str) -> Path:
+def _around(config: dict[str, Any], folder: Path, name: str, ranks: int) -> Path:
     """A recipe file with `config` and a text of no meaning."""
     import numpy as np
 
     tokens, recipe = folder / "tokens.npy", folder / f"{name or 'config'}.yaml"
     np.save(tokens, np.zeros(1 << 22, dtype=np.uint8))
-    tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": {"max_steps": 1}}
+    train = {"max_steps": 1, "gradient_accumulation_steps": ranks}
+    tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": train}
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return recipe
 

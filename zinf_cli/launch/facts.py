@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import zinf_cli
 from zinf_cli.errors import PreflightError
-from zinf_cli.hardware import available_memory, drive_space
+from zinf_cli.hardware import accelerators_here, available_memory, drive_space
+from zinf_cli.version import code_digest
 
 
 def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
@@ -26,22 +26,13 @@ def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
     return {
         "code": code_digest(),
         "torch": metadata.version("torch"),
-        "accelerators": len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
+        "accelerators": accelerators_here(),
         "memory": available_memory(),
         "drives": {folder: _drive(Path(folder)) for folder in nvme},
         "paths": {path: _contents(Path(path)) for path in paths},
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "time": time.time(),
     }
-
-
-def code_digest() -> str:
-    """The version and a digest of zinf's own files: hosts have to run the same."""
-    root = Path(zinf_cli.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return f"{metadata.version('zinf')} ({digest.hexdigest()[:8]})"
 
 
 def _drive(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import HostError, PreflightError
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
-from zinf_cli.launch.facts import code_digest
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
+from zinf_cli.version import code_digest
 
 COLUMNS = ("ssh", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
 

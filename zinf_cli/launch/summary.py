@@ -54,7 +54,9 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
 
     waits = [line["wait_s"] / line["step_s"] for line in steps]
     traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steps]
-    planned = [plan.nvme_traffic if line["updated_in_backward"] else plan.nvme_traffic_clipped for line in steps]
+    calm = [bool(line["updated_in_backward"]) for line in steps]
+    planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in calm]
+    expected = [plan.calm_step_s if each else plan.step_s for each in calm]
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
@@ -80,7 +82,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "nvme_traffic": statistics.median(traffic) if traffic else None,
         },
         "predicted": {
-            "step_s": plan.step_s,
+            "step_s": statistics.median(expected) if expected else plan.step_s,
             "wait_share": 1 - plan.busy["compute"],
             "bottleneck": plan.bottleneck,
             "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),

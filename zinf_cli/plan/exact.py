@@ -43,7 +43,8 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
         "params": model.num_params,
         "architecture": model.architecture,
         "hardware": profile.name,
-        "gpus_per_node": world,
+        "nodes": len(plan.hosts),
+        "gpus_per_node": plan.figures.ranks_per_host,
         "precision": plan.precision,
         "micro_batches": plan.micro_batches,
         "micro_batches_per_sweep": plan.per_sweep,
@@ -59,13 +60,18 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
             limit.tier: {
                 "need_bytes": limit.needed,
                 "have_bytes": limit.allowed,
-                "terms": {line.what: line.num_bytes * world for line in plan.lines if line.tier == limit.tier},
+                "terms": {
+                    line.what: line.num_bytes * plan.figures.ranks_per_host
+                    for line in plan.lines
+                    if line.tier == limit.tier
+                },
             }
             for limit in plan.limits
         },
         "placement": plan.placement,
         "fits": plan.fits,
         "step_s": plan.step_s,
+        "calm_step_s": plan.calm_step_s,
         "tflops_per_gpu": flops / plan.step_s / 1e12,
         "bottleneck": plan.bottleneck,
         "lanes": plan.busy,

@@ -1,4 +1,4 @@
-"""What the plan knows of a model, a text and a machine: plain numbers, measured by `zinf_cli.train.describe`.
+"""What the plan knows of a model, a text and a machine: plain numbers, found by `zinf_cli.train.describe`.
 
 The launcher reads them as JSON from a subprocess, so that it imports no torch itself.
 """

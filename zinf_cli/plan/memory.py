@@ -106,6 +106,11 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     }
 
 
+def host_bytes(ranks: int) -> int:
+    """What the launcher's side takes on a host, less what its ranks share."""
+    return LAUNCHER_BYTES - (ranks - 1) * SHARED_BYTES
+
+
 def framework_bytes(figures: Figures, choice: Choice) -> int:
     """What a rank takes of CPU memory beside the model and its states."""
     streamed = not all(choice.in_place(state) for state in CLASSES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zinf_cli.plan.memory import CLASSES, FRAMEWORK_BYTES, LAUNCHER_BYTES
+from zinf_cli.plan.memory import CLASSES, FRAMEWORK_BYTES, STREAMING_BYTES, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 from zinf_cli.profiles import GIB, Profile
@@ -123,7 +123,8 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
     held = _zero_tiers()
     for state, num_bytes in class_bytes(question, per_sweep).items():
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
-    held["cpu"]["Python and torch"] = LAUNCHER_BYTES + ranks * FRAMEWORK_BYTES
+    streamed = any(tier not in (compute, "device") for tier in placement.values())
+    held["cpu"]["Python and torch"] = host_bytes(ranks) + ranks * (FRAMEWORK_BYTES + streamed * STREAMING_BYTES)
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES
         if "nvme" in placement.values():

@@ -24,13 +24,12 @@ from zinf_cli.plan.io import Io, choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
-    LAUNCHER_BYTES,
-    SHARED_BYTES,
     Choice,
     Working,
     activation_bytes,
     compute_bytes,
     framework_bytes,
+    host_bytes,
     keepable,
     state_bytes,
     working_buffers,
@@ -101,6 +100,8 @@ class Plan:
     figures: Figures
     step_s: float = 0.0
     """Expected seconds per step, all lanes together: the simulation's."""
+    calm_step_s: float = 0.0
+    """The same, in a step whose gradient is not clipped."""
     bottleneck: str = "compute"
     """The resource that is busiest in it."""
     busy: dict[str, float] = field(default_factory=dict)
@@ -211,7 +212,7 @@ def _improved(recipe: Recipe, plan: Plan, choice: Choice, judge: Callable[[Choic
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
-    played = predict(plan, tokens, profile)
+    played, calm = (predict(plan, tokens, profile, calm=calm) for calm in (False, True))
     rates = rates_of(profile, cluster_of(plan, tokens))
     figures = plan.figures
     cores = 0 if figures.machine.accelerators else plan.threads_per_rank
@@ -221,6 +222,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
         compute_s=plan.compute_s * figures.machine.flops / rates["matmul"],
         nvme_s=plan.nvme_traffic_clipped / rates["both"],
         step_s=played.step_s,
+        calm_step_s=calm.step_s,
         bottleneck=played.bottleneck,
         busy=dict(played.busy),
         drives_measured=profile.drives.measured,
@@ -323,7 +325,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 
 
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
-    needed = {"device": 0, "cpu": LAUNCHER_BYTES - (figures.ranks_per_host - 1) * SHARED_BYTES, "nvme": 0}
+    needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host), "nvme": 0}
     for line in _lines(figures, choice, states, working):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     return needed

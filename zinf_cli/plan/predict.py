@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,15 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
     )  # fmt: skip
 
 
-def predict(plan: Plan, tokens: int, profile: Profile) -> Simulation:
-    """Play a step of `plan`; `tokens` of one micro-batch."""
-    return simulate(step_of_plan(plan, tokens), profile, cluster_of(plan, tokens))
+def predict(plan: Plan, tokens: int, profile: Profile, *, calm: bool = False) -> Simulation:
+    """Play a step of `plan`; `tokens` of one micro-batch.
+
+    Its gradient is clipped, unless it is `calm`: then what the plan updates speculatively is updated in backward.
+    """
+    step = step_of_plan(plan, tokens)
+    if step.update == "speculative" and not calm:
+        step = replace(step, update="deferred")
+    return simulate(step, profile, cluster_of(plan, tokens))
 
 
 def cluster_of(plan: Plan, tokens: int) -> Cluster:
@@ -86,7 +93,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         placement,
         accelerator,
         param_bytes=4 if plan.precision == "fp32" else 2,
-        eager=plan.update == "eager",
+        update=plan.update,
         depth=max(2, min(8, working.slot_bytes // typical)),
         chunk_params=working.num_chunks * working.chunk_numel / fields or IN_PLACE_CHUNK,
     )

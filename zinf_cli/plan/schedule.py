@@ -59,7 +59,8 @@ class Step:
     accelerator: bool
     param_bytes: int = 2
     """Of one parameter as it is computed with; with 4 it is its own master."""
-    eager: bool = False
+    update: str = "deferred"
+    """When a unit is updated: see Choice. A speculative step is one whose gradient is not clipped."""
     depth: int = 4
     """Visits that memory has room for, the one that is computed included."""
     chunk_params: float = 8 * 2**20
@@ -125,13 +126,13 @@ class _Sweeps:
 
     def step_of(self) -> int:
         step, last = self.step, len(self.step.units) - 1
-        left, first = step.micro_batches, True
+        left, first, deferred = step.micro_batches, True, step.update == "deferred"
         while left > 0:
             batches = min(step.per_sweep, left)
             left -= batches
             for number in range(last):
-                self._visit(number, batches, "forward", update=first and not step.eager)
-            self._visit(last, batches, "turn", update=first and not step.eager, first=first, final=left == 0)
+                self._visit(number, batches, "forward", update=first and deferred)
+            self._visit(last, batches, "turn", update=first and deferred, first=first, final=left == 0)
             for number in reversed(range(last)):
                 self._visit(number, batches, "backward", first=first, final=left == 0)
             first = False
@@ -167,9 +168,9 @@ class _Sweeps:
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
         if not first:
             reduced += ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
-        if final and step.eager:
+        if final and step.update != "deferred":
             self._update(number, reduced, reduced, with_grad=False)
-        else:
+        if not final or step.update != "eager":
             self._grads[number] = ops.send("grads", unit.name, own, reduced)
 
     def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:

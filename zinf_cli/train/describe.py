@@ -1,18 +1,12 @@
-"""`python -m zinf_cli.train.describe RECIPE [--slots N] [--world-size N]`: what the plan needs to know, as JSON.
+"""What the plan needs to know of a recipe, found by looking at all of it.
 
-The launcher runs this as a subprocess, so that it stays light itself. Everything about the input that can be wrong is
-found here: the model's config, the checkpoint's tensors, the text. An error is printed as
-{"error": ..., "exit_code": ...}.
+Everything about the input that can be wrong is found here: the model's config, the checkpoint's tensors, the text.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +14,8 @@ from torch import nn
 
 from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
-from zinf_cli.errors import ZinfError
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import load_recipe
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     DTYPES,
@@ -124,25 +116,3 @@ def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best)
-
-
-def main() -> None:
-    """Print the figures, or the error a user should see, as JSON on the real stdout; everything else goes to stderr."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--world-size", type=int)
-    asked = parser.parse_args()
-    try:
-        figures = describe(load_recipe(asked.recipe), asked.slots, asked.world_size)
-        document: dict[str, Any] = dataclasses.asdict(figures)
-    except ZinfError as error:
-        document = {"error": error.describe(), "exit_code": error.exit_code}
-    json.dump(document, out)
-    out.close()
-
-
-if __name__ == "__main__":
-    main()

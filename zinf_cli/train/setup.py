@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
+from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.data import TextSource, TokenStream, open_token_stream, split_held_out
 from zinf_cli.train.model import ModelSource, build_model
 
@@ -73,7 +73,7 @@ def open_text(recipe: Recipe, vocabulary: int) -> Text:
     """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model."""
     dataset, train = recipe.dataset, recipe.train
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "zinf" / "tokens"
+    cache = cache_folder("tokens")
 
     def source(paths: tuple[Path, ...]) -> TextSource:
         return TextSource(paths, dataset.text_field, dataset.messages_field, tokenizer)

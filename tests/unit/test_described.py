@@ -1,0 +1,69 @@
+"""What the plan needs to know is looked for once, and again when anything it follows from has changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plan import recipe_of
+
+from zinf_cli.errors import DatasetError
+from zinf_cli.recipe import Recipe
+from zinf_cli.train import describe, described
+
+
+@pytest.fixture
+def looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """The recipes that were really looked at."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    seen: list[Recipe] = []
+    really = describe.describe
+
+    def counted(recipe: Recipe, *arguments: Any) -> Any:
+        seen.append(recipe)
+        return really(recipe, *arguments)
+
+    monkeypatch.setattr(describe, "describe", counted)
+    return seen
+
+
+def test_the_same_question_is_answered_from_the_cache(tmp_path: Path, looked: list[Recipe]) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    first = described.answer(recipe, 1, None)
+    assert described.answer(recipe, 1, None) == first
+    assert len(looked) == 1
+
+
+def test_what_changed_is_looked_at_again(tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    first = described.answer(recipe, 1, None)
+    assert described.answer(recipe, 2, None)["world_size"] == 2
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seq_len": 2 * recipe.train.seq_len})})
+    assert described.answer(longer, 1, None)["model"] != first["model"]
+    os.utime(recipe.dataset.path[0], (1, 1))
+    assert described.answer(recipe, 1, None)["model"] == first["model"]
+    monkeypatch.setattr(described, "code_digest", lambda: "another zinf")
+    described.answer(recipe, 1, None)
+    monkeypatch.setattr(described, "OLDEST_S", 0.0)
+    described.answer(recipe, 1, None)
+    assert len(looked) == 6
+
+
+def test_an_error_is_found_each_time(tmp_path: Path, looked: list[Recipe]) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    recipe.dataset.path[0].unlink()
+    for _ in range(2):
+        with pytest.raises(DatasetError, match="no such file"):
+            described.answer(recipe, 1, None)
+    assert len(looked) == 2
+
+
+def test_old_answers_make_room(tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(described, "KEPT", 1)
+    recipe = recipe_of(tmp_path, "llama")
+    described.answer(recipe, 1, None)
+    described.answer(recipe, 2, None)
+    assert len(list((tmp_path / "cache" / "zinf" / "figures").iterdir())) == 1
+    assert len(looked) == 2

@@ -1,0 +1,120 @@
+"""`python -m zinf_cli.train.described RECIPE [--slots N] [--world-size N]`: what the plan needs to know, as JSON.
+
+The launcher runs this as a subprocess, so that it stays light itself. An error is printed as {"error": ...,
+"exit_code": ...}.
+
+To look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So the
+answer is kept: as long as the recipe, zinf, torch, transformers, this machine's cores and every file that was looked at
+are what they were, it is not looked for again. With accelerators it is, because how much of their memory is free is
+part of the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.checkpoint.folder import checkpoints_to_resume
+from zinf_cli.errors import ZinfError
+from zinf_cli.hardware import accelerators_here
+from zinf_cli.recipe import Recipe
+from zinf_cli.recipe_file import dump_recipe, load_recipe
+from zinf_cli.train.cache import cache_folder
+from zinf_cli.train.documents import find_files
+from zinf_cli.version import code_digest
+
+KEPT = 64
+"""Answers; the oldest go first."""
+OLDEST_S = 24 * 3600.0
+"""The speed of the machine is part of an answer, and may have been measured in a bad moment."""
+
+
+def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[str, Any]:
+    """The figures of `describe`, which see."""
+    entry = _entry(recipe, slots, world_size)
+    if entry is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if time.time() - entry.stat().st_mtime < OLDEST_S:
+                kept: dict[str, Any] = json.loads(entry.read_text())
+                return kept
+    from zinf_cli.train.describe import describe
+
+    text = json.dumps(dataclasses.asdict(describe(recipe, slots, world_size)))
+    if entry is not None:
+        with contextlib.suppress(OSError):
+            _keep(entry, text)
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _entry(recipe: Recipe, slots: int | None, world_size: int | None) -> Path | None:
+    """The file that holds the answer, if it was found before; None where it is not to be kept."""
+    if accelerators_here():
+        return None
+    try:
+        return cache_folder("figures") / f"{_key(recipe, slots, world_size)}.json"
+    except (ZinfError, OSError):  # there is something wrong, which `describe` will say
+        return None
+
+
+def _keep(entry: Path, text: str) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    partial = entry.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.rename(entry)
+    for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
+        old.unlink()
+
+
+def _key(recipe: Recipe, slots: int | None, world_size: int | None) -> str:
+    """Of all that the answer follows from."""
+    software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
+    machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
+    files = [(str(file), status.st_size, status.st_mtime_ns) for file, status in _seen(recipe)]
+    parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _seen(recipe: Recipe) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file that is looked at, as it is now."""
+    dataset = recipe.dataset
+    folders = [folder for folder in (recipe.model.name_or_path, dataset.tokenizer) if folder is not None]
+    texts = find_files([*dataset.path, *(dataset.eval_path or ())])
+    checkpoints = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
+    for folder in (*folders, *checkpoints):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            yield file, file.stat()
+    for file in texts:
+        yield file, file.stat()
+
+
+def main() -> None:
+    """Print the answer, or the error a user should see, on the real stdout; everything else goes to stderr."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--slots", type=int)
+    parser.add_argument("--world-size", type=int)
+    asked = parser.parse_args()
+    try:
+        document = answer(load_recipe(asked.recipe), asked.slots, asked.world_size)
+    except ZinfError as error:
+        document = {"error": error.describe(), "exit_code": error.exit_code}
+    json.dump(document, out)
+    out.close()
+
+
+if __name__ == "__main__":
+    main()
