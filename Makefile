@@ -21,7 +21,7 @@ demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few 
 
 test: install lab ## run the unit and integration tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/unit
-	$(PYTHON) -m pytest tests/integration
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
 	$(PYTHON) -m pytest tests/crash

@@ -74,7 +74,7 @@ def main() -> None:
             table.add_row(ROWS[number].name, *_cells(summary))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 def _bench(folder: Path, *what: str) -> None:
