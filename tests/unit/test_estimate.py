@@ -71,6 +71,19 @@ def test_more_micro_batches_hide_more_traffic(nodes: int, capsys: pytest.Capture
     assert many["tflops_per_gpu"] > few["tflops_per_gpu"]
 
 
+def test_a_hostfile_counts_the_hosts(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=16\nb slots=16\n")
+    asked = [sys.executable, "-m", "zinf_cli.cli", "estimate", "--params", "1T", "--hosts", str(hostfile), "--json"]
+    found = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+    assert (found["nodes"], found["gpus_per_node"]) == (2, 16)
+    hostfile.write_text("a slots=16\nb slots=8\n")
+    for more, problem in (([], "8 and with 16 slots"), (["--nodes", "2"], "either --hosts or --nodes")):
+        done = subprocess.run([*asked, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert problem in done.stderr
+
+
 def test_pinned_tiers_stay(capsys: pytest.CaptureFixture[str]) -> None:
     found = answer(capsys, params="1B", hardware="dgx2", overrides=("offload.params=nvme", "train.seq_len=2048"))
     assert found["placement"]["params"] == "nvme"

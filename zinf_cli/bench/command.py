@@ -113,8 +113,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
         if outcome.interrupted:
             raise Interrupted("interrupted")
         if outcome.failure is not None:
-            failure = outcome.failure
-            raise RankError(f"rank {failure.rank} of the bench failed: {failure.message}", where=failure.host)
+            raise RankError(f"the bench failed: {outcome.failure.message}", where=outcome.failure.place)
         *_, last = (run_dir / "logs" / "rank-00000.log").read_text().splitlines()
     found: dict[str, Any] = json.loads(last)
     return found

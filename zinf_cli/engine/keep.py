@@ -46,11 +46,13 @@ class Keeper:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
         together: list[_Storage] = []
+        num_bytes = 0
         for storage in self._leaving.values():
-            if together and sum(one.num_bytes for one in (*together, storage)) > PARCEL:
+            if together and num_bytes + storage.num_bytes > PARCEL:
                 self._send(together)
-                together = []
+                together, num_bytes = [], 0
             together.append(storage)
+            num_bytes += storage.num_bytes
         if together:
             self._send(together)
         self._leaving.clear()

@@ -44,6 +44,11 @@ class Failure:
     exit_code: int
     """What zinf exits with."""
 
+    @property
+    def place(self) -> str:
+        """The rank and its host, as an error line names them."""
+        return self.host if self.rank is None else f"{self.host}:rank {self.rank}"
+
 
 @dataclass(frozen=True)
 class Ending:

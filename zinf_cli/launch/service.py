@@ -244,5 +244,4 @@ def _run(
 
 
 def _error_of(failure: Failure) -> ZinfError:
-    who = f"{failure.host}:rank {failure.rank}" if failure.rank is not None else failure.host
-    return ReportedError(f"{who}: {failure.message} (log: {failure.log})", failure.exit_code)
+    return ReportedError(f"{failure.place}: {failure.message} (log: {failure.log})", failure.exit_code)

@@ -212,7 +212,8 @@ def _improved(recipe: Recipe, plan: Plan, choice: Choice, judge: Callable[[Choic
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
-    played, calm = (predict(plan, tokens, profile, calm=calm) for calm in (False, True))
+    played = predict(plan, tokens, profile)
+    calm = predict(plan, tokens, profile, calm=True) if plan.update == "speculative" else played
     rates = rates_of(profile, cluster_of(plan, tokens))
     figures = plan.figures
     cores = 0 if figures.machine.accelerators else plan.threads_per_rank
