@@ -72,6 +72,10 @@ class MachineFigures:
     cores: int
     flops: float
     """Matrix multiplication in the run's precision, FLOP/s of one rank, measured for a moment."""
+    process_bytes: int
+    """Resident memory of a process that has imported what a rank does, and has built the model without weights."""
+    shared_bytes: int
+    """Of these, the pages of libraries, which all ranks of a host share."""
     name: str = "this machine"
     cpu_bytes: int = 0
     """Of a machine that is not this one; 0: what this one has when the plan is made."""

@@ -1,7 +1,8 @@
 """Bytes per rank, by tier and by what they are for.
 
 Model states are exact: they follow from the unit layout. Working memory is an upper estimate from what the dry
-forward on the meta device saw; FRAMEWORK_BYTES and LAUNCHER_BYTES were measured (Linux, torch 2.13, PSS).
+forward on the meta device saw. What a process takes before it trains is measured where the model is described;
+CHURN_BYTES and the like were measured (Linux, torch 2.13).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 PAGE = 4096
-FRAMEWORK_BYTES = 535 * MIB
-"""A rank with torch and transformers imported and a model without weights; and what malloc holds beside what is in use,
-as temporaries of many sizes come and go."""
-STREAMING_BYTES = 64 * MIB
-"""More of the latter where state comes from another tier and goes there."""
-SHARED_BYTES = 100 * MIB
-"""Of FRAMEWORK_BYTES, the pages of libraries that all ranks of a host share."""
-LAUNCHER_BYTES = 190 * MIB
+CHURN_BYTES = 60 * MIB
+"""What malloc and the libraries of matrix multiplication hold beside what is in use, as temporaries of many sizes come
+and go."""
+LANE_BYTES = 5 * MIB
+"""More of it for each micro-batch of a sweep, which has a thread of its own."""
+STREAMING_BYTES = 35 * MIB
+"""More of it where state comes from another tier and goes there."""
+LAUNCHER_BYTES = 170 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 KEPT_MORE = 1.12
 """Activations that are kept in memory are many tensors, with gaps between them."""
@@ -106,18 +107,18 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     }
 
 
-def host_bytes(ranks: int) -> int:
+def host_bytes(ranks: int, shared_bytes: int) -> int:
     """What the launcher's side takes on a host, less what its ranks share."""
-    return LAUNCHER_BYTES - (ranks - 1) * SHARED_BYTES
+    return LAUNCHER_BYTES - (ranks - 1) * shared_bytes
 
 
 def framework_bytes(figures: Figures, choice: Choice) -> int:
     """What a rank takes of CPU memory beside the model and its states."""
     streamed = not all(choice.in_place(state) for state in CLASSES)
-    meeting = 0
+    churn = CHURN_BYTES + choice.per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
     if figures.world_size > 1 and not figures.machine.accelerators:  # gloo copies what it gathers and what it reduces
-        meeting = 2 * 4 * max((unit.numel for unit in figures.model.units), default=0)
-    return FRAMEWORK_BYTES + streamed * STREAMING_BYTES + meeting
+        churn += 3 * 4 * max((unit.numel for unit in figures.model.units), default=0)
+    return figures.machine.process_bytes + churn
 
 
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:

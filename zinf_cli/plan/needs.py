@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zinf_cli.plan.memory import CLASSES, FRAMEWORK_BYTES, STREAMING_BYTES, host_bytes
+from zinf_cli.plan.memory import CHURN_BYTES, CLASSES, LANE_BYTES, MIB, STREAMING_BYTES, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 from zinf_cli.profiles import GIB, Profile
 
+PROCESS_BYTES = 430 * MIB
+"""A process that has imported torch and transformers, and has built a model without weights."""
+SHARED_BYTES = 100 * MIB
+"""Of these, the pages of libraries that all ranks of a host share."""
 CONTEXT_BYTES = 3 * GIB // 2
 """CUDA context, libraries and communication buffers of one rank."""
 USABLE = {"device": 0.9, "cpu": 0.9, "nvme": 0.7}
@@ -124,7 +128,9 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
     for state, num_bytes in class_bytes(question, per_sweep).items():
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
     streamed = any(tier not in (compute, "device") for tier in placement.values())
-    held["cpu"]["Python and torch"] = host_bytes(ranks) + ranks * (FRAMEWORK_BYTES + streamed * STREAMING_BYTES)
+    held["cpu"]["Python and torch"] = host_bytes(ranks, SHARED_BYTES) + ranks * (
+        PROCESS_BYTES + CHURN_BYTES + per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
+    )
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES
         if "nvme" in placement.values():

@@ -326,7 +326,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 
 
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
-    needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host), "nvme": 0}
+    needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host, figures.machine.shared_bytes), "nvme": 0}
     for line in _lines(figures, choice, states, working):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     return needed

@@ -16,6 +16,7 @@ from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe import Recipe
+from zinf_cli.train.metrics import process_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     DTYPES,
@@ -115,4 +116,6 @@ def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures
         start = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
-    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best)
+    memory = process_memory()
+    libraries = memory["RssFile"] + memory["RssShmem"]
+    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best, memory["VmRSS"], libraries)

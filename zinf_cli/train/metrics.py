@@ -82,7 +82,10 @@ class PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        return process_memory()["VmHWM"]
+
+
+def process_memory() -> dict[str, int]:
+    """Bytes of this process, by the names of proc_pid_status(5): VmRSS, VmHWM, RssFile and the like."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
