@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ BLOCKS, MICRO_BATCHES = 3, 4
 UPDATE_NUMEL = 1 << 23
 COPY_BYTES = 1 << 28
 GATHER_BYTES = 1 << 26
-REPEATS = 5
-"""Of which the fastest counts: what else the machine does can only slow one down. Each lasts at least SECONDS."""
+ROUNDS = 3
+"""Of everything. The median counts, as in a run, which has its share of what else the machine does."""
+REPEATS = 3
+"""Of each in a round, each of at least SECONDS; again the median counts."""
 SECONDS = 0.05
 ENOUGH_S = 1.0
 """So long a call is not repeated more than once."""
@@ -34,6 +37,18 @@ ENOUGH_S = 1.0
 
 def measure_alone() -> dict[str, Any]:
     """Of one rank with the machine to itself."""
+    found: dict[str, Any] = _median([_measure_alone() for _ in range(ROUNDS)])
+    return found
+
+
+def _median(found: Sequence[Any]) -> Any:
+    """Of each number in documents of one form."""
+    if isinstance(found[0], dict):
+        return {key: _median([each[key] for each in found]) for key in found[0]}
+    return statistics.median(found)
+
+
+def _measure_alone() -> dict[str, Any]:
     import psutil
     import torch
 
@@ -153,7 +168,7 @@ def _device_bandwidth(device: Any) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> float:
-    """What one call takes at best; `times` fixes the number of calls, which ranks have to agree on."""
+    """What one call takes; `times` fixes the number of calls, which ranks have to agree on."""
     import torch
 
     def timed(count: int) -> float:
@@ -167,9 +182,9 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
     timed(1)
     once = timed(1)
     if times is None and once > ENOUGH_S:
-        return min(once, timed(1))
+        return statistics.median([once, timed(1)])
     count = times or max(1, round(SECONDS / once))
-    return min(timed(count) for _ in range(REPEATS))
+    return statistics.median(timed(count) for _ in range(REPEATS))
 
 
 def main() -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     steps = [line for line in watch.lines if "loss" in line]
     evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
 
-    def median(key: str) -> float | None:
-        return statistics.median(line[key] for line in steps) if steps else None
+    steady = _steady(steps)
 
-    waits = [line["wait_s"] / line["step_s"] for line in steps]
-    traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steps]
-    calm = [bool(line["updated_in_backward"]) for line in steps]
+    def median(key: str) -> float | None:
+        return statistics.median(line[key] for line in steady) if steady else None
+
+    waits = [line["wait_s"] / line["step_s"] for line in steady]
+    traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steady]
+    calm = [_calm(line) for line in steady]
     planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in calm]
     expected = [plan.calm_step_s if each else plan.step_s for each in calm]
     wait_share = statistics.median(waits) if waits else None
@@ -92,6 +95,19 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
         },
     }
+
+
+def _calm(step: dict[str, Any]) -> bool:
+    return bool(step["updated_in_backward"])
+
+
+def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Those that follow one of their kind; all, where none does.
+
+    A first step has no update to do before its forward, and one of another kind than the last has it in both passes or
+    in none: no plan is made for these.
+    """
+    return [step for before, step in pairwise(steps) if _calm(before) == _calm(step)] or steps
 
 
 def merge_traces(run_dir: Path) -> None:

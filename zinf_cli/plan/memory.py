@@ -14,7 +14,7 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 PAGE = 4096
-CHURN_BYTES = 60 * MIB
+CHURN_BYTES = 80 * MIB
 """What malloc and the libraries of matrix multiplication hold beside what is in use, as temporaries of many sizes come
 and go."""
 LANE_BYTES = 5 * MIB
