@@ -32,9 +32,9 @@ test-faults: install lab ## every fault of a run on many hosts, at ten moments e
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.
 lab:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip; } >/dev/null; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync; } >/dev/null; then \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    openssh-server iproute2; } >/dev/null 2>&1 || echo 'note: no sshd and ip here, tests on many hosts are skipped'; fi
+	    openssh-server iproute2 rsync; } >/dev/null 2>&1 || echo 'note: no sshd, ip and rsync here, tests on many hosts are skipped'; fi
 
 check: install ## lint, formatting and types
 	$(PYTHON) -m ruff check .

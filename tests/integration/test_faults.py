@@ -43,7 +43,7 @@ def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
 
 
 def kill_agent(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.kill(of_module(lab, 1, "torch.distributed.run")[0], signal.SIGKILL)
+    os.kill(of_module(lab, 1, "zinf_cli.launch.agent")[0], signal.SIGKILL)
 
 
 def kill_supervisor(lab: Lab, launcher: subprocess.Popen[str]) -> None:

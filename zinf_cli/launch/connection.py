@@ -89,7 +89,7 @@ class Connection:
 
     def capture(self, command: Sequence[str], *, within: float, text: str = "") -> dict[str, Any]:
         """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads."""
-        self.request("run", command=command, environment={}, defaults={}, text=text)
+        self.request("run", command=command, text=text)
         deadline = time.monotonic() + within
         while self.lost is None and time.monotonic() < deadline:
             with suppress(queue.Empty):

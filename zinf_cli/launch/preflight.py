@@ -79,14 +79,15 @@ def check_hosts(
     paths: Sequence[str] = (),
     nvme: Sequence[str] = (),
     min_hosts: int | None = None,
+    ahead: Sequence[str] = (),
 ) -> Preflight:
     """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
 
-    `min_hosts` have to answer, by default all.
+    `min_hosts` have to answer, by default all. `ahead` is a command that every host has stand by.
     """
     rows = [Row(host) for host in hosts]
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
-    at_all(lambda row: _ask(row, lifelines, question), rows)
+    at_all(lambda row: _ask(row, lifelines, question, ahead), rows)
     absent = [row for row in rows if row.connection is None]
     if min_hosts is not None and len(rows) - len(absent) >= min_hosts:
         rows = [row for row in rows if row.connection is not None]
@@ -102,7 +103,7 @@ def check_hosts(
     return Preflight(rows, rendezvous, absent)
 
 
-def _ask(row: Row, lifelines: Lifelines, question: str) -> None:
+def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Sequence[str]) -> None:
     """Connect, and ask for the facts."""
     try:
         row.connection = lifelines.connect(row.host)
@@ -115,6 +116,8 @@ def _ask(row: Row, lifelines: Lifelines, question: str) -> None:
     asked = time.time()
     try:
         done = row.connection.capture(command, within=_FACTS_S, text=question)
+        if ahead:  # after the facts, which say how much memory is free
+            row.connection.request("stand_by", command=ahead)
     except HostError as error:
         row.note("zinf", "no", error.message)
         return

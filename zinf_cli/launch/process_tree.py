@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import tempfile
@@ -25,6 +26,9 @@ _GRACE_S = 1.0
 _KILL_TIMEOUT_S = 5.0
 """A process that outlives SIGKILL this long sits in the kernel (a hung drive or GPU) and can't be ended."""
 
+_MOST_TEXT = 1 << 20
+"""Bytes a child may be told before it reads."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _prctl = ctypes.CDLL(None).prctl
@@ -40,26 +44,30 @@ def become_subreaper() -> None:
 class Child:
     """A process in a session of its own that dies with this one; `code` is None while it runs.
 
-    Its output goes into the file `log`, or without one is kept for `output` and `errors`. This process must have no
-    threads, since what follows the fork is Python.
+    Its output is kept. This process must have no threads, since what follows the fork is Python.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: str | None, text: str) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.command = list(command)
         self.code: int | None = None
-        self._kept: list[IO[bytes]] = []
-        with contextlib.ExitStack() as opened:
-            stdin = opened.enter_context(tempfile.TemporaryFile())
-            stdin.write(text.encode())
-            stdin.seek(0)
-            if log is None:
-                self._kept = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
-                outputs = [file.fileno() for file in self._kept]
-            else:
-                outputs = [opened.enter_context(Path(log).open("wb")).fileno()] * 2
-            parent = os.getpid()
-            self.pid = os.fork()
-            if self.pid == 0:
-                _become(command, environment, [stdin.fileno(), *outputs], parent)
+        self._kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, _MOST_TEXT)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(command, environment, [stdin, *(file.fileno() for file in self._kept)], parent)
+        os.close(stdin)
+
+    def tell(self, text: str) -> None:
+        """What it reads on its stdin, all of it; OSError where it has ended already."""
+        data = memoryview(text.encode())
+        try:
+            while data:
+                data = data[os.write(self._stdin, data) :]
+        finally:
+            os.close(self._stdin)
 
     def output(self) -> str:
         return self._text(0)
@@ -68,8 +76,6 @@ class Child:
         return self._text(1)
 
     def _text(self, number: int) -> str:
-        if not self._kept:
-            return ""
         self._kept[number].seek(0)
         return self._kept[number].read().decode(errors="replace")
 
@@ -103,14 +109,17 @@ def reap() -> Iterator[tuple[int, int]]:
             yield pid, os.waitstatus_to_exitcode(status)
 
 
-def end_descendants() -> None:
-    """SIGTERM to all of it, then SIGKILL, again until nothing is left: a process may fork while the others die."""
-    _signal_all(_descendants(), signal.SIGTERM)
+def end_descendants(but: int | None = None) -> None:
+    """SIGTERM to all of it, then SIGKILL, again until nothing is left: a process may fork while the others die.
+
+    `but` is a child that is to live on, with what is below it.
+    """
+    _signal_all(_descendants(but), signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_S
-    while _descendants() and time.monotonic() < deadline:
+    while _descendants(but) and time.monotonic() < deadline:
         time.sleep(0.02)
     deadline = time.monotonic() + _KILL_TIMEOUT_S
-    while (left := _descendants()) and time.monotonic() < deadline:
+    while (left := _descendants(but)) and time.monotonic() < deadline:
         _signal_all(left, signal.SIGKILL)
         time.sleep(0.02)
 
@@ -139,13 +148,16 @@ def _number(file: str, name: str) -> int:
     return next((int(words[1]) for words in lines if words[0] == name), 0)
 
 
-def _descendants() -> list[int]:
-    """Living processes below this one, parents before children: a guard told before its rank dies knows why it did."""
+def _descendants(but: int | None = None) -> list[int]:
+    """Living processes below this one, parents before children: a guard told before its rank dies knows why it did.
+
+    Without the child `but`, and what is below it.
+    """
     children: dict[int, list[int]] = {}
     for pid in _pids():
         with contextlib.suppress(OSError):
             state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-            if state not in "ZX":
+            if state not in "ZX" and pid != but:
                 children.setdefault(int(parent), []).append(pid)
     found = [os.getpid()]
     for pid in found:

@@ -8,6 +8,7 @@ of the first failure, and the guarantee that nothing is left running.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import queue
 import signal
@@ -27,6 +28,9 @@ from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
 from zinf_cli.launch.rendezvous import Rendezvous
+
+AGENT = (sys.executable, "-m", "zinf_cli.launch.agent")
+"""What runs on each host; a host that has it stand by (supervisor.py) starts its ranks sooner."""
 
 _POLL_S = 0.1
 
@@ -147,15 +151,14 @@ class _Part:
     def start(self, agent_options: Mapping[str, str], way: str | None) -> None:
         """Start torchrun's agent there; `way` is the network interface to the other hosts."""
         flat = [word for option in agent_options.items() for word in option]
-        command = [sys.executable, "-m", "torch.distributed.run", *flat, "-m", self._program.module]
         interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
-        self.connection.request(
-            "run",
-            command=[*command, *self._program.arguments],
-            environment={**_visible(self.connection), **self._program.environment},
-            defaults={**self._program.defaults, **interface},
-            log=str(self._log),
-        )
+        order = {
+            "arguments": [*flat, "-m", self._program.module, *self._program.arguments],
+            "environment": {**_visible(self.connection), **self._program.environment},
+            "defaults": {**self._program.defaults, **interface},
+            "log": str(self._log),
+        }
+        self.connection.request("run", command=AGENT, text=json.dumps(order))
         self._started = True
 
     def listen(self) -> None:
@@ -165,6 +168,8 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
+                    if event["errors"]:  # before it knew of its log
+                        self._log.write_text(event["errors"])
                 elif event["event"] == "vitals":
                     self.peak_memory = max(self.peak_memory, event["memory"])
                     self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))

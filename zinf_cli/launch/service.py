@@ -17,7 +17,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_to_resume, step_of
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
-from zinf_cli.hardware import Room
+from zinf_cli.hardware import Room, room_here
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.description import Describing, ReportedError, describe
@@ -25,7 +25,7 @@ from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
 from zinf_cli.launch.run_folder import run_folder
-from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
+from zinf_cli.launch.runner import AGENT, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
@@ -96,13 +96,16 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
         connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
         hosts = [connection.host for connection in connections] if preflight else request.hosts
+        room = _least_room(preflight) if preflight else room_here(nvme_folders(recipe))
+        if not far and not request.dry_run:
+            connections[0].request("stand_by", command=AGENT)
         with console.status("reading the model, its checkpoint and the text ..."):
             if describing is not None:
                 figures = describing.figures(hosts, connections[0])
             else:
                 figures = describe(recipe, request.slots, hosts, connections[0])
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        plan = make_plan(recipe, figures, profile, hosts, _least_room(preflight) if preflight else None)
+        plan = make_plan(recipe, figures, profile, hosts, room)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
@@ -157,6 +160,7 @@ def _preflight(
             paths=_paths(recipe),
             nvme=[str(folder) for folder in nvme_folders(recipe)],
             min_hosts=min_hosts or len(request.hosts),
+            ahead=AGENT,
         )
     console.print(preflight_screen(preflight))
     preflight.require_ready()

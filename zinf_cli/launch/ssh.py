@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import pwd
 import shlex
 import socket
 from base64 import b64encode
@@ -67,6 +69,22 @@ def connect(host: Host) -> Any:
     with suppress(AttributeError, OSError):  # behind a jump host it is a channel, not a socket
         connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
     return connection
+
+
+def openssh_command(connection: Any) -> list[str]:
+    """OpenSSH's client with what fabric found out about a host, which is yet to be named."""
+    config = Path("~/.ssh/config").expanduser()
+    looked_for = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh" / "config"  # whatever HOME is
+    known_hosts = " ".join(f'"{file}"' for file in _known_hosts_files(connection))
+    options = {
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes",
+        "ConnectTimeout": _CONNECT_S,
+        "UserKnownHostsFile": known_hosts,
+    }
+    command = ["ssh", "-l", connection.user, "-p", str(connection.port)]
+    command += ["-F", str(config)] if config.exists() and config != looked_for else []
+    return command + [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
 
 
 def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:

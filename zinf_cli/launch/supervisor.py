@@ -63,6 +63,7 @@ class Supervisor:
         self._heard = self._spoken = time.monotonic()
         self._folder: RunFolder | None = None
         self._child: Child | None = None
+        self._standing_by: Child | None = None
         self._listener: socket.socket | None = None
 
     def serve(self) -> None:
@@ -132,9 +133,11 @@ class Supervisor:
     def _watch(self) -> None:
         """Reap, send on what the ranks wrote, and report the child's end once all of that is on its way."""
         for pid, code in reap():
+            if self._standing_by is not None and pid == self._standing_by.pid:
+                self._standing_by = None
             if self._child is not None and pid == self._child.pid:
                 self._child.code = code
-                end_descendants()
+                end_descendants(self._standing_by.pid if self._standing_by is not None else None)
         behind = False
         if self._folder is not None and self._folder.mirrored:
             behind = len(self._outgoing) > _MOST_OUTGOING_BYTES or self._send_news()
@@ -187,24 +190,25 @@ class Supervisor:
             self._folder.remove()
             self._folder = None
 
-    def do_run(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        defaults: Mapping[str, str],
-        log: str | None = None,
-        text: str = "",
-    ) -> int:
-        """Start a process; its end is an event, which has its output where there is no `log`. Its pid.
+    def do_stand_by(self, command: Sequence[str]) -> None:
+        """Start a process ahead of the `do_run` that will ask for it; until then it waits for what it is told."""
+        self._standing_by = self._start(command)
 
-        `environment` is set, `defaults` where this host does not set them itself; the process reads `text`.
-        """
+    def do_run(self, command: Sequence[str], text: str = "") -> int:
+        """Start a process, unless it stands by, which reads `text`. Its end is an event, with its output. Its pid."""
         self.do_unlisten()
         if self._folder is not None:
             self._folder.begin()
-        variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id}
-        self._child = Child(command, variables, log, text)
+        if self._standing_by is not None and self._standing_by.command == list(command):
+            self._child, self._standing_by = self._standing_by, None
+        else:
+            self._child = self._start(command)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which says more
+            self._child.tell(text)
         return self._child.pid
+
+    def _start(self, command: Sequence[str]) -> Child:
+        return Child(command, {**os.environ, LAUNCH_ID: self._launch_id})
 
     def do_stop(self) -> None:
         """Ask the ranks to stop at the end of their step."""
