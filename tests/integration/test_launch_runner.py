@@ -34,7 +34,7 @@ from zinf_cli.launch.transport import Pipes
 
 polls, notes = [], []
 scenario, run_dir = sys.argv[1], Path(sys.argv[2])
-program = Program("ranks", [scenario, str(run_dir)], run_dir, {}, [], {"OMP_NUM_THREADS": "1"}, {})
+program = Program("ranks", [scenario, str(run_dir)], run_dir, {}, [], False, {"OMP_NUM_THREADS": "1"}, {})
 with Lifelines(Pipes()) as lifelines:
     world = World(lifelines, [lifelines.connect(this_machine(2))])
     outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)

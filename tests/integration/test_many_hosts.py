@@ -100,6 +100,14 @@ def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorksh
     assert apart.left_behind() == [str(own.parent / "earlier" / "1" / "metrics.jsonl")]
 
 
+def test_checkpoints_are_refused_where_hosts_share_no_folder_for_them(apart: ApartWorkshop) -> None:
+    refused = apart.launch("--hosts", apart.lab.hostfile(), "checkpoint.interval=1")
+    assert refused.code == 3, refused.err
+    assert f"node4: {apart.run_dir} is not the launcher's there" in refused.message
+    assert "output_dir to a folder that all hosts share" in refused.message
+    assert apart.left_behind() == []
+
+
 def test_two_launches_on_one_host_end_only_their_own(near: FarWorkshop) -> None:
     hostfile = near.lab.hostfile(hosts=near.lab.hosts[:1])
     first = near.start("--hosts", hostfile, "train.max_steps=100000")

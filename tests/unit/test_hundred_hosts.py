@@ -90,7 +90,7 @@ class SimulatedChannel:
 
 
 def launch(transport: Simulated, run_dir: Path) -> Outcome:
-    program = Program("ranks", [], run_dir, {"recipe.yaml": "", "plan.json": ""}, [], {}, {})
+    program = Program("ranks", [], run_dir, {"recipe.yaml": "", "plan.json": ""}, [], False, {}, {})
     with Lifelines(transport) as lifelines:
         preflight = check_hosts(HOSTS, lifelines)
         preflight.require_ready()

@@ -107,7 +107,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
     count = sum(len(connection.host.slots) for connection in world.connections)
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
         run_dir = Path(folder)
-        program = Program("zinf_cli.bench.links", [folder, part], run_dir, {}, (), {}, {})
+        program = Program("zinf_cli.bench.links", [folder, part], run_dir, {}, (), False, {}, {})
         with console.status(f"measuring, {count} {'rank' if count == 1 else 'ranks'} ..."):
             outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
         if outcome.interrupted:

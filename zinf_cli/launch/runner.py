@@ -61,6 +61,8 @@ class Program:
     files: Mapping[str, str]
     """Name to text: what the ranks need to find in it."""
     nvme_folders: Sequence[str]
+    writes_checkpoints: bool
+    """Or reads one: then every host has to see the launcher's run_dir, not one of its own."""
     environment: Mapping[str, str]
     defaults: Mapping[str, str]
     """Variables that a host's own environment overrules."""
@@ -144,9 +146,15 @@ class _Part:
     def prepare(self) -> None:
         """Open the run's folder there."""
         program = self._program
-        self.connection.request(
+        shared = self.connection.request(
             "open_folder", path=str(program.run_dir), nvme=program.nvme_folders, files=program.files
         )
+        if program.writes_checkpoints and not shared:
+            raise HostError(
+                f"{program.run_dir} is not the launcher's there, and a checkpoint is written by all hosts together",
+                where=self.host.name,
+                hint="set output_dir to a folder that all hosts share, or checkpoint.interval=null",
+            )
 
     def start(self, agent_options: Mapping[str, str], way: str | None) -> None:
         """Start torchrun's agent there; `way` is the network interface to the other hosts."""

@@ -198,6 +198,7 @@ def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Pro
         run_dir,
         {name: (run_dir / name).read_text(encoding="utf-8") for name in ("recipe.yaml", "plan.json")},
         plan.nvme_folders,
+        recipe.checkpoint.interval is not None or plan.resume is not None,
         {
             **carried,
             **request.environment,

@@ -176,11 +176,12 @@ class Supervisor:
         except OSError as error:
             raise OSError(0, f"can't reach {address} port {port}: {error.strerror or error}") from error
 
-    def do_open_folder(self, path: str, nvme: Sequence[str], files: Mapping[str, str]) -> None:
-        """Take the run's folder."""
+    def do_open_folder(self, path: str, nvme: Sequence[str], files: Mapping[str, str]) -> bool:
+        """Take the run's folder; whether it is the launcher's own."""
         folder = RunFolder(path, nvme, self._launch_id)
         folder.open(files)
         self._folder = folder
+        return not folder.mirrored
 
     def do_close_folder(self) -> None:
         """Send what the launcher does not have yet, then give the folder up."""

@@ -26,7 +26,6 @@ from zinf_cli.plan.memory import (
     CLASSES,
     Choice,
     Working,
-    activation_bytes,
     compute_bytes,
     framework_bytes,
     host_bytes,
@@ -37,6 +36,7 @@ from zinf_cli.plan.memory import (
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.predict import cluster_of, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
+from zinf_cli.plan.traffic import nvme_traffic
 from zinf_cli.profiles import Profile
 from zinf_cli.recipe import Recipe
 
@@ -278,9 +278,9 @@ def _plan(
     if count := checkpoints_to_come(recipe, figures.data.max_steps):
         left = space_left(recipe, folders, needed["nvme"])
         limits.append(Limit(CHECKPOINTS, count * checkpoint_bytes(figures), left, "this machine"))
-    traffic = _nvme_traffic(figures, choice, sweeps, micro_batches)
+    traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
     waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
-    most_traffic = _nvme_traffic(figures, waiting, sweeps, micro_batches)
+    most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches)
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         hosts=hosts,
@@ -353,31 +353,6 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
 def nvme_folders(recipe: Recipe) -> Sequence[Path]:
     """Where offload to NVMe goes: the recipe's folders, or one inside the run's."""
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
-
-
-def _nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
-    """Bytes read and written per step and rank.
-
-    Every visit of a unit reads its parameters: a call takes one in the forward and one in the backward pass, the last
-    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left; the update
-    reads it, unless it is made right there.
-    """
-    model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
-    away = {state for state in CLASSES if choice.placement[state] == "nvme"}
-    total = 0
-    for number, unit in enumerate(model.units):
-        calls = 1 if unit.resident else sweeps * unit.calls
-        turns = calls if unit.resident else sweeps if number == model.turn else 0
-        trainable = unit.trainable_numel // ranks
-        if "params" in away:
-            total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
-        if "grads" in away:
-            total += trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update])
-        if "optimizer" in away:
-            total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
-    if "activations" in away:
-        total += 2 * micro_batches * sum(activation_bytes(figures, choice))
-    return total
 
 
 def does_not_fit(plan: Plan) -> CapacityError:

@@ -1,0 +1,31 @@
+"""Bytes that go to and from the drives in a step."""
+
+from __future__ import annotations
+
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes
+
+
+def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
+    """Bytes read and written per step and rank.
+
+    Every visit of a unit reads its parameters: a call takes one in the forward and one in the backward pass, the last
+    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left; the update
+    reads it, unless it is made right there.
+    """
+    model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
+    away = {state for state in CLASSES if choice.placement[state] == "nvme"}
+    total = 0
+    for number, unit in enumerate(model.units):
+        calls = 1 if unit.resident else sweeps * unit.calls
+        turns = calls if unit.resident else sweeps if number == model.turn else 0
+        trainable = unit.trainable_numel // ranks
+        if "params" in away:
+            total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
+        if "grads" in away:
+            total += trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update])
+        if "optimizer" in away:
+            total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
+    if "activations" in away:
+        total += 2 * micro_batches * sum(activation_bytes(figures, choice))
+    return total
