@@ -70,7 +70,8 @@ def filled_in(path: Path, overrides: Sequence[str]) -> list[str]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[_Key, str], list[str]]:
     """The YAML tree, where each key stands ("recipe.yaml:12"), and problems of the text itself."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")  # once: it may be a pipe
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise RecipeError([f"{path}: {error.strerror}"]) from error
     except UnicodeDecodeError as error:
@@ -84,7 +85,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[_Key, str], list[str]]:
         raise RecipeError([f"{path}:1: a recipe is a mapping of sections such as model: and train:"])
     places: dict[_Key, str] = {}
     problems = list(_walk(node, (), places, path))
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    tree = yaml.safe_load(text)
     return tree, places, problems
 
 
