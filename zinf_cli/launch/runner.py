@@ -176,7 +176,7 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
-                    if event["errors"]:  # before it knew of its log
+                    if not self._log.exists():  # it never got to know of it
                         self._log.write_text(event["errors"])
                 elif event["event"] == "vitals":
                     self.peak_memory = max(self.peak_memory, event["memory"])

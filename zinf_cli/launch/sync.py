@@ -29,6 +29,8 @@ _RSYNC = (
     "rsync", "--recursive", "--copy-links", "--perms", "--times", "--relative", "--no-implied-dirs", "--exclude=*.pyc",
     "--exclude=__pycache__", "--stats", "--no-human-readable",
 )  # fmt: skip
+_NO_WAY_IN = 255
+"""OpenSSH's exit code."""
 
 
 def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
@@ -68,6 +70,8 @@ def _by_rsync(paths: Sequence[Path], host: Host, connection: Any) -> int:
     name = f"[{host.host}]" if ":" in host.host else host.host
     command = [*_RSYNC, "--rsh", shlex.join(openssh_command(connection)), *map(str, paths), f"{name}:/"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode == _NO_WAY_IN:  # where fabric found one
+        return _by_sftp(paths, host, connection)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise HostError(said[0], where=host.name)
