@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from zinf_cli.launch.runner import AGENT, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
+from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.profile_file import find_measured
@@ -91,21 +93,13 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
     far = bool(request.hosts) and not request.dry_run
     with Lifelines(transport_to(request.hosts if far else ())) as lifelines:
         if far:
-            _bring_files(request, console)
-        describing = Describing(recipe, request.hosts, lifelines) if far else None
-        preflight = _preflight(recipe, request, lifelines, console, min_hosts) if far else None
-        connections = preflight.connections if preflight else [lifelines.connect(this_machine(request.slots or 1))]
-        hosts = [connection.host for connection in connections] if preflight else request.hosts
-        room = _least_room(preflight) if preflight else room_here(nvme_folders(recipe))
-        if not far and not request.dry_run:
-            connections[0].request("stand_by", command=AGENT)
+            ready = _hosts_ready(recipe, request, lifelines, console, min_hosts)
+        else:
+            ready = _this_machine_ready(recipe, request, lifelines)
         with console.status("reading the model, its checkpoint and the text ..."):
-            if describing is not None:
-                figures = describing.figures(hosts, connections[0])
-            else:
-                figures = describe(recipe, request.slots, hosts, connections[0])
+            figures = ready.describe()
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        plan = make_plan(recipe, figures, profile, hosts, room)
+        plan = make_plan(recipe, figures, profile, ready.hosts, ready.room)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
@@ -117,12 +111,55 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             hint = "raise train.max_steps to go on, or set checkpoint.resume=never to begin anew"
             console.print(f"nothing to do: the run has done its {plan.max_steps} steps ({hint})", soft_wrap=True)
             return None
-        for connection, host in zip(connections, plan.hosts, strict=True):
+        for connection, host in zip(ready.world.connections, plan.hosts, strict=True):
             connection.host = host
         with run_folder(recipe, plan, here=not request.hosts) as run_dir:
-            world = World(lifelines, connections, preflight.rendezvous if preflight else None)
-            summary, outcome = _run(recipe, plan, run_dir, world, request, console)
+            summary, outcome = _run(recipe, plan, run_dir, ready.world, request, console)
         return Ended(run_dir, summary, outcome)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Where a run can start: agents stand by there already, but for a dry run."""
+
+    world: World
+    hosts: Sequence[Host]
+    """Those of a hostfile; none: this machine."""
+    room: Room
+    describe: Callable[[], Figures]
+    """What the plan needs to know of the recipe."""
+
+
+def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
+    connection = lifelines.connect(this_machine(request.slots or 1))
+    room = room_here(nvme_folders(recipe))
+    if not request.dry_run:
+        connection.request("stand_by", command=AGENT)
+    figures = partial(describe, recipe, request.slots, request.hosts, connection)
+    return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
+
+
+def _hosts_ready(
+    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
+) -> _Ready:
+    """Bring files, look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
+    _bring_files(request, console)
+    describing = Describing(recipe, request.hosts, lifelines)
+    with console.status(f"looking at {len(request.hosts)} hosts ..."):
+        preflight = check_hosts(
+            request.hosts,
+            lifelines,
+            paths=_paths(recipe),
+            nvme=[str(folder) for folder in nvme_folders(recipe)],
+            min_hosts=min_hosts or len(request.hosts),
+            ahead=AGENT,
+        )
+    console.print(preflight_screen(preflight))
+    preflight.require_ready()
+    connections = preflight.connections
+    hosts = [connection.host for connection in connections]
+    world = World(lifelines, connections, preflight.rendezvous)
+    return _Ready(world, hosts, _least_room(preflight), partial(describing.figures, hosts, connections[0]))
 
 
 def _report(ended: Ended, request: Request, console: Console) -> None:
@@ -147,24 +184,6 @@ def _bring_files(request: Request, console: Console) -> None:
         with console.status(f"bringing files to {len(request.hosts)} hosts ..."):
             sent = sync([path.absolute() for path in request.sync], request.hosts)
         console.print(f"brought to the hosts: {format_bytes(sent)}", highlight=False)
-
-
-def _preflight(
-    recipe: Recipe, request: Request, lifelines: Lifelines, console: Console, min_hosts: int | None
-) -> Preflight:
-    """Look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
-    with console.status(f"looking at {len(request.hosts)} hosts ..."):
-        preflight = check_hosts(
-            request.hosts,
-            lifelines,
-            paths=_paths(recipe),
-            nvme=[str(folder) for folder in nvme_folders(recipe)],
-            min_hosts=min_hosts or len(request.hosts),
-            ahead=AGENT,
-        )
-    console.print(preflight_screen(preflight))
-    preflight.require_ready()
-    return preflight
 
 
 def _paths(recipe: Recipe) -> list[str]:
