@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Attention with rotary positions and a gated MLP, each behind an RMSNorm; x is [1, rows, hidden]."""
+    """Attention with rotary positions and a gated MLP, each behind an RMSNorm; x is [1, up to `rows`, hidden]."""
 
     def __init__(self, hidden: int, rows: int, **where: Any) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
-        cos, sin = self.rotation
+        cos, sin = self.rotation[:, : x.shape[2]]
         rotated: torch.Tensor = x * cos + torch.cat((-second, first), dim=-1) * sin
         return rotated
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,17 @@ ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}
 """Tokens of a micro-batch."""
 HIDDEN = {"cpu": 1024, "cuda": 4096}
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("bf16", "fp16", "fp32")}
-BLOCKS, MICRO_BATCHES = 3, 4
+BLOCKS, MICRO_BATCHES = 2, 4
 """Of a timed pass: weights come from memory, as in a sweep, and serve several micro-batches."""
 UPDATE_NUMEL = 1 << 23
 COPY_BYTES = 1 << 28
 GATHER_BYTES = 1 << 26
 ROUNDS = 3
-"""Of everything. The median counts, as in a run, which has its share of what else the machine does."""
-REPEATS = 3
-"""Of each in a round, each of at least SECONDS; again the median counts."""
+"""Of everything in turn. The median counts: a run, too, has its share of what else the machine does."""
 SECONDS = 0.05
-ENOUGH_S = 1.0
-"""So long a call is not repeated more than once."""
+"""What is timed at once, at least."""
+ENOUGH_S = 0.3
+"""A first call that takes so long is not made again to warm up."""
 
 
 def measure_alone() -> dict[str, Any]:
@@ -97,7 +97,7 @@ def measure_together() -> dict[str, Any]:
         dist.barrier()
 
     others = (ranks.world_size - 1) / ranks.world_size
-    found: dict[str, Any] = {"collective": GATHER_BYTES * others / _seconds(gather, device, times=3)}
+    found: dict[str, Any] = {"collective": GATHER_BYTES * others / _seconds(gather, device, times=9)}
     if cuda:
         dist.barrier()
         rates = ranks.all(round(_copy_rate(device)))
@@ -129,15 +129,24 @@ def _block_rate(rows: int, precision: str, device: Any) -> float:
     """FLOP/s of a transformer block's forward, recomputed forward and backward."""
     import torch
 
-    from zinf_cli.bench.block import Block, pass_over
+    from zinf_cli.bench.block import pass_over
     from zinf_cli.train.setup import DTYPES
 
     where = {"device": device, "dtype": DTYPES[precision]}
     hidden = HIDDEN[device.type]
-    blocks = [Block(hidden, rows, **where) for _ in range(BLOCKS)]
+    blocks = _blocks(precision, device)
     batches = [torch.randn(1, rows, hidden, requires_grad=True, **where) for _ in range(MICRO_BATCHES)]
-    flops = 4 * BLOCKS * MICRO_BATCHES * blocks[0].flops(rows)
+    flops: float = 4 * BLOCKS * MICRO_BATCHES * blocks[0].flops(rows)
     return flops / _seconds(lambda: pass_over(blocks, batches), device)
+
+
+@lru_cache(maxsize=1)
+def _blocks(precision: str, device: Any) -> list[Any]:
+    from zinf_cli.bench.block import Block
+    from zinf_cli.train.setup import DTYPES
+
+    kind = device.type
+    return [Block(HIDDEN[kind], max(ROWS[kind]), device=device, dtype=DTYPES[precision]) for _ in range(BLOCKS)]
 
 
 def _adamw_rate() -> float:
@@ -179,12 +188,10 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / count
 
-    timed(1)
     once = timed(1)
     if times is None and once > ENOUGH_S:
-        return statistics.median([once, timed(1)])
-    count = times or max(1, round(SECONDS / once))
-    return statistics.median(timed(count) for _ in range(REPEATS))
+        return once
+    return timed(times or max(1, round(SECONDS / once)))
 
 
 def main() -> int:
