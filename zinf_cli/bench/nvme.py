@@ -32,7 +32,9 @@ FINALISTS = 2
 """Points of the sweep that are repeated."""
 REPEATS = 3
 SHARE = 4
-"""A point of the sweep moves one SHARE-th of the file."""
+"""A point of the sweep moves one SHARE-th of the file,"""
+ROUNDS = 4
+"""in so many goes, in turn with the others: the speed of a shared drive changes from one second to the next."""
 READ, WRITE, BOTH = "read", "write", "both"
 
 
@@ -99,7 +101,7 @@ def steps_of(size: int, block_sizes: Sequence[int], threads: Sequence[int]) -> i
     """Bytes a whole bench moves, for its progress bar."""
     points = len(block_sizes) * len(threads)
     finals = min(FINALISTS, points) * REPEATS
-    return size + 2 * points * (size // SHARE) + 2 * finals * size + REPEATS * 2 * size
+    return size + 2 * points * ROUNDS * (size // SHARE // ROUNDS) + 2 * finals * size + REPEATS * 2 * size
 
 
 def bench_nvme(
@@ -113,10 +115,7 @@ def bench_nvme(
         sweep: list[Point] = []
         best: dict[str, Point] = {}
         for direction in (READ, WRITE):
-            points = [
-                bench.run(direction, size // SHARE, block, count, direction)
-                for block, count in itertools.product(block_sizes, threads)
-            ]
+            points = bench.sweep(direction, list(itertools.product(block_sizes, threads)), size // SHARE // ROUNDS)
             sweep += points
             finalists = sorted(points, key=lambda point: -point.bytes_per_s)[:FINALISTS]
             best[direction] = bench.repeat(finalists, size)
@@ -175,6 +174,14 @@ class Bench:
         """Move `num_bytes` in one direction; its rate."""
         shown = f"{doing}, {threads} × {format_bytes(block_size)}"
         return Point(direction, block_size, threads, self._move([(direction, block_size, threads)], num_bytes, shown))
+
+    def sweep(self, direction: str, settings: Sequence[tuple[int, int]], num_bytes: int) -> list[Point]:
+        """Every (block size, threads) moves `num_bytes` in each round; its rate is that of all rounds together."""
+        seconds = dict.fromkeys(settings, 0.0)
+        for _ in range(ROUNDS):
+            for setting in settings:
+                seconds[setting] += num_bytes / self.run(direction, num_bytes, *setting, direction).bytes_per_s
+        return [Point(direction, *setting, ROUNDS * num_bytes / taken) for setting, taken in seconds.items()]
 
     def repeat(self, points: Sequence[Point], size: int) -> Point:
         """The best of `points` by the median of runs over the whole file, in turn."""
