@@ -13,10 +13,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from zinf_cli.bench.nvme import READ, REPEATS, WRITE, Bench, Files, Result, open_files
+from zinf_cli.bench.nvme import READ, WRITE, Bench, Files, Result, open_files
 
 BLOCK_SIZES = (4 * 2**20, 8 * 2**20)
 DEPTH = 16
+PAIRS = 6
+"""Runs of fio with each block size, each beside one of zinf's best; they take turns in who goes first."""
 ENGINES = ("io_uring", "libaio", "psync")
 """In the order of preference; a kernel may refuse the first."""
 
@@ -35,16 +37,19 @@ def beside_fio(result: Result) -> dict[str, object] | None:
         shares: dict[str, float] = {}
         for direction, best in ((READ, result.read), (WRITE, result.write)):
             theirs: dict[int, list[float]] = {block: [] for block in BLOCK_SIZES}
-            mine = []
-            for _ in range(REPEATS):
+            mine: dict[int, list[float]] = {block: [] for block in BLOCK_SIZES}
+            for number in range(PAIRS):
                 for block in BLOCK_SIZES:
-                    theirs[block].append(_fio(files, result, direction, block, engine) or 0.0)
-                    rate = bench.run(direction, result.size, best.block_size, best.threads, direction).bytes_per_s
-                    mine.append(rate)
+                    for fio in (True, False) if number % 2 else (False, True):
+                        if fio:
+                            theirs[block].append(_fio(files, result, direction, block, engine) or 0.0)
+                        else:
+                            done = bench.run(direction, result.size, best.block_size, best.threads, direction)
+                            mine[block].append(done.bytes_per_s)
             medians = {block: statistics.median(rates) for block, rates in theirs.items()}
             block = max(medians, key=lambda size: medians[size])
             found[direction] = {"bytes_per_s": medians[block], "block_size": block, "depth": DEPTH}
-            shares[direction] = statistics.median(mine) / medians[block]
+            shares[direction] = statistics.median(mine[block]) / medians[block]
         return {**found, "zinf_of_fio": shares}
 
 
