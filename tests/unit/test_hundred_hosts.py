@@ -18,7 +18,7 @@ from zinf_cli.errors import PreflightError
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import Outcome, Program, World, run_ranks
+from zinf_cli.launch.runner import AGENT, Outcome, Program, World, run_ranks
 from zinf_cli.launch.transport import Channel
 from zinf_cli.version import code_digest
 
@@ -124,7 +124,7 @@ def test_the_one_host_that_is_not_ready_is_named() -> None:
 
 def test_the_one_host_that_fails_is_named(tmp_path: Path) -> None:
     def failing(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
-        if request["do"] == "run" and request.get("log") is not None:
+        if request["do"] == "run" and tuple(request["command"]) == AGENT:
             ended = {"event": "ended", "code": 1, "output": "", "errors": ""}
             return [{"answer": 1}, ended] if host.name == "node057" else [{"answer": 1}]
         if request["do"] == "kill":
