@@ -25,7 +25,7 @@ LAUNCHER_BYTES = 170 * MIB
 """The launcher, torchrun's agent, and the guards of the ranks, per host."""
 KEPT_MORE = 1.12
 """Activations that are kept in memory are many tensors, with gaps between them."""
-TEMPORARIES_MORE = 1.25
+TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 CHUNK_NUMEL = 1 << 20
