@@ -1,7 +1,8 @@
 """`--sync`: bring local files and folders to every host, to the same path there, and zinf itself.
 
 By rsync where both ends have it, else over SFTP. A file that is there with the same size and time stays; on a shared
-file system that is every file. A file appears whole or not at all. What is only on the host stays, too.
+file system that is every file. A file appears whole or not at all. What is only on the host stays,
+too; but rsync replaces a file that stands where a folder should be, which SFTP refuses.
 """
 
 from __future__ import annotations

@@ -112,10 +112,15 @@ def host_bytes(ranks: int, shared_bytes: int) -> int:
     return LAUNCHER_BYTES - (ranks - 1) * shared_bytes
 
 
+def churn_bytes(per_sweep: int, *, streamed: bool) -> int:
+    """What a rank holds of CPU memory beside what is in use, with so many micro-batches in a sweep."""
+    return CHURN_BYTES + per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
+
+
 def framework_bytes(figures: Figures, choice: Choice) -> int:
     """What a rank takes of CPU memory beside the model and its states."""
     streamed = not all(choice.in_place(state) for state in CLASSES)
-    churn = CHURN_BYTES + choice.per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
+    churn = churn_bytes(choice.per_sweep, streamed=streamed)
     if figures.world_size > 1 and not figures.machine.accelerators:  # gloo copies what it gathers and what it reduces
         churn += 3 * 4 * max((unit.numel for unit in figures.model.units), default=0)
     return figures.machine.process_bytes + churn

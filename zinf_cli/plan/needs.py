@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zinf_cli.plan.memory import CHURN_BYTES, CLASSES, LANE_BYTES, MIB, STREAMING_BYTES, host_bytes
+from zinf_cli.plan.memory import CLASSES, MIB, churn_bytes, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 from zinf_cli.profiles import GIB, Profile
@@ -129,7 +129,7 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
     streamed = any(tier not in (compute, "device") for tier in placement.values())
     held["cpu"]["Python and torch"] = host_bytes(ranks, SHARED_BYTES) + ranks * (
-        PROCESS_BYTES + CHURN_BYTES + per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
+        PROCESS_BYTES + churn_bytes(per_sweep, streamed=streamed)
     )
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES

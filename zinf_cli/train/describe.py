@@ -117,5 +117,5 @@ def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     memory = process_memory()
-    libraries = memory["RssFile"] + memory["RssShmem"]
+    libraries = memory.get("RssFile", 0) + memory.get("RssShmem", 0)
     return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best, memory["VmRSS"], libraries)

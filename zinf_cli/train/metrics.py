@@ -82,7 +82,7 @@ class PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> int:
-        return process_memory()["VmHWM"]
+        return process_memory().get("VmHWM", 0)
 
 
 def process_memory() -> dict[str, int]:
