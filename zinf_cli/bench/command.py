@@ -19,7 +19,7 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
-from zinf_cli.bench.nvme import BLOCK_SIZES, PAGE, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
+from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
 from zinf_cli.errors import Interrupted, RankError, UsageError
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
@@ -28,6 +28,7 @@ from zinf_cli.launch.runner import Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
+from zinf_cli.tiers.arena import PAGE
 
 
 @dataclass(frozen=True)
