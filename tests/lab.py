@@ -105,6 +105,15 @@ class Lab:
                         found.append(int(entry.name))
         return sorted(found)
 
+    def named(self, name: str, **variables: str) -> list[int]:
+        """Of these, the ones that ps shows under a name."""
+        found = []
+        for pid in self.processes(**variables):
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == name:
+                    found.append(pid)
+        return found
+
     def left_behind(self) -> list[str]:
         """Command lines of what still runs on the hosts 10 s after it should be over, and files in their folders."""
         deadline = time.monotonic() + 10

@@ -38,12 +38,12 @@ def of_module(lab: Lab, host: int, module: str) -> list[int]:
 
 
 def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    wait_until(lambda: len(lab.processes(lab.hosts[1], RANK="1")) == 2, 10)  # its guard comes first
-    os.kill(lab.processes(lab.hosts[1], RANK="1")[-1], signal.SIGKILL)
+    wait_until(lambda: lab.named("zinf rank 1"), 10)
+    os.kill(lab.named("zinf rank 1")[0], signal.SIGKILL)
 
 
 def kill_agent(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.kill(of_module(lab, 1, "zinf_cli.launch.agent")[0], signal.SIGKILL)
+    os.kill(of_module(lab, 1, "zinf_cli.train.agent")[0], signal.SIGKILL)
 
 
 def kill_supervisor(lab: Lab, launcher: subprocess.Popen[str]) -> None:
@@ -111,7 +111,7 @@ def test_a_fault_is_named_and_nothing_is_left(apart: ApartWorkshop, name: str, m
     fault, lab = FAULTS[name], apart.lab
     process = apart.start("--hosts", lab.hostfile(), "train.max_steps=100000")
     if moment % 2:
-        wait_until(lambda: lab.processes(lab.hosts[1], RANK="1"), 40)
+        wait_until(lambda: lab.named("zinf rank 1"), 40)
     else:
         wait_for_steps(apart.run_dir, 1)
     time.sleep(random.Random(f"{name} {moment}").uniform(0.0, 2.0))

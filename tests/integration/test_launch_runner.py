@@ -29,12 +29,12 @@ import json, sys, dataclasses
 from pathlib import Path
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.runner import Program, World, run_ranks
+from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.transport import Pipes
 
 polls, notes = [], []
 scenario, run_dir = sys.argv[1], Path(sys.argv[2])
-program = Program("ranks", [scenario, str(run_dir)], run_dir, {}, [], False, {"OMP_NUM_THREADS": "1"}, {})
+program = Program(Agent("ranks"), "life", [scenario], run_dir, {}, [], False, {"OMP_NUM_THREADS": "1"})
 with Lifelines(Pipes()) as lifelines:
     world = World(lifelines, [lifelines.connect(this_machine(2))])
     outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)
@@ -42,48 +42,45 @@ print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes
 """
 
 RANKS = """
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, time, torch
+import torch.distributed as dist
 from pathlib import Path
 from zinf_cli.errors import CapacityError
-from zinf_cli.train.rank_process import run_rank, stop_requested
+from zinf_cli.train.rank_process import stop_requested
 
-scenario, run_dir, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
-
-def meet():
-    import torch, torch.distributed as dist
+def meet(rank):
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     total = torch.full((1,), float(rank + 1))
     dist.all_reduce(total)
     return total.item()
 
-def stand_still():
+def stand_still(run_dir, rank):
     (run_dir / f"standing-{rank}").touch()
     time.sleep(300)
 
-def main():
+def life(run_dir, scenario):
+    rank = int(os.environ["RANK"])
     if scenario == "success":
         subprocess.Popen(["sleep", "300"], start_new_session=True)  # an orphan in the end
-        print("sum", meet(), "threads", os.environ["OMP_NUM_THREADS"])
+        print("sum", meet(rank), "threads", torch.get_num_threads())
     elif scenario == "capacity":
         if rank == 1:
             raise CapacityError("needs 9 GiB of 8", where="host:1")
         time.sleep(300)
     elif scenario == "peer_lost_first":  # the innocent rank's error comes before the guilty one's
-        meet()
+        meet(rank)
         if rank == 0:
-            meet()
-        import torch.distributed as dist
+            meet(rank)
         dist.destroy_process_group()
         time.sleep(1)
         raise RuntimeError("the real reason")
     elif scenario == "killed":
-        meet()
+        meet(rank)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        meet()
+        meet(rank)
     elif scenario == "frozen":
-        import torch
         from zinf_cli.engine.ranks import Ranks
         ranks = Ranks.join(torch.device("cpu"), timeout_s=3)
         if rank == 1:
@@ -96,7 +93,7 @@ def main():
     elif scenario == "deaf":
         if rank == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            stand_still()
+            stand_still(run_dir, rank)
         while not (run_dir / "standing-0").exists():
             time.sleep(0.05)
         return 7
@@ -106,13 +103,12 @@ def main():
             time.sleep(0.05)
         print("stopped in an orderly way")
     elif scenario == "still":
-        stand_still()
+        stand_still(run_dir, rank)
     elif scenario == "orphan":
         subprocess.Popen(["setsid", "sleep", "300"])  # out of reach of every process group and tether
-        stand_still()
+        stand_still(run_dir, rank)
     return 0
 
-run_rank(main, run_dir)
 """
 
 

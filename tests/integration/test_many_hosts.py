@@ -157,7 +157,7 @@ def test_variables_reach_the_ranks_and_are_never_printed(near: FarWorkshop) -> N
     )
     wait_for_steps(near.run_dir, 1)
     for rank in ("0", "1"):
-        assert near.lab.processes(RANK=rank, HF_TOKEN=secret, LAB="a b", NCCL_DEBUG="WARN")
+        assert near.lab.named(f"zinf rank {rank}", HF_TOKEN=secret, LAB="a b", NCCL_DEBUG="WARN")
     for pid in near.lab.processes():
         assert "s3cret" not in Path(f"/proc/{pid}/cmdline").read_text()
     os.killpg(process.pid, signal.SIGINT)

@@ -18,10 +18,11 @@ from zinf_cli.errors import PreflightError
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import AGENT, Outcome, Program, World, run_ranks
+from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.transport import Channel
 from zinf_cli.version import code_digest
 
+AGENT = Agent("ranks")
 HOSTS = tuple(Host(f"node{number:03d}", tuple(range(8))) for number in range(100))
 FACTS = {
     "code": code_digest(), "torch": "2.13.0", "accelerators": 8, "memory": 2**40,
@@ -90,7 +91,7 @@ class SimulatedChannel:
 
 
 def launch(transport: Simulated, run_dir: Path) -> Outcome:
-    program = Program("ranks", [], run_dir, {"recipe.yaml": "", "plan.json": ""}, [], False, {}, {})
+    program = Program(AGENT, "life", [], run_dir, {"recipe.yaml": "", "plan.json": ""}, [], False, {})
     with Lifelines(transport) as lifelines:
         preflight = check_hosts(HOSTS, lifelines)
         preflight.require_ready()
@@ -124,7 +125,7 @@ def test_the_one_host_that_is_not_ready_is_named() -> None:
 
 def test_the_one_host_that_fails_is_named(tmp_path: Path) -> None:
     def failing(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
-        if request["do"] == "run" and tuple(request["command"]) == AGENT:
+        if request["do"] == "run" and request["command"] == AGENT.start()["command"]:
             ended = {"event": "ended", "code": 1, "output": "", "errors": ""}
             return [{"answer": 1}, ended] if host.name == "node057" else [{"answer": 1}]
         if request["do"] == "kill":

@@ -23,7 +23,7 @@ print("told", sys.stdin.read(), os.getpid())
 def stand_by(connection: Connection, file: Path) -> tuple[list[str], int]:
     """The command, and the process it has become."""
     command = [sys.executable, "-c", STANDS_BY, str(file)]
-    connection.request("stand_by", command=command)
+    connection.request("stand_by", command=command, environment={}, defaults={})
     while not (file.exists() and file.read_text()):
         time.sleep(0.01)
     return command, int(file.read_text())

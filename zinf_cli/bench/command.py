@@ -24,7 +24,7 @@ from zinf_cli.errors import Interrupted, RankError, UsageError
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import Program, World, run_ranks
+from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
@@ -108,7 +108,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
     count = sum(len(connection.host.slots) for connection in world.connections)
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
         run_dir = Path(folder)
-        program = Program("zinf_cli.bench.links", [folder, part], run_dir, {}, (), False, {}, {})
+        program = Program(Agent("zinf_cli.bench.links"), "measure", [part], run_dir, {}, (), False, {})
         with console.status(f"measuring, {count} {'rank' if count == 1 else 'ranks'} ..."):
             outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
         if outcome.interrupted:

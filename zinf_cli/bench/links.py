@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from zinf_cli.train.rank_process import run_rank
 
 ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}
 """Tokens of a micro-batch."""
@@ -194,15 +191,12 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
     return timed(times or max(1, round(SECONDS / once)))
 
 
-def main() -> int:
+def measure(run_dir: Path, part: str) -> int:
+    """The life of a rank: measure "alone" or "together", and have rank 0 print what was found."""
     import torch
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    found = measure_alone() if sys.argv[2] == "alone" else measure_together()
+    found = measure_alone() if part == "alone" else measure_together()
     if os.environ["RANK"] == "0":
         print(json.dumps(found))
     return 0
-
-
-if __name__ == "__main__":
-    run_rank(main, Path(sys.argv[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,11 +79,11 @@ def check_hosts(
     paths: Sequence[str] = (),
     nvme: Sequence[str] = (),
     min_hosts: int | None = None,
-    ahead: Sequence[str] = (),
+    ahead: Mapping[str, Any] | None = None,
 ) -> Preflight:
     """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
 
-    `min_hosts` have to answer, by default all. `ahead` is a command that every host has stand by.
+    `min_hosts` have to answer, by default all. `ahead` is what every host has stand by.
     """
     rows = [Row(host) for host in hosts]
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
@@ -103,7 +103,7 @@ def check_hosts(
     return Preflight(rows, rendezvous, absent)
 
 
-def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Sequence[str]) -> None:
+def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any] | None) -> None:
     """Connect, and ask for the facts."""
     try:
         row.connection = lifelines.connect(row.host)
@@ -116,8 +116,8 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Sequence[str]) ->
     asked = time.time()
     try:
         done = row.connection.capture(command, within=_FACTS_S, text=question)
-        if ahead:  # after the facts, which say how much memory is free
-            row.connection.request("stand_by", command=ahead)
+        if ahead is not None:  # after the facts, which say how much memory is free
+            row.connection.request("stand_by", **ahead)
     except HostError as error:
         row.note("zinf", "no", error.message)
         return

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,9 +28,6 @@ from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
 from zinf_cli.launch.rendezvous import Rendezvous
-
-AGENT = (sys.executable, "-m", "zinf_cli.launch.agent")
-"""What runs on each host; a host that has it stand by (supervisor.py) starts its ranks sooner."""
 
 _POLL_S = 0.1
 
@@ -51,10 +48,29 @@ class World:
 
 
 @dataclass(frozen=True)
-class Program:
-    """What every rank runs: `python -m module *arguments`, expected to go through train.rank_process.run_rank."""
+class Agent:
+    """What runs on each host (train/agent.py): it imports `module`, in which its ranks find what they are to do.
+
+    A host may have it stand by before it is told (supervisor.py), so here is what has to be known that early.
+    """
 
     module: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Variables that a host's own environment overrules."""
+
+    def start(self) -> dict[str, Any]:
+        """A supervisor's request."""
+        command = [sys.executable, "-m", "zinf_cli.train.agent", self.module]
+        return {"command": command, "environment": dict(self.environment), "defaults": dict(self.defaults)}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every rank runs: `function` of the agent's module, with `run_dir` and `arguments`, to its exit code."""
+
+    agent: Agent
+    function: str
     arguments: Sequence[str]
     run_dir: Path
     """The run's folder, by the same path on every host."""
@@ -64,8 +80,7 @@ class Program:
     writes_checkpoints: bool
     """Or reads one: then every host has to see the launcher's run_dir, not one of its own."""
     environment: Mapping[str, str]
-    defaults: Mapping[str, str]
-    """Variables that a host's own environment overrules."""
+    """Variables beside the agent's."""
 
 
 @dataclass(frozen=True)
@@ -158,15 +173,17 @@ class _Part:
 
     def start(self, agent_options: Mapping[str, str], way: str | None) -> None:
         """Start torchrun's agent there; `way` is the network interface to the other hosts."""
-        flat = [word for option in agent_options.items() for word in option]
         interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
         order = {
-            "arguments": [*flat, "-m", self._program.module, *self._program.arguments],
+            "options": [word for option in agent_options.items() for word in option],
+            "function": self._program.function,
+            "run_dir": str(self._program.run_dir),
+            "arguments": list(self._program.arguments),
             "environment": {**_visible(self.connection), **self._program.environment},
-            "defaults": {**self._program.defaults, **interface},
+            "defaults": interface,
             "log": str(self._log),
         }
-        self.connection.request("run", command=AGENT, text=json.dumps(order))
+        self.connection.request("run", **self._program.agent.start(), text=json.dumps(order))
         self._started = True
 
     def listen(self) -> None:

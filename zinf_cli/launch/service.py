@@ -26,7 +26,7 @@ from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
 from zinf_cli.launch.run_folder import run_folder
-from zinf_cli.launch.runner import AGENT, Outcome, Program, World, run_ranks
+from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
@@ -134,7 +134,7 @@ def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) 
     connection = lifelines.connect(this_machine(request.slots or 1))
     room = room_here(nvme_folders(recipe))
     if not request.dry_run:
-        connection.request("stand_by", command=AGENT)
+        connection.request("stand_by", **_agent(request).start())
     figures = partial(describe, recipe, request.slots, request.hosts, connection)
     return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
 
@@ -152,7 +152,7 @@ def _hosts_ready(
             paths=_paths(recipe),
             nvme=[str(folder) for folder in nvme_folders(recipe)],
             min_hosts=min_hosts or len(request.hosts),
-            ahead=AGENT,
+            ahead=_agent(request).start(),
         )
     console.print(preflight_screen(preflight))
     preflight.require_ready()
@@ -209,22 +209,21 @@ _CARRIED = re.compile(r"(NCCL|GLOO|CUDA)_(?!VISIBLE_DEVICES)")
 """Variables of the launcher that its ranks on other hosts get as well."""
 
 
-def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Program:
+def _agent(request: Request) -> Agent:
     carried = {name: value for name, value in os.environ.items() if _CARRIED.match(name)} if request.hosts else {}
+    return Agent("zinf_cli.train.loop", {**carried, **request.environment}, _MALLOC)
+
+
+def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Program:
     return Program(
-        "zinf_cli.train",
-        [str(run_dir)],
+        _agent(request),
+        "train",
+        [],
         run_dir,
         {name: (run_dir / name).read_text(encoding="utf-8") for name in ("recipe.yaml", "plan.json")},
         plan.nvme_folders,
         recipe.checkpoint.interval is not None or plan.resume is not None,
-        {
-            **carried,
-            **request.environment,
-            "OMP_NUM_THREADS": str(plan.threads_per_rank),
-            "PYTHONUNBUFFERED": "1",
-        },
-        _MALLOC,
+        {"OMP_NUM_THREADS": str(plan.threads_per_rank)},
     )
 
 

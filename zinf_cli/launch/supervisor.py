@@ -191,11 +191,17 @@ class Supervisor:
             self._folder.remove()
             self._folder = None
 
-    def do_stand_by(self, command: Sequence[str]) -> None:
+    def do_stand_by(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> None:
         """Start a process ahead of the `do_run` that will ask for it; until then it waits for what it is told."""
-        self._standing_by = self._start(command)
+        self._standing_by = self._start(command, environment, defaults)
 
-    def do_run(self, command: Sequence[str], text: str = "") -> int:
+    def do_run(
+        self,
+        command: Sequence[str],
+        text: str = "",
+        environment: Mapping[str, str] | None = None,
+        defaults: Mapping[str, str] | None = None,
+    ) -> int:
         """Start a process, unless it stands by, which reads `text`. Its end is an event, with its output. Its pid."""
         self.do_unlisten()
         if self._folder is not None:
@@ -203,13 +209,14 @@ class Supervisor:
         if self._standing_by is not None and self._standing_by.command == list(command):
             self._child, self._standing_by = self._standing_by, None
         else:
-            self._child = self._start(command)
+            self._child = self._start(command, environment or {}, defaults or {})
         with contextlib.suppress(BrokenPipeError):  # it has ended, which says more
             self._child.tell(text)
         return self._child.pid
 
-    def _start(self, command: Sequence[str]) -> Child:
-        return Child(command, {**os.environ, LAUNCH_ID: self._launch_id})
+    def _start(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> Child:
+        """With `defaults` for what this host does not set itself."""
+        return Child(command, {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id})
 
     def do_stop(self) -> None:
         """Ask the ranks to stop at the end of their step."""

@@ -1,12 +1,10 @@
 """The process a rank lives in: its log, its tether to the launcher, and the record of how it failed.
 
-run_rank() splits the process torchrun started in two. The child is the rank: it runs `main`. The parent is
+run_rank() splits the process torchrun's agent has forked in two. The child is the rank: it runs `main`. The parent is
 its guard, which only waits: a rank killed by a signal can't say so itself, and when the kernel picks one
 because memory ran out, that is the one thing the user must hear. Agent, guard and rank are tethered
 (PR_SET_PDEATHSIG), so the rank dies with the guard and the guard with the agent; launch/supervisor.py has the
 rest of the chain.
-
-Nothing here imports torch, and run_rank() is to be called before torch is: the fork must come first.
 """
 
 from __future__ import annotations
@@ -26,11 +24,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
 
 from zinf_cli.errors import ZinfError
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+_GUARDED = {signal.SIGTERM, signal.SIGCHLD}
+"""What a guard waits for: torchrun's teardown, which it hands on, and the end of its rank."""
 
 _PATIENCE_S = 2.0
 """How long a rank with a secondary error stays: its exit makes torchrun terminate the others, and the rank
@@ -61,12 +62,12 @@ class _Record:
     """Seconds since 1970."""
 
 
-def run_rank(main: Callable[[], int], run_dir: Path) -> NoReturn:
-    """Run `main` as the rank that the environment's RANK names, and exit with what it returns.
+def run_rank(main: Callable[[], int], run_dir: Path) -> None:
+    """Run `main` as the rank that the environment's RANK names; return if it returns 0, else exit with what it does.
 
     Both output streams go to run_dir/logs/rank-00003.log, appended. Ctrl-C is the launcher's business and
     ignored here: `main` looks for stop_requested() and then returns 0. An exception, a code other than 0
-    and a deadly signal are recorded in run_dir/logs/error-00003.json. The process ends with os._exit, since
+    and a deadly signal are recorded in run_dir/logs/error-00003.json. The rank ends with os._exit, since
     a process group or a thread that waits for lost peers would hold up an ordinary exit: `main` closes what
     it opened, atexit handlers don't run.
     """
@@ -76,19 +77,21 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _redirect_output(run_dir / "logs" / f"rank-{rank:05d}.log", rank)
     oom_kills = _count_oom_kills()
-    # The guard keeps SIGTERM pending: that it came tells torchrun's teardown from a rank killed on its own.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _GUARDED)
     guard = os.getpid()
     child = os.fork()
+    _name_process(f"zinf {'guard' if child else 'rank'} {rank}")
     if child == 0:
         _die_with(guard)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
         code = 1
         try:
             code = _run_main(main, rank, run_dir)
         finally:
             os._exit(code)
-    os._exit(_guard(child, oom_kills, rank, run_dir))
+    code = _guard(child, oom_kills, rank, run_dir)
+    if code != 0:
+        os._exit(code)
 
 
 def stop_requested(run_dir: Path) -> bool:
@@ -133,12 +136,17 @@ def _record_of(error: BaseException, rank: int) -> _Record:
 
 def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
     """Wait for the rank and record the signal that killed it, if one did; its exit code, as in a shell."""
-    _, status = os.waitpid(child, 0)
+    torn_down = False
+    ended = 0
+    while not ended:
+        if signal.sigwait(_GUARDED) == signal.SIGTERM:  # of two at once it gives this one first
+            torn_down = True
+            os.kill(child, signal.SIGTERM)
+        ended, status = os.waitpid(child, os.WNOHANG)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
-    torn_down = number == signal.SIGTERM and signal.SIGTERM in signal.sigpending()
-    if not torn_down:
+    if number != signal.SIGTERM or not torn_down:
         message = _describe_signal(number, oom_kills)
         with suppress(OSError):
             _write_record(_Record(rank, child, number.name, message, exit_code=1), run_dir)
@@ -211,6 +219,11 @@ def _redirect_output(log: Path, rank: int) -> None:
     os.close(descriptor)
     faulthandler.enable()
     print(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+
+def _name_process(name: str) -> None:
+    """The name that ps and top show; the kernel keeps 15 bytes of it."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _die_with(parent: int) -> None:

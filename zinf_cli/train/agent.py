@@ -1,0 +1,60 @@
+"""`python -m zinf_cli.train.agent MODULE`: torchrun's agent on a host, whose ranks are forked from it.
+
+It imports MODULE, and with it torch, before it is told what to do, so that may happen while the plan is still being
+made; a rank then imports nothing, and shares with the others what has been imported. A fork takes over all that is in
+memory but no thread but its own, so nothing here may use the device or start torch's threads.
+
+The order comes on stdin as JSON: torchrun's "options", the "function" of MODULE that is a rank's life, the "run_dir"
+and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set itself, and the
+"log" that all output of the agent goes to.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from zinf_cli.train.rank_process import run_rank
+
+
+def main() -> None:
+    """Wait for the order and follow it."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask CUDA itself would spoil it for the ranks
+    module = import_module(sys.argv[1])
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    gc.collect()
+    gc.freeze()  # else the ranks' garbage collector touches, and so copies, all of it
+    order = json.load(sys.stdin)
+    with Path(order["log"]).open("wb") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    for name, value in order["defaults"].items():
+        os.environ.setdefault(name, value)
+    os.environ.update(order["environment"])
+    config, _, _ = config_from_args(parse_args([*order["options"], module.__name__]))
+    config.start_method = "fork"
+    life = partial(getattr(module, order["function"]), Path(order["run_dir"]), *order["arguments"])
+    elastic_launch(config, _rank)(life, Path(order["run_dir"]))
+
+
+def _rank(life: partial[int], run_dir: Path) -> None:
+    """In the fork: what torchrun and this process's start have set up is put back."""
+    import torch
+
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    if "OMP_NUM_THREADS" in os.environ:  # which torch read when it was imported
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    run_rank(life, run_dir)
+
+
+if __name__ == "__main__":
+    main()
