@@ -108,7 +108,7 @@ class Lab:
     def named(self, name: str, **variables: str) -> list[int]:
         """Of these, the ones that ps shows under a name."""
         found = []
-        for pid in self.processes(**variables):
+        for pid in self.processes(None, **variables):
             with suppress(OSError):
                 if Path(f"/proc/{pid}/comm").read_text().strip() == name:
                     found.append(pid)

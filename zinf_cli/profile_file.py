@@ -38,6 +38,13 @@ class Best(Section):
     """Transfers under way at once."""
 
 
+class Beside(Section):
+    """What drives and cores leave of each other, shares of what each does alone."""
+
+    drives: Annotated[Number, Field(gt=0, le=1)]
+    compute: Annotated[Number, Field(gt=0, le=1)]
+
+
 class Nvme(Section):
     """Drives, as `zinf bench nvme` found them."""
 
@@ -51,6 +58,8 @@ class Nvme(Section):
     """Writing, cache bypassed."""
     both: Bandwidth
     """Bytes per second in sum, reading and writing at once."""
+    beside: Beside = Beside(drives=1, compute=1)
+    """Reading and writing at once while all cores compute."""
 
 
 class Links(Section):
@@ -112,6 +121,7 @@ class Measured(Section):
         return Drives(
             self.nvme.space, read.bytes_per_s, write.bytes_per_s, self.nvme.both, True,
             reads=read.threads, writes=write.threads, block_bytes=max(read.block_size, write.block_size),
+            beside_compute=self.nvme.beside.drives, compute_beside=self.nvme.beside.compute,
         )  # fmt: skip
 
     def covers(self, folders: Sequence[Path]) -> bool:

@@ -32,6 +32,10 @@ class Drives:
     """Transfers under way at once that were fastest, where it was measured."""
     block_bytes: int = 0
     """Of one such transfer."""
+    beside_compute: float = 1.0
+    """What is left of these rates while all cores compute,"""
+    compute_beside: float = 1.0
+    """and of the cores' compute meanwhile: a drive takes CPU time, in a virtual machine much of it."""
 
 
 @dataclass(frozen=True)

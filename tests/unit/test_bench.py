@@ -37,9 +37,12 @@ def test_a_bench_finds_rates_and_leaves_nothing(tmp_path: Path, capsys: pytest.C
         assert set(best) == {"bytes_per_s", "block_size", "threads"}
         assert best["bytes_per_s"] > 1e6
         assert (best["block_size"], best["threads"]) in {(size * MIB, count) for size in (1, 2) for count in (1, 3)}
+    assert set(found["beside"]) == {"drives", "compute"}
+    assert all(0 < share <= 1 for share in found["beside"].values())
     measured = load_measured(tmp_path / "hardware.yaml")
     assert measured.nvme is not None
     assert measured.nvme.folders == tuple(folders)
+    assert measured.nvme.beside.compute == pytest.approx(found["beside"]["compute"])
     assert measured.nvme.read.bytes_per_s == pytest.approx(found["read"]["bytes_per_s"])
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 

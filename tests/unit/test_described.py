@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 from test_plan import recipe_of
 
 from zinf_cli.errors import DatasetError
+from zinf_cli.hosts import Host
+from zinf_cli.launch.description import question
 from zinf_cli.recipe import Recipe
 from zinf_cli.train import describe, described
 
@@ -67,3 +72,23 @@ def test_old_answers_make_room(tmp_path: Path, looked: list[Recipe], monkeypatch
     described.answer(recipe, 2, None)
     assert len(list((tmp_path / "cache" / "zinf" / "figures").iterdir())) == 1
     assert len(looked) == 2
+
+
+def test_a_question_is_answered_in_a_fork_and_then_from_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = recipe_of(tmp_path, "llama")
+    first, had_to_look = answers(recipe)
+    assert (first["world_size"], first["ranks_per_host"], had_to_look) == (2, 1, True)
+    assert answers(recipe) == (first, False)
+    recipe.dataset.path[0].unlink()
+    (said, _) = answers(recipe)
+    assert (said["exit_code"], "no such file" in said["error"]) == (DatasetError.exit_code, True)
+
+
+def answers(recipe: Recipe) -> tuple[dict[str, Any], bool]:
+    """To a question in a process of its own; and whether that had to import torch."""
+    program = "import sys; from zinf_cli.train import described; described.main()\n"
+    program += "print('torch' in sys.modules, file=sys.stderr)"
+    asked = question(recipe, None, [Host("a", (0,)), Host("b", (0,))])
+    done = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr.endswith("True\n")

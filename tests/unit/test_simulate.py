@@ -18,6 +18,7 @@ from zinf_cli.plan.simulate import play, write_timeline
 RATES = {
     "matmul": 1.0, "adamw": 1.0, "network": 1.0, "inside": 1.0, "copy in": 1.0, "copy out": 1.0,
     "nvme read": 1.0, "nvme write": 1.0, "both": 2.0,
+    "drive share": 1.0, "compute share": 1.0,
 }  # fmt: skip
 
 
@@ -39,6 +40,13 @@ def test_a_drive_that_is_no_faster_both_ways_shares_itself() -> None:
     both = (op("nvme read", 2), op("nvme write", 3), op("compute", 0, 1, 2))
     assert seconds(*both) == pytest.approx(3)
     assert seconds(*both, rates={**RATES, "both": 1.0}) == pytest.approx(5)
+
+
+def test_a_drive_and_the_cores_that_serve_it_slow_each_other_down() -> None:
+    rates = {**RATES, "drive share": 0.5, "compute share": 0.8}
+    work = (op("nvme read", 4), op("compute", 4), op("compute", 0, 1, 2))
+    assert seconds(*work, rates=rates) == pytest.approx(5 + 1.5)  # while it computes for 5 s, 2.5 are read
+    assert seconds(op("nvme read", 4), op("compute", 4, 1), rates=rates) == pytest.approx(4 + 4)
 
 
 def test_the_lane_takes_what_comes_first_in_the_schedule() -> None:

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.transport import Pipes
@@ -23,7 +25,7 @@ print("told", sys.stdin.read(), os.getpid())
 def stand_by(connection: Connection, file: Path) -> tuple[list[str], int]:
     """The command, and the process it has become."""
     command = [sys.executable, "-c", STANDS_BY, str(file)]
-    connection.request("stand_by", command=command, environment={}, defaults={})
+    connection.request("stand_by", command=command, environment={}, defaults={}, opening="")
     while not (file.exists() and file.read_text()):
         time.sleep(0.01)
     return command, int(file.read_text())
@@ -58,3 +60,45 @@ def test_it_ends_with_the_lifeline(tmp_path: Path) -> None:
         _, pid = stand_by(lifelines.connect(this_machine(1)), tmp_path / "pid")
     with contextlib.suppress(FileNotFoundError):
         assert not Path(f"/proc/{pid}/cmdline").read_bytes()  # a zombie has none
+
+
+SPEAKS = """
+import sys
+print("I have read " + sys.stdin.readline(), end="", flush=True)
+print("told", sys.stdin.read())
+"""
+
+
+def test_it_reads_its_opening_at_once_and_what_it_says_is_heard() -> None:
+    command = [sys.executable, "-c", SPEAKS]
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        connection.request("stand_by", command=command, environment={}, defaults={}, opening="this\n")
+        assert connection.events.get(timeout=20) == {"event": "said", "line": "I have read this"}
+        told = connection.capture(command, within=20, text="go")
+        assert told["output"] == "I have read this\ntold go\n"
+        anew = connection.capture(command, within=20, opening="that\n", text="go")
+        assert anew["output"] == "I have read that\ntold go\n"
+
+
+def test_that_it_has_ended_is_heard() -> None:
+    command = [sys.executable, "-c", "import sys; print('half'); sys.exit('for a reason')"]
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        connection.request("stand_by", command=command, environment={}, defaults={}, opening="")
+        assert connection.events.get(timeout=20) == {"event": "said", "line": "half"}
+        assert connection.events.get(timeout=20) == {"event": "fell", "code": 1, "errors": "for a reason\n"}
+
+
+def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAB_HERE", "here")
+    command = [
+        sys.executable,
+        "-c",
+        "import os; print([os.environ[f'LAB_{name}'] for name in ('HERE', 'MORE', 'TOLD')])",
+    ]
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        defaults = {"LAB_HERE": "default", "LAB_MORE": "more"}
+        connection.request("run", command=command, environment={"LAB_TOLD": "told"}, defaults=defaults)
+        assert connection.events.get(timeout=20)["output"] == "['here', 'more', 'told']\n"

@@ -27,7 +27,7 @@ from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
 from zinf_cli.launch.transport import transport_to
-from zinf_cli.profile_file import Best, Links, Nvme, save_measured, user_file
+from zinf_cli.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.tiers.arena import PAGE
 
 
@@ -63,8 +63,9 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
         fio = beside_fio(result)
     out = request.out or user_file()
     measured = Nvme(
-        folders=result.folders, space=result.space, read=_best(result.read), write=_best(result.write), both=result.both
-    )
+        folders=result.folders, space=result.space, read=_best(result.read), write=_best(result.write),
+        both=result.both, beside=Beside(drives=result.beside[0], compute=result.beside[1]),
+    )  # fmt: skip
     save_measured(out, "nvme", measured, socket.gethostname())
     if request.as_json:
         print(json.dumps({**result.to_json(), **({"fio": fio} if fio else {})}, indent=2))
@@ -168,6 +169,8 @@ def nvme_screen(result: Result, fio: dict[str, object] | None, out: Path) -> Ren
             table.add_row(format_bytes(block), *cells)
         parts += [table, Text(_line(direction, best, fio), style="bold"), Text()]
     parts.append(Text(f"read and write at once: {result.both / 1e9:.2f} GB/s in sum"))
+    drives, compute = result.beside
+    parts.append(Text(f"while all cores compute: {drives:.0%} of that, and {compute:.0%} of their compute"))
     parts.append(Text(f"kept in {out}, where launch and estimate look for it"))
     folders = ", ".join(str(folder) for folder in result.folders)
     parts.append(Text(f"\nfor a recipe:\n\noffload:\n  nvme_path: [{folders}]"))

@@ -34,6 +34,7 @@ THREADS = (1, 2, 4, 8, 16)
 FINALISTS = 2
 """Points of the sweep that are repeated."""
 REPEATS = 3
+COMPUTE_S = 1.0
 SHARE = 4
 """A point of the sweep moves one SHARE-th of the file."""
 READ, WRITE, BOTH = "read", "write", "both"
@@ -51,7 +52,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What a bench found. `both` is the sum of reading and writing at once, bytes per second."""
+    """What a bench found.
+
+    `both` is the sum of reading and writing at once, bytes per second; `beside` are the shares of it and of the cores'
+    compute that are left while all cores compute.
+    """
 
     folders: tuple[Path, ...]
     size: int
@@ -59,6 +64,7 @@ class Result:
     read: Point
     write: Point
     both: float
+    beside: tuple[float, float]
     sweep: tuple[Point, ...]
 
     def to_json(self) -> dict[str, object]:
@@ -72,6 +78,7 @@ class Result:
             "read": best(self.read),
             "write": best(self.write),
             "both": self.both,
+            "beside": dict(zip(("drives", "compute"), self.beside, strict=True)),
             "sweep": [asdict(point) for point in self.sweep],
         }
 
@@ -102,7 +109,7 @@ def steps_of(size: int, block_sizes: Sequence[int], threads: Sequence[int]) -> i
     """Bytes a whole bench moves, for its progress bar."""
     points = len(block_sizes) * len(threads)
     finals = min(FINALISTS, points) * REPEATS
-    return size + 2 * points * (size // SHARE) + 2 * finals * size + REPEATS * 2 * size
+    return size + 2 * points * (size // SHARE) + 2 * finals * size + 2 * REPEATS * 2 * size
 
 
 def bench_nvme(
@@ -124,7 +131,8 @@ def bench_nvme(
             finalists = sorted(points, key=lambda point: -point.bytes_per_s)[:FINALISTS]
             best[direction] = bench.repeat(finalists, size)
         both = statistics.median(bench.both(best[READ], best[WRITE], size) for _ in range(REPEATS))
-        return Result(tuple(folders), size, space, best[READ], best[WRITE], both, tuple(sweep))
+        beside = bench.beside_compute(best[READ], best[WRITE], size, both)
+        return Result(tuple(folders), size, space, best[READ], best[WRITE], both, beside, tuple(sweep))
 
 
 @contextmanager
@@ -196,6 +204,17 @@ class Bench:
         work = [(point.direction, point.block_size, point.threads) for point in (read, write)]
         return self._move(work, 2 * size, "read and write at once")
 
+    def beside_compute(self, read: Point, write: Point, size: int, alone: float) -> tuple[float, float]:
+        """What is left of `both`, which is `alone` otherwise, and of compute on all cores, while both are done."""
+        drives, compute = [], []
+        for _ in range(REPEATS):
+            with _Computing() as by_itself:
+                time.sleep(COMPUTE_S)
+            with _Computing() as beside:
+                drives.append(self.both(read, write, size) / alone)
+            compute.append(beside.rate / by_itself.rate)
+        return min(1.0, statistics.median(drives)), min(1.0, statistics.median(compute))
+
     def _move(self, work: Sequence[tuple[str, int, int]], num_bytes: int, doing: str) -> float:
         """Threads of each kind of `work`, (direction, block size, count), move `num_bytes`: bytes per second."""
         mover = _Mover(self._files, num_bytes, sum(count for _, _, count in work))
@@ -231,6 +250,29 @@ class Bench:
             assert buffer is not None
             self._noise = buffer.data.random_()
         return iter([as_memory(data) for data in self._noise[: sum(sizes)].split(list(sizes))])
+
+
+class _Computing:
+    """Matrix products on all cores, by a thread, while it is open; `rate` is how many a second."""
+
+    def __enter__(self) -> _Computing:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        a = torch.ones(1024, 1024)
+        a @ a  # sets the thread up
+        began, count = time.perf_counter(), 0
+        while not (count and self._over.is_set()):
+            a @ a
+            count += 1
+        self.rate = count / (time.perf_counter() - began)
 
 
 class _Mover:

@@ -87,9 +87,12 @@ class Connection:
                 break
         return None
 
-    def capture(self, command: Sequence[str], *, within: float, text: str = "") -> dict[str, Any]:
-        """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads."""
-        self.request("run", command=command, text=text)
+    def capture(self, command: Sequence[str], *, within: float, text: str = "", opening: str = "") -> dict[str, Any]:
+        """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads.
+
+        `opening` comes before it, unless the command stands by and has read one.
+        """
+        self.request("run", command=command, text=text, opening=opening)
         deadline = time.monotonic() + within
         while self.lost is None and time.monotonic() < deadline:
             with suppress(queue.Empty):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import queue
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
 
-from zinf_cli.errors import RankError, ZinfError
+from zinf_cli.errors import HostError, RankError, ZinfError
 from zinf_cli.hosts import Host
-from zinf_cli.launch.connection import Connection, Lifelines
+from zinf_cli.launch.connection import Connection
 from zinf_cli.plan.layout import Figures
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
@@ -27,44 +28,40 @@ class ReportedError(ZinfError):
         self.exit_code = exit_code  # type: ignore[misc]
 
 
-def describe(recipe: Recipe, slots: int | None, hosts: Sequence[Host], connection: Connection) -> Figures:
-    """Ask a process of that host, which builds the model on the meta device, unless it has been asked before."""
-    command = [sys.executable, "-m", "zinf_cli.train.described", "/dev/stdin"]
-    command += ["--slots", str(slots)] if slots else []
+def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host]) -> str:
+    """A line: `slots` are asked for on this machine, or there are `hosts`."""
+    counts = [len(host.slots) for host in hosts]
+    asked: dict[str, Any] = {"recipe": dump_recipe(recipe), "slots": slots, "world_size": None}
     if hosts:
-        counts = [len(host.slots) for host in hosts]
-        command += ["--slots", str(max(counts)), "--world-size", str(sum(counts))]
-    done = connection.capture(command, within=_MOST_S, text=dump_recipe(recipe))
+        asked |= {"slots": max(counts), "world_size": sum(counts)}
+    return json.dumps(asked) + "\n"
+
+
+def describe(asked: str, connection: Connection) -> Figures:
+    """Ask a process of that host, which builds the model on the meta device, unless it has been asked before."""
+    command = [sys.executable, "-m", "zinf_cli.train.described"]
+    done = connection.capture(command, within=_MOST_S, text=asked)
+    return _figures(done["output"], done["errors"], done["code"])
+
+
+def overheard(connection: Connection) -> Figures:
+    """The answer of the agent that stands by there, which was asked when it was started."""
+    while connection.lost is None:
+        with suppress(queue.Empty):
+            event = connection.events.get(timeout=0.2)
+            if event["event"] == "said":
+                return _figures(event["line"], "", 0)
+            if event["event"] == "fell":
+                return _figures("", event["errors"], event["code"])
+    raise HostError(connection.lost, where=connection.host.name)
+
+
+def _figures(output: str, errors: str, code: int) -> Figures:
     try:
-        document = json.loads(done["output"])
+        document = json.loads(output)
     except json.JSONDecodeError as error:
-        last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
-        raise RankError(f"the model could not be described: {last[0]}", hint=done["errors"].strip()) from error
+        last = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
+        raise RankError(f"the model could not be described: {last[0]}", hint=errors.strip()) from error
     if "error" in document:
         raise ReportedError(document["error"], document["exit_code"])
     return Figures.from_json(document)
-
-
-class Describing:
-    """`describe` on the first of `hosts`, by a connection of its own, while these are looked at."""
-
-    def __init__(self, recipe: Recipe, hosts: Sequence[Host], lifelines: Lifelines) -> None:
-        self._recipe = recipe
-        self._hosts = list(hosts)
-        self._lifelines = lifelines
-        self._found: Future[Figures] = Future()
-        threading.Thread(target=self._run, name="describing", daemon=True).start()
-
-    def figures(self, hosts: Sequence[Host], connection: Connection) -> Figures:
-        """What was found; where `hosts`, those that are ready, are not all of them, asked again by `connection`."""
-        if list(hosts) != self._hosts:
-            return describe(self._recipe, None, hosts, connection)
-        return self._found.result()
-
-    def _run(self) -> None:
-        try:
-            connection = self._lifelines.connect(self._hosts[0])
-            self._found.set_result(describe(self._recipe, None, self._hosts, connection))
-            connection.close()
-        except ZinfError as error:
-            self._found.set_exception(error)

@@ -18,7 +18,7 @@ from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.hardware import accelerators_here
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.description import describe
+from zinf_cli.launch.description import describe, question
 from zinf_cli.launch.estimate import Flags, save_timeline
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.exact import plan_document, reasons_of
@@ -47,7 +47,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             Console(stderr=True).status("reading the model, its checkpoint and the text ..."),
             Lifelines(transport_to(())) as lifelines,
         ):
-            figures = describe(recipe, ranks, hosts, lifelines.connect(this_machine(1)))
+            figures = describe(question(recipe, ranks, hosts), lifelines.connect(this_machine(1)))
         if elsewhere is not None:
             profile = elsewhere.with_accelerators(figures.ranks_per_host) if elsewhere.accelerators else elsewhere
             figures = replace(figures, machine=_machine(profile, figures, recipe))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
@@ -79,15 +80,15 @@ def check_hosts(
     paths: Sequence[str] = (),
     nvme: Sequence[str] = (),
     min_hosts: int | None = None,
-    ahead: Mapping[str, Any] | None = None,
+    ahead: Sequence[Mapping[str, Any]] = (),
 ) -> Preflight:
     """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
 
-    `min_hosts` have to answer, by default all. `ahead` is what every host has stand by.
+    `min_hosts` have to answer, by default all. `ahead` is what each host has stand by.
     """
     rows = [Row(host) for host in hosts]
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
-    at_all(lambda row: _ask(row, lifelines, question, ahead), rows)
+    at_all(lambda one: _ask(one[0], lifelines, question, one[1]), list(zip_longest(rows, ahead)))
     absent = [row for row in rows if row.connection is None]
     if min_hosts is not None and len(rows) - len(absent) >= min_hosts:
         rows = [row for row in rows if row.connection is not None]

@@ -51,6 +51,7 @@ class Child:
         self.command = list(command)
         self.code: int | None = None
         self._kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self._said = 0
         stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, _MOST_TEXT)
@@ -61,13 +62,19 @@ class Child:
         os.close(stdin)
 
     def tell(self, text: str) -> None:
-        """What it reads on its stdin, all of it; OSError where it has ended already."""
+        """What it reads on its stdin; OSError where it has ended already."""
         data = memoryview(text.encode())
-        try:
-            while data:
-                data = data[os.write(self._stdin, data) :]
-        finally:
-            os.close(self._stdin)
+        while data:
+            data = data[os.write(self._stdin, data) :]
+
+    def tell_no_more(self) -> None:
+        os.close(self._stdin)
+
+    def news(self) -> list[str]:
+        """The lines on its output since it was last asked."""
+        *lines, _ = os.pread(self._kept[0].fileno(), _MOST_TEXT, self._said).split(b"\n")
+        self._said += sum(len(line) + 1 for line in lines)
+        return [line.decode(errors="replace") for line in lines]
 
     def output(self) -> str:
         return self._text(0)

@@ -59,10 +59,14 @@ class Agent:
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Variables that a host's own environment overrules."""
 
-    def start(self) -> dict[str, Any]:
-        """A supervisor's request."""
-        command = [sys.executable, "-m", "zinf_cli.train.agent", self.module]
-        return {"command": command, "environment": dict(self.environment), "defaults": dict(self.defaults)}
+    def start(self, question: str = "null\n") -> dict[str, Any]:
+        """A supervisor's request; the agent is asked a question about the recipe (description.py) at once."""
+        return {
+            "command": [sys.executable, "-m", "zinf_cli.train.agent", self.module],
+            "environment": dict(self.environment),
+            "defaults": dict(self.defaults),
+            "opening": question,
+        }
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class _Part:
             "defaults": interface,
             "log": str(self._log),
         }
-        self.connection.request("run", **self._program.agent.start(), text=json.dumps(order))
+        self.connection.request("run", **self._program.agent.start(), text=json.dumps(order) + "\n")
         self._started = True
 
     def listen(self) -> None:

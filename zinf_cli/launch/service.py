@@ -21,7 +21,7 @@ from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
 from zinf_cli.hardware import Room, room_here
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.description import Describing, ReportedError, describe
+from zinf_cli.launch.description import ReportedError, describe, overheard, question
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
@@ -133,9 +133,11 @@ class _Ready:
 def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
     connection = lifelines.connect(this_machine(request.slots or 1))
     room = room_here(nvme_folders(recipe))
+    asked = question(recipe, request.slots, request.hosts)
+    figures = partial(describe, asked, connection)
     if not request.dry_run:
-        connection.request("stand_by", **_agent(request).start())
-    figures = partial(describe, recipe, request.slots, request.hosts, connection)
+        connection.request("stand_by", **_agent(request).start(asked))
+        figures = partial(overheard, connection)
     return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
 
 
@@ -144,7 +146,8 @@ def _hosts_ready(
 ) -> _Ready:
     """Bring files, look at all hosts and show what was found; PreflightError unless those that are needed are ready."""
     _bring_files(request, console)
-    describing = Describing(recipe, request.hosts, lifelines)
+    agent = _agent(request)
+    asked = question(recipe, None, request.hosts)
     with console.status(f"looking at {len(request.hosts)} hosts ..."):
         preflight = check_hosts(
             request.hosts,
@@ -152,14 +155,17 @@ def _hosts_ready(
             paths=_paths(recipe),
             nvme=[str(folder) for folder in nvme_folders(recipe)],
             min_hosts=min_hosts or len(request.hosts),
-            ahead=_agent(request).start(),
+            ahead=[agent.start(asked), *[agent.start()] * (len(request.hosts) - 1)],
         )
     console.print(preflight_screen(preflight))
     preflight.require_ready()
     connections = preflight.connections
     hosts = [connection.host for connection in connections]
     world = World(lifelines, connections, preflight.rendezvous)
-    return _Ready(world, hosts, _least_room(preflight), partial(describing.figures, hosts, connections[0]))
+    figures = partial(overheard, connections[0])
+    if hosts != list(request.hosts):
+        figures = partial(describe, question(recipe, None, hosts), connections[0])
+    return _Ready(world, hosts, _least_room(preflight), figures)
 
 
 def _report(ended: Ended, request: Request, console: Console) -> None:

@@ -134,16 +134,24 @@ class Supervisor:
         """Reap, send on what the ranks wrote, and report the child's end once all of that is on its way."""
         for pid, code in reap():
             if self._standing_by is not None and pid == self._standing_by.pid:
+                self._send_words()
+                self._send({"event": "fell", "code": code, "errors": self._standing_by.errors()})
                 self._standing_by = None
             if self._child is not None and pid == self._child.pid:
                 self._child.code = code
                 end_descendants(self._standing_by.pid if self._standing_by is not None else None)
+        self._send_words()
         behind = False
         if self._folder is not None and self._folder.mirrored:
             behind = len(self._outgoing) > _MOST_OUTGOING_BYTES or self._send_news()
         if self._child is not None and self._child.code is not None and not behind:
             ended, self._child = self._child, None
             self._send({"event": "ended", "code": ended.code, "output": ended.output(), "errors": ended.errors()})
+
+    def _send_words(self) -> None:
+        """Send on what the process that stands by has said."""
+        for line in self._standing_by.news() if self._standing_by is not None else ():
+            self._send({"event": "said", "line": line})
 
     def _send_news(self) -> bool:
         """Send on what was appended to the files of the run's folder; whether there is more."""
@@ -191,18 +199,28 @@ class Supervisor:
             self._folder.remove()
             self._folder = None
 
-    def do_stand_by(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> None:
-        """Start a process ahead of the `do_run` that will ask for it; until then it waits for what it is told."""
+    def do_stand_by(
+        self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str], opening: str
+    ) -> None:
+        """Start a process ahead of the `do_run` that will ask for it, and let it read `opening`.
+
+        Until then each line that it prints is an event, and so is its end.
+        """
         self._standing_by = self._start(command, environment, defaults)
+        self._standing_by.tell(opening)
 
     def do_run(
         self,
         command: Sequence[str],
         text: str = "",
+        opening: str = "",
         environment: Mapping[str, str] | None = None,
         defaults: Mapping[str, str] | None = None,
     ) -> int:
-        """Start a process, unless it stands by, which reads `text`. Its end is an event, with its output. Its pid."""
+        """Start a process and let it read `opening`, unless it stands by and has; then `text`, which ends its input.
+
+        Its end is an event, with its output. Its pid.
+        """
         self.do_unlisten()
         if self._folder is not None:
             self._folder.begin()
@@ -210,8 +228,10 @@ class Supervisor:
             self._child, self._standing_by = self._standing_by, None
         else:
             self._child = self._start(command, environment or {}, defaults or {})
+            text = opening + text
         with contextlib.suppress(BrokenPipeError):  # it has ended, which says more
             self._child.tell(text)
+        self._child.tell_no_more()
         return self._child.pid
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> Child:

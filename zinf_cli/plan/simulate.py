@@ -1,7 +1,8 @@
 """Plays a step on a hardware profile: how long it takes, how busy each lane is, what bounds it.
 
 A lane does one thing at a time; among what is ready it takes what comes first in the schedule. The drive's two lanes
-slow each other down where it moves less in both directions than the sum of each alone.
+slow each other down where it moves less in both directions than the sum of each alone; so do the drive and compute that
+is done by the cores that serve it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class Simulation:
 
 
 def rates_of(profile: Profile, host: Cluster) -> dict[str, float]:
-    """The speed of each lane of one rank while all of them are at work; "both" is the drive's in sum."""
+    """The speed of each lane of one rank while all of them are at work; "both" is the drive's in sum.
+
+    "drive share" and "compute share" are what the drive and compute leave of each other.
+    """
     ranks, drives = host.ranks, profile.drives
     network = profile.collective_across if host.hosts > 1 else profile.collective_inside
     share = 1 if profile.accelerators else ranks
@@ -75,6 +79,8 @@ def rates_of(profile: Profile, host: Cluster) -> dict[str, float]:
         "nvme read": drives.read / ranks,
         "nvme write": drives.write / ranks,
         "both": drives.both / ranks,
+        "drive share": 1.0 if profile.accelerators else drives.beside_compute,
+        "compute share": 1.0 if profile.accelerators else drives.compute_beside,
     }
 
 
@@ -87,7 +93,7 @@ def play(ops: Sequence[Op], ends: Sequence[int], rates: Mapping[str, float]) -> 
     """Play `ops`; the step is what lies between the last two of `ends`."""
     seconds = [op.amount / rates[op.rate] for op in ops]
     together = rates["both"] / (rates["nvme read"] + rates["nvme write"])
-    spans = _play(ops, seconds, min(1.0, together))
+    spans = _play(ops, seconds, min(1.0, together), rates["drive share"], rates["compute share"])
     begin, end = (spans[place][1] for place in ends[-2:])
     step_s = end - begin
     busy = dict.fromkeys(LANES, 0.0)
@@ -97,8 +103,14 @@ def play(ops: Sequence[Op], ends: Sequence[int], rates: Mapping[str, float]) -> 
     return Simulation(step_s, busy, max(load, key=lambda name: load[name]), ops, spans)
 
 
-def _play(ops: Sequence[Op], seconds: Sequence[float], together: float) -> list[tuple[float, float]]:
-    """(start, end) of every operation. `together`: the speed of each drive lane while both are at work."""
+def _play(
+    ops: Sequence[Op], seconds: Sequence[float], together: float, drive_share: float, compute_share: float
+) -> list[tuple[float, float]]:
+    """(start, end) of every operation.
+
+    `together` is the speed of each drive lane while both are at work, `drive_share` theirs while there is compute, and
+    `compute_share` that of compute while one of them is at work.
+    """
     missing = [len(op.after) for op in ops]
     users: list[list[int]] = [[] for _ in ops]
     for place, op in enumerate(ops):
@@ -118,8 +130,12 @@ def _play(ops: Sequence[Op], seconds: Sequence[float], together: float) -> list[
                 left[lane], started[place] = seconds[place], now
         if not active:
             return spans
-        slow = together if "nvme read" in active and "nvme write" in active else 1.0
-        speed = {lane: slow if lane.startswith("nvme") else 1.0 for lane in active}
+        speed = dict.fromkeys(active, 1.0)
+        moving = [lane for lane in active if lane.startswith("nvme")]
+        for lane in moving:
+            speed[lane] = (together if len(moving) == 2 else 1.0) * (drive_share if "compute" in active else 1.0)
+        if moving and "compute" in active:
+            speed["compute"] = compute_share
         passed = min(left[lane] / speed[lane] for lane in active)
         now += passed
         for lane in list(active):

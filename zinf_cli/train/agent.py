@@ -4,9 +4,10 @@ It imports MODULE, and with it torch, before it is told what to do, so that may 
 made; a rank then imports nothing, and shares with the others what has been imported. A fork takes over all that is in
 memory but no thread but its own, so nothing here may use the device or start torch's threads.
 
-The order comes on stdin as JSON: torchrun's "options", the "function" of MODULE that is a rank's life, the "run_dir"
-and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set itself, and the
-"log" that all output of the agent goes to.
+Two lines of JSON come on stdin. The first is null or a question about the recipe (described.py), answered on stdout.
+The second is the order: torchrun's "options", the "function" of MODULE that is a rank's life, the "run_dir" and
+"arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set itself, and the "log"
+that all output of the agent goes to.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from zinf_cli.train.described import Question, answers_to
 from zinf_cli.train.rank_process import run_rank
 
 
 def main() -> None:
     """Wait for the order and follow it."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask CUDA itself would spoil it for the ranks
+    out, line = answers_to(), sys.stdin.readline()
+    question = Question(line, out) if json.loads(line) else None
+    if question is not None and question.answered_at_once():
+        question = None
     module = import_module(sys.argv[1])
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
     gc.collect()
     gc.freeze()  # else the ranks' garbage collector touches, and so copies, all of it
-    order = json.load(sys.stdin)
+    if question is not None:
+        question.answer()
+    order = json.loads(sys.stdin.readline())
     with Path(order["log"]).open("wb") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())

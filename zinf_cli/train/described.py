@@ -1,7 +1,7 @@
-"""`python -m zinf_cli.train.described RECIPE [--slots N] [--world-size N]`: what the plan needs to know, as JSON.
+"""`python -m zinf_cli.train.described`: what the plan needs to know, as torchrun's agent, too, tells the launcher.
 
-The launcher runs this as a subprocess, so that it stays light itself. An error is printed as {"error": ...,
-"exit_code": ...}.
+The launcher stays light that way. A question is a line of JSON, {"recipe": ..., "slots": N, "world_size": N}, and so
+is an answer; an error is {"error": ..., "exit_code": ...}.
 
 To look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So the
 answer is kept: as long as the recipe, zinf, torch, transformers, this machine's cores and every file that was looked at
@@ -11,7 +11,6 @@ part of the answer.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -19,14 +18,16 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from zinf_cli.checkpoint.folder import checkpoints_to_resume
-from zinf_cli.errors import ZinfError
+from zinf_cli.errors import RankError, ZinfError
 from zinf_cli.hardware import accelerators_here
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, load_recipe
@@ -43,11 +44,9 @@ OLDEST_S = 24 * 3600.0
 def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[str, Any]:
     """The figures of `describe`, which see."""
     entry = _entry(recipe, slots, world_size)
-    if entry is not None:
-        with contextlib.suppress(OSError, ValueError):
-            if time.time() - entry.stat().st_mtime < OLDEST_S:
-                kept: dict[str, Any] = json.loads(entry.read_text())
-                return kept
+    kept = _kept(entry)
+    if kept is not None:
+        return kept
     from zinf_cli.train.describe import describe
 
     text = json.dumps(dataclasses.asdict(describe(recipe, slots, world_size)))
@@ -56,6 +55,15 @@ def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[st
             _keep(entry, text)
     document: dict[str, Any] = json.loads(text)
     return document
+
+
+def _kept(entry: Path | None) -> dict[str, Any] | None:
+    if entry is not None:
+        with contextlib.suppress(OSError, ValueError):
+            if time.time() - entry.stat().st_mtime < OLDEST_S:
+                kept: dict[str, Any] = json.loads(entry.read_text())
+                return kept
+    return None
 
 
 def _entry(recipe: Recipe, slots: int | None, world_size: int | None) -> Path | None:
@@ -99,21 +107,73 @@ def _seen(recipe: Recipe) -> Iterator[tuple[Path, os.stat_result]]:
         yield file, file.stat()
 
 
-def main() -> None:
-    """Print the answer, or the error a user should see, on the real stdout; everything else goes to stderr."""
+class Question:
+    """What the launcher asks, and where the answer goes."""
+
+    def __init__(self, line: str, out: IO[str]) -> None:
+        self._asked = json.loads(line)
+        self._out = out
+
+    def answered_at_once(self) -> bool:
+        """Whether there is an answer without a look at the model; then it has been given."""
+        known: dict[str, Any] | None
+        try:
+            known = _kept(_entry(*self._parts()))
+        except ZinfError as error:
+            known = _reported(error)
+        if known is not None:
+            self._say(known)
+        return known is not None
+
+    def answer(self) -> None:
+        """Look at the recipe in a fork: it takes the memory that a rank will, and this process stays as it is."""
+        from zinf_cli.train import describe, loop  # noqa: F401
+
+        child = os.fork()
+        if child == 0:
+            self._say(self._looked_at())
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            self._say(_failed(f"its process ended with {os.waitstatus_to_exitcode(status)}"))
+
+    def _looked_at(self) -> dict[str, Any]:
+        try:
+            return answer(*self._parts())
+        except ZinfError as error:
+            return _reported(error)
+        except BaseException as error:
+            return _failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+    def _parts(self) -> tuple[Recipe, int | None, int | None]:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(self._asked["recipe"])
+            file.flush()
+            return load_recipe(Path(file.name)), self._asked["slots"], self._asked["world_size"]
+
+    def _say(self, document: Mapping[str, Any]) -> None:
+        print(json.dumps(document), file=self._out, flush=True)
+
+
+def _reported(error: ZinfError) -> dict[str, Any]:
+    return {"error": error.describe(), "exit_code": error.exit_code}
+
+
+def _failed(why: str) -> dict[str, Any]:
+    return {"error": f"the model could not be described: {why}", "exit_code": RankError.exit_code}
+
+
+def answers_to() -> IO[str]:
+    """The real stdout; what else is printed from now on goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--world-size", type=int)
-    asked = parser.parse_args()
-    try:
-        document = answer(load_recipe(asked.recipe), asked.slots, asked.world_size)
-    except ZinfError as error:
-        document = {"error": error.describe(), "exit_code": error.exit_code}
-    json.dump(document, out)
-    out.close()
+    return out
+
+
+def main() -> None:
+    question = Question(sys.stdin.readline(), answers_to())
+    if not question.answered_at_once():
+        question.answer()
 
 
 if __name__ == "__main__":
