@@ -1,8 +1,7 @@
 """`python -m benchmarks.accuracy`: what the plan predicts beside what a run then does, for recipes that differ.
 
 They differ in size, placement, ranks, sweeps, clipping and recomputation. Times are predicted from what `zinf bench`
-finds: the links at the start, the drive before each row, because what a shared machine's drive gives changes within
-minutes.
+finds before each row, because what a shared machine gives changes within minutes.
 """
 
 from __future__ import annotations
@@ -67,8 +66,8 @@ def main() -> None:
     for heading in ("s/step", "memory of the host", "of a rank", "on NVMe", "NVMe traffic/step"):
         table.add_column(heading, justify="right")
     try:
-        _bench(folder, "links")
         for number in arguments.rows:
+            _bench(folder, "links")
             _bench(folder, "nvme", str(folder), "--size", "1GiB", "--block-sizes", "4MiB", "--threads", "2")
             summary = _run(ROWS[number], arguments.steps, folder)
             table.add_row(ROWS[number].name, *_cells(summary))
