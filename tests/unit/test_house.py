@@ -53,6 +53,12 @@ def test_the_launcher_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_what_an_agent_imports_before_it_forks_leaves_the_device_alone() -> None:
+    program = "import torch; torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = lambda *_: 1 / 0\n"
+    program += "import zinf_cli.train.loop, zinf_cli.train.describe, zinf_cli.bench.links, torch.distributed.run"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_files_fit_in_a_sitting() -> None:
     long = {str(path): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
     assert {path: lines for path, lines in long.items() if lines > 450} == {}

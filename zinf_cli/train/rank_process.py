@@ -92,6 +92,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     code = _guard(child, oom_kills, rank, run_dir)
     if code != 0:
         os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
 
 
 def stop_requested(run_dir: Path) -> bool:
