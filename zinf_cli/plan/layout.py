@@ -75,7 +75,7 @@ class MachineFigures:
     process_bytes: int
     """Resident memory of a process that has imported what a rank does, and has built the model without weights."""
     shared_bytes: int
-    """Of these, the pages of libraries, which all ranks of a host share."""
+    """Of these, what all ranks of a host share: the pages of libraries, and what they were forked with."""
     name: str = "this machine"
     cpu_bytes: int = 0
     """Of a machine that is not this one; 0: what this one has when the plan is made."""

@@ -21,8 +21,8 @@ LANE_BYTES = 5 * MIB
 """More of it for each micro-batch of a sweep, which has a thread of its own."""
 STREAMING_BYTES = 35 * MIB
 """More of it where state comes from another tier and goes there."""
-LAUNCHER_BYTES = 170 * MIB
-"""The launcher, torchrun's agent, and the guards of the ranks, per host."""
+LAUNCHER_BYTES = 122 * MIB
+"""The launcher, and what torchrun's agent and the guards do not share with the ranks, per host."""
 KEPT_MORE = 1.12
 """Activations that are kept in memory are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5

@@ -36,6 +36,7 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     `slots` is the number of ranks on this host, `world_size` on all of them; by default every accelerator here, or
     one CPU rank.
     """
+    forked_with = process_memory().get("RssAnon", 0)
     accelerators = torch.cuda.device_count()
     device = torch.device("cuda" if accelerators else "cpu")
     ranks = slots or accelerators or 1
@@ -50,7 +51,7 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
     data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train))
-    machine = _machine(device, precision, ranks)
+    machine = _machine(device, precision, ranks, forked_with)
     return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)
 
 
@@ -101,7 +102,7 @@ def _flops_per_token(model: nn.Module, seq_len: int) -> float:
     return 6.0 * weights + 6.0 * layers * hidden * seq_len
 
 
-def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures:
+def _machine(device: torch.device, precision: str, ranks: int, forked_with: int) -> MachineFigures:
     cores = len(os.sched_getaffinity(0))
     free = 0
     if device.type == "cuda":
@@ -117,5 +118,5 @@ def _machine(device: torch.device, precision: str, ranks: int) -> MachineFigures
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - start)
     memory = process_memory()
-    libraries = memory.get("RssFile", 0) + memory.get("RssShmem", 0)
-    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best, memory["VmRSS"], libraries)
+    shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
+    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best, memory["VmRSS"], shared)
