@@ -6,7 +6,8 @@ number of threads, and the best few are repeated over the whole file. The median
 file has no name, nothing is left on the drive, whatever ends the bench.
 
 The arena matters: it is huge pages, which reach the drive in a few large pieces. Out of ordinary pages, scattered as
-they happen to lie, one virtual machine's drive gave 0.6 to 2.7 GB/s from one run to the next; out of huge ones, 3.0.
+they happen to lie, one virtual machine's drive read 0.6 to 2.7 GB/s from one run to the next; out of huge ones,
+2.7 to 3.4.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FINALISTS = 2
 """Points of the sweep that are repeated."""
 REPEATS = 3
 COMPUTE_S = 1.0
+"""For which the cores compute by themselves, before they do beside the drives."""
 SHARE = 4
 """A point of the sweep moves one SHARE-th of the file."""
 READ, WRITE, BOTH = "read", "write", "both"

@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -118,7 +119,7 @@ class Question:
         """Whether there is an answer without a look at the model; then it has been given."""
         known: dict[str, Any] | None
         try:
-            known = _kept(_entry(*self._parts()))
+            known = _kept(_entry(*self._parts))
         except ZinfError as error:
             known = _reported(error)
         if known is not None:
@@ -139,12 +140,13 @@ class Question:
 
     def _looked_at(self) -> dict[str, Any]:
         try:
-            return answer(*self._parts())
+            return answer(*self._parts)
         except ZinfError as error:
             return _reported(error)
         except BaseException as error:
             return _failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
+    @cached_property
     def _parts(self) -> tuple[Recipe, int | None, int | None]:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             file.write(self._asked["recipe"])
