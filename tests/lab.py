@@ -179,14 +179,18 @@ def loopback_lab(folder: Path, count: int) -> Iterator[Lab]:
 
 
 @contextmanager
-def namespace_lab(folder: Path, count: int) -> Iterator[Lab]:
-    """`count` hosts node1, node2, ... at 10.77.0.1, 10.77.0.2, ...; their folder/local is their own."""
+def namespace_lab(folder: Path, count: int, zinf: Path = ROOT) -> Iterator[Lab]:
+    """`count` hosts node1, node2, ... at 10.77.0.1, 10.77.0.2, ...; their folder/local is their own.
+
+    On the hosts as for the launcher, zinf is looked for in the folder `zinf` first.
+    """
     _need_sshd()
     _need_namespaces()
     prefix = f"zl{os.getpid()}"
     hub = f"{prefix}-hub"
     hosts = [LabHost(f"node{n}", 22, folder / f"node{n}", f"{prefix}-node{n}") for n in range(1, count + 1)]
     lab = Lab(folder, hosts, [str(IP), "netns", "exec", hub])
+    lab.environment["PYTHONPATH"] = str(zinf)
     _make_home(lab)
     (folder / "local").mkdir()
     try:
@@ -283,7 +287,7 @@ def _configure(lab: Lab, host: LabHost, *, address: str) -> Path:
     names = f"[{host.name}]:{host.port}" if host.port != 22 else f"{host.name},{address}"
     with lab.known_hosts.open("a") as known_hosts:
         known_hosts.write(f"{names} {key}\n")
-    variables = {"LAB_HOST": host.name, "PYTHONPATH": ROOT, "XDG_CACHE_HOME": lab.folder / "cache"}
+    variables = {"LAB_HOST": host.name, "PYTHONPATH": lab.environment["PYTHONPATH"], "XDG_CACHE_HOME": lab.folder / "cache"}
     config = host.folder / "sshd_config"
     config.write_text(
         f"ListenAddress {address}\nPort {host.port}\nHostKey {host.folder / 'host_key'}\nPidFile none\nUsePAM no\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from test_launch import Ended, Workshop, wait_for_steps
 
-from lab import Lab, loopback_lab, namespace_lab
+from lab import ROOT, Lab, loopback_lab, namespace_lab
 
 
 class FarWorkshop(Workshop):
@@ -98,6 +99,24 @@ def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorksh
     for rank in range(4):
         assert f"rank {rank} on node{rank + 1}" in (apart.run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
     assert apart.left_behind() == [str(own.parent / "earlier" / "1" / "metrics.jsonl")]
+
+
+def test_zinf_itself_is_brought_to_hosts_that_have_another(tmp_path: Path) -> None:
+    own = tmp_path / "local" / "zinf"
+    with namespace_lab(tmp_path, 2, zinf=own) as lab:
+        apart = ApartWorkshop(tmp_path, lab)
+        shutil.copytree(ROOT / "zinf_cli", own / "zinf_cli", ignore=shutil.ignore_patterns("__pycache__"))
+        with (own / "zinf_cli" / "errors.py").open("a") as file:
+            file.write("# another version\n")
+        arguments = ("--hosts", lab.hostfile())
+        refused = apart.launch(*arguments)
+        assert refused.code == 3, refused.err
+        assert "is not the launcher's" in refused.message
+        brought = apart.launch(*arguments, "--sync", str(apart.recipe))
+        assert brought.code == 0, brought.err
+        for host in lab.hosts:
+            there = host.local / "zinf" / "zinf_cli" / "errors.py"
+            assert there.read_text().endswith("# another version\n")
 
 
 def test_checkpoints_are_refused_where_hosts_share_no_folder_for_them(apart: ApartWorkshop) -> None:

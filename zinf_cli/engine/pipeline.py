@@ -160,11 +160,9 @@ class Pipeline:
         """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
         fetch = self._held.pop(visit.unit)
         fetch.unit.release()
-        layout = fetch.unit.layout.trainable
-        if fetch.grad is not None and layout is not None:
+        if fetch.grad is not None:
             fetch.unit.grad_ready = False
-            own = layout.slice_of(fetch.grad, self.ranks.rank)
-            reduced = self.ranks.reduce_scatter(own, fetch.grad, self.trace, fetch.unit.name)
+            reduced = self.ranks.reduce_scatter(fetch.grad, self.trace, fetch.unit.name)
             touched = self.ranks.any(fetch.unit.touched) if visit.final else None
             self._reducing.append(Reduction(fetch, reduced, touched))
             if visit.final:

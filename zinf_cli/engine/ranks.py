@@ -3,6 +3,9 @@
 Order of collectives: every rank must start the same collectives in the same order, or the run hangs. Gathers follow
 the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. So each kind has
 a process group of its own; a few numbers now and then travel in a third, from CPU memory.
+
+gloo's own all-gather and reduce-scatter copy what they move, once or twice. A broadcast or a reduction of each rank's
+slice does not, and sends the same bytes over every link: in CPU memory they take a third and 0.4 of the time.
 """
 
 from __future__ import annotations
@@ -51,15 +54,29 @@ class Ranks:
         """Fill `flat` with every rank's slice; `own_slice` may be this rank's range of `flat`."""
         if self.world_size == 1:
             return DONE
-        work = _all_gather(flat, own_slice, group=self.gather_group, async_op=True)
-        return Collective(work, trace, "gather", label, flat.numel() * flat.element_size())
+        if flat.is_cuda:
+            works = [_all_gather(flat, own_slice, group=self.gather_group, async_op=True)]
+        else:
+            slices = flat.chunk(self.world_size)
+            if slices[self.rank].data_ptr() != own_slice.data_ptr():
+                slices[self.rank].copy_(own_slice)
+            works = [
+                dist.broadcast(part, rank, group=self.gather_group, async_op=True) for rank, part in enumerate(slices)
+            ]
+        return Collective(works, trace, "gather", label, flat.numel() * flat.element_size())
 
-    def reduce_scatter(self, own_slice: torch.Tensor, flat: torch.Tensor, trace: Trace, label: str) -> Transfer:
-        """Sum `flat` over ranks into each rank's slice; `own_slice` may be this rank's range of `flat`."""
+    def reduce_scatter(self, flat: torch.Tensor, trace: Trace, label: str) -> Transfer:
+        """Sum `flat` over ranks, each rank's range of it on that rank; what the others hold there is lost."""
         if self.world_size == 1:
             return DONE
-        work = _reduce_scatter(own_slice, flat, group=self.reduce_group, async_op=True)
-        return Collective(work, trace, "reduce", label, flat.numel() * flat.element_size())
+        slices = flat.chunk(self.world_size)
+        if flat.is_cuda:
+            works = [_reduce_scatter(slices[self.rank], flat, group=self.reduce_group, async_op=True)]
+        else:
+            works = [
+                dist.reduce(part, rank, group=self.reduce_group, async_op=True) for rank, part in enumerate(slices)
+            ]
+        return Collective(works, trace, "reduce", label, flat.numel() * flat.element_size())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over ranks of a CPU tensor, in place."""
@@ -103,21 +120,22 @@ class Flags:
 
 
 class Collective:
-    """A collective under way."""
+    """A collective under way, as one or several of torch's."""
 
-    def __init__(self, work: Any, trace: Trace, lane: str, label: str, num_bytes: int) -> None:
+    def __init__(self, works: Sequence[Any], trace: Trace, lane: str, label: str, num_bytes: int) -> None:
         self.what = f"{lane} {label}"
-        self._work = work
+        self._works = works
         self._span = (trace, lane, label, num_bytes)
         self._start = time.perf_counter()
         self._waited = False
 
     def done(self) -> bool:
-        return bool(self._work.is_completed())
+        return all(work.is_completed() for work in self._works)
 
     def wait(self) -> None:
         if not self._waited:
-            self._work.wait()
+            for work in self._works:
+                work.wait()
             self._waited = True
             trace, lane, label, num_bytes = self._span
             trace.add(lane, label, self._start, time.perf_counter(), num_bytes)

@@ -120,10 +120,7 @@ def churn_bytes(per_sweep: int, *, streamed: bool) -> int:
 def framework_bytes(figures: Figures, choice: Choice) -> int:
     """What a rank takes of CPU memory beside the model and its states."""
     streamed = not all(choice.in_place(state) for state in CLASSES)
-    churn = churn_bytes(choice.per_sweep, streamed=streamed)
-    if figures.world_size > 1 and not figures.machine.accelerators:  # gloo copies what it gathers and what it reduces
-        churn += 3 * 4 * max((unit.numel for unit in figures.model.units), default=0)
-    return figures.machine.process_bytes + churn
+    return figures.machine.process_bytes + churn_bytes(choice.per_sweep, streamed=streamed)
 
 
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
