@@ -14,16 +14,14 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 PAGE = 4096
-CHURN_BYTES = 80 * MIB
+CHURN_BYTES = 50 * MIB
 """What malloc and the libraries of matrix multiplication hold beside what is in use, as temporaries of many sizes come
 and go."""
-LANE_BYTES = 5 * MIB
+LANE_BYTES = 11 * MIB
 """More of it for each micro-batch of a sweep, which has a thread of its own."""
-STREAMING_BYTES = 35 * MIB
-"""More of it where state comes from another tier and goes there."""
 LAUNCHER_BYTES = 122 * MIB
 """The launcher, and what torchrun's agent and the guards do not share with the ranks, per host."""
-KEPT_MORE = 1.12
+KEPT_MORE = 1.2
 """Activations that are kept in memory are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
@@ -112,15 +110,14 @@ def host_bytes(ranks: int, shared_bytes: int) -> int:
     return LAUNCHER_BYTES - (ranks - 1) * shared_bytes
 
 
-def churn_bytes(per_sweep: int, *, streamed: bool) -> int:
+def churn_bytes(per_sweep: int) -> int:
     """What a rank holds of CPU memory beside what is in use, with so many micro-batches in a sweep."""
-    return CHURN_BYTES + per_sweep * LANE_BYTES + streamed * STREAMING_BYTES
+    return CHURN_BYTES + per_sweep * LANE_BYTES
 
 
 def framework_bytes(figures: Figures, choice: Choice) -> int:
     """What a rank takes of CPU memory beside the model and its states."""
-    streamed = not all(choice.in_place(state) for state in CLASSES)
-    return figures.machine.process_bytes + churn_bytes(choice.per_sweep, streamed=streamed)
+    return figures.machine.process_bytes + churn_bytes(choice.per_sweep)
 
 
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
@@ -172,7 +169,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
     chunk_numel = max(2048, min(CHUNK_NUMEL, widest))
-    fields = (0 if choice.in_place("grads") else 1) + (0 if choice.in_place("optimizer") else 3)
+    away = {"grads": 1, "optimizer": 2 if figures.precision == "fp32" else 3}
+    if choice.update == "eager":  # with the gradient as compute left it
+        del away["grads"]
+    fields = sum(count for state, count in away.items() if not choice.in_place(state))
     staging = 0
     if not choice.in_place("activations"):
         staging = max(

@@ -127,10 +127,7 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
     held = _zero_tiers()
     for state, num_bytes in class_bytes(question, per_sweep).items():
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
-    streamed = any(tier not in (compute, "device") for tier in placement.values())
-    held["cpu"]["Python and torch"] = host_bytes(ranks, SHARED_BYTES) + ranks * (
-        PROCESS_BYTES + churn_bytes(per_sweep, streamed=streamed)
-    )
+    held["cpu"]["Python and torch"] = host_bytes(ranks, SHARED_BYTES) + ranks * (PROCESS_BYTES + churn_bytes(per_sweep))
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES
         if "nvme" in placement.values():

@@ -27,7 +27,7 @@ from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train import batches
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.metrics import Metrics, PeakMemory, straggler_of
+from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, straggler_of
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
@@ -168,6 +168,7 @@ class Run:
         saved = step = self.start.step
         if self.text.held_out is not None and not step:
             self._write({"step": 0, "eval_loss": self._evaluate()})
+        return_free_memory()  # of loading
         while step < max_steps and not self._stop_requested():
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -73,6 +74,13 @@ def straggler_of(waits: Sequence[float], step_s: float) -> int | None:
     least = min(range(len(waits)), key=lambda rank: waits[rank])
     others = statistics.median(wait for rank, wait in enumerate(waits) if rank != least)
     return least if others - waits[least] > STRAGGLING * step_s else None
+
+
+def return_free_memory() -> None:
+    """Give the kernel the pages that malloc keeps of what was freed (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:
