@@ -287,7 +287,8 @@ def _configure(lab: Lab, host: LabHost, *, address: str) -> Path:
     names = f"[{host.name}]:{host.port}" if host.port != 22 else f"{host.name},{address}"
     with lab.known_hosts.open("a") as known_hosts:
         known_hosts.write(f"{names} {key}\n")
-    variables = {"LAB_HOST": host.name, "PYTHONPATH": lab.environment["PYTHONPATH"], "XDG_CACHE_HOME": lab.folder / "cache"}
+    shared = ("PYTHONPATH", "XDG_CACHE_HOME")
+    variables = {"LAB_HOST": host.name, **{name: lab.environment[name] for name in shared}}
     config = host.folder / "sshd_config"
     config.write_text(
         f"ListenAddress {address}\nPort {host.port}\nHostKey {host.folder / 'host_key'}\nPidFile none\nUsePAM no\n"

@@ -25,47 +25,48 @@ UPDATE_NUMEL = 1 << 23
 COPY_BYTES = 1 << 28
 GATHER_BYTES = 1 << 26
 ROUNDS = 3
-"""Of everything in turn. The median counts: a run, too, has its share of what else the machine does."""
-SECONDS = 0.05
-"""What is timed at once, at least."""
+"""Of everything in turn."""
+SECONDS = 0.3
+"""What is timed at once, at least. The mean counts: a run, too, has its share of what else the machine does."""
 ENOUGH_S = 0.3
 """A first call that takes so long is not made again to warm up."""
 
 
 def measure_alone() -> dict[str, Any]:
     """Of one rank with the machine to itself."""
-    found: dict[str, Any] = _median([_measure_alone() for _ in range(ROUNDS)])
-    return found
-
-
-def _median(found: Sequence[Any]) -> Any:
-    """Of each number in documents of one form."""
-    if isinstance(found[0], dict):
-        return {key: _median([each[key] for each in found]) for key in found[0]}
-    return statistics.median(found)
-
-
-def _measure_alone() -> dict[str, Any]:
     import psutil
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matmul = {
-        precision: {rows: _linear_rate(rows, precision, device) for rows in ROWS[device.type]}
-        for precision in PRECISIONS[device.type]
-    }
-    found: dict[str, Any] = {
+    found = {
         "accelerators": torch.cuda.device_count(),
         "cpu_memory": psutil.virtual_memory().total,
-        "matmul": matmul,
-        "block": {
-            precision: {rows: _block_rate(rows, precision, device) for rows in ROWS[device.type]}
-            for precision in PRECISIONS[device.type]
-        },
-        "adamw": _adamw_rate(),
+        **_mean([_rates(device) for _ in range(ROUNDS)]),
     }
     if device.type == "cuda":
         found["device_memory"] = torch.cuda.get_device_properties(device).total_memory
+    return found
+
+
+def _mean(found: Sequence[Any]) -> Any:
+    """Of rates, in documents of one form: the harmonic mean, that of the time they stand for."""
+    if isinstance(found[0], dict):
+        return {key: _mean([each[key] for each in found]) for key in found[0]}
+    return statistics.harmonic_mean(found)
+
+
+def _rates(device: Any) -> dict[str, Any]:
+    """A round."""
+    kinds = {"matmul": _linear_rate, "block": _block_rate}
+    found: dict[str, Any] = {
+        name: {
+            precision: {rows: rate(rows, precision, device) for rows in ROWS[device.type]}
+            for precision in PRECISIONS[device.type]
+        }
+        for name, rate in kinds.items()
+    }
+    found["adamw"] = _adamw_rate()
+    if device.type == "cuda":
         found["device_bandwidth"] = _device_bandwidth(device)
         found["copy_alone"] = found["copy_host"] = _copy_rate(device)
     return found

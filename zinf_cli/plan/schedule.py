@@ -4,7 +4,8 @@ All ranks do the same at the same time, so one stands for all, with its share of
 is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"); classic.py states ZeRO-Infinity's
 schedule in the same words, and simulate.py plays both.
 
-Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw").
+Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw"). Of a gradient, to
+clear, to add and to take the norm is bound by memory as AdamW is, so these are its bytes, in parameters of an update.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nv
 """In the sweep updates run on the compute lane; the lane "update" is the CPU of the paper's schedule."""
 GRAD_BYTES = 4
 """A gradient is fp32 in zinf."""
+ADAMW_BYTES = 28
+"""Bytes AdamW moves per fp32 parameter: gradient, momentum, variance and parameter in, all but the gradient out."""
 PIECES = 4
 """Into how many pieces an update is cut here at most; the engine's chunks are finer."""
 
@@ -99,6 +102,10 @@ class Ops:
             last = [self.add(lane, name, num_bytes, last)]
         return last
 
+    def handle(self, name: str, num_bytes: float, after: Sequence[int]) -> int:
+        """What moves `num_bytes` between compute and its memory and does little else."""
+        return self.add("compute", name, num_bytes / ADAMW_BYTES, after, "adamw")
+
     def between_ranks(self, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
         """All-gather or reduce-scatter of `num_bytes` in all."""
         others = (self.step.world_size - 1) / self.step.world_size
@@ -151,6 +158,8 @@ class _Sweeps:
         ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
         if kind == "backward":
             ready += ops.bring("activations", unit.name, unit.kept_bytes * batches, [*room, *self._kept[number]])
+        if kind != "forward" and unit.trainable:
+            ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * GRAD_BYTES, ready)]
         passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
@@ -167,7 +176,11 @@ class _Sweeps:
         own = unit.trainable / step.world_size * GRAD_BYTES
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
         if not first:
-            reduced += ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
+            earlier = ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
+            if earlier or step.world_size > 1:  # else compute has added to it in place
+                reduced = [ops.handle(f"{unit.name} add gradient", 3 * own, [*reduced, *earlier])]
+        if final:
+            reduced = [ops.handle(f"{unit.name} norm", own, reduced)]
         if final and step.update != "deferred":
             self._update(number, reduced, reduced, with_grad=False)
         if not final or step.update != "eager":

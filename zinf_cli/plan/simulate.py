@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zinf_cli.plan.schedule import LANES, Op, Step, sweep_steps
+from zinf_cli.plan.schedule import ADAMW_BYTES, LANES, Op, Step, sweep_steps
 from zinf_cli.profiles import Profile
 
 RESOURCES = {
@@ -24,8 +24,6 @@ RESOURCES = {
     "nvme": ("nvme read", "nvme write"),
 }
 """What a user can buy more of, and its lanes."""
-ADAMW_BYTES = 28
-"""Bytes AdamW moves per fp32 parameter: gradient, momentum, variance and parameter in, all but the gradient out."""
 
 
 @dataclass(frozen=True)
