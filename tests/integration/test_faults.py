@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from test_launch import wait_for_steps
 from test_many_hosts import ApartWorkshop
@@ -34,7 +35,8 @@ def apart(tmp_path: Path) -> Iterator[ApartWorkshop]:
 def of_module(lab: Lab, host: int, module: str) -> list[int]:
     """Processes on a host that run a module, the first to start first."""
     pids = lab.processes(lab.hosts[host])
-    return [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())  # numbers of processes begin again
 
 
 def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
