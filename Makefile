@@ -27,7 +27,7 @@ test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in traini
 	$(PYTHON) -m pytest tests/crash
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
-	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest tests/integration/test_faults.py
+	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 tests/integration/test_faults.py
 
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.

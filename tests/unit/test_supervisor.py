@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from zinf_cli.hosts import this_machine
@@ -85,9 +86,13 @@ def test_that_it_has_ended_is_heard() -> None:
     command = [sys.executable, "-c", "import sys; print('half'); sys.exit('for a reason')"]
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
+        (supervisor,) = psutil.Process().children()
+        held = supervisor.num_fds()
         connection.request("stand_by", command=command, environment={}, defaults={}, opening="")
         assert connection.events.get(timeout=20) == {"event": "said", "line": "half"}
         assert connection.events.get(timeout=20) == {"event": "fell", "code": 1, "errors": "for a reason\n"}
+        connection.request("own_address")  # answered after the supervisor has let go of it
+        assert supervisor.num_fds() == held
 
 
 def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""The block that `zinf bench links` times: a llama's, in plain torch."""
+"""The block by which the speed of compute is measured: a llama's, in plain torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Block(nn.Module):
         return 2.0 * rows * weights + 2.0 * rows * rows * self.heads * 64
 
 
-def pass_over(blocks: list[Block], micro_batches: list[torch.Tensor]) -> None:
+def pass_over(blocks: Sequence[Block], micro_batches: Sequence[torch.Tensor]) -> None:
     """All micro-batches through each block in turn, as a sweep does: forward, recomputed forward, backward."""
     for block in blocks:
         for x in micro_batches:

@@ -57,7 +57,7 @@ def _mean(found: Sequence[Any]) -> Any:
 
 def _rates(device: Any) -> dict[str, Any]:
     """A round."""
-    kinds = {"matmul": _linear_rate, "block": _block_rate}
+    kinds = {"matmul": _linear_rate, "block": _rate_of_blocks}
     found: dict[str, Any] = {
         name: {
             precision: {rows: rate(rows, precision, device) for rows in ROWS[device.type]}
@@ -123,19 +123,9 @@ def _linear_rate(rows: int, precision: str, device: Any) -> float:
     return 3 * 2 * rows * weight.numel() / _seconds(products, device)
 
 
-def _block_rate(rows: int, precision: str, device: Any) -> float:
+def _rate_of_blocks(rows: int, precision: str, device: Any) -> float:
     """FLOP/s of a transformer block's forward, recomputed forward and backward."""
-    import torch
-
-    from zinf_cli.bench.block import pass_over
-    from zinf_cli.train.setup import DTYPES
-
-    where = {"device": device, "dtype": DTYPES[precision]}
-    hidden = HIDDEN[device.type]
-    blocks = _blocks(precision, device)
-    batches = [torch.randn(1, rows, hidden, requires_grad=True, **where) for _ in range(MICRO_BATCHES)]
-    flops: float = 4 * BLOCKS * MICRO_BATCHES * blocks[0].flops(rows)
-    return flops / _seconds(lambda: pass_over(blocks, batches), device)
+    return block_rate(_blocks(precision, device), rows, MICRO_BATCHES)
 
 
 @lru_cache(maxsize=1)
@@ -145,6 +135,19 @@ def _blocks(precision: str, device: Any) -> list[Any]:
 
     kind = device.type
     return [Block(HIDDEN[kind], max(ROWS[kind]), device=device, dtype=DTYPES[precision]) for _ in range(BLOCKS)]
+
+
+def block_rate(blocks: Sequence[Any], rows: int, micro_batches: int) -> float:
+    """FLOP/s of `micro_batches` of `rows` tokens on each of `blocks` in turn, with recomputation."""
+    import torch
+
+    from zinf_cli.bench.block import pass_over
+
+    weight = blocks[0].down.weight  # hidden x inner
+    where = {"device": weight.device, "dtype": weight.dtype}
+    batches = [torch.randn(1, rows, len(weight), requires_grad=True, **where) for _ in range(micro_batches)]
+    flops: float = 4 * len(blocks) * micro_batches * blocks[0].flops(rows)
+    return flops / _seconds(lambda: pass_over(blocks, batches), weight.device)
 
 
 def _adamw_rate() -> float:

@@ -136,6 +136,7 @@ class Supervisor:
             if self._standing_by is not None and pid == self._standing_by.pid:
                 self._send_words()
                 self._send({"event": "fell", "code": code, "errors": self._standing_by.errors()})
+                self._standing_by.tell_no_more()
                 self._standing_by = None
             if self._child is not None and pid == self._child.pid:
                 self._child.code = code

@@ -71,7 +71,7 @@ class MachineFigures:
     """Free memory of the smallest accelerator; 0 without one."""
     cores: int
     flops: float
-    """Matrix multiplication in the run's precision, FLOP/s of one rank, measured for a moment."""
+    """FLOP/s of one rank in the run's precision, in passes over a block of the model's width, measured for a moment."""
     process_bytes: int
     """Resident memory of a process that has imported what a rank does, and has built the model without weights."""
     shared_bytes: int

@@ -6,12 +6,13 @@ Everything about the input that can be wrong is found here: the model's config, 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import torch
 from torch import nn
 
+from zinf_cli.bench.block import Block
+from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
@@ -51,7 +52,8 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
     data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train))
-    machine = _machine(device, precision, ranks, forked_with)
+    shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
+    machine = _machine(device, precision, ranks, forked_with, shape)
     return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)
 
 
@@ -97,26 +99,36 @@ def _flops_per_token(model: nn.Module, seq_len: int) -> float:
     }
     weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
     weights -= sum(numel for key, numel in looked_up.items() if key != tied)
-    config = causal.config
-    layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
-    return 6.0 * weights + 6.0 * layers * hidden * seq_len
+    layers = getattr(causal.config, "num_hidden_layers", 0)
+    return 6.0 * weights + 6.0 * layers * _hidden(model) * seq_len
 
 
-def _machine(device: torch.device, precision: str, ranks: int, forked_with: int) -> MachineFigures:
+def _hidden(model: nn.Module) -> int:
+    """The width of its layers, as far as its config says."""
+    config: Any = model.config
+    return getattr(config, "hidden_size", 0)
+
+
+def _machine(
+    device: torch.device, precision: str, ranks: int, forked_with: int, shape: tuple[int, int]
+) -> MachineFigures:
+    """`shape` of a micro-batch between units: tokens by hidden."""
     cores = len(os.sched_getaffinity(0))
     free = 0
     if device.type == "cuda":
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     else:
         torch.set_num_threads(max(1, cores // ranks))
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, dtype=DTYPES[precision], device=device)
-    (a @ a).sum().item()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - start)
+    a = torch.randn(1024, 1024, dtype=DTYPES[precision], device=device)
+    (a @ a).sum().item()  # libraries are loaded and threads started now, as in a rank
     memory = process_memory()
     shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
-    return MachineFigures(torch.cuda.device_count(), free, cores, 2 * size**3 / best, memory["VmRSS"], shared)
+    flops = _flops(device, precision, shape)
+    return MachineFigures(torch.cuda.device_count(), free, cores, flops, memory["VmRSS"], shared)
+
+
+def _flops(device: torch.device, precision: str, shape: tuple[int, int]) -> float:
+    """What a pass over a block of the model's width reaches, up to the size that `zinf bench links` measures with."""
+    rows, hidden = min(shape[0], max(ROWS[device.type])), min(shape[1], HIDDEN[device.type])
+    block = Block(max(64, hidden // 64 * 64), rows, device=device, dtype=DTYPES[precision])
+    return block_rate([block], rows, 1)
