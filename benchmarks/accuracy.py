@@ -49,6 +49,7 @@ ROWS = (
     Row("216M, moments on NVMe", MODELS["216M"], ("offload.optimizer=nvme", "offload.params=cpu", *STEP)),
     Row("216M, all CPU, recomputed", MODELS["216M"], ("activation_checkpointing=unit", "offload.optimizer=cpu", *STEP)),
     Row("216M, all NVMe, 4 sweeps", MODELS["216M"], _nvme(*STEP, "train.micro_batches_per_sweep=2")),
+    Row("216M, in 2.2 GiB", MODELS["216M"], ("offload.cpu_memory=2.2GiB", *STEP)),
     Row("50M, all NVMe, 2 ranks", SMALL, _nvme(*STEP), slots=2),
     Row("50M, all CPU", SMALL, ("train.seq_len=128", "train.gradient_accumulation_steps=4")),
 )

@@ -159,6 +159,12 @@ def everything_on(tier: str, folder: Path) -> EngineOptions:
     return EngineOptions(tier, tier, tier, tier, nvme_folders=(folder,))
 
 
+def every_other_unit_cached(options: EngineOptions, *states: str) -> EngineOptions:
+    """Units 0, 2, ... with all their state in CPU memory, or with some classes of it."""
+    cached = frozenset(states or ("params", "grads", "optimizer"))
+    return replace(options, cached_units=frozenset(range(0, 100, 2)), cached_states=cached)
+
+
 def relative_difference(found: list[list[float]], expected: list[list[float]]) -> float:
     """The largest over all losses."""
     return max(abs(a - b) / abs(b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))

@@ -18,6 +18,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.hosts import this_machine
+from zinf_cli.plan.memory import STATES
 from zinf_cli.plan.plan import Plan
 
 STATE_NAMES = {
@@ -26,6 +27,7 @@ STATE_NAMES = {
     "optimizer": "optimizer states",
     "activations": "activations",
     "second": "second places for updates",
+    "cached": "state of cached units",
     "buffers": "buffers",
     "compute": "compute, at its peak",
     "framework": "Python and torch",
@@ -52,6 +54,11 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
     )
     head.add_row("backward", _recomputed(plan))
+    if plan.cached_units:
+        names = ", ".join(STATE_NAMES[state] for state in STATES if state in plan.cached_states)
+        head.add_row(
+            "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
+        )
     if plan.resume is not None:
         head.add_row("resume", plan.resume)
     head.add_row("expected", _expectation(plan))

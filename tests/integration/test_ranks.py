@@ -20,7 +20,7 @@ CLASSES = ("params", "grads", "optimizer", "activations")
 WORKER = """
 import json, sys, torch
 from pathlib import Path
-from plain import engine_losses, open_engine
+from plain import engine_losses, every_other_unit_cached, open_engine
 from tiny_models import random_source
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.ranks import Ranks
@@ -29,8 +29,10 @@ torch.set_num_threads(1)
 ranks = Ranks.join(torch.device("cpu"))
 steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name, changes, placement in json.loads(sys.argv[4]):
-    settings = placement.pop("settings", {})
+    settings, cached = placement.pop("settings", {}), placement.pop("cached", False)
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
+    if cached:
+        options = every_other_unit_cached(options)
     engine = open_engine(random_source(name, **changes), options, ranks)
     losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
     print(json.dumps(losses), flush=True)
@@ -72,6 +74,7 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
 def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: Path) -> None:
     placements: list[dict[str, object]] = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
     placements += [{state: "nvme"} for state in CLASSES]
+    placements += [{**placements[2], "cached": True}]
     architectures: list[tuple[str, dict[str, object]]] = [
         ("llama-tied", {"attention_dropout": 0.2}),
         ("mixtral", {}),

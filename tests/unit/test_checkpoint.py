@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from plain import LR, batches, engine_losses, everything_on, open_engine
+from plain import LR, batches, engine_losses, every_other_unit_cached, everything_on, open_engine
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, PAGE, Manifest
@@ -100,11 +100,15 @@ MIXED = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["deferred", "eager", "speculative", "in memory", "mixed", "another drive", "dropped"])
+@pytest.mark.parametrize(
+    "how", ["deferred", "eager", "speculative", "in memory", "mixed", "another drive", "dropped", "cached"]
+)
 def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """And the run goes on as if there had been none."""
     options = everything_on("cpu" if how == "in memory" else "nvme", tmp_path / "nvme")
-    options = replace(options, dtype=dtype, speculate=how == "speculative")
+    options = replace(options, dtype=dtype, speculate=how in ("speculative", "cached"))
+    if how == "cached":
+        options = every_other_unit_cached(options)
     if how == "mixed":
         options = replace(options, **MIXED)
     elif how == "another drive":
@@ -115,7 +119,7 @@ def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype:
         else random_source("llama")
     )
     freeze = "layers.0.mlp" if how in ("deferred", "mixed") else ""
-    clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)
+    clip = {"eager": None, "speculative": 1.12, "cached": 1.12}.get(how, 1.0)
     losses, states = [], []
     for in_passing in (False, True):
         run_dir = tmp_path / str(in_passing)
@@ -146,7 +150,7 @@ def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype:
     assert losses[0] == losses[1]
     assert {manifest.step for manifest in states[0]} == PASSING
     assert states[0] == states[1]
-    if how == "speculative":
+    if how in ("speculative", "cached"):
         assert {updated for _, _, updated in losses[0]} == {True, False}
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
+from plain import (
+    engine_losses,
+    every_other_unit_cached,
+    everything_on,
+    open_engine,
+    plain_losses,
+    relative_difference,
+)
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import EngineOptions
@@ -215,6 +222,29 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     assert any(updated), norms
     if dtype == torch.float32:
         assert_agree(found, plain_losses(source, STEPS, clip=clip), name)
+
+
+@pytest.mark.parametrize("how", ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "qwen3_moe"])
+def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None:
+    source = random_source(name)
+    streamed = replace(
+        everything_on("nvme", tmp_path),
+        speculate=how == "speculative",
+        dtype=torch.bfloat16 if how == "bf16" else torch.float32,
+        micro_batches_per_sweep=1 if how == "sweeps of one" else None,
+    )
+    cached = every_other_unit_cached(streamed, *(["optimizer"] if how == "moments only" else []))
+    clip = None if how == "eager" else CLIP_THAT_BITES_SOMETIMES[name]
+    losses, moved = [], []
+    for options in (streamed, cached):
+        engine = open_engine(source, options)
+        losses.append(engine_losses(engine, STEPS, clip=clip, eager=how == "eager", evaluate_every=4, close=False))
+        moved.append(engine.opened["nvme"].read_bytes + engine.opened["nvme"].write_bytes)
+        engine.close()
+    assert losses[0] == losses[1]
+    assert moved[1] < 0.9 * moved[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_eager_bf16(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tiny_models import CONFIGS
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
+from zinf_cli.plan import memory
 from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan, make_plan
@@ -135,6 +136,43 @@ def test_states_are_exact(precision: str, tmp_path: Path, monkeypatch: pytest.Mo
     states = {line.what: line.num_bytes for line in plan.lines}
     assert used["states"] == sum(states.get(name, 0) for name in ("params", "grads", "optimizer", "second"))
     assert ("second" in states) == (precision != "fp16")
+
+
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])
+def test_memory_that_is_left_holds_units(
+    precision: str, clip: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, "llama", precision=precision, max_grad_norm=clip, max_steps=12)
+    config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": 5}
+    monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = describe(recipe, 1)
+    streamed = make_plan(recipe, figures)
+    losses = [line["loss"] for line in run(recipe, streamed)]
+    states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
+    budget = streamed.limits[0].needed + states // 3
+    auto = {"params": "auto", "grads": "auto", "optimizer": "auto", "cpu_memory": budget}
+    recipe = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=auto)})
+    plan = make_plan(recipe, figures)
+    assert plan.cached_units
+    assert plan.limits[0].needed <= budget
+    held: list[int] = []
+    close = Engine.close
+
+    def note_and_close(engine: Engine) -> None:
+        held.append(engine.opened["cpu"].used)
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", note_and_close)
+    lines = run(recipe, plan)
+    assert held == [
+        sum(line.num_bytes for line in plan.lines if line.tier == "cpu" and line.what in (*CLASSES, "cached"))
+    ]
+    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes < 0.8 * streamed.nvme_bytes
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+    assert plan.nvme_traffic < 0.8 * streamed.nvme_traffic
+    assert [line["loss"] for line in lines] == losses
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

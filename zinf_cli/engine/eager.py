@@ -6,7 +6,8 @@ to its tier; and the drive is as busy in backward as in forward.
 **Speculation.** Where the norm may clip the gradient but lately did not, the update is made as if it would not again,
 into the unit's other home (ping-pong), and the gradient is kept on its tier too. When the norm is known, either the
 unit moves there, or the deferred update is made from where it was as if nothing had happened. Either way the bits are
-those of an update that waited: the coefficient is exactly 1 where the norm is not clipped.
+those of an update that waited: the coefficient is exactly 1 where the norm is not clipped. Units that have no second
+home, because their state is in memory anyway, wait for the next forward as ever.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.store import Unit
 from zinf_cli.tiers.tier import Extent, Transfer
 
@@ -32,6 +34,8 @@ class EagerUpdates:
         """Whether this step's updates are made in its backward pass."""
         self.speculative = False
         """Whether they have to be confirmed: see `commit` and `discard`."""
+        self.adamw: AdamW | None = None
+        """The settings they go by."""
         self._units = units
         self._wait = wait
         self._make_room = make_room
@@ -39,6 +43,10 @@ class EagerUpdates:
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
+
+    def takes(self, unit: Unit) -> bool:
+        """Whether this step's update of `unit` is one of them."""
+        return self.active and (not self.speculative or len(unit.homes) > 1)
 
     def start(self, fetch: Fetch, own: torch.Tensor) -> None:
         """Update the unit of `fetch` with the gradient slice `own` (fp32), which lies in its buffer or home."""

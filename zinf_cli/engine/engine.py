@@ -55,6 +55,9 @@ class EngineOptions:
     optimizer: str = "cpu"
     activations: str = "cpu"
     """Each "device", "cpu" or "nvme"."""
+    cached_units: frozenset[int] = frozenset()
+    cached_states: frozenset[str] = frozenset()
+    """Units of which these classes lie in CPU memory, whatever the tier of the class."""
     nvme_folders: tuple[Path, ...] = ()
     nvme_bytes: int = 0
     """Space taken on the drives at the start."""
@@ -79,7 +82,13 @@ class EngineOptions:
     kept_units: frozenset[int] = frozenset()
     """Units whose activations are kept for backward instead of being recomputed."""
     speculate: bool = False
-    """Keep second places for parameters and optimizer states, for speculative updates (see eager.py)."""
+    """Keep second places for parameters and optimizer states of units that are not cached, for speculative updates (see
+    eager.py)."""
+
+    @property
+    def placement(self) -> tuple[str, str, str, str]:
+        """The tiers of the classes, in the order of TierSet."""
+        return self.params, self.grads, self.optimizer, self.activations
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,13 @@ class Engine:
         self._notice = notice
         self.trace = trace or Trace()
         to_placeholders(model, options.dtype, options.device)
-        self.tiers = _open_tiers(options, self.trace, self._ranks.rank, notice)
-        self.units = [Unit(layout, model, self.tiers, self._ranks, options.dtype) for layout in layouts]
+        self.opened = _open_tiers(options, self.trace, self._ranks.rank, notice)
+        self.tiers = TierSet(*(self.opened[tier] for tier in options.placement))
+        cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get("cpu")))
+        self.units = [
+            Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks, options.dtype)
+            for number, layout in enumerate(layouts)
+        ]
         self.memory = _open_memory(options)
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
@@ -135,8 +149,9 @@ class Engine:
         self._calm_steps = 0
         """Steps since the gradient was last clipped."""
         if options.speculate:
-            for unit in self.units:
-                unit.add_home(self.tiers)
+            for number, unit in enumerate(self.units):
+                if number not in options.cached_units:
+                    unit.add_home()
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
         """Fill every unit from `read(parameter names)`; memory is one unit's."""
@@ -179,6 +194,12 @@ class Engine:
         clip = torch.clamp(most / (norm + 1e-6), max=1.0)
         calm = math.isfinite(norm.item()) and clip.item() == 1.0
         self._calm_steps = self._calm_steps + 1 if calm else 0
+        completed = [self.units[number] for number in self._pipeline.completed]
+        taken = [unit for unit in completed if self._pipeline.eager.takes(unit)]
+        waiting = [unit for unit in completed if not self._pipeline.eager.takes(unit)]
+        factor = clip / loss_scale
+        update = replace(adamw, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
+        self._set_update(waiting, update, norm)
         if speculative and calm:
             self._pipeline.eager.commit()
             self._pipeline.advance()
@@ -187,13 +208,12 @@ class Engine:
             self._pipeline.eager.discard()
             if sink is not None:  # the same regions will be written again, and last
                 self._pipeline.settle()
-        updated = eager or (speculative and calm)
-        if not updated:
-            self._set_update(adamw, norm, clip / loss_scale)
-        if speculative and not calm and more:
-            self._sweep.announce_step(len(self._deal(batches)))
+            self._set_update(taken, update, norm)
+            if more:
+                self._sweep.announce_step(len(self._deal(batches)))
         if sink is not None:
             self._copy_what_stays(sink)
+        updated = eager or (speculative and calm)
         return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s, updated)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
@@ -235,7 +255,7 @@ class Engine:
     def device_bytes(self) -> int:
         """The most the engine's buffers and the device tier have held on the compute device."""
         arenas = (self.memory.slots, self.memory.resident, self.memory.chunks)
-        kept = sum(tier.used for tier in self.tiers.distinct() if tier.name == "device")
+        kept = self.opened["device"].used if "device" in self.opened else 0
         return kept + sum(arena.peak for arena in arenas)
 
     def close(self) -> None:
@@ -244,7 +264,7 @@ class Engine:
         self._sweep.close()
         for left in self._left:
             left.close()
-        for tier in self.tiers.distinct():
+        for tier in self.opened.values():
             tier.close()
 
     def _deal(self, batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
@@ -266,7 +286,7 @@ class Engine:
         self._flush_pending()
         self._pipeline.eager.finish()
         self._go_on_to(sink)
-        self._pipeline.adamw = adamw
+        self._pipeline.adamw, self._pipeline.eager.adamw = None, adamw
 
     def _go_on_to(self, sink: StateSink | None) -> None:
         """Updates go into `sink` from here on; the one before has got all it gets."""
@@ -312,19 +332,20 @@ class Engine:
         squares = sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))
         return self._ranks.sum(squares.cpu()).sqrt().float()
 
-    def _set_update(self, adamw: AdamW, norm: torch.Tensor, clip: torch.Tensor) -> None:
-        """Let the pending updates begin: the norm is known, and `clip`, which multiplies the gradient."""
-        for unit in (self.units[number] for number in self._pipeline.completed):
+    def _set_update(self, units: Sequence[Unit], update: AdamW, norm: torch.Tensor) -> None:
+        """Let the pending updates of `units` begin: the norm is known."""
+        for unit in units:
             if not math.isfinite(norm.item()):
                 unit.touched = [False] * len(unit.touched)  # an update of nothing
             unit.count_update()
-        self._pipeline.adamw = replace(adamw, clip=None if clip.item() == 1.0 else clip.to(self._options.device))
-        self._pipeline.advance()
+        if units:
+            self._pipeline.adamw = update
+            self._pipeline.advance()
 
 
-def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable[[str], None]) -> TierSet:
+def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable[[str], None]) -> dict[str, Tier]:
     opened: dict[str, Tier] = {}
-    for name in (options.params, options.grads, options.optimizer, options.activations):
+    for name in (*options.placement, *(["cpu"] if options.cached_states else [])):
         if name in opened:
             continue
         if name == "nvme":
@@ -342,9 +363,7 @@ def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callabl
         else:
             device = options.device if name == "device" else torch.device("cpu")
             opened[name] = MemoryTier(name, device, options.device, trace, pin=options.pin_memory, notice=notice)
-    return TierSet(
-        opened[options.params], opened[options.grads], opened[options.optimizer], opened[options.activations]
-    )
+    return opened
 
 
 def _open_memory(options: EngineOptions) -> Memory:

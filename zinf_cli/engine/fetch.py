@@ -37,6 +37,7 @@ class Fetch:
         self._reads: list[Transfer] = []
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
+        self._eager = False
         self.placed = False
 
     @property
@@ -146,7 +147,7 @@ class Fetch:
         if not self._settle(self._reads, wait):
             return False
         if self._update is not None and not self._update.finished:
-            adamw = self._pipeline.adamw
+            adamw = self._pipeline.eager.adamw if self._eager else self._pipeline.adamw
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
@@ -175,6 +176,7 @@ class Fetch:
 
     def update_now(self, grad: torch.Tensor, *, speculative: bool) -> None:
         """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
+        self._eager = True
         goes = self._start_update(grad, keep=speculative)
         if speculative:
             self.unit.proposed = goes.into

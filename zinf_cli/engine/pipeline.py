@@ -62,7 +62,7 @@ class Pipeline:
         self.memory = memory
         self.trace = trace
         self.adamw: AdamW | None = None
-        """The settings that updates go by; None while pending ones wait for the step's gradient norm."""
+        """The settings that deferred updates go by; None while they wait for the step's gradient norm."""
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
@@ -167,9 +167,9 @@ class Pipeline:
             self._reducing.append(Reduction(fetch, reduced, touched))
             if visit.final:
                 self.completed.add(visit.unit)
-                fetch.unit.update_due = not self.eager.active
-                fetch.unit.updating = self.eager.active
-        if not (self.eager.active and visit.final):
+                fetch.unit.update_due = not self.eager.takes(fetch.unit)
+                fetch.unit.updating = not fetch.unit.update_due
+        if not (self.eager.takes(fetch.unit) and visit.final):
             fetch.let_go_of_slot()
         self.advance()
 
@@ -305,7 +305,7 @@ class Pipeline:
             unit.touched = reduction.touched.wait()
             unit.backwards = 0
             self._note_norms(fetch.visit.unit, unit, own)
-            if self.eager.active:
+            if self.eager.takes(unit):
                 self.eager.start(fetch, own)
                 return
             unit.grad_ready = True

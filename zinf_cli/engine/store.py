@@ -30,9 +30,6 @@ class TierSet:
     optimizer: Tier
     activations: Tier
 
-    def distinct(self) -> list[Tier]:
-        return list({id(t): t for t in (self.params, self.grads, self.optimizer, self.activations)}.values())
-
 
 class Unit:
     """A unit at run time: its layout, the model's parameters, and this rank's slices on their tiers."""
@@ -42,6 +39,7 @@ class Unit:
         self.name = layout.name
         self.dtype = dtype
         self.ranks = ranks
+        self._tiers = tiers
         by_name = dict(model.named_parameters())
         self._params = [[by_name[p.name] for p in flat.params] for flat in layout.flats]
         self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
@@ -54,7 +52,7 @@ class Unit:
         """Places of its own for what an update changes: "params" and each optimizer field. With speculative updates
         (eager.py) there are two, for two versions."""
         if trainable is not None:
-            self.add_home(tiers)
+            self.add_home()
         self.at = dict(self.homes[0]) if self.homes else {}
         """Where that lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
         self.proposed: dict[str, Extent] | None = None
@@ -84,9 +82,9 @@ class Unit:
         """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
         self.release()
 
-    def add_home(self, tiers: TierSet) -> None:
+    def add_home(self) -> None:
         """Room for one version of what an update changes."""
-        layout = self.layout.trainable
+        layout, tiers = self.layout.trainable, self._tiers
         if layout is None:
             return
         home = {"params": tiers.params.allocate(layout.slice_numel * self.dtype.itemsize, f"{self.name} params")}

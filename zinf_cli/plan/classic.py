@@ -42,19 +42,18 @@ class _Classic:
         return self._begun[-1]
 
     def _forward(self, number: int) -> None:
+        unit = self.step.units[number]
         done = self._visit(number, "forward", 1, [])
-        self._kept[number] = self.ops.send(
-            "activations", self.step.units[number].name, self.step.units[number].kept_bytes, done
-        )
+        self._kept[number] = self.ops.send("activations", unit, unit.kept_bytes, done)
 
     def _backward(self, number: int, *, last: bool) -> None:
         """Recompute and backward; the gradient leaves, in the end to where the update reads it, in fp32."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
-        brought = ops.bring("activations", unit.name, unit.kept_bytes, [*self._room(), *self._kept[number]])
+        brought = ops.bring("activations", unit, unit.kept_bytes, [*self._room(), *self._kept[number]])
         done = self._visit(number, "backward", 3, brought)
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * FP16, done)
         own = unit.trainable / step.world_size * FP16
-        self._leaving += ops.send("optimizer" if last else "grads", unit.name, own * (2 if last else 1), reduced)
+        self._leaving += ops.send("optimizer" if last else "grads", unit, own * (2 if last else 1), reduced)
 
     def _room(self) -> list[int]:
         """What a fetch waits for: a free buffer, and the update before this step."""
@@ -63,7 +62,7 @@ class _Classic:
     def _visit(self, number: int, kind: str, passes: int, also: list[int]) -> list[int]:
         """Fetch, gather, compute, and the all-reduces of model parallelism: two forward, four backward."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
-        ready = ops.bring("params", unit.name, unit.params / step.world_size * FP16, self._room())
+        ready = ops.bring("params", unit, unit.params / step.world_size * FP16, self._room())
         ready = [*ops.between_ranks(f"gather {unit.name}", unit.params * FP16, ready), *also, *self._computed[-1:]]
         done = [ops.add("compute", f"{unit.name} {kind}", unit.flops * passes, ready, "matmul")]
         if step.exchange_bytes:

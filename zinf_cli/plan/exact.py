@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.plan.memory import CLASSES, Choice, block_bytes
+from zinf_cli.plan.memory import STATES, block_bytes, state_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import cluster_of
@@ -27,16 +27,15 @@ def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
         faster = [name for name in TIERS[: TIERS.index(tier)] if name in left]
         room = [f"{name} has {format_bytes(max(0, left[name]))} left for it" for name in faster]
         why = ", ".join(room) if room else "the fastest tier"
-        reasons[state] = f"{tier}: {format_bytes(sizes[state])} a rank; {why}"
+        some = f" but for {len(plan.cached_units)} units" if state in plan.cached_states else ""
+        reasons[state] = f"{tier}{some}: {format_bytes(sizes[state])} a rank; {why}"
     return reasons
 
 
 def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
     """The keys of every estimate, from exact figures; `tokens` of one micro-batch."""
     model, world = plan.figures.model, plan.world_size
-    sizes = {line.what: line.num_bytes for line in plan.lines}
-    compute_tier = "device" if plan.figures.machine.accelerators else "cpu"
-    choice = Choice(plan.placement, plan.per_sweep, compute_tier, frozenset(plan.kept_units))
+    sizes = state_bytes(plan.figures, plan.choice)
     again = 4 / 3 if not plan.kept_units else 1
     flops = model.flops_per_token * again * tokens * plan.micro_batches
     return {
@@ -48,13 +47,13 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
         "precision": plan.precision,
         "micro_batches": plan.micro_batches,
         "micro_batches_per_sweep": plan.per_sweep,
-        "model_states_bytes": sum(sizes[state] for state in CLASSES if state != "activations") * world,
+        "model_states_bytes": sum(sizes[state] for state in STATES) * world,
         "activation_bytes": {
             "full": sum(unit.saved_bytes for unit in model.units),
             "checkpoints": sum(unit.input_bytes for unit in model.units),
             "working": max((unit.saved_bytes // max(1, unit.calls) for unit in model.units), default=0),
         },
-        "state_working_bytes": max(block_bytes(unit, plan.figures, choice, 1) for unit in model.units),
+        "state_working_bytes": max(block_bytes(unit, plan.figures, plan.choice, 1) for unit in model.units),
         "efficiency": _efficiency(plan, tokens, profile),
         "tiers": {
             limit.tier: {

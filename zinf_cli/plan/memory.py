@@ -7,8 +7,8 @@ CHURN_BYTES and the like were measured (Linux, torch 2.13).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from zinf_cli.plan.layout import Figures, UnitFigures
 
@@ -25,8 +25,11 @@ KEPT_MORE = 1.2
 """Activations that are kept in memory are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
-CLASSES = ("params", "grads", "optimizer", "activations")
+STATES = ("params", "grads", "optimizer")
+CLASSES = (*STATES, "activations")
 CHUNK_NUMEL = 1 << 20
+GOLDEN = 0.618034
+"""Multiples of the golden ratio, modulo 1, are spread evenly however many there are."""
 DEPTH = 2
 """Visits whose buffers should fit beside the largest one."""
 
@@ -80,6 +83,23 @@ class Choice:
     update: str = "deferred"
     """deferred: in the next forward, when the gradient norm is known. eager: in backward, where none has to be known.
     speculative: in backward, into second places, as long as the norm did not clip the gradient lately."""
+    cacheable: frozenset[str] = frozenset()
+    """Classes of which single units may lie in CPU memory, though the others lie on NVMe."""
+    cached: frozenset[int] = frozenset()
+    """The units that do."""
+
+    @property
+    def cached_states(self) -> frozenset[str]:
+        """The classes that lie in CPU memory where a unit is cached."""
+        return frozenset(state for state in self.cacheable if self.placement[state] == "nvme")
+
+    def tier(self, state: str, unit: int) -> str:
+        """Of a class of a unit."""
+        return "cpu" if unit in self.cached and state in self.cached_states else self.placement[state]
+
+    def update_of(self, unit: int) -> str:
+        """When a unit is updated: there is no drive that a cached one could keep busy in backward."""
+        return "deferred" if self.update == "speculative" and unit in self.cached else self.update
 
     def in_place(self, state: str) -> bool:
         tier = self.placement[state]
@@ -91,17 +111,33 @@ def round_up(amount: int, multiple: int = PAGE) -> int:
 
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
-    """Bytes of each class on one rank, exact."""
-    ranks, itemsize = figures.world_size, 4 if figures.precision == "fp32" else 2
+    """Bytes of each class on one rank, exact; "second" is what second places for updates take."""
     units = figures.model.units
+    changed = [
+        replace(unit, frozen_numel=0) for number, unit in enumerate(units) if choice.update_of(number) == "speculative"
+    ]
+    second = _model_states(changed, figures)
+    return {
+        **_model_states(units, figures),
+        "second": second["params"] + second["optimizer"],
+        "activations": choice.per_sweep * sum(activation_bytes(figures, choice)),
+    }
+
+
+def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
+    """What of `state_bytes` lies in CPU memory because its unit is cached."""
+    states = _model_states([figures.model.units[number] for number in choice.cached], figures)
+    return {state: states[state] for state in STATES if state in choice.cached_states}
+
+
+def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
+    """Of `units`, on one rank."""
+    ranks, itemsize = figures.world_size, 4 if figures.precision == "fp32" else 2
     trainable = sum(unit.trainable_numel for unit in units) // ranks
-    copies = 2 if figures.precision == "fp32" else 3
     return {
         "params": sum(unit.numel for unit in units) // ranks * itemsize,
         "grads": trainable * 4,
-        "optimizer": trainable * 4 * copies,
-        "second": trainable * (itemsize + 4 * copies) if choice.update == "speculative" else 0,
-        "activations": choice.per_sweep * sum(activation_bytes(figures, choice)),
+        "optimizer": trainable * 4 * (2 if figures.precision == "fp32" else 3),
     }
 
 
@@ -149,6 +185,17 @@ def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     return frozenset(kept)
 
 
+def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units to cache in `room` bytes, spread over the sweep: while one is computed, the drive brings others."""
+    cached = []
+    for number in sorted(range(len(figures.model.units)), key=lambda number: number * GOLDEN % 1):
+        cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
+        if 0 < cost <= room:
+            cached.append(number)
+            room -= cost
+    return frozenset(cached)
+
+
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
     """The largest buffer one visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
     itemsize = 4 if figures.precision == "fp32" else 2
@@ -180,7 +227,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
             for number, unit in enumerate(units)
         )
     # loading writes one slice of one flat through the slots
-    load = 0 if choice.in_place("params") else max(unit.numel * 4 // figures.world_size for unit in units)
+    loaded = ("params",) if figures.precision == "fp32" else ("params", "optimizer")
+    load = 0 if all(map(choice.in_place, loaded)) else max(unit.numel * 4 // figures.world_size for unit in units)
     least = max(largest + typical, round_up(load))
     return Working(
         slot_bytes=max(least, largest + DEPTH * typical),

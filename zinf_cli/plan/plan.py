@@ -24,8 +24,11 @@ from zinf_cli.plan.io import Io, choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
+    STATES,
     Choice,
     Working,
+    cacheable,
+    cached_bytes,
     compute_bytes,
     framework_bytes,
     host_bytes,
@@ -42,6 +45,8 @@ from zinf_cli.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """A limit's tier that is none: the file system of the run's folder."""
+UNSURE = 0.03
+"""By how much a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
 MEMORY_SHARE = 0.9
 """Of what is available, where the recipe sets no budget."""
 
@@ -82,6 +87,9 @@ class Plan:
     """When a unit is updated: see Choice."""
     kept_units: tuple[int, ...]
     """Units whose activations are kept for backward instead of being recomputed."""
+    cached_units: tuple[int, ...]
+    cached_states: tuple[str, ...]
+    """Units of which these classes lie in CPU memory, though those of the others lie on NVMe."""
     sequences_per_step: int
     max_steps: int
     working: Working
@@ -117,6 +125,11 @@ class Plan:
     def fits(self) -> bool:
         return all(limit.needed <= limit.allowed for limit in self.limits)
 
+    def room(self, tier: str, unsure: float = 0.0) -> int:
+        """What is left for each rank there, bytes, if the plan is short by a share `unsure`."""
+        limit = next(limit for limit in self.limits if limit.tier == tier)
+        return (limit.allowed - int(limit.needed * (1 + unsure))) // self.figures.ranks_per_host
+
     @property
     def collective_timeout_s(self) -> float:
         """A rank that waits so long for its peers gives up: many steps, and never less than slow starts differ."""
@@ -125,6 +138,19 @@ class Plan:
     @property
     def cpu_bytes_per_rank(self) -> int:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
+
+    @property
+    def choice(self) -> Choice:
+        """What was judged."""
+        return Choice(
+            self.placement,
+            self.per_sweep,
+            "device" if self.figures.machine.accelerators else "cpu",
+            frozenset(self.kept_units),
+            self.update,
+            frozenset(self.cached_states),
+            frozenset(self.cached_units),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -136,8 +162,8 @@ class Plan:
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
-        document["kept_units"] = tuple(document["kept_units"])
-        document["nvme_folders"] = tuple(document["nvme_folders"])
+        for name in ("kept_units", "cached_units", "cached_states", "nvme_folders"):
+            document[name] = tuple(document[name])
         document["io"] = Io(**document["io"])
         document["figures"] = Figures.from_json(document["figures"])
         return cls(**document)
@@ -187,27 +213,45 @@ def best_plan(
     frugal = None
     for choices in _choices(recipe, figures, micro_batches):
         plans = [judge(choice) for choice in choices]
-        fitting = [(plan.placement, (plan, choice)) for plan, choice in zip(plans, choices, strict=True) if plan.fits]
+        fitting = [(plan.placement, plan) for plan in plans if plan.fits]
         if fitting:
-            worth = [_improved(recipe, plan, choice, judge) for plan, choice in undominated(fitting)]
-            return min((_with_time(plan, recipe, profile) for plan in worth), key=lambda plan: plan.step_s)
+            ways = [way for plan in undominated(fitting) for way in _improvements(recipe, plan, judge)]
+            timed = (_with_time(plan, recipe, profile) for plan in ways)
+            return min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
         frugal = plans[-1]
     assert frugal is not None
     return _with_time(frugal, recipe, profile)
 
 
-def _improved(recipe: Recipe, plan: Plan, choice: Choice, judge: Callable[[Choice], Plan]) -> Plan:
-    """The plan with what room that is left buys: activations that need no recompute, second places for updates."""
-    if recipe.activation_checkpointing == "auto" and choice.in_place("activations"):
-        limit = next(limit for limit in plan.limits if limit.tier == choice.compute_tier)
-        room = (limit.allowed - limit.needed) // plan.figures.ranks_per_host
-        choice = replace(choice, kept=keepable(plan.figures, choice, room))
-        plan = judge(choice)
-    streamed = choice.placement["params"] == choice.placement["optimizer"] == "nvme"
-    if streamed and choice.update == "deferred" and plan.precision != "fp16":
-        speculative = judge(replace(choice, update="speculative"))
-        plan = speculative if speculative.fits else plan
-    return plan
+def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:
+    """What the room that is left may buy: second places for updates, activations that need no recompute, units whose
+    state stays in memory. Only the time of a step tells which is worth most."""
+
+    def keeping(plan: Plan) -> Plan:
+        choice = plan.choice
+        if recipe.activation_checkpointing != "auto" or not choice.in_place("activations"):
+            return plan
+        return judge(replace(choice, kept=keepable(plan.figures, choice, plan.room(choice.compute_tier))))
+
+    def caching(plan: Plan) -> Plan:
+        choice = replace(plan.choice, cacheable=auto)
+        return judge(replace(choice, cached=cacheable(plan.figures, choice, plan.room("cpu", UNSURE))))
+
+    def both(plan: Plan) -> Iterator[Plan]:
+        yield (first := caching(keeping(plan)))
+        if (second := keeping(caching(plan))) != first:
+            yield second
+
+    auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
+    streamed = plan.placement["params"] == plan.placement["optimizer"] == "nvme"
+    if streamed and plan.update == "deferred" and plan.precision != "fp16":
+        speculative = judge(replace(plan.choice, update="speculative"))
+        if speculative.fits:
+            yield from both(speculative)
+            # without second places memory holds more units
+            yield from (way for way in both(plan) if way.cached_units)
+            return
+    yield from both(plan)
 
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
@@ -269,7 +313,7 @@ def _plan(
         working = working.shrunk(-(-over // figures.ranks_per_host))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
-    nvme_bytes = states["second"] + sum(states[state] for state in CLASSES if choice.placement[state] == "nvme")
+    nvme_bytes = sum(line.num_bytes for line in _lines(figures, choice, states, working) if line.tier == "nvme")
     limits = [
         Limit(tier, needed[tier], allowed, origin)
         for tier, (allowed, origin) in budgets.items()
@@ -292,11 +336,13 @@ def _plan(
         per_sweep=choice.per_sweep,
         update=choice.update,
         kept_units=tuple(sorted(choice.kept)),
+        cached_units=tuple(sorted(choice.cached)),
+        cached_states=tuple(sorted(choice.cached_states)) if choice.cached else (),
         sequences_per_step=sequences,
         max_steps=figures.data.max_steps,
         working=working,
         nvme_bytes=nvme_bytes,
-        nvme_folders=tuple(str(folder) for folder in folders) if nvme_bytes else (),
+        nvme_folders=tuple(str(folder) for folder in folders) if "nvme" in choice.placement.values() else (),
         lines=tuple(_lines(figures, choice, states, working)),
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
@@ -315,11 +361,15 @@ def _recompute(figures: Figures, choice: Choice) -> float:
 
 
 def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> Iterator[Line]:
+    cached = cached_bytes(figures, choice)
     for state in CLASSES:
         tier = choice.placement[state]
-        yield Line("cpu" if tier == "device" and choice.compute_tier == "cpu" else tier, state, states[state])
+        tier = "cpu" if tier == "device" and choice.compute_tier == "cpu" else tier
+        yield Line(tier, state, states[state] - cached.get(state, 0))
     if states["second"]:
         yield Line("nvme", "second", states["second"])
+    if choice.cached:
+        yield Line("cpu", "cached", sum(cached.values()))
     yield Line(choice.compute_tier, "buffers", working.total)
     yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
     yield Line("cpu", "framework", framework_bytes(figures, choice))

@@ -77,8 +77,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
     """The plan as a schedule; `tokens` of one micro-batch."""
     figures, working = plan.figures, plan.working
     accelerator = bool(figures.machine.accelerators)
-    compute_tier = "device" if accelerator else "cpu"
-    choice = Choice(plan.placement, plan.per_sweep, compute_tier, frozenset(plan.kept_units), plan.update)
+    choice = plan.choice
     blocks = sorted(unit.numel for unit in figures.model.units if not unit.resident)
     typical = max(1, blocks[len(blocks) // 2] * 8)  # parameters and gradient
     fields = max(1, working.num_chunks // 8)
@@ -118,6 +117,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 forward * weights[place] / max(1, sum(weights)),
                 kept.get(number, 0) / max(1, unit.calls),
                 recomputed=number not in choice.kept,
+                cached=choice.cached_states if number in choice.cached else frozenset(),
             )
         )
     return loads

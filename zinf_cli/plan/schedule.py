@@ -48,6 +48,8 @@ class UnitLoad:
     """What it leaves for the backward pass."""
     recomputed: bool = True
     """Whether the backward pass begins with its forward."""
+    cached: frozenset[str] = frozenset()
+    """Classes of its state that lie in CPU memory, wherever those of other units do."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,17 @@ class Ops:
         self.ops.append(Op(lane, rate or lane, name, amount, tuple(after)))
         return len(self.ops) - 1
 
-    def bring(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
-        """From the tier of `state` to the compute device; what to wait for."""
-        return self._move(self._way(state, "nvme read", "copy in"), f"{name} {state}", num_bytes, after)
+    def bring(self, state: str, unit: UnitLoad, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the tier of a unit's `state` to the compute device; what to wait for."""
+        return self._move(self._way(state, unit, "nvme read", "copy in"), f"{unit.name} {state}", num_bytes, after)
 
-    def send(self, state: str, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
-        """From the compute device to the tier of `state`."""
-        return self._move(self._way(state, "nvme write", "copy out")[::-1], f"{name} {state}", num_bytes, after)
+    def send(self, state: str, unit: UnitLoad, num_bytes: float, after: Sequence[int]) -> list[int]:
+        """From the compute device to the tier of a unit's `state`."""
+        lanes = self._way(state, unit, "nvme write", "copy out")[::-1]
+        return self._move(lanes, f"{unit.name} {state}", num_bytes, after)
 
-    def _way(self, state: str, drive: str, copy: str) -> list[str]:
-        tier = self.step.placement[state]
+    def _way(self, state: str, unit: UnitLoad, drive: str, copy: str) -> list[str]:
+        tier = "cpu" if state in unit.cached else self.step.placement[state]
         lanes = [drive] if tier == "nvme" else []
         return lanes + ([copy] if self.step.accelerator and tier != "device" else [])
 
@@ -133,13 +136,13 @@ class _Sweeps:
 
     def step_of(self) -> int:
         step, last = self.step, len(self.step.units) - 1
-        left, first, deferred = step.micro_batches, True, step.update == "deferred"
+        left, first = step.micro_batches, True
         while left > 0:
             batches = min(step.per_sweep, left)
             left -= batches
             for number in range(last):
-                self._visit(number, batches, "forward", update=first and deferred)
-            self._visit(last, batches, "turn", update=first and deferred, first=first, final=left == 0)
+                self._visit(number, batches, "forward", update=first)
+            self._visit(last, batches, "turn", update=first, first=first, final=left == 0)
             for number in reversed(range(last)):
                 self._visit(number, batches, "backward", first=first, final=left == 0)
             first = False
@@ -151,13 +154,13 @@ class _Sweeps:
         step, ops, unit = self.step, self.ops, self.step.units[number]
         room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
         ready = ops.bring(
-            "params", unit.name, unit.params / step.world_size * step.param_bytes, [*room, *self._params[number]]
+            "params", unit, unit.params / step.world_size * step.param_bytes, [*room, *self._params[number]]
         )
-        if update:
+        if update and self._update_of(unit) == "deferred":
             ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
         ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
         if kind == "backward":
-            ready += ops.bring("activations", unit.name, unit.kept_bytes * batches, [*room, *self._kept[number]])
+            ready += ops.bring("activations", unit, unit.kept_bytes * batches, [*room, *self._kept[number]])
         if kind != "forward" and unit.trainable:
             ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * GRAD_BYTES, ready)]
         passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
@@ -167,7 +170,7 @@ class _Sweeps:
             ready = [ops.add("compute", f"{unit.name} {kind}", flops, ready, "matmul")]
         self._released.append(ready[0])
         if kind == "forward":
-            self._kept[number] = ops.send("activations", unit.name, unit.kept_bytes * batches, ready)
+            self._kept[number] = ops.send("activations", unit, unit.kept_bytes * batches, ready)
         elif unit.trainable:
             self._gradient(number, ready, room, first=first, final=final)
 
@@ -176,15 +179,18 @@ class _Sweeps:
         own = unit.trainable / step.world_size * GRAD_BYTES
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
         if not first:
-            earlier = ops.bring("grads", unit.name, own, [*room, *self._grads[number]])
+            earlier = ops.bring("grads", unit, own, [*room, *self._grads[number]])
             if earlier or step.world_size > 1:  # else compute has added to it in place
                 reduced = [ops.handle(f"{unit.name} add gradient", 3 * own, [*reduced, *earlier])]
         if final:
             reduced = [ops.handle(f"{unit.name} norm", own, reduced)]
-        if final and step.update != "deferred":
+        if final and self._update_of(unit) != "deferred":
             self._update(number, reduced, reduced, with_grad=False)
-        if not final or step.update != "eager":
-            self._grads[number] = ops.send("grads", unit.name, own, reduced)
+        if not final or self._update_of(unit) != "eager":
+            self._grads[number] = ops.send("grads", unit, own, reduced)
+
+    def _update_of(self, unit: UnitLoad) -> str:
+        return "deferred" if self.step.update == "speculative" and unit.cached else self.step.update
 
     def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
         """AdamW on this rank's slice, piece by piece; what the slot's next use waits for."""
@@ -199,12 +205,12 @@ class _Sweeps:
         writes: list[int] = []
         for _ in range(pieces):
             buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
-            reads = ops.bring("optimizer", unit.name, piece * states, [*after, *buffers])
+            reads = ops.bring("optimizer", unit, piece * states, [*after, *buffers])
             if with_grad:
-                reads = reads + ops.bring("grads", unit.name, piece * GRAD_BYTES, [*after, *buffers])
+                reads = reads + ops.bring("grads", unit, piece * GRAD_BYTES, [*after, *buffers])
             done = [ops.add("compute", f"{unit.name} update", piece, [*reads, *ready], "adamw")]
-            self._pieces += ops.send("optimizer", unit.name, piece * states, done)
-            writes += ops.send("params", unit.name, piece * step.param_bytes, done)
+            self._pieces += ops.send("optimizer", unit, piece * states, done)
+            writes += ops.send("params", unit, piece * step.param_bytes, done)
             ready = done
         self._params[number] = writes
         return ready

@@ -14,18 +14,20 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
     reads it, unless it is made right there.
     """
     model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
-    away = {state for state in CLASSES if choice.placement[state] == "nvme"}
     total = 0
     for number, unit in enumerate(model.units):
+        away = {state for state in CLASSES if choice.tier(state, number) == "nvme"}
         calls = 1 if unit.resident else sweeps * unit.calls
         turns = calls if unit.resident else sweeps if number == model.turn else 0
         trainable = unit.trainable_numel // ranks
         if "params" in away:
             total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
         if "grads" in away:
-            total += trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update])
+            total += (
+                trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)])
+            )
         if "optimizer" in away:
             total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
-    if "activations" in away:
+    if choice.placement["activations"] == "nvme":
         total += 2 * micro_batches * sum(activation_bytes(figures, choice))
     return total

@@ -110,6 +110,8 @@ def _open_engine(
         dtype=DTYPES[plan.precision],
         micro_batches_per_sweep=plan.per_sweep,
         kept_units=frozenset(plan.kept_units),
+        cached_units=frozenset(plan.cached_units),
+        cached_states=frozenset(plan.cached_states),
         speculate=plan.update == "speculative",
     )
     engine = Engine(
@@ -162,7 +164,7 @@ class Run:
             if self.start.loss_scale is not None:
                 self._loss_scale.scale, self._loss_scale.finite_steps = self.start.loss_scale
         self.text.order.start_at(self.start.step, self.start.sequences)
-        self._drives = [tier for tier in self.engine.tiers.distinct() if isinstance(tier, NvmeTier)]
+        self._drives = [tier for tier in self.engine.opened.values() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
         saved = step = self.start.step
