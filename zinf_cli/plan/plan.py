@@ -313,7 +313,8 @@ def _plan(
         working = working.shrunk(-(-over // figures.ranks_per_host))
     needed = _needed(figures, choice, states, working)
     folders = nvme_folders(recipe)
-    nvme_bytes = sum(line.num_bytes for line in _lines(figures, choice, states, working) if line.tier == "nvme")
+    lines = tuple(_lines(figures, choice, states, working))
+    nvme_bytes = sum(line.num_bytes for line in lines if line.tier == "nvme")
     limits = [
         Limit(tier, needed[tier], allowed, origin)
         for tier, (allowed, origin) in budgets.items()
@@ -343,7 +344,7 @@ def _plan(
         working=working,
         nvme_bytes=nvme_bytes,
         nvme_folders=tuple(str(folder) for folder in folders) if "nvme" in choice.placement.values() else (),
-        lines=tuple(_lines(figures, choice, states, working)),
+        lines=lines,
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
         nvme_s=most_traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),

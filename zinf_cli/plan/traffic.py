@@ -23,9 +23,8 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
         if "params" in away:
             total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
         if "grads" in away:
-            total += (
-                trainable * 4 * (2 * calls - {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)])
-            )
+            spared = {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)]
+            total += trainable * 4 * (2 * calls - spared)
         if "optimizer" in away:
             total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
     if choice.placement["activations"] == "nvme":
