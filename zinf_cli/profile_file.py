@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from zinf_cli.amounts import parse_bytes
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
 from zinf_cli.profiles import BUILT_IN, Drives, Profile
 from zinf_cli.recipe import Number, Paths, Section, Size
@@ -206,9 +207,7 @@ def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> 
     measured = there.model_copy(update={"name": name, section: values})
     tree = {key: _given(plain(value)) for key, value in measured if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    fresh.replace(path)
+    write_durably(path, yaml.safe_dump(tree, sort_keys=False))
 
 
 def _given(value: Any) -> Any:

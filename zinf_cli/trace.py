@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
 
 LANES = ("wait", "compute", "update", "gather", "reduce", "copy in", "copy out", "nvme read", "nvme write")
@@ -76,7 +77,7 @@ class Trace:
                 }
             )
         with self._lock:
-            path.write_text(json.dumps({"traceEvents": names + self._spans}))
+            write_durably(path, json.dumps({"traceEvents": names + self._spans}))
 
 
 def summarise_trace(path: Path, waits: int = 5) -> dict[str, Any]:

@@ -7,12 +7,12 @@ whole checkpoints, and folders without a manifest, which are nothing.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from zinf_cli.durable import PARTIAL, sync_folder, write_durably
 from zinf_cli.errors import CheckpointError
 
 FOLDER, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
@@ -42,7 +42,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 def remains_of(run_dir: Path) -> list[Path]:
     """What a killed run left of checkpoints: folders without a manifest, names that were to be renamed."""
     half = [folder for folder in _step_folders(run_dir) if not is_checkpoint(folder)]
-    return half + sorted((run_dir / FOLDER).glob("**/*.partial"))
+    return half + sorted((run_dir / FOLDER).glob(f"**/*{PARTIAL}"))
 
 
 def remove_remains(run_dir: Path) -> None:
@@ -90,10 +90,8 @@ def begin(folder: Path) -> None:
 
 def commit(folder: Path, manifest: bytes) -> None:
     """Make the checkpoint exist: everything else in `folder` is on the drive."""
-    partial = folder / f"{MANIFEST}.partial"
-    write_durably(partial, manifest)
-    partial.rename(folder / MANIFEST)
-    for directory in (folder, folder.parent, folder.parent.parent):
+    write_durably(folder / MANIFEST, manifest)
+    for directory in (folder.parent, folder.parent.parent):
         sync_folder(directory)
     point_latest(folder.parent.parent)
 
@@ -101,10 +99,11 @@ def commit(folder: Path, manifest: bytes) -> None:
 def point_latest(run_dir: Path) -> None:
     """Let the link `latest` lead to the newest checkpoint."""
     for newest in checkpoints_of(run_dir)[:1]:
-        partial = newest.parent / f"{LATEST}.partial"
+        partial = newest.parent / f"{LATEST}{PARTIAL}"
         partial.unlink(missing_ok=True)
         partial.symlink_to(newest.name)
         partial.rename(newest.parent / LATEST)
+        sync_folder(newest.parent)
 
 
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
@@ -113,6 +112,7 @@ def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
         aside = folder.with_name(f"{DAMAGED}{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
+        sync_folder(folder.parent)
     point_latest(run_dir)
 
 
@@ -128,22 +128,6 @@ def remove(folder: Path) -> None:
     if folder.exists():
         sync_folder(folder)
         shutil.rmtree(folder)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _step_folders(run_dir: Path) -> Sequence[Path]:

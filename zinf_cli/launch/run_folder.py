@@ -13,6 +13,7 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.folder import FOLDER as CHECKPOINTS
 from zinf_cli.checkpoint.folder import checkpoints_of, point_latest, remove_remains, step_of
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
@@ -39,8 +40,8 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool) -> Iterator[Path]:
             if here:
                 _check_nvme(plan)
             _set_aside(run_dir, plan.resume)
-            (run_dir / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-            (run_dir / "plan.json").write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
+            write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
+            write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
         except BlockingIOError as error:
             raise PreflightError(
                 "another run is using this folder", where=str(run_dir), hint="set another output_dir"

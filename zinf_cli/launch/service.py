@@ -17,6 +17,7 @@ from rich.console import Console
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_to_resume, step_of
 from zinf_cli.console import RunView, plan_screen, summary_screen
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
 from zinf_cli.hardware import Room, room_here
 from zinf_cli.hosts import Host, this_machine
@@ -268,7 +269,7 @@ def _run(
         own_bytes = int(psutil.Process().memory_full_info().pss)
         outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
     summary = summarise(plan, watch, outcome)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    write_durably(run_dir / "summary.json", json.dumps(summary, indent=2))
     return summary, outcome
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from zinf_cli.durable import write_durably
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 
@@ -113,7 +114,9 @@ def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 def merge_traces(run_dir: Path) -> None:
     """trace.json: the spans of every rank in one document."""
     events = []
-    for path in sorted((run_dir / "logs").glob("trace-*.json")):
+    paths = sorted((run_dir / "logs").glob("trace-*.json"))
+    for path in paths:
         events += json.loads(path.read_text())["traceEvents"]
+    write_durably(run_dir / "trace.json", json.dumps({"traceEvents": events}))
+    for path in paths:
         path.unlink()
-    (run_dir / "trace.json").write_text(json.dumps({"traceEvents": events}))

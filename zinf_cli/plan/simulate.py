@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zinf_cli.durable import write_durably
 from zinf_cli.plan.schedule import ADAMW_BYTES, LANES, Op, Step, sweep_steps
 from zinf_cli.profiles import Profile
 
@@ -160,4 +161,4 @@ def write_timeline(simulation: Simulation, path: Path) -> None:
         if op.rate not in ("matmul", "adamw", "cpu adamw"):
             span["args"] = {"bytes": round(op.amount)}
         events.append(span)
-    path.write_text(json.dumps({"traceEvents": events}))
+    write_durably(path, json.dumps({"traceEvents": events}))

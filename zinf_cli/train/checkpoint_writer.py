@@ -27,6 +27,7 @@ from zinf_cli.checkpoint.manifest import (
     cut,
     rank_file,
 )
+from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import Unit
@@ -169,7 +170,7 @@ class CheckpointWriter:
         }
         with _disk_errors(coming.folder):
             for name, content in coming.small_files:
-                folders.write_durably(coming.folder / name, content)
+                write_durably(coming.folder / name, content)
                 pieces = (content[start : start + length] for start, length in cut(len(content)))
                 files[name] = StoredFile(len(content), tuple(map(xxh3_64_hexdigest, pieces)))
             manifest = Manifest(

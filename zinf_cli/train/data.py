@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.documents import find_files, read_documents
 from zinf_cli.train.tokens import Tokenizer
@@ -139,14 +140,11 @@ def _build(source: TextSource, files: Sequence[Path], entry: Path) -> None:
                 tokens.write(block.astype(np.int32).tobytes())
                 if block_mask is not None:
                     mask.write(block_mask.tobytes())
-            for file in (tokens, mask):
-                file.flush()
-                os.fsync(file.fileno())
         if max_token < 0:
             raise DatasetError("there are no tokens in this text", where=str(files[0]))
         meta = {"max_token": max_token, "has_mask": source.messages_field is not None}
         (building / "meta.json").write_text(json.dumps(meta))
-        building.rename(entry)
+        publish(building, entry)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zinf_cli.checkpoint.folder import checkpoints_to_resume
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import RankError, ZinfError
 from zinf_cli.hardware import accelerators_here
 from zinf_cli.recipe import Recipe
@@ -79,9 +80,7 @@ def _entry(recipe: Recipe, slots: int | None, world_size: int | None) -> Path | 
 
 def _keep(entry: Path, text: str) -> None:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    partial = entry.with_suffix(f".{os.getpid()}")
-    partial.write_text(text)
-    partial.rename(entry)
+    write_durably(entry, text, mode=0o600)
     for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
         old.unlink()
 

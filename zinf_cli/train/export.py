@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from zinf_cli.checkpoint.folder import MANIFEST, find_checkpoint
 from zinf_cli.checkpoint.manifest import BUFFERS
 from zinf_cli.checkpoint.verify import read_file
+from zinf_cli.durable import publish
 from zinf_cli.errors import TierError, UsageError
 from zinf_cli.tiers.nvme import as_memory
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -67,9 +68,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHAR
         weights = _Weights(folder, DTYPES[dtype])
         num_bytes, num_shards = _write_shards(weights, partial, max_shard)
         _write_model_files(weights.reader, partial, DTYPES[dtype])
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        publish(partial, out)
     except OSError as error:
         raise TierError(f"can't write the export: {error.strerror}", where=str(out)) from error
     finally:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zinf_cli.durable import write_durably
+
 SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
 STRAGGLING = 0.2
 """Of a step: what the others have to wait for a rank to be called the slowest."""
@@ -25,9 +27,7 @@ class Metrics:
     def __init__(self, run_dir: Path, *, interval: int, tensorboard: bool, step: int = 0) -> None:
         path = run_dir / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.rename(path)
+        write_durably(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
         self._interval = interval
         self._board: Any = None

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 
+from zinf_cli.durable import write_durably
 from zinf_cli.errors import ZinfError
 
 _PR_SET_PDEATHSIG = 1
@@ -205,9 +206,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _write_record(record: _Record, run_dir: Path) -> None:
     """Whole or not at all, since the launcher may be reading."""
     path = run_dir / "logs" / f"error-{record.rank:05d}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record), indent=1))
-    partial.rename(path)
+    write_durably(path, json.dumps(asdict(record), indent=1))
 
 
 def _redirect_output(log: Path, rank: int) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from zinf_cli.checkpoint.folder import checkpoints_to_resume, set_damaged_aside
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import read_file, verify
+from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError
@@ -42,10 +43,8 @@ class Start:
 
     def announce(self, run_dir: Path) -> None:
         """Tell the launcher, which then follows metrics.jsonl."""
-        path = run_dir / START_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"step": self.step, "checkpoint": str(self.folder) if self.folder else None}))
-        partial.rename(path)
+        start = {"step": self.step, "checkpoint": str(self.folder) if self.folder else None}
+        write_durably(run_dir / START_FILE, json.dumps(start))
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Files that survive a power cut: a name is given when the content is on the drive, and is then on the drive itself.
+
+Whoever finds a file under its final name finds all of it, whatever ended its writer. Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""How the name ends under which a file is written."""
+_CANT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""What file systems answer that keep names without being asked, or never (some network and FUSE file systems)."""
+
+
+def write_durably(path: Path, content: bytes | str, mode: int = 0o666) -> None:
+    """Write a file whole or not at all, in place of one that is there; `mode` is limited by the umask.
+
+    What is no regular file (a pipe, /dev/stdout) is written to. OSError leaves what was there, and nothing else.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two processes may write the same file
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:  # noqa: PTH123
+            file.write(data)
+        publish(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a file, or a folder with all that is in it, its final name: synced before, the name after."""
+    for folder, _, names in os.walk(partial):
+        for name in names:
+            _sync(Path(folder, name))
+        sync_folder(Path(folder))
+    if not partial.is_dir():
+        _sync(partial)
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where its file system knows how to."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in _CANT_SYNC_FOLDERS:
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
