@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def plain_losses(
     """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step."""
     blank = build_model(source)
     model: Any = type(blank)._from_config(blank.config, dtype=dtype)
+    if dtype != torch.float32:  # as a user gets it, with what its class keeps in fp32
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = type(blank).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
     values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
     model.to(device)
     values = {name: value.to(device) for name, value in values.items()}
@@ -58,9 +63,9 @@ def plain_losses(
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.copy_(values[name])
-            if dtype != torch.float32:
+            if param.dtype != torch.float32:
                 param.grad_dtype = torch.float32
-            masters[name] = values[name].clone() if dtype != torch.float32 else param
+            masters[name] = values[name].clone() if param.dtype != torch.float32 else param
     model.train()
     freeze_params(model, freeze)
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
@@ -82,7 +87,8 @@ def plain_losses(
         with torch.no_grad():
             for name, param in named.items():
                 param.grad = None
-                param.copy_(masters[name])
+                if masters[name] is not param:
+                    param.copy_(masters[name])
     if parameters is not None:
         parameters.update((name, param.detach()) for name, param in model.named_parameters())
     return losses
@@ -95,10 +101,11 @@ def open_engine(
     *,
     freeze: str = "",
     keep: bool = False,
+    dtype: torch.dtype = torch.float32,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit."""
-    model = build_model(source, options.dtype)
+    model = build_model(source, dtype)
     freeze_params(model, freeze)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()

@@ -39,10 +39,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 
+_MOE = {**_LLAMA, "head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+
+KEPT_IN_FP32: dict[str, dict[str, Any]] = {
+    "deepseek_v3": CONFIGS["deepseek_v3"],
+    "glm4_moe": {**_MOE, **_EXPERTS},
+    "deepseek_v4": _LLAMA,
+    "ernie4_5_moe": {**_LLAMA, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "afmoe": {**_LLAMA, "head_dim": 8, "num_experts": 4, "num_dense_layers": 1, **_EXPERTS},
+    "flint": _LLAMA,
+    "gpt_oss": {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "rwkv": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+}
+"""Architectures that keep some parameters in fp32 where the others are bf16 or fp16: routers, sinks, norms."""
+
 
 def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
-    """The source of an architecture of CONFIGS with random weights; `changes` override its settings."""
-    config = {"model_type": name, **CONFIGS[name], **changes}
+    """The source of an architecture of these with random weights; `changes` override its settings."""
+    config = {"model_type": name, **(CONFIGS | KEPT_IN_FP32)[name], **changes}
     return ModelSource(name_or_path=None, config=config, init="random", seed=seed)
 
 

@@ -18,8 +18,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def losses(name: str, tier: str, folder: Path, dtype: torch.dtype, **changes: Any) -> list[list[float]]:
-    options = replace(everything_on(tier, folder), dtype=dtype, device=DEVICE)
-    return engine_losses(open_engine(random_source(name, **changes), options), STEPS, device=DEVICE)
+    options = replace(everything_on(tier, folder), device=DEVICE)
+    return engine_losses(open_engine(random_source(name, **changes), options, dtype=dtype), STEPS, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

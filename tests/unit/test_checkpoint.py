@@ -61,14 +61,14 @@ def params_of(engine: Engine) -> dict[str, torch.Tensor]:
 
 def assert_goes_on(name: str, tmp_path: Path, before: EngineOptions, after: EngineOptions, **how: object) -> None:
     """Half of the steps, a checkpoint, the other half in another engine: the bits of all steps in one."""
-    freeze = how.pop("freeze", "")
-    whole = open_engine(random_source(name), before, freeze=freeze)  # type: ignore[arg-type]
+    opened = {"freeze": how.pop("freeze", ""), "dtype": how.pop("dtype", torch.float32)}
+    whole = open_engine(random_source(name), before, **opened)  # type: ignore[arg-type]
     losses = engine_losses(whole, STEPS, close=False, **how)  # type: ignore[arg-type]
-    first = open_engine(random_source(name), before, freeze=freeze)  # type: ignore[arg-type]
+    first = open_engine(random_source(name), before, **opened)  # type: ignore[arg-type]
     engine_losses(first, STEPS // 2, close=False, **how)  # type: ignore[arg-type]
     folder = save(first, tmp_path / "run", STEPS // 2)
     first.close()
-    second = resumed(folder, name, after, freeze=freeze)
+    second = resumed(folder, name, after, **opened)
     assert engine_losses(second, STEPS, first=STEPS // 2, close=False, **how) == losses[STEPS // 2 :]  # type: ignore[arg-type]
     expected = params_of(whole)
     for parameter, value in params_of(second).items():
@@ -85,8 +85,8 @@ def test_every_architecture_goes_on_with_the_same_bits(name: str, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("before", "after"), [("cpu", "nvme"), ("nvme", "nvme"), ("device", "cpu")])
 def test_every_placement_and_precision(before: str, after: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    options = [replace(everything_on(tier, tmp_path / tier), dtype=dtype) for tier in (before, after)]
-    assert_goes_on("llama-tied", tmp_path, *options, freeze="layers.0.mlp")
+    options = [everything_on(tier, tmp_path / tier) for tier in (before, after)]
+    assert_goes_on("llama-tied", tmp_path, *options, freeze="layers.0.mlp", dtype=dtype)
 
 
 def test_updates_done_in_the_backward_pass(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ MIXED = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "
 def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """And the run goes on as if there had been none."""
     options = everything_on("cpu" if how == "in memory" else "nvme", tmp_path / "nvme")
-    options = replace(options, dtype=dtype, speculate=how in ("speculative", "cached"))
+    options = replace(options, speculate=how in ("speculative", "cached"))
     if how == "cached":
         options = every_other_unit_cached(options)
     if how == "mixed":
@@ -123,7 +123,7 @@ def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype:
     losses, states = [], []
     for in_passing in (False, True):
         run_dir = tmp_path / str(in_passing)
-        engine = open_engine(source, options, freeze=freeze)
+        engine = open_engine(source, options, freeze=freeze, dtype=dtype)
         writer = CheckpointWriter(run_dir, engine, Ranks(), lambda: iter([]), None)
         found = []
         for step in range(10):

@@ -152,8 +152,9 @@ def test_micro_batches_that_disagree_get_a_sweep_each(clip: float | None, tmp_pa
 def test_frozen_parameters_have_no_state_and_stay(part: str, tmp_path: Path) -> None:
     source = random_source("llama")
     engine = open_engine(source, everything_on("nvme", tmp_path), freeze=part)
-    trainable = sum(unit.layout.trainable.numel for unit in engine.units if unit.layout.trainable is not None)
-    assert sum(u.grad.num_bytes for u in engine.units if u.grad is not None) == 4 * trainable
+    trainable = sum(flat.numel for unit in engine.units for flat in unit.layout.trainable)
+    grads = [flat.grad for unit in engine.units for flat in unit.flats if flat.grad is not None]
+    assert sum(grad.num_bytes for grad in grads) == 4 * trainable
     assert sum(flat.numel for unit in engine.units for flat in unit.layout.flats) > trainable
     assert engine_losses(engine, STEPS) == plain_losses(source, STEPS, freeze=part)
 
@@ -162,8 +163,7 @@ def test_frozen_parameters_have_no_state_and_stay(part: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3_moe"])
 def test_bf16_has_fp32_masters_and_gradients(name: str, tier: str, tmp_path: Path) -> None:
     source = random_source(name)
-    options = replace(everything_on(tier, tmp_path), dtype=torch.bfloat16)
-    found = engine_losses(open_engine(source, options), STEPS)
+    found = engine_losses(open_engine(source, everything_on(tier, tmp_path), dtype=torch.bfloat16), STEPS)
     expected = plain_losses(source, STEPS, dtype=torch.bfloat16)
     if name == "llama":
         assert found == expected
@@ -196,13 +196,13 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     """The clip is set so that it bites in some of the steps; then what was updated ahead must not count."""
     source = random_source(name)
     dtype = torch.bfloat16 if world == "bf16" else torch.float32
-    options = replace(everything_on("nvme", tmp_path), speculate=True, dtype=dtype)
+    options = replace(everything_on("nvme", tmp_path), speculate=True)
     if world == "sweeps of one":
         options = replace(options, micro_batches_per_sweep=1)
     if world == "grads in memory":
         options = replace(options, grads="cpu")
     norms, updated = [], []
-    engine = open_engine(source, options)
+    engine = open_engine(source, options, dtype=dtype)
     step = engine.train_step
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +214,7 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     engine.train_step = noted  # type: ignore[method-assign]
     clip = CLIP_THAT_BITES_SOMETIMES[name]
     found = engine_losses(engine, STEPS, clip=clip, evaluate_every=4)
-    waiting = open_engine(source, replace(options, speculate=False))
+    waiting = open_engine(source, replace(options, speculate=False), dtype=dtype)
     assert found == engine_losses(waiting, STEPS, clip=clip, evaluate_every=4)
     bites = [norm > clip for norm in norms]
     assert updated == [number >= 2 and not any(bites[number - 2 : number + 1]) for number in range(STEPS)]
@@ -231,14 +231,14 @@ def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None
     streamed = replace(
         everything_on("nvme", tmp_path),
         speculate=how == "speculative",
-        dtype=torch.bfloat16 if how == "bf16" else torch.float32,
         micro_batches_per_sweep=1 if how == "sweeps of one" else None,
     )
+    dtype = torch.bfloat16 if how == "bf16" else torch.float32
     cached = every_other_unit_cached(streamed, *(["optimizer"] if how == "moments only" else []))
     clip = None if how == "eager" else CLIP_THAT_BITES_SOMETIMES[name]
     losses, moved = [], []
     for options in (streamed, cached):
-        engine = open_engine(source, options)
+        engine = open_engine(source, options, dtype=dtype)
         losses.append(engine_losses(engine, STEPS, clip=clip, eager=how == "eager", evaluate_every=4, close=False))
         moved.append(engine.opened["nvme"].read_bytes + engine.opened["nvme"].write_bytes)
         engine.close()
@@ -249,8 +249,8 @@ def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None
 
 def test_eager_bf16(tmp_path: Path) -> None:
     source = random_source("llama")
-    options = replace(everything_on("nvme", tmp_path), dtype=torch.bfloat16)
-    found = engine_losses(open_engine(source, options), STEPS, clip=None, eager=True)
+    engine = open_engine(source, everything_on("nvme", tmp_path), dtype=torch.bfloat16)
+    found = engine_losses(engine, STEPS, clip=None, eager=True)
     assert found == plain_losses(source, STEPS, clip=None, dtype=torch.bfloat16)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
@@ -31,7 +31,7 @@ def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Reci
     np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
     return Recipe.model_validate(
         {
-            "model": {"config": {"model_type": name, **CONFIGS[name]}},
+            "model": {"config": random_source(name).config},
             "dataset": {"path": str(folder / "tokens.npy")},
             "train": {
                 "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3, **train
@@ -111,19 +111,24 @@ def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("per_sweep", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert", "deepseek_v3"])
 def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tmp_path: Path) -> None:
     """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
-    recipe = recipe_of(tmp_path, name, micro_batches_per_sweep=per_sweep, max_grad_norm=clip, max_steps=12)
+    train = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
+    recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
     plan = make_plan(recipe, describe(recipe, 1))
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_states_are_exact(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(tmp_path, "llama", precision=precision)
+EXACT = {"llama": ("fp32", "bf16", "fp16"), "deepseek_v3": ("bf16",), "glm4_moe": ("bf16",), "t5": ("fp16",)}
+"""All but llama keep parameters in fp32 then."""
+
+
+@pytest.mark.parametrize(("name", "precision"), [(name, precision) for name in EXACT for precision in EXACT[name]])
+def test_states_are_exact(name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(tmp_path, name, precision=precision)
     plan = make_plan(recipe, describe(recipe, 1))
     used: dict[str, int] = {}
     close = Engine.close

@@ -1,14 +1,15 @@
 """manifest.json: what a checkpoint holds and where, and a checksum of every piece of every file.
 
     step-00000100/
-      rank-00000.safetensors    per unit and field, rank 0's slice of {param, exp_avg, exp_avg_sq}, fp32, or {frozen}
+      rank-00000.safetensors    per flat and field, rank 0's slice of {param, exp_avg, exp_avg_sq}, fp32, or {frozen}
       buffers.safetensors       the module's buffers
       config.json, tokenizer... what makes the folder a model for `model.name_or_path`
       manifest.json             written last: without it there is no checkpoint
 
 A rank's file is an ordinary safetensors file whose header is padded with spaces so that data starts on a page. Slices
-are whole pages long, so each field of each unit is a *region* of the file that O_DIRECT can write: its place is known
-before the first byte is written, the regions can be filled in any order, and a tier's extent can be such a region.
+are whole pages long, so each field of each flat of a unit is a *region* of the file that O_DIRECT can write: its place
+is known before the first byte is written, the regions can be filled in any order, and a tier's extent can be such a
+region. The second flat of a kind (parameters that stay fp32 in a 16-bit model) has regions "param.1" and so on.
 
 Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut into PIECE bytes from its start. The manifest
 begins with the checksum of the rest of itself.
@@ -60,7 +61,7 @@ class StoredFlat:
     """Parameters side by side, padded to `numel` elements and cut into world_size equal slices."""
 
     dtype: str
-    """As safetensors writes it: F32; of a frozen flat, the dtype of the compute."""
+    """As safetensors writes it: F32; of a frozen flat, that of its parameters."""
     trainable: bool
     numel: int
     params: tuple[StoredParam, ...]
@@ -81,7 +82,10 @@ class Region:
     """One field of one flat in the file of every rank: a flat tensor of `numel` elements, whole pages long."""
 
     unit: str
+    flat: int
+    """By its place in the unit."""
     field: str
+    name: str
     dtype: str
     numel: int
     start: int
@@ -92,8 +96,8 @@ class Region:
         return self.numel * _ITEMSIZE[self.dtype]
 
     @property
-    def name(self) -> str:
-        return f"{self.unit}/{self.field}"
+    def key(self) -> tuple[str, int, str]:
+        return self.unit, self.flat, self.field
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,12 @@ class Layout:
         regions: list[Region] = []
         start = 0
         for unit in self.units:
-            for flat in unit.flats:
-                for name in flat.fields:
-                    regions.append(Region(unit.name, name, flat.dtype, flat.numel // self.world_size, start))
+            for number, flat in enumerate(unit.flats):
+                alike = sum(other.trainable == flat.trainable for other in unit.flats[:number])
+                for part in flat.fields:
+                    name = f"{unit.name}/{part}{f'.{alike}' if alike else ''}"
+                    numel = flat.numel // self.world_size
+                    regions.append(Region(unit.name, number, part, name, flat.dtype, numel, start))
                     start += regions[-1].num_bytes
         return tuple(regions)
 
@@ -140,11 +147,11 @@ class Layout:
         return tuple(pieces)
 
     @cached_property
-    def first_piece(self) -> Mapping[tuple[str, str], int]:
-        """Number of the first piece of a region, by (unit, field)."""
+    def first_piece(self) -> Mapping[tuple[str, int, str], int]:
+        """Number of the first piece of a region, by its key."""
         first, number = {}, 1
         for region in self.regions:
-            first[region.unit, region.field] = number
+            first[region.key] = number
             number += len(cut(region.num_bytes))
         return first
 

@@ -14,18 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zinf_cli.engine.store import Unit
+from zinf_cli.engine.store import Flat
 from zinf_cli.tiers.tier import Extent
 
 
 class StateSink(Protocol):
-    """Where the state after one step goes: a region for each field of each unit, which is written once, from its start
+    """Where the state after one step goes: a region for each field of each flat, which is written once, from its start
     on in pieces of PIECE bytes (state.py), and may be read from then on."""
 
-    def region(self, unit: str, field: str) -> Extent: ...
+    def region(self, unit: str, flat: int, field: str) -> Extent:
+        """Of the flat by its place in the unit, and the field by its name in a checkpoint."""
 
     def replaces(self, extent: Extent) -> bool:
-        """Whether a unit may lie in a region instead of this extent for a step."""
+        """Whether a flat may lie in a region instead of this extent for a step."""
 
     def holds(self, extent: Extent) -> bool:
         """Whether an extent is one of its regions."""
@@ -34,12 +35,12 @@ class StateSink(Protocol):
         """Everything has been handed to its region; writes may be under way."""
 
     def close(self) -> None:
-        """No unit lies here any more."""
+        """No flat lies here any more."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an update puts what it changes, by names of `Unit.at`."""
+    """Where an update puts what it changes of a flat, by names of `Flat.at`."""
 
     into: dict[str, Extent]
     """Where it lies from now on."""
@@ -47,21 +48,25 @@ class Destination:
     """Where a copy goes."""
 
 
-def stored_fields(unit: Unit) -> dict[str, str]:
-    """The names of `Unit.at` that are state between two steps, and what a checkpoint calls them."""
-    if not unit.at:
-        return {}
-    return {"master" if "master" in unit.at else "params": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+FROZEN = "frozen"
+"""What a checkpoint calls the parameters of a flat that is not trained."""
 
 
-def destination(unit: Unit, sink: StateSink | None, *, keep: bool) -> Destination:
-    """Where an update of `unit` goes; with `keep` it leaves the present version as it is."""
-    into = unit.places(keep=keep)
+def stored_fields(flat: Flat) -> dict[str, str]:
+    """The names of `Flat.at` that are state between two steps, and what a checkpoint calls them."""
+    if not flat.layout.trainable:
+        return {"params": FROZEN}
+    return {"master" if "master" in flat.at else "params": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+def destination(flat: Flat, sink: StateSink | None, *, keep: bool) -> Destination:
+    """Where an update of `flat` goes; with `keep` it leaves the present version as it is."""
+    into = flat.places(keep=keep)
     also: dict[str, Extent] = {}
     if sink is None:
         return Destination(into)
-    for name, stored in stored_fields(unit).items():
-        region = sink.region(unit.name, stored)
+    for name, stored in stored_fields(flat).items():
+        region = sink.region(flat.unit, flat.number, stored)
         if sink.replaces(into[name]):
             into[name] = region
         else:

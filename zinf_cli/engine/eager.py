@@ -13,14 +13,14 @@ home, because their state is in memory anyway, wait for the next forward as ever
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.store import Unit
-from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.tiers.tier import Transfer
 
 if TYPE_CHECKING:
     from zinf_cli.engine.fetch import Fetch
@@ -46,17 +46,14 @@ class EagerUpdates:
 
     def takes(self, unit: Unit) -> bool:
         """Whether this step's update of `unit` is one of them."""
-        return self.active and (not self.speculative or len(unit.homes) > 1)
+        return self.active and (not self.speculative or unit.has_second_home)
 
-    def start(self, fetch: Fetch, own: torch.Tensor) -> None:
-        """Update the unit of `fetch` with the gradient slice `own` (fp32), which lies in its buffer or home."""
-        unit = fetch.unit
+    def start(self, fetch: Fetch, own: Sequence[torch.Tensor]) -> None:
+        """Update the unit of `fetch` with its gradient slices `own` (fp32), which lie in its buffer or home."""
         writes: list[Transfer] = []
         if self.speculative:
-            assert unit.grad is not None
-            if unit.grad.view() is None:
-                writes.append(unit.grad.write(0, own.view(torch.uint8)))
-            unit.grad_ready = True
+            writes = fetch.unit.write_grads(own)
+            fetch.unit.grad_ready = True
         fetch.update_now(own, speculative=self.speculative)
         self._under_way.append((fetch, writes))
 
@@ -83,24 +80,22 @@ class EagerUpdates:
     def commit(self) -> None:
         """The updates of this step hold; those under way will be finished in their time."""
         under_way = {id(fetch.unit) for fetch, _ in self._under_way}
-        for unit, places in self._undecided():
-            unit.at = places
+        for unit in self._undecided():
+            unit.decide(holds=True)
             unit.updating = id(unit) in under_way
 
     def discard(self) -> None:
         """They do not hold: each unit gets its deferred update instead."""
         self.finish()
-        for unit, _ in self._undecided():
+        for unit in self._undecided():
+            unit.decide(holds=False)
             unit.updating = False
             unit.update_due = True
             unit.count_update(-1)
 
-    def _undecided(self) -> Iterator[tuple[Unit, dict[str, Extent]]]:
-        """Each unit with an update that is yet to be confirmed, and where that went."""
-        for unit in self._units:
-            if unit.proposed is not None:
-                places, unit.proposed = unit.proposed, None
-                yield unit, places
+    def _undecided(self) -> list[Unit]:
+        """Each unit with an update that is yet to be confirmed."""
+        return [unit for unit in self._units if unit.undecided]
 
     def _let_go(self) -> None:
         fetch, writes = self._under_way.popleft()

@@ -24,13 +24,13 @@ from torch import nn
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.capture import StateSink
+from zinf_cli.engine.capture import FROZEN, StateSink
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.state import FROZEN, StateSource, fields_of, load_state, save_state
-from zinf_cli.engine.store import TierSet, Unit, to_placeholders
+from zinf_cli.engine.state import StateSource, fields_of, load_state, save_state
+from zinf_cli.engine.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Memory, Visit
@@ -76,7 +76,6 @@ class EngineOptions:
     pin_memory: bool = True
     """Page-lock CPU memory that an accelerator copies from and to."""
     device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
     micro_batches_per_sweep: int | None = None
     """None: all of a step."""
     kept_units: frozenset[int] = frozenset()
@@ -109,7 +108,7 @@ class StepResult:
 
 
 class Engine:
-    """Trains `model` (parameters on the meta device) with its state on the tiers of `options`."""
+    """Trains `model` (parameters on the meta device, each of the dtype it computes in) on the tiers of `options`."""
 
     def __init__(
         self,
@@ -129,12 +128,12 @@ class Engine:
         self._ranks = ranks or Ranks()
         self._notice = notice
         self.trace = trace or Trace()
-        to_placeholders(model, options.dtype, options.device)
+        to_placeholders(model, options.device)
         self.opened = _open_tiers(options, self.trace, self._ranks.rank, notice)
         self.tiers = TierSet(*(self.opened[tier] for tier in options.placement))
         cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get("cpu")))
         self.units = [
-            Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks, options.dtype)
+            Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks)
             for number, layout in enumerate(layouts)
         ]
         self.memory = _open_memory(options)
@@ -232,7 +231,7 @@ class Engine:
         """Copy the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
         self.flush()
         self._pipeline.sink = sink
-        self._copy([(unit, field, extent) for unit in self.units for field, _, extent in fields_of(unit)], sink)
+        self._copy([field for unit in self.units for field in fields_of(unit)], sink)
         self._go_on_to(None)
 
     def load_state(self, source: StateSource) -> None:
@@ -240,7 +239,7 @@ class Engine:
         load_state(self.units, self.memory, source)
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
-        """The parameters of a unit (cloned, compute dtype, whole on every rank); pending updates are done first."""
+        """The parameters of a unit (cloned, in their dtype, whole on every rank); pending updates are done first."""
         unit = self.units[number]
         visit = Visit(number, Kind.FORWARD)
         self._pipeline.acquire_aside(visit)
@@ -295,7 +294,7 @@ class Engine:
             before.complete()
             self._left.append(before)
         self._pipeline.sink = sink
-        places = [extent for unit in self.units for extent in unit.at.values()]
+        places = [extent for unit in self.units for flat in unit.flats for extent in flat.at.values()]
         for left in list(self._left):
             if not any(map(left.holds, places)):
                 left.close()
@@ -305,9 +304,9 @@ class Engine:
         """What this step does not update goes into its checkpoint as it is."""
         updated = {self.units[number].name for number in self._pipeline.completed}
         stays = [
-            (unit, field, extent)
+            (flat, field, extent)
             for unit in self.units
-            for field, _, extent in fields_of(unit)
+            for flat, field, extent in fields_of(unit)
             if field == FROZEN or unit.name not in updated
         ]
         if stays:
@@ -315,8 +314,9 @@ class Engine:
             self._pipeline.settle()
             self._copy(stays, sink)
 
-    def _copy(self, fields: Sequence[tuple[Unit, str, Extent]], sink: StateSink) -> None:
-        save_state([(extent, sink.region(unit.name, field)) for unit, field, extent in fields], self.memory)
+    def _copy(self, fields: Sequence[tuple[Flat, str, Extent]], sink: StateSink) -> None:
+        regions = [(extent, sink.region(flat.unit, flat.number, field)) for flat, field, extent in fields]
+        save_state(regions, self.memory)
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,10 @@ class Fetch:
         self._pipeline = pipeline
         self._memory = pipeline.memory
         self.flats: list[torch.Tensor] = []
-        self.grad: torch.Tensor | None = None
-        self.carry: torch.Tensor | None = None
+        self.grads: list[torch.Tensor] = []
+        """Of each trainable flat the whole gradient of this visit (fp32); none where the visit computes none."""
+        self.carries: list[torch.Tensor] = []
+        """This rank's slices of what earlier visits of the step left, if there were any."""
         self._slot: Buffer | None = None
         self._grad_buffer: Buffer | None = None
         self._carry_buffer: Buffer | None = None
@@ -78,66 +80,71 @@ class Fetch:
         in_place = unit.in_place()
         sizes = [0, 0, 0]
         if in_place is None:
-            sizes[0] = layout.numel * unit.dtype.itemsize
-        grad_view = None
-        if self.visit.has_grads and unit.grad is not None and layout.trainable is not None:
-            grad_view = unit.grad.view()
-            if unit.ranks.world_size > 1 or self.visit.accumulate or grad_view is None:
-                sizes[1] = layout.trainable.numel * 4
-            if self.visit.accumulate and grad_view is None:
-                sizes[2] = layout.trainable.slice_numel * 4
+            sizes[0] = layout.num_bytes
+        grads = None
+        if self.visit.has_grads and layout.trainable:
+            grads = unit.grads_in_place()
+            if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
+                sizes[1] = sum(flat.numel for flat in layout.trainable) * 4
+            if self.visit.accumulate and grads is None:
+                sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * 4
         block = None
         if any(sizes):
             arena = self._memory.resident if layout.resident else self._memory.slots
             block = arena.allocate(sum(sizes))
             if block is None:
                 return False
-        self._cut(block, sizes, grad_view)
+        self._cut(block, sizes, grads)
         if in_place is not None:
             self.flats = in_place
         self._read_params()
         if self.update:
-            self.unit.at = self._start_update(None, keep=False).into
+            for flat, goes in zip(unit.trained, self._start_update(None, keep=False), strict=True):
+                flat.at = goes.into
         self.placed = True
         return True
 
-    def _cut(self, block: Buffer | None, sizes: list[int], grad_view: torch.Tensor | None) -> None:
+    def _cut(self, block: Buffer | None, sizes: list[int], grads: list[torch.Tensor] | None) -> None:
         buffers: list[Buffer | None] = [None, None, None]
         for index, size in enumerate(sizes):
             if size and block is not None:
                 last = not any(sizes[index + 1 :])
                 buffers[index], block = (block, None) if last else block.split(size)
         self._slot, self._grad_buffer, self._carry_buffer = buffers
+        trained = self.unit.trained
         if self._grad_buffer is not None:
-            self.grad = self._grad_buffer.data.view(torch.float32)
-        elif grad_view is not None:
-            self.grad = grad_view.view(torch.float32)
-        if self._carry_buffer is not None and self.unit.grad is not None:
-            self.carry = self._carry_buffer.data.view(torch.float32)
-            self._reads.append(self.unit.grad.read(0, self._carry_buffer.data))
-        elif self.visit.accumulate and grad_view is not None:
-            self.carry = grad_view.view(torch.float32)
+            values = self._grad_buffer.data.view(torch.float32)
+            self.grads = list(values.split([flat.layout.numel for flat in trained]))
+        elif grads is not None:
+            self.grads = grads
+        if self._carry_buffer is not None:
+            values = self._carry_buffer.data.view(torch.float32)
+            self.carries = list(values.split([flat.layout.slice_numel for flat in trained]))
+            for flat, carry in zip(trained, self.carries, strict=True):
+                assert flat.grad is not None
+                self._reads.append(flat.grad.read(0, carry.view(torch.uint8)))
+        elif self.visit.accumulate and grads is not None:
+            self.carries = grads
 
     def _read_params(self) -> None:
         """Bring this rank's slices into the slot, unless they are gathered straight from memory."""
         if self._slot is None:
             return
         start = 0
-        for layout, extent in zip(self.unit.layout.flats, self.unit.slices, strict=True):
-            flat = self._slot.data[start : start + layout.numel * self.unit.dtype.itemsize].view(self.unit.dtype)
-            start += flat.numel() * flat.element_size()
-            self.flats.append(flat)
-            if extent.view() is None:
-                own = layout.slice_of(flat, self.unit.ranks.rank)
-                self._reads.append(extent.read(0, own.view(torch.uint8)))
+        for flat in self.unit.flats:
+            values = self._slot.data[start : start + flat.layout.num_bytes].view(flat.dtype)
+            start += flat.layout.num_bytes
+            self.flats.append(values)
+            if flat.slice.view() is None:
+                own = flat.layout.slice_of(values, flat.rank)
+                self._reads.append(flat.slice.read(0, own.view(torch.uint8)))
 
     def own_slices(self) -> list[torch.Tensor]:
         """This rank's slice of each flat, where the update writes and the gather reads."""
         own = []
-        for layout, extent, flat in zip(self.unit.layout.flats, self.unit.slices, self.flats, strict=True):
-            memory = extent.view()
-            in_slot = layout.slice_of(flat, self.unit.ranks.rank)
-            own.append(in_slot if memory is None else memory.view(self.unit.dtype))
+        for flat, values in zip(self.unit.flats, self.flats, strict=True):
+            memory = flat.slice.view()
+            own.append(flat.layout.slice_of(values, flat.rank) if memory is None else memory.view(flat.dtype))
         return own
 
     def progress(self, wait: Callable[[Transfer], None] | None = None) -> bool:
@@ -151,7 +158,7 @@ class Fetch:
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
-            self.unit.updating = self.unit.proposed is not None
+            self.unit.updating = self.unit.undecided
         if self._gathers is None:
             self._gathers = self._start_gathers()
         return self._settle(self._gathers, wait)
@@ -174,29 +181,30 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grad: torch.Tensor, *, speculative: bool) -> None:
-        """The eager update, with a gradient slice in memory; slot and gradient are kept until `progress` is True."""
+    def update_now(self, grads: Sequence[torch.Tensor], *, speculative: bool) -> None:
+        """The eager update, with gradient slices in memory; slot and gradient are kept until `progress` is True."""
         self._eager = True
-        goes = self._start_update(grad, keep=speculative)
-        if speculative:
-            self.unit.proposed = goes.into
-        else:
-            self.unit.at = goes.into
+        for flat, goes in zip(self.unit.trained, self._start_update(grads, keep=speculative), strict=True):
+            if speculative:
+                flat.proposed = goes.into
+            else:
+                flat.at = goes.into
         self.unit.count_update()
 
-    def _start_update(self, grad: torch.Tensor | None, *, keep: bool) -> Destination:
-        goes = destination(self.unit, self._pipeline.sink, keep=keep)
-        own = self.own_slices()[0]
-        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grad)
+    def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[Destination]:
+        goes = [destination(flat, self._pipeline.sink, keep=keep) for flat in self.unit.trained]
+        own = self.own_slices()[: len(goes)]
+        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grads)
         return goes
 
     def bind(self) -> None:
         self.unit.bind(self.flats)
-        if self.grad is not None:
+        if self.grads:
             if not self.visit.accumulate:
                 self.unit.touched = [False] * len(self.unit.touched)
-            self.grad.zero_()
-            self.unit.bind_grads(self.grad)
+            for grad in self.grads:
+                grad.zero_()
+            self.unit.bind_grads(self.grads)
 
     def forget(self) -> None:
         """Give back what it holds: its visit will not take place."""

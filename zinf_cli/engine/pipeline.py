@@ -36,19 +36,21 @@ class Reduction:
     """A gradient on its way to the slices of all ranks."""
 
     fetch: Fetch
-    reduced: Transfer
+    reduced: Sequence[Transfer]
+    """Of each trainable flat."""
     touched: Flags | None
     """Which parameters have a gradient on any rank; known with the last visit of a step."""
 
     @property
     def what(self) -> str:
-        return self.reduced.what
+        return self.reduced[0].what
 
     def done(self) -> bool:
-        return self.reduced.done() and (self.touched is None or self.touched.done())
+        return all(part.done() for part in self.reduced) and (self.touched is None or self.touched.done())
 
     def wait(self) -> None:
-        self.reduced.wait()
+        for part in self.reduced:
+            part.wait()
         if self.touched is not None:
             self.touched.wait()
 
@@ -65,7 +67,7 @@ class Pipeline:
         """The settings that deferred updates go by; None while they wait for the step's gradient norm."""
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
-        """Gradient norms of this step by parameter index (world of one), or by unit number (slices)."""
+        """Gradient norms of this step by parameter index; of a slice of a flat, by that of the flat's first."""
         self.completed: set[int] = set()
         """Units whose gradient of this step is complete."""
         self.sink: StateSink | None = None
@@ -160,9 +162,9 @@ class Pipeline:
         """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
         fetch = self._held.pop(visit.unit)
         fetch.unit.release()
-        if fetch.grad is not None:
+        if fetch.grads:
             fetch.unit.grad_ready = False
-            reduced = self.ranks.reduce_scatter(fetch.grad, self.trace, fetch.unit.name)
+            reduced = [self.ranks.reduce_scatter(grad, self.trace, fetch.unit.name) for grad in fetch.grads]
             touched = self.ranks.any(fetch.unit.touched) if visit.final else None
             self._reducing.append(Reduction(fetch, reduced, touched))
             if visit.final:
@@ -289,33 +291,30 @@ class Pipeline:
     def _finish_gradient(self, reduction: Reduction) -> None:
         """Add what earlier visits left, note the norm; update, or write the slice to its tier."""
         reduction.wait()
-        fetch = reduction.fetch
-        unit, layout = fetch.unit, fetch.unit.layout.trainable
-        assert layout is not None
-        assert fetch.grad is not None
-        assert unit.grad is not None
-        own = layout.slice_of(fetch.grad, self.ranks.rank)
-        home = unit.grad.view()
-        if fetch.carry is not None:
-            own = fetch.carry.add_(own)
-        elif home is not None and fetch.grad_in_buffer:
-            home.view(torch.float32).copy_(own)
+        fetch, unit = reduction.fetch, reduction.fetch.unit
+        own = [flat.layout.slice_of(grad, flat.rank) for flat, grad in zip(unit.trained, fetch.grads, strict=True)]
+        homes = unit.grads_in_place()
+        if fetch.carries:
+            own = [carry.add_(values) for carry, values in zip(fetch.carries, own, strict=True)]
+        elif homes is not None and fetch.grad_in_buffer:
+            for home, values in zip(homes, own, strict=True):
+                home.copy_(values)
         unit.backwards += 1
         if reduction.touched is not None:
             unit.touched = reduction.touched.wait()
             unit.backwards = 0
-            self._note_norms(fetch.visit.unit, unit, own)
+            self._note_norms(unit, own)
             if self.eager.takes(unit):
                 self.eager.start(fetch, own)
                 return
             unit.grad_ready = True
-        fetch.let_go_of_grad([] if home is not None else [unit.grad.write(0, own.view(torch.uint8))])
+        fetch.let_go_of_grad(unit.write_grads(own))
 
-    def _note_norms(self, number: int, unit: Unit, own: torch.Tensor) -> None:
-        assert unit.layout.trainable is not None
-        if self.ranks.world_size > 1:
-            self.norms[number] = torch.linalg.vector_norm(own).double()
-            return
-        for place, touched in zip(unit.layout.trainable.params, unit.touched, strict=True):
-            if touched:
-                self.norms[place.index] = torch.linalg.vector_norm(place.view(own))
+    def _note_norms(self, unit: Unit, own: Sequence[torch.Tensor]) -> None:
+        for flat, values in zip(unit.trained, own, strict=True):
+            if self.ranks.world_size > 1:
+                self.norms[flat.layout.params[0].index] = torch.linalg.vector_norm(values).double()
+                continue
+            for place, touched in zip(flat.layout.params, flat.touched, strict=True):
+                if touched:
+                    self.norms[place.index] = torch.linalg.vector_norm(place.view(values))

@@ -1,7 +1,7 @@
 """The state of the units in and out, a piece at a time: what a checkpoint is written from and read into.
 
-A unit's state on one rank is its slice of a few fields: "param" (fp32: the master where the compute is 16-bit),
-"exp_avg" and "exp_avg_sq" of what is trained, "frozen" (in the dtype of the compute) of what is not. Gradients and
+A flat's state on one rank is its slice of a few fields: "param" (fp32: the master where parameters are 16-bit),
+"exp_avg" and "exp_avg_sq" of what is trained, "frozen" (in the parameters' dtype) of what is not. Gradients and
 16-bit parameters are no state between two steps: the ones are used up, the others are the masters, rounded.
 """
 
@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from zinf_cli.engine.capture import stored_fields
-from zinf_cli.engine.store import Unit, overlap
+from zinf_cli.engine.capture import FROZEN, stored_fields
+from zinf_cli.engine.store import Flat, Unit, overlap
 from zinf_cli.engine.units import FlatLayout
 from zinf_cli.engine.visit import Memory
 from zinf_cli.tiers.arena import Buffer
@@ -24,8 +24,6 @@ PIECE = 4 * 2**20
 """Bytes that are moved at once."""
 AHEAD = 8
 """Pieces under way at once, where there is room for them."""
-FROZEN = "frozen"
-"""What a checkpoint calls the slice of a frozen flat."""
 
 
 class StateSource(Protocol):
@@ -38,15 +36,11 @@ class StateSource(Protocol):
         """How often the parameter has been updated."""
 
 
-def fields_of(unit: Unit) -> Iterator[tuple[str, FlatLayout, Extent]]:
-    """Each field of a unit with the flat it belongs to and where its slice lies now."""
-    frozen = iter(unit.frozen)
-    for layout in unit.layout.flats:
-        if layout.trainable:
-            for name, stored in stored_fields(unit).items():
-                yield stored, layout, unit.at[name]
-        else:
-            yield FROZEN, layout, next(frozen)
+def fields_of(unit: Unit) -> Iterator[tuple[Flat, str, Extent]]:
+    """Each flat of a unit with each of its fields and where the slice of that lies now."""
+    for flat in unit.flats:
+        for name, stored in stored_fields(flat).items():
+            yield flat, stored, flat.at[name]
 
 
 def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
@@ -109,17 +103,17 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
     """Fill every unit's slices from `source`; nothing of the engine is in use."""
     writes: deque[tuple[Transfer, Buffer]] = deque()
     for unit in units:
-        trainable = unit.layout.trainable
-        unit.steps = [source.updates(place.name) for place in trainable.params] if trainable is not None else []
-        for field, layout, extent in fields_of(unit):
-            dtype = unit.dtype if field == "frozen" else torch.float32
-            rounded = unit.slices[0] if field == "param" and extent is not unit.slices[0] else None
+        for flat in unit.trained:
+            flat.steps = [source.updates(place.name) for place in flat.layout.params]
+        for flat, field, extent in fields_of(unit):
+            dtype = flat.dtype if field == FROZEN else torch.float32
+            rounded = flat.slice if field == "param" and extent is not flat.slice else None
             for start in range(0, extent.num_bytes, PIECE):
-                numel = min(PIECE, extent.num_bytes - start) // dtype.itemsize
-                values = _gather(source, layout, unit.ranks.rank, field, start // dtype.itemsize, numel, dtype)
+                first, numel = start // dtype.itemsize, min(PIECE, extent.num_bytes - start) // dtype.itemsize
+                values = _gather(source, flat.layout, flat.rank, field, first, numel, dtype)
                 _put(extent, start, values, memory, writes)
                 if rounded is not None:
-                    _put(rounded, start // dtype.itemsize * unit.dtype.itemsize, values.to(unit.dtype), memory, writes)
+                    _put(rounded, first * flat.dtype.itemsize, values.to(flat.dtype), memory, writes)
     while writes:
         _finish(writes)
 

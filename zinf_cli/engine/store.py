@@ -16,7 +16,7 @@ from torch import nn
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.tier import Extent, Tier
+from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
 OPTIMIZER_FIELDS = ("exp_avg", "exp_avg_sq")
 
@@ -31,66 +31,57 @@ class TierSet:
     activations: Tier
 
 
-class Unit:
-    """A unit at run time: its layout, the model's parameters, and this rank's slices on their tiers."""
+class Flat:
+    """A flat at run time: the model's parameters in it, and this rank's slice of each of its fields on their tiers.
 
-    def __init__(self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks, dtype: torch.dtype) -> None:
+    The fields are "params" in the flat's dtype and, of a trainable one, the optimizer's in fp32: with 16-bit parameters
+    also a "master" of them.
+    """
+
+    def __init__(
+        self, unit: str, number: int, layout: FlatLayout, model: nn.Module, tiers: TierSet, ranks: Ranks
+    ) -> None:
+        self.unit = unit
+        self.number = number
+        """Its place in the unit."""
         self.layout = layout
-        self.name = layout.name
-        self.dtype = dtype
-        self.ranks = ranks
+        self.dtype = layout.dtype
+        self.rank = ranks.rank
         self._tiers = tiers
         by_name = dict(model.named_parameters())
-        self._params = [[by_name[p.name] for p in flat.params] for flat in layout.flats]
-        self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
+        self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
         self._placeholders = [
-            [torch.full((1,), math.nan, dtype=dtype, device=p.device).expand(p.shape) for p in params]
-            for params in self._params
+            torch.full((1,), math.nan, dtype=self.dtype, device=p.device).expand(p.shape) for p in self.params
         ]
-        trainable = layout.trainable
         self.homes: list[dict[str, Extent]] = []
-        """Places of its own for what an update changes: "params" and each optimizer field. With speculative updates
-        (eager.py) there are two, for two versions."""
-        if trainable is not None:
-            self.add_home()
-        self.at = dict(self.homes[0]) if self.homes else {}
-        """Where that lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
+        """Places of its own for each field. With speculative updates (eager.py) a trainable flat has two, for two
+        versions."""
+        self.add_home()
+        self.at = dict(self.homes[0])
+        """Where each field lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
         self.proposed: dict[str, Extent] | None = None
-        """Where an update has put it of which nobody knows yet whether it holds (eager.py)."""
-        self.frozen: list[Extent] = [
-            tiers.params.allocate(flat.slice_numel * dtype.itemsize, f"{self.name} params")
-            for flat in layout.flats
-            if not flat.trainable
-        ]
+        """Where an update has put them of which nobody knows yet whether it holds (eager.py)."""
         self.grad: Extent | None = None
-        num_trainable = len(trainable.params) if trainable is not None else 0
-        self.steps = [0] * num_trainable
-        """Updates of each trainable parameter so far."""
-        self.touched = [False] * num_trainable
+        self.steps = [0] * len(self.params)
+        """Updates of each parameter so far."""
+        self.touched = [False] * len(self.params)
         """Which of them got a gradient in this step; the others are not updated."""
-        if trainable is not None:
-            self.grad = tiers.grads.allocate(trainable.slice_numel * 4, f"{self.name} grads")
-            for number, param in enumerate(self._params[0]):
-                param.register_post_accumulate_grad_hook(self._touch(number))
-        self.backwards = 0
-        """Backward visits of this step whose gradient has been handed to its tier."""
-        self.grad_ready = False
-        """The gradient of a whole step is on its tier, or on its way there."""
-        self.update_due = False
-        """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
-        self.updating = False
-        """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
-        self.release()
+        if layout.trainable:
+            self.grad = tiers.grads.allocate(layout.slice_numel * 4, f"{unit} grads")
+            for place, param in enumerate(self.params):
+                param.register_post_accumulate_grad_hook(self._touch(place))
 
     def add_home(self) -> None:
-        """Room for one version of what an update changes."""
-        layout, tiers = self.layout.trainable, self._tiers
-        if layout is None:
-            return
-        home = {"params": tiers.params.allocate(layout.slice_numel * self.dtype.itemsize, f"{self.name} params")}
-        for field in OPTIMIZER_FIELDS if self.dtype == torch.float32 else (*OPTIMIZER_FIELDS, "master"):
-            home[field] = tiers.optimizer.allocate(layout.slice_numel * 4, f"{self.name} {field}")
+        """Room for one version of all fields."""
+        home = {"params": self._tiers.params.allocate(self.layout.slice_bytes, f"{self.unit} params")}
+        for field in self._optimizer_fields():
+            home[field] = self._tiers.optimizer.allocate(self.layout.slice_numel * 4, f"{self.unit} {field}")
         self.homes.append(home)
+
+    def _optimizer_fields(self) -> tuple[str, ...]:
+        if not self.layout.trainable:
+            return ()
+        return OPTIMIZER_FIELDS if self.dtype == torch.float32 else (*OPTIMIZER_FIELDS, "master")
 
     def places(self, *, keep: bool) -> dict[str, Extent]:
         """Where an update goes: into a home, which is another one if the present version is to be kept."""
@@ -102,82 +93,41 @@ class Unit:
         return places
 
     @property
-    def slices(self) -> list[Extent]:
-        """This rank's slice of each flat, where it lies now."""
-        return [*([self.at["params"]] if self.at else []), *self.frozen]
+    def slice(self) -> Extent:
+        """This rank's slice of the parameters, where it lies now."""
+        return self.at["params"]
 
     @property
     def optimizer(self) -> dict[str, Extent]:
-        """The optimizer's fields of the trainable slice, where they lie now."""
+        """The optimizer's fields, where they lie now."""
         return {name: extent for name, extent in self.at.items() if name != "params"}
 
-    @property
-    def params(self) -> list[nn.Parameter]:
-        """The model's parameters, trainable ones first."""
-        return [param for params in self._params for param in params]
-
-    def take_update(self) -> bool:
-        """Whether an update is due; the caller does it."""
-        due, self.update_due = self.update_due, False
-        self.updating |= due
-        return due
-
-    def count_update(self, by: int = 1) -> None:
-        """One more update of each parameter that got a gradient (or one less, where it did not hold)."""
-        self.steps = [step + by * touched for step, touched in zip(self.steps, self.touched, strict=True)]
-
-    def _touch(self, number: int) -> Callable[[torch.Tensor], None]:
-        def touch(_: torch.Tensor) -> None:
-            self.touched[number] = True
-
-        return touch
-
-    def in_place(self) -> list[torch.Tensor] | None:
-        """The flats themselves, where they lie whole in memory the compute device can use."""
-        if self.ranks.world_size > 1:
-            return None
-        views = [extent.view() for extent in self.slices]
-        if any(view is None for view in views):
-            return None
-        return [view.view(self.dtype) for view in views if view is not None]
-
-    def bind(self, flats: Sequence[torch.Tensor]) -> None:
-        """Let the model's parameters be views of `flats` (one per layout flat, 1-D, the compute dtype)."""
-        for layout, params, flat in zip(self.layout.flats, self._params, flats, strict=True):
-            for place, param in zip(layout.params, params, strict=True):
-                param.data = place.view(flat)
+    def bind(self, flat: torch.Tensor) -> None:
+        """Let the model's parameters be views of `flat` (1-D, the flat's dtype)."""
+        for place, param in zip(self.layout.params, self.params, strict=True):
+            param.data = place.view(flat)
 
     def bind_grads(self, flat: torch.Tensor) -> None:
-        """Let `p.grad` of the trainable parameters be views of `flat` (fp32, 1-D); needs bound parameters."""
-        assert self.layout.trainable is not None
-        for place, param in zip(self.layout.trainable.params, self._params[0], strict=True):
+        """Let `p.grad` of the parameters be views of `flat` (fp32, 1-D); needs bound parameters."""
+        for place, param in zip(self.layout.params, self.params, strict=True):
             param.grad = place.view(flat)
 
     def release(self) -> None:
         """Unbind: nothing of the model points into a slot any more."""
-        for params, placeholders in zip(self._params, self._placeholders, strict=True):
-            for param, placeholder in zip(params, placeholders, strict=True):
-                param.grad = None
-                param.data = placeholder
+        for param, placeholder in zip(self.params, self._placeholders, strict=True):
+            param.grad = None
+            param.data = placeholder
 
-    def fill(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], arena: Arena) -> None:
-        """Take the parameters' values from `read(names)`, keep this rank's slice; memory is one unit's."""
-        values = read([param.name for param in self.layout.params()])
-        for layout, extent in zip(self.layout.flats, self.slices, strict=True):
-            self._store(layout, extent, values, self.dtype, arena)
-            if layout.trainable and "master" in self.optimizer:
-                self._store(layout, self.optimizer["master"], values, torch.float32, arena)
+    def fill(self, values: Mapping[str, torch.Tensor], arena: Arena) -> None:
+        """Keep this rank's slice of `values`, by parameter name."""
+        self._store(self.slice, values, self.dtype, arena)
+        if "master" in self.at:
+            self._store(self.at["master"], values, torch.float32, arena)
 
-    def _store(
-        self,
-        layout: FlatLayout,
-        extent: Extent,
-        values: Mapping[str, torch.Tensor],
-        dtype: torch.dtype,
-        arena: Arena,
-    ) -> None:
-        """Write this rank's slice of a flat of `values` to `extent`, in `dtype`."""
-        begin = self.ranks.rank * layout.slice_numel
+    def _store(self, extent: Extent, values: Mapping[str, torch.Tensor], dtype: torch.dtype, arena: Arena) -> None:
+        """Write this rank's slice of `values` to `extent`, in `dtype`."""
+        layout = self.layout
+        begin = self.rank * layout.slice_numel
         memory = extent.view()
         buffer = None
         if memory is None:
@@ -194,14 +144,137 @@ class Unit:
             extent.write(0, buffer.data).wait()
             buffer.free()
 
+    def _touch(self, place: int) -> Callable[[torch.Tensor], None]:
+        def touch(_: torch.Tensor) -> None:
+            self.touched[place] = True
+
+        return touch
+
+
+class Unit:
+    """A unit at run time: its flats, and how far its gradient and its update of this step are."""
+
+    def __init__(self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks) -> None:
+        self.layout = layout
+        self.name = layout.name
+        self.ranks = ranks
+        self.flats = [Flat(layout.name, n, flat, model, tiers, ranks) for n, flat in enumerate(layout.flats)]
+        self.trained = [flat for flat in self.flats if flat.layout.trainable]
+        """The first of them."""
+        self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
+        self.backwards = 0
+        """Backward visits of this step whose gradient has been handed to its tier."""
+        self.grad_ready = False
+        """The gradient of a whole step is on its tier, or on its way there."""
+        self.update_due = False
+        """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
+        self.updating = False
+        """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
+        self.release()
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The model's parameters, trainable ones first."""
+        return [param for flat in self.flats for param in flat.params]
+
+    def add_home(self) -> None:
+        """Room for a second version of what an update changes."""
+        for flat in self.trained:
+            flat.add_home()
+
+    @property
+    def has_second_home(self) -> bool:
+        return any(len(flat.homes) > 1 for flat in self.trained)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it has an update of which nobody knows yet whether it holds."""
+        return any(flat.proposed is not None for flat in self.trained)
+
+    def decide(self, *, holds: bool) -> None:
+        """Move to where that update went, or forget it."""
+        for flat in self.trained:
+            if holds and flat.proposed is not None:
+                flat.at = flat.proposed
+            flat.proposed = None
+
+    def take_update(self) -> bool:
+        """Whether an update is due; the caller does it."""
+        due, self.update_due = self.update_due, False
+        self.updating |= due
+        return due
+
+    def count_update(self, by: int = 1) -> None:
+        """One more update of each parameter that got a gradient (or one less, where it did not hold)."""
+        for flat in self.trained:
+            flat.steps = [step + by * touched for step, touched in zip(flat.steps, flat.touched, strict=True)]
+
+    @property
+    def touched(self) -> list[bool]:
+        """Of every trainable parameter, whether it got a gradient in this step."""
+        return [touched for flat in self.trained for touched in flat.touched]
+
+    @touched.setter
+    def touched(self, touched: Sequence[bool]) -> None:
+        first = 0
+        for flat in self.trained:
+            flat.touched = list(touched[first : first + len(flat.params)])
+            first += len(flat.params)
+
+    def in_place(self) -> list[torch.Tensor] | None:
+        """The flats themselves, where they lie whole in memory the compute device can use."""
+        if self.ranks.world_size > 1:
+            return None
+        views = [flat.slice.view() for flat in self.flats]
+        if any(view is None for view in views):
+            return None
+        return [view.view(flat.dtype) for flat, view in zip(self.flats, views, strict=True) if view is not None]
+
+    def grads_in_place(self) -> list[torch.Tensor] | None:
+        """This rank's slices of the gradient (fp32), where they lie in memory the compute device can use."""
+        views = [flat.grad.view() for flat in self.trained if flat.grad is not None]
+        if any(view is None for view in views):
+            return None
+        return [view.view(torch.float32) for view in views if view is not None]
+
+    def write_grads(self, own: Sequence[torch.Tensor]) -> list[Transfer]:
+        """Start writing this rank's slices of the gradient to their tier, unless they are there."""
+        extents = [flat.grad for flat in self.trained if flat.grad is not None]
+        return [
+            extent.write(0, values.view(torch.uint8))
+            for extent, values in zip(extents, own, strict=True)
+            if extent.view() is None
+        ]
+
+    def bind(self, flats: Sequence[torch.Tensor]) -> None:
+        """Let the model's parameters be views of `flats`, one per flat."""
+        for flat, values in zip(self.flats, flats, strict=True):
+            flat.bind(values)
+
+    def bind_grads(self, grads: Sequence[torch.Tensor]) -> None:
+        """Let `p.grad` of the trainable parameters be views of `grads`, one per trainable flat."""
+        for flat, grad in zip(self.trained, grads, strict=True):
+            flat.bind_grads(grad)
+
+    def release(self) -> None:
+        """Unbind: nothing of the model points into a slot any more."""
+        for flat in self.flats:
+            flat.release()
+
+    def fill(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], arena: Arena) -> None:
+        """Take the parameters' values from `read(names)`, keep this rank's slices; memory is one unit's."""
+        values = read([param.name for param in self.layout.params()])
+        for flat in self.flats:
+            flat.fill(values, arena)
+
 
 def overlap(place: ParamLayout, begin: int, end: int) -> tuple[int, int]:
     """The part of [begin, end) of a flat that belongs to the parameter at `place` (empty when first >= last)."""
     return max(begin, place.offset), min(end, place.offset + place.numel)
 
 
-def to_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace every parameter (on the meta device) by an empty-storage one of `dtype` on `device`, tied ones tied.
+def to_placeholders(model: nn.Module, device: torch.device) -> None:
+    """Replace every parameter (on the meta device) by an empty-storage one on `device`, tied ones tied.
 
     A meta parameter's `.data` can't become real memory, so the module gets a fresh Parameter object.
     """
@@ -211,9 +284,9 @@ def to_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.device) 
             if old is None:
                 continue
             if id(old) not in fresh:
-                data = torch.full((1,), math.nan, dtype=dtype, device=device).expand(old.shape)
+                data = torch.full((1,), math.nan, dtype=old.dtype, device=device).expand(old.shape)
                 new = nn.Parameter(data, requires_grad=old.requires_grad)
-                if dtype != torch.float32:
+                if old.dtype != torch.float32:
                     new.grad_dtype = torch.float32
                 fresh[id(old)] = new
                 fresh[id(new)] = new

@@ -64,7 +64,7 @@ class Sweep:
         self._kept = kept
         self._trace = trace
         self._lanes: list[Lane] = []
-        self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable is not None}
+        self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
         self._disagreed = False

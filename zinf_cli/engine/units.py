@@ -4,9 +4,10 @@ A unit is an element of one of the model's outermost module lists (a transformer
 them that is worth streaming (an embedding, the head). Modules that share a parameter share one unit. What belongs to
 none (a final norm, a bare parameter of the root) forms the resident unit, which is held for the whole step.
 
-A unit has up to two flats, one of its trainable and one of its frozen parameters. Every parameter starts at a multiple
-of ALIGN elements, so that kernels see the alignment torch's own allocator gives; a flat is padded so that it cuts into
-world_size equal slices of whole pages in any dtype.
+A unit has a flat for the parameters that are trained and one for those that are frozen; where a model keeps some of
+them in another dtype than the rest (a router in fp32 among bf16), one of each for each dtype. Every parameter starts at
+a multiple of ALIGN elements, so that kernels see the alignment torch's own allocator gives; a flat is padded so that it
+cuts into world_size equal slices of whole pages in any dtype.
 """
 
 from __future__ import annotations
@@ -47,8 +48,18 @@ class FlatLayout:
 
     params: tuple[ParamLayout, ...]
     trainable: bool
+    dtype: torch.dtype
+    """Of the parameters as the model computes with them."""
     numel: int
     slice_numel: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def slice_bytes(self) -> int:
+        return self.slice_numel * self.dtype.itemsize
 
     def slice_of(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         return flat[rank * self.slice_numel : (rank + 1) * self.slice_numel]
@@ -56,7 +67,7 @@ class FlatLayout:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """A unit by name: module paths, and the flats of their parameters (trainable first)."""
+    """A unit by name: module paths, and the flats of their parameters: trainable first, narrow dtypes first."""
 
     name: str
     modules: tuple[str, ...]
@@ -67,12 +78,12 @@ class UnitLayout:
         return self.name == RESIDENT
 
     @property
-    def trainable(self) -> FlatLayout | None:
-        return self.flats[0] if self.flats and self.flats[0].trainable else None
+    def trainable(self) -> tuple[FlatLayout, ...]:
+        return tuple(flat for flat in self.flats if flat.trainable)
 
     @property
-    def numel(self) -> int:
-        return sum(flat.numel for flat in self.flats)
+    def num_bytes(self) -> int:
+        return sum(flat.num_bytes for flat in self.flats)
 
     def params(self) -> Iterator[ParamLayout]:
         for flat in self.flats:
@@ -159,17 +170,18 @@ def _params_outside(model: nn.Module, unit_modules: set[int]) -> Iterator[nn.Par
 def _flats(
     params: Sequence[nn.Parameter], names: dict[int, str], order: dict[str, int], world_size: int
 ) -> tuple[FlatLayout, ...]:
+    kinds = {(not param.requires_grad, param.dtype.itemsize, str(param.dtype)): param.dtype for param in params}
     flats = []
-    for trainable in (True, False):
+    for kind, dtype in sorted(kinds.items(), key=lambda item: item[0]):
+        trainable = not kind[0]
         layouts = []
         offset = 0
         for param in params:
-            if param.requires_grad == trainable:
+            if (param.requires_grad, param.dtype) == (trainable, dtype):
                 name = names[id(param)]
                 layouts.append(ParamLayout(name, order[name], param.shape, offset))
                 offset += -(-param.numel() // ALIGN) * ALIGN
-        if layouts:
-            multiple = world_size * SLICE_MULTIPLE
-            numel = max(1, -(-offset // multiple)) * multiple
-            flats.append(FlatLayout(tuple(layouts), trainable, numel, numel // world_size))
+        multiple = world_size * SLICE_MULTIPLE
+        numel = max(1, -(-offset // multiple)) * multiple
+        flats.append(FlatLayout(tuple(layouts), trainable, dtype, numel, numel // world_size))
     return tuple(flats)

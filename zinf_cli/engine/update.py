@@ -2,19 +2,19 @@
 
 A chunk's gradient and optimizer states are used where they lie when that is memory of the compute device; otherwise
 they are read into chunk buffers and written back after AdamW has changed them. The parameters are updated in the slot
-(or in place). With bf16 compute, AdamW acts on the fp32 master and the slot gets its rounding.
+(or in place). Where parameters are 16-bit, AdamW acts on the fp32 master and the slot gets its rounding.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.capture import Destination
-from zinf_cli.engine.store import Unit, overlap
+from zinf_cli.engine.store import Flat, Unit, overlap
 from zinf_cli.engine.visit import Memory
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
@@ -22,11 +22,11 @@ from zinf_cli.trace import Trace
 
 
 class ChunkUpdate:
-    """AdamW on elements [begin, begin + numel) of a unit's trainable slice."""
+    """AdamW on elements [begin, begin + numel) of the slice of a trainable flat."""
 
     def __init__(
         self,
-        unit: Unit,
+        flat: Flat,
         param: torch.Tensor,
         grad: torch.Tensor | None,
         begin: int,
@@ -34,7 +34,7 @@ class ChunkUpdate:
         goes: Destination,
         trace: Trace,
     ) -> None:
-        self._unit = unit
+        self._flat = flat
         self._sources = sources
         self._goes = goes
         self._grad = grad
@@ -77,8 +77,7 @@ class ChunkUpdate:
 
     def apply(self, adamw: AdamW) -> list[Transfer]:
         """Compute, start the write-back; returns the parameter writes, which hold the slot until they are done."""
-        unit = self._unit
-        with self._trace.span("update", unit.name, self._param.numel() * 4):
+        with self._trace.span("update", self._flat.unit, self._param.numel() * 4):
             target = self._fields.get("master", self._param)
             for start, end, step in self._segments():
                 grad, exp_avg, exp_avg_sq = (
@@ -87,7 +86,7 @@ class ChunkUpdate:
                 adamw.update(target[start:end], grad, exp_avg, exp_avg_sq, step)
             if target is not self._param:
                 self._param.copy_(target)
-        for name in unit.optimizer:
+        for name in self._flat.optimizer:
             self._writes += self._send(name, self._fields[name])
         return self._send("params", self._param)
 
@@ -109,52 +108,54 @@ class ChunkUpdate:
 
     def _segments(self) -> Iterator[tuple[int, int, int]]:
         """(start, end, step) of ranges that share an update count; parameters without a gradient are left out."""
-        unit, layout = self._unit, self._unit.layout.trainable
-        assert layout is not None
-        if all(unit.touched) and len(set(unit.steps)) == 1:
-            yield 0, self._param.numel(), unit.steps[0]
+        flat, layout = self._flat, self._flat.layout
+        if all(flat.touched) and len(set(flat.steps)) == 1:
+            yield 0, self._param.numel(), flat.steps[0]
             return
-        base = unit.ranks.rank * layout.slice_numel + self._begin
-        for place, touched, step in zip(layout.params, unit.touched, unit.steps, strict=True):
+        base = flat.rank * layout.slice_numel + self._begin
+        for place, touched, step in zip(layout.params, flat.touched, flat.steps, strict=True):
             first, last = overlap(place, base, base + self._param.numel())
             if touched and first < last:
                 yield first - base, last - base, step
 
 
 class SliceUpdate:
-    """AdamW on this rank's trainable slice of a unit; reads run ahead as far as there are chunk buffers.
+    """AdamW on this rank's trainable slices of a unit; reads run ahead as far as there are chunk buffers.
 
-    `own` is the parameter slice where compute sees it; `grad` the gradient slice, where it is not to be read from its
-    tier. Whoever holds the memory of the two keeps it until `progress` has returned True and `writes` are done.
-    The new values go where `goes` says.
+    Of each trainable flat, `own` is the parameter slice where compute sees it, and `grads` the gradient slice, where it
+    is not to be read from its tier. Whoever holds the memory of the two keeps it until `progress` has returned True and
+    `writes` are done. The new values go where `goes` says.
     """
 
     def __init__(
         self,
         unit: Unit,
-        own: torch.Tensor,
+        own: Sequence[torch.Tensor],
         memory: Memory,
         trace: Trace,
-        goes: Destination,
-        grad: torch.Tensor | None = None,
+        goes: Sequence[Destination],
+        grads: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        sources = unit.optimizer  # as it is now: the unit may be said to lie elsewhere while the update is under way
-        if grad is None:
-            assert unit.grad is not None
-            sources["grad"] = unit.grad
         chunk_numel = memory.chunk_numel
-        chunks = [
-            ChunkUpdate(
-                unit,
-                own[begin : begin + chunk_numel],
-                None if grad is None else grad[begin : begin + chunk_numel],
-                begin,
-                sources,
-                goes,
-                trace,
-            )
-            for begin in range(0, own.numel(), chunk_numel)
-        ]
+        chunks: list[ChunkUpdate] = []
+        for number, flat in enumerate(unit.trained):
+            sources = flat.optimizer  # as it is now: it may be said to lie elsewhere while the update is under way
+            grad = None if grads is None else grads[number]
+            if grad is None:
+                assert flat.grad is not None
+                sources["grad"] = flat.grad
+            chunks += [
+                ChunkUpdate(
+                    flat,
+                    own[number][begin : begin + chunk_numel],
+                    None if grad is None else grad[begin : begin + chunk_numel],
+                    begin,
+                    sources,
+                    goes[number],
+                    trace,
+                )
+                for begin in range(0, own[number].numel(), chunk_numel)
+            ]
         self._buffers = memory.chunks
         self._chunks = deque(chunks)
         self._unread = deque(chunks)

@@ -13,8 +13,7 @@ from zinf_cli.recipe import Recipe
 
 def checkpoint_bytes(figures: Figures) -> int:
     """One checkpoint, all ranks: fp32 {parameter, exp_avg, exp_avg_sq} of what is trained, the rest as it computes."""
-    itemsize = 4 if figures.precision == "fp32" else 2
-    return sum(unit.trainable_numel * 12 + unit.frozen_numel * itemsize for unit in figures.model.units)
+    return sum(unit.trainable_numel * 12 + unit.frozen_bytes for unit in figures.model.units)
 
 
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:

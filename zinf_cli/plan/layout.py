@@ -15,6 +15,11 @@ class UnitFigures:
     name: str
     trainable_numel: int
     frozen_numel: int
+    trainable_bytes: int
+    """Of the trainable parameters as the model computes with them."""
+    frozen_bytes: int
+    master_numel: int
+    """Trainable parameters that are 16-bit, and so have an fp32 master beside them."""
     largest_param_numel: int
     resident: bool
     calls: int
@@ -29,6 +34,15 @@ class UnitFigures:
     @property
     def numel(self) -> int:
         return self.trainable_numel + self.frozen_numel
+
+    @property
+    def param_bytes(self) -> int:
+        return self.trainable_bytes + self.frozen_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """{exp_avg, exp_avg_sq} and the masters, fp32."""
+        return (2 * self.trainable_numel + self.master_numel) * 4
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,9 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     """Bytes of each class on one rank, exact; "second" is what second places for updates take."""
     units = figures.model.units
     changed = [
-        replace(unit, frozen_numel=0) for number, unit in enumerate(units) if choice.update_of(number) == "speculative"
+        replace(unit, frozen_numel=0, frozen_bytes=0)
+        for number, unit in enumerate(units)
+        if choice.update_of(number) == "speculative"
     ]
     second = _model_states(changed, figures)
     return {
@@ -132,12 +134,10 @@ def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 
 def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
     """Of `units`, on one rank."""
-    ranks, itemsize = figures.world_size, 4 if figures.precision == "fp32" else 2
-    trainable = sum(unit.trainable_numel for unit in units) // ranks
     return {
-        "params": sum(unit.numel for unit in units) // ranks * itemsize,
-        "grads": trainable * 4,
-        "optimizer": trainable * 4 * (2 if figures.precision == "fp32" else 3),
+        "params": sum(unit.param_bytes for unit in units) // figures.world_size,
+        "grads": sum(unit.trainable_numel for unit in units) // figures.world_size * 4,
+        "optimizer": sum(unit.optimizer_bytes for unit in units) // figures.world_size,
     }
 
 
@@ -198,9 +198,8 @@ def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
 
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
     """The largest buffer one visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
-    itemsize = 4 if figures.precision == "fp32" else 2
     alone = figures.world_size == 1
-    size = 0 if alone and choice.in_place("params") else unit.numel * itemsize
+    size = 0 if alone and choice.in_place("params") else unit.param_bytes
     again = sweeps > 1 or unit.calls > 1
     if not (alone and choice.in_place("grads")) or again:
         size += unit.trainable_numel * 4

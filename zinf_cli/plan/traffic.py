@@ -13,7 +13,7 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
     unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left; the update
     reads it, unless it is made right there.
     """
-    model, ranks, itemsize = figures.model, figures.world_size, 4 if figures.precision == "fp32" else 2
+    model, ranks = figures.model, figures.world_size
     total = 0
     for number, unit in enumerate(model.units):
         away = {state for state in CLASSES if choice.tier(state, number) == "nvme"}
@@ -21,12 +21,12 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
         turns = calls if unit.resident else sweeps if number == model.turn else 0
         trainable = unit.trainable_numel // ranks
         if "params" in away:
-            total += (unit.numel // ranks * (2 * calls - turns) + trainable) * itemsize
+            total += (unit.param_bytes * (2 * calls - turns) + unit.trainable_bytes) // ranks
         if "grads" in away:
             spared = {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)]
             total += trainable * 4 * (2 * calls - spared)
         if "optimizer" in away:
-            total += trainable * 4 * 2 * (2 if figures.precision == "fp32" else 3)
+            total += 2 * unit.optimizer_bytes // ranks
     if choice.placement["activations"] == "nvme":
         total += 2 * micro_batches * sum(activation_bytes(figures, choice))
     return total

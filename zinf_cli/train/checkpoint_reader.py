@@ -40,11 +40,11 @@ class CheckpointReader:
         for name in self.manifest.files:
             if (problem := size_problem(folder, self.manifest, name)) is not None:
                 raise DamagedError(problem, where=str(folder / name))
-        self._places: dict[str, tuple[str, StoredFlat, StoredParam]] = {}
+        self._places: dict[str, tuple[tuple[str, int], StoredFlat, StoredParam]] = {}
         for unit in self.manifest.units:
-            for flat in unit.flats:
-                self._places.update((param.name, (unit.name, flat, param)) for param in flat.params)
-        self._regions = {(region.unit, region.field): region for region in self.manifest.layout.regions}
+            for number, flat in enumerate(unit.flats):
+                self._places.update((param.name, ((unit.name, number), flat, param)) for param in flat.params)
+        self._regions = {region.key: region for region in self.manifest.layout.regions}
         self._files: dict[str, int] = {}
         self._arena = Arena(_KEPT * PIECE, torch.device("cpu"))
         self._pieces: OrderedDict[tuple[str, int], Buffer] = OrderedDict()
@@ -67,12 +67,12 @@ class CheckpointReader:
 
     def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
         """See StateSource; a parameter may have been trained and be frozen now, or the other way round."""
-        unit, flat, param = self._places[name]
+        place, flat, param = self._places[name]
         if field not in flat.fields:
             if field in ("exp_avg", "exp_avg_sq"):
                 return torch.zeros(last - first)
             field = flat.fields[0]
-        region = self._regions[unit, field]
+        region = self._regions[(*place, field)]
         values = torch.empty(last - first, dtype=_DTYPES[flat.dtype])
         done = 0
         while done < values.numel():
@@ -93,7 +93,7 @@ class CheckpointReader:
         start, done = begin * into.element_size(), 0
         while done < data.numel():
             number, inside = divmod(start + done, PIECE)
-            piece = self._piece(file, self.manifest.layout.first_piece[region.unit, region.field] + number)
+            piece = self._piece(file, self.manifest.layout.first_piece[region.key] + number)
             count = min(piece.numel() - inside, data.numel() - done)
             data[done : done + count] = piece[inside : inside + count]
             done += count

@@ -206,14 +206,14 @@ class _Coming:
 def stored_unit(unit: Unit) -> StoredUnit:
     """A unit of the engine as the manifest has it."""
     flats = []
-    for flat in unit.layout.flats:
-        updates = unit.steps if flat.trainable else [0] * len(flat.params)
+    for flat in unit.flats:
+        layout = flat.layout
         params = tuple(
             StoredParam(place.name, tuple(place.shape), place.offset, count)
-            for place, count in zip(flat.params, updates, strict=True)
+            for place, count in zip(layout.params, flat.steps, strict=True)
         )
-        dtype = torch.float32 if flat.trainable else unit.dtype
-        flats.append(StoredFlat(_DTYPE_NAMES[dtype], flat.trainable, flat.numel, params))
+        dtype = torch.float32 if layout.trainable else flat.dtype
+        flats.append(StoredFlat(_DTYPE_NAMES[dtype], layout.trainable, layout.numel, params))
     return StoredUnit(unit.name, tuple(flats))
 
 

@@ -77,8 +77,11 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe) -> ModelFigur
 def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
     return UnitFigures(
         name=layout.name,
-        trainable_numel=sum(flat.numel for flat in layout.flats if flat.trainable),
+        trainable_numel=sum(flat.numel for flat in layout.trainable),
         frozen_numel=sum(flat.numel for flat in layout.flats if not flat.trainable),
+        trainable_bytes=sum(flat.num_bytes for flat in layout.trainable),
+        frozen_bytes=sum(flat.num_bytes for flat in layout.flats if not flat.trainable),
+        master_numel=sum(flat.numel for flat in layout.trainable if flat.dtype != torch.float32),
         largest_param_numel=max((param.numel for param in layout.params()), default=0),
         resident=layout.resident,
         calls=calls,

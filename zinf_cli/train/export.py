@@ -55,7 +55,8 @@ class Exported:
 def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHARD) -> Exported:
     """Write the newest checkpoint of a run, or the checkpoint at `path`, to the new folder `out`.
 
-    Parameters are written as `dtype`, whatever the run computed in: what was trained is fp32 in a checkpoint.
+    Parameters are written as `dtype`, whatever the run computed in: what was trained is fp32 in a checkpoint, and what
+    the model's class keeps in fp32 stays so.
     UsageError where `out` is in use, DamagedError where the checkpoint is not as it was written (and no `out`).
     """
     folder = find_checkpoint(path)
@@ -81,9 +82,9 @@ class _Weights:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.reader = CheckpointReader(folder)
-        self._dtype = dtype
-        model = build_model(ModelSource(folder, None, "pretrained", 0))
+        model = build_model(ModelSource(folder, None, "pretrained", 0), dtype)
         self._model: Any = model
+        self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
         check_params(self.reader, model)
         load_buffers_of(folder, model)
         tied_to = cast("dict[str, str]", self._model.all_tied_weights_keys)
@@ -94,11 +95,11 @@ class _Weights:
     def on_meta(self) -> Iterator[_Tensors]:
         """Every tensor's name, shape and dtype."""
         shapes = self.reader.shapes
-        return self._groups(lambda name: torch.empty(shapes[name], dtype=self._dtype, device="meta"))
+        return self._groups(lambda name: torch.empty(shapes[name], dtype=self._dtypes[name], device="meta"))
 
     def read(self) -> Iterator[_Tensors]:
         """The tensors; those of a unit are let go of before the next one is read."""
-        return self._groups(lambda name: self.reader.param(name).to(self._dtype))
+        return self._groups(lambda name: self.reader.param(name).to(self._dtypes[name]))
 
     def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
         for unit in self.reader.manifest.units:

@@ -33,7 +33,6 @@ from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.setup import (
-    DTYPES,
     Text,
     model_loss,
     model_source,
@@ -107,7 +106,6 @@ def _open_engine(
         staging_bytes=plan.working.staging_bytes,
         pin_memory=recipe.offload.pin_memory is not False,
         device=device,
-        dtype=DTYPES[plan.precision],
         micro_batches_per_sweep=plan.per_sweep,
         kept_units=frozenset(plan.kept_units),
         cached_units=frozenset(plan.cached_units),

@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -54,6 +55,9 @@ class ModelSource:
 def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in train mode: parameters of `dtype` on the meta device, tied ones one object.
 
+    What the class keeps in fp32 is fp32, as from_pretrained(dtype=...) makes it; whoever needs a parameter's dtype asks
+    the parameter.
+
     The class is the configuration's own `architectures`, or else the causal, sequence-to-sequence or masked
     language model of its type. Buffers are real, on the CPU. KV caches are off, since they would outlive a
     unit's forward. Raises ModelError.
@@ -70,6 +74,7 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
     except Exception as error:  # a model's __init__ is foreign code and raises what it likes
         raise ModelError(f"{model_class.__name__} can't be built: {_one_line(error)}", where=where) from error
     model.tie_weights()  # no_init_weights skipped it
+    _keep_in_fp32(model, dtype)
     for module in model.modules():  # sub-models may hold copies of the configuration made by their __init__
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
@@ -78,6 +83,23 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
             raise ModelError(f"buffer {name} is made of a parameter, which is not there yet", where=where)
     trainable: nn.Module = model.train()
     return trainable
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make fp32 what the class wants to be so in a model of `dtype`: parameters, and buffers that a checkpoint has.
+
+    `_keep_in_fp32_modules_strict` counts in bf16 and fp16, `_keep_in_fp32_modules` in fp16 only. A tied parameter goes
+    by the name that it is stored under.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    pattern, _, _ = build_glob_alternation(list(plan))
+    for name in model.state_dict().keys() - model.all_tied_weights_keys.keys():
+        if pattern.search(name):
+            owner, _, attribute = name.rpartition(".")
+            tensor = getattr(model.get_submodule(owner), attribute)
+            tensor.data = tensor.data.float()
 
 
 def skeleton(model: nn.Module) -> nn.Module:

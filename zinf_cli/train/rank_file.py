@@ -50,14 +50,14 @@ class RankFile:
         self._on_drive: Future[None] | None = None
         self._note(0, memoryview(layout.header))
         self._regions = {
-            (region.unit, region.field): Extent(
+            region.key: Extent(
                 self._tier, region.num_bytes, f"checkpoint {region.name}", start=len(layout.header) + region.start
             )
             for region in layout.regions
         }
 
-    def region(self, unit: str, field: str) -> Extent:
-        return self._regions[unit, field]
+    def region(self, unit: str, flat: int, field: str) -> Extent:
+        return self._regions[unit, flat, field]
 
     def replaces(self, extent: Extent) -> bool:
         return isinstance(extent.tier, NvmeTier) and extent.tier.devices == self._tier.devices
