@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny_models import CONFIGS, random_source
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.model import ModelSource, _config_from_dict, build_model
+from zinf_cli.train.model_files import config_of
 
 
 def ordinary(model: torch.nn.Module, dtype: torch.dtype) -> PreTrainedModel:
@@ -73,6 +75,42 @@ def test_the_class_comes_from_the_architectures_of_a_directory(tmp_path: Path) -
     assert class_of(architectures=["BertModel"], is_decoder=True) == "BertLMHeadModel"
     assert class_of(architectures=["SomeoneElsesBert"], is_decoder=True) == "BertLMHeadModel"
     assert type(build_model(random_source("t5"))).__name__ == "T5ForConditionalGeneration"
+
+
+_TEXT = {**CONFIGS["llama"], "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_PARTS: dict[str, dict[str, Any]] = {
+    "qwen3_5": {**_TEXT, **_LINEAR, "layer_types": ["linear_attention", "full_attention"]},
+    "llama4": {**_TEXT, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "emu3": _TEXT,
+}
+
+
+@pytest.mark.parametrize("name", _PARTS)
+def test_of_several_parts_the_language_model_is_trained_where_no_class_is_named(name: str, tmp_path: Path) -> None:
+    config = {"model_type": name, "text_config": _PARTS[name]}
+    source = ModelSource(None, config, "random", 0)
+    model: Any = build_model(source)
+    ordinary = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert type(model) is type(ordinary)
+    assert {key: p.shape for key, p in model.named_parameters()} == {
+        key: p.shape for key, p in ordinary.named_parameters()
+    }
+    ordinary.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config_of(source, model))
+    again = build_model(ModelSource(tmp_path, None, "pretrained", 0))
+    assert type(again) is type(model)
+
+
+@pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid", "mgp-str", "t5gemma2", "modernbert"])
+def test_a_configuration_knows_its_own_keys_by_every_name(name: str) -> None:
+    config = AutoConfig.for_model(name)
+    settings = config.to_dict()
+    renamed = {type(config).attribute_map.get(key, key): value for key, value in settings.items()}
+    for known in (settings, renamed):
+        assert type(_config_from_dict(known)) is type(config)
+    with pytest.raises(ModelError, match="did you mean"):
+        _config_from_dict({**settings, "initializer_rang": 1})
 
 
 @pytest.mark.parametrize(

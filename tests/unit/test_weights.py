@@ -170,12 +170,47 @@ def test_a_model_without_its_head_is_missing_the_head(tmp_path: Path) -> None:
         open_weights(model, pretrained(tmp_path))
 
 
+VALUE_HEAD = {"v_head.summary.weight": torch.zeros(1, 32), "v_head.summary.bias": torch.zeros(1)}
+OLD_MASKS = {f"h.{n}.attn.masked_bias": torch.zeros(()) for n in range(2)}
+NEXT_TOKENS = {f"model.mtp.layers.0.{part}.weight": torch.zeros(32) for part in ("norm", "proj")}
+
+
+@pytest.mark.parametrize(("name", "extra"), [("llama", VALUE_HEAD), ("gpt2", OLD_MASKS), ("qwen3", NEXT_TOKENS)])
+def test_tensors_without_a_place_are_named_and_left_out(
+    name: str, extra: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    reference = saved(name, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | extra, file)
+    model, notes = build_model(pretrained(tmp_path)), list[str]()
+    values = read_all(open_weights(model, pretrained(tmp_path), notes.append), groups(model))
+    assert_equal(values, dict(reference.named_parameters()))
+    (told,) = notes
+    assert f"{len(extra)} tensors that {type(model).__name__} has no place for: {min(extra)}, " in told
+
+
+def test_tensors_that_tell_of_another_configuration_are_an_error(tmp_path: Path) -> None:
+    """transformers would train the first half of the layers, or weights without their scales."""
+    saved("mixtral", tmp_path, num_hidden_layers=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(CheckpointError, match=r"more of a list than the configuration says: model.layers.2, model.lay"):
+        open_weights(build_model(pretrained(tmp_path)), pretrained(tmp_path))
+    saved("llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=r"scales of a quantized checkpoint: .*weight_scale_inv"):
+        open_weights(build_model(pretrained(tmp_path)), pretrained(tmp_path))
+
+
 def test_what_a_model_class_ignores_is_not_told(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     file = tmp_path / "model.safetensors"
     old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     save_file(load_file(file) | old_buffer, file)
-    open_weights(build_model(pretrained(tmp_path)), pretrained(tmp_path))
+    notes: list[str] = []
+    open_weights(build_model(pretrained(tmp_path)), pretrained(tmp_path), notes.append)
+    assert notes == []
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,9 +63,8 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
     language model of its type. Buffers are real, on the CPU. KV caches are off, since they would outlive a
     unit's forward. Raises ModelError.
     """
-    where = str(source.name_or_path or f"model.config (model_type {(source.config or {}).get('model_type')})")
-    config = load_config(source)
-    model_class = _model_class(config, where)
+    where = _where(source)
+    model_class, config = load_class(source)
     config.use_cache = False
     try:
         # default_generator and not torch.manual_seed: the accelerators' generators are none of our business.
@@ -132,8 +132,24 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
     return {name: twin.get_parameter(name).detach() for name in names}
 
 
-def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The configuration as it was given; build_model changes its own copy. Raises ModelError."""
+def load_class(source: ModelSource) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and its configuration, a new one at each call. Raises ModelError.
+
+    Of a model of several parts (text, vision) whose configuration names no class, that is the language model alone.
+    """
+    config = _load_config(source)
+    model_class = _model_class(config, _where(source))
+    if model_class.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
+        config = config.get_text_config()
+    return model_class, config
+
+
+def _where(source: ModelSource) -> str:
+    return str(source.name_or_path or f"model.config (model_type {(source.config or {}).get('model_type')})")
+
+
+def _load_config(source: ModelSource) -> PreTrainedConfig:
+    """The configuration as it was given."""
     if source.name_or_path is None:
         return _config_from_dict(source.config or {})
     where = str(source.name_or_path)
@@ -162,17 +178,27 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
     if model_type is None:
         raise ModelError("model_type is missing", where="model.config", hint="such as model_type: llama")
     try:
-        config = AutoConfig.for_model(model_type, **settings)
+        config, default = AutoConfig.for_model(model_type, **settings), AutoConfig.for_model(model_type)
     except Exception as error:
         raise ModelError(_one_line(error), where="model.config") from error
     # transformers keeps unknown keys as attributes, so that a typo would train another model.
-    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    known = _settings_of(default)
     for key in settings.keys() - known:
         if close := difflib.get_close_matches(key, known, n=1, cutoff=0.9):
             raise ModelError(
                 f"{model_type} has no setting {key!r}", where="model.config", hint=f"did you mean {close[0]}?"
             )
     return config
+
+
+def _settings_of(config: PreTrainedConfig) -> set[str]:
+    """The keys that a configuration knows, old names and what its `__post_init__` looks for among the others too."""
+    known = {field.name for field in dataclasses.fields(config)}
+    known |= {*vars(config), *dir(type(config)), *config.attribute_map, *config.attribute_map.values()}
+    for base in type(config).__mro__:
+        code = getattr(inspect.unwrap(vars(base).get("__post_init__", object)), "__code__", None)
+        known |= {constant for constant in (code.co_consts if code else ()) if isinstance(constant, str)}
+    return known
 
 
 def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:

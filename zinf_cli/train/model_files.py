@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from zinf_cli.train.model import ModelSource, load_config
+from zinf_cli.train.model import ModelSource, load_class
 from zinf_cli.train.tokens import TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -16,7 +16,7 @@ _GENERATION = "generation_config.json"
 
 def config_of(source: ModelSource, model: nn.Module) -> str:
     """config.json of a model from `build_model(source)`, naming its class."""
-    config = load_config(source)
+    _, config = load_class(source)
     config.architectures = [type(model).__name__]
     return str(config.to_json_string())
 

@@ -12,7 +12,9 @@ of one group they give its values, in memory that follows the group.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -36,7 +38,8 @@ from zinf_cli.train.model import ModelSource, skeleton
 from zinf_cli.train.random_weights import RandomWeights
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 
-_LISTED = 10  # tensors of each kind that an error names
+log = logging.getLogger("zinf")
+_LISTED = 10  # tensors of each kind that a message names
 
 
 class WeightSource(Protocol):
@@ -48,17 +51,17 @@ class WeightSource(Protocol):
         """
 
 
-def open_weights(model: nn.Module, source: ModelSource) -> WeightSource:
+def open_weights(model: nn.Module, source: ModelSource, notice: Callable[[str], None] = log.warning) -> WeightSource:
     """The weights of a model from `build_model(source)`, which keeps its parameters on the meta device.
 
-    A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing, extra or
-    misshaped.
+    A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing or misshaped. Tensors
+    that the model has no place for are left out, as transformers does, and `notice` is told their names.
     """
     if source.init == "random" or source.name_or_path is None:
         return RandomWeights(model, source.seed)
     if is_checkpoint(source.name_or_path):
         return StoredWeights(source.name_or_path, model)
-    return PretrainedWeights(model, SafetensorsFiles(source.name_or_path), source.seed)
+    return PretrainedWeights(model, SafetensorsFiles(source.name_or_path), source.seed, notice)
 
 
 def load_buffers(model: nn.Module, source: ModelSource) -> None:
@@ -83,10 +86,12 @@ class PretrainedWeights:
     Parameters that the model class allows to be absent are drawn from `seed`.
     """
 
-    def __init__(self, model: PreTrainedModel, files: SafetensorsFiles, seed: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, files: SafetensorsFiles, seed: int, notice: Callable[[str], None]
+    ) -> None:
         self._model = skeleton(model)
         self._files = files
-        self._origins = _judge(self._model, _plan(self._model, files.keys()), files)
+        self._origins = _judge(self._model, _plan(self._model, files.keys()), files, notice)
         self._seed = seed
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -172,7 +177,9 @@ def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
     return _Plan(list(conversions.values()), homeless)
 
 
-def _judge(model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles) -> dict[str, _Origins]:
+def _judge(
+    model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None]
+) -> dict[str, _Origins]:
     """What yields each parameter, nothing for one that its class allows to be absent; reads headers only."""
     state = model.state_dict()
     homeless, misshaped = dict(plan.homeless), []
@@ -201,19 +208,48 @@ def _judge(model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles) -> dict
     verdict = LoadStateDictInfo(absent, set(homeless), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(verdict)  # drops what the model class says to ignore
     missing = sorted(verdict.missing_keys, key=dot_natural_key)
-    extra = [homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)]
-    problems = [
-        f"  {len(found)} {kind}: {', '.join(found[:_LISTED])}{', ...' if len(found) > _LISTED else ''}"
-        for kind, found in (("missing", missing), ("extra", extra), ("misshaped", misshaped))
-        if found
-    ]
-    if problems:
+    homeless = {name: homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)}
+    extra, telling = list(homeless.values()), _telling(homeless, origins)
+    if missing or misshaped or telling:
+        kinds = (("missing", missing), ("extra", extra), ("misshaped", misshaped))
+        problems = [f"  {len(found)} {kind}: {_some(found)}" for kind, found in kinds if found]
         raise CheckpointError(
-            "\n".join([f"the tensors do not fit {type(model).__name__}:", *problems]),
+            "\n".join([f"the tensors do not fit {type(model).__name__}:", *problems, *telling]),
             where=str(files.directory),
-            hint="is config.json the one of these weights?",
+            hint="is config.json the one of these weights, with their class under architectures?",
         )
+    if extra:
+        notice(f"{files.directory}: {len(extra)} tensors that {type(model).__name__} has no place for: {_some(extra)}")
     return origins
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def _telling(extra: Collection[str], known: Collection[str]) -> list[str]:
+    """What tensors without a place say of a config.json that is not theirs; most say nothing (a value head, old masks).
+
+    A list of modules goes on with more of the same where there should be more layers; and next to a weight lie the
+    scales of a quantized one.
+    """
+    ours, theirs = _elements(known), _elements(extra)
+    alike = {(path, frozenset(inside)) for (path, _), inside in ours.items()}
+    more = [f"{path}.{number}" for (path, number), inside in theirs.items() if (path, frozenset(inside)) in alike]
+    scales = [name for name in extra if any(name[: mark.start()] in known for mark in re.finditer("_", name))]
+    return [
+        *([f"  more of a list than the configuration says: {_some(more)}"] if more else []),
+        *([f"  scales of a quantized checkpoint: {_some(scales)}"] if scales else []),
+    ]
+
+
+def _elements(names: Collection[str]) -> dict[tuple[str, str], set[str]]:
+    """The names inside of each element of a module list, by the list and the element's number."""
+    inside: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        for place in re.finditer(r"\.(\d+)\.", name):
+            inside.setdefault((name[: place.start()], place[1]), set()).add(name[place.end() :])
+    return inside
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
