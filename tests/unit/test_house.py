@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
-    {"errors", "amounts", "durable", "trace", "version"},
+    {"errors", "amounts", "durable", "file_names", "trace", "version"},
     {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file", "checkpoint"},
     {"plan"},
     {"console", "estimate_screen", "tiers"},

@@ -129,7 +129,7 @@ def test_an_export_in_bf16_keeps_fp32_what_the_class_does(tmp_path: Path) -> Non
     engine = open_engine(source, everything_on("cpu", tmp_path), dtype=BF16)
     engine_losses(engine, 2, close=False)
     trained = params_of(engine)
-    files = model_files(source, engine.model, None)
+    files = model_files(source, engine.model, None, print)
     CheckpointWriter(tmp_path / "run", engine, Ranks(), lambda: files, None).write(
         Position(2, "bf16", 6, "text", None, {})
     )

@@ -3,7 +3,7 @@
     step-00000100/
       rank-00000.safetensors    per flat and field, rank 0's slice of {param, exp_avg, exp_avg_sq}, fp32, or {frozen}
       buffers.safetensors       the module's buffers
-      config.json, tokenizer... what makes the folder a model for `model.name_or_path`
+      config.json, tokenizer... what makes the folder a model for `model.name_or_path`, chat templates in a folder
       manifest.json             written last: without it there is no checkpoint
 
 A rank's file is an ordinary safetensors file whose header is padded with spaces so that data starts on a page. Slices
@@ -29,11 +29,14 @@ from typing import Any
 from xxhash import xxh3_64_hexdigest
 
 from zinf_cli.errors import DamagedError
+from zinf_cli.file_names import is_plain
 
 VERSION = 1
 PAGE = 4096
 PIECE = 4 * 2**20
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The only folder in a model's, as transformers has it."""
 FIELDS = ("param", "exp_avg", "exp_avg_sq")
 """Of a trainable flat, fp32; "param" is the master where the compute is 16-bit."""
 FROZEN = "frozen"
@@ -224,6 +227,9 @@ class Manifest:
         del document["xxh3"]
         if document["version"] != VERSION:
             raise DamagedError(f"version {document['version']} is not known here", where=str(path))
+        for name in document["files"]:
+            if not is_plain(name.removeprefix(f"{CHAT_TEMPLATES}/")):
+                raise DamagedError(f"{name!r} is not the name of a file in this folder", where=str(path))
         document["units"] = tuple(map(_unit, document["units"]))
         document["files"] = {
             name: StoredFile(file["num_bytes"], tuple(file["xxh3"])) for name, file in document["files"].items()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class CheckpointWriter:
         coming.position = position
         coming.layout = self._layout()
         if self._ranks.rank == 0:
-            coming.small_files = [*self._model_files(), *_buffers(self._engine.model)]
+            coming.small_files = chain(self._model_files(), _buffers(self._engine.model))
 
     def write(self, position: Position) -> None:
         """A whole checkpoint of the state as it is now, with pending updates made."""
@@ -170,6 +171,7 @@ class CheckpointWriter:
         }
         with _disk_errors(coming.folder):
             for name, content in coming.small_files:
+                (coming.folder / name).parent.mkdir(exist_ok=True)
                 write_durably(coming.folder / name, content)
                 pieces = (content[start : start + length] for start, length in cut(len(content)))
                 files[name] = StoredFile(len(content), tuple(map(xxh3_64_hexdigest, pieces)))
@@ -199,7 +201,7 @@ class _Coming:
     position: Position | None = None
     layout: Layout | None = None
     """With the number of updates of each parameter, as the step has left it."""
-    small_files: Sequence[tuple[str, bytes]] = ()
+    small_files: Iterable[tuple[str, bytes]] = ()
     """(name, content) of the files beside the ranks', on rank 0."""
 
 

@@ -8,7 +8,7 @@ largest unit. Names and shapes are known beforehand: the same conversions run on
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from zinf_cli.checkpoint.folder import MANIFEST, find_checkpoint
-from zinf_cli.checkpoint.manifest import BUFFERS
 from zinf_cli.checkpoint.verify import read_file
-from zinf_cli.durable import publish
+from zinf_cli.durable import PARTIAL, publish
 from zinf_cli.errors import TierError, UsageError
 from zinf_cli.tiers.nvme import as_memory
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -62,18 +61,18 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHAR
     folder = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError("the folder of an export has to be new or empty", where=str(out))
-    partial = out.with_name(f"{out.name}.partial")
+    weights = _Weights(folder, DTYPES[dtype])
+    partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        weights = _Weights(folder, DTYPES[dtype])
-        num_bytes, num_shards = _write_shards(weights, partial, max_shard)
-        _write_model_files(weights.reader, partial, DTYPES[dtype])
-        publish(partial, out)
+        try:
+            _write_model_files(weights.reader, partial, DTYPES[dtype])
+            num_bytes, num_shards = _write_shards(weights, partial, max_shard)
+            publish(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise TierError(f"can't write the export: {error.strerror}", where=str(out)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Exported(folder, out, weights.reader.manifest.step, dtype, num_bytes, num_shards)
 
 
@@ -174,10 +173,11 @@ def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, in
 
 
 def _write_model_files(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> None:
-    """The configuration, with the dtype of the weights, and the tokenizer."""
+    """The configuration, with the dtype of the weights, the tokenizer, and whatever else the model's folder had."""
     manifest = reader.manifest
     for name in manifest.files:
-        if name not in (MANIFEST, BUFFERS) and not re.fullmatch(r"rank-\d+\.safetensors", name):
+        if name != MANIFEST and not name.endswith(".safetensors"):
+            (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(read_file(reader.folder, manifest, name))
     config = json.loads((out / CONFIG).read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ class Run:
             self.run_dir,
             self.engine,
             self.ranks,
-            partial(model_files, source, self.model, self.recipe.dataset.tokenizer),
+            partial(model_files, source, self.model, self.recipe.dataset.tokenizer, cache(note)),
             self.recipe.checkpoint.keep_latest_k,
         )
 

@@ -1,17 +1,37 @@
-"""The small files that make a folder a model: its configuration, its tokenizer, how it generates."""
+"""The small files that make a folder a model: its configuration, its tokenizer, and all else that is not its weights.
+
+Whatever lies in the folder a model comes from and that training does not change goes along: processors, chat templates,
+how it generates, its licence, its own code (which is copied and never run).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from torch import nn
 
+from zinf_cli.amounts import format_bytes
+from zinf_cli.checkpoint.manifest import CHAT_TEMPLATES, MANIFEST
+from zinf_cli.file_names import is_plain
 from zinf_cli.train.model import ModelSource, load_class
 from zinf_cli.train.tokens import TOKENIZER_FILES
 
 CONFIG = "config.json"
-_GENERATION = "generation_config.json"
+LARGEST = 128 * 2**20
+"""Bytes. The largest vocabularies have a third of it: a larger file in the folder is no part of the model."""
+_LEFT_OUT = (
+    # weights, in every format they are published in, and what describes them
+    "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.keras",
+    "*.msgpack", "*.onnx", "*.onnx_data", "*.onnx.data", "*.ot", "*.tflite", "*.mlmodel", "*.pb", "*.npy", "*.npz",
+    "*.pkl", "*.nemo",
+    # of an adapter, of another training, of a checkpoint of zinf's
+    "adapter_config.json", "trainer_state.json", MANIFEST,
+    # hidden or unfinished
+    ".*", "*.partial", "*.incomplete", "*.lock", "*~",
+)  # fmt: skip
+"""Of a model's folder, in small letters; CONFIG is written anew."""
 
 
 def config_of(source: ModelSource, model: nn.Module) -> str:
@@ -21,11 +41,42 @@ def config_of(source: ModelSource, model: nn.Module) -> str:
     return str(config.to_json_string())
 
 
-def model_files(source: ModelSource, model: nn.Module, tokenizer: Path | None) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files; `tokenizer` is a directory, where it is not that of the model."""
+def model_files(
+    source: ModelSource, model: nn.Module, tokenizer: Path | None, notice: Callable[[str], None]
+) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files; `tokenizer` is a directory, where it is not that of the model.
+
+    `notice` is told of a file that does not go along, since it is too large or can't be read (any more).
+    """
     yield CONFIG, config_of(source, model).encode()
-    home = tokenizer or source.name_or_path
-    for directory, names in ((home, TOKENIZER_FILES), (source.name_or_path, (_GENERATION,))):
-        for path in (directory / name for name in names) if directory is not None else ():
-            if path.is_file():
-                yield path.name, path.read_bytes()
+    paths = dict(_paths(source.name_or_path, notice))
+    if tokenizer is not None:
+        paths = {name: path for name, path in paths.items() if not _is_tokenizers(name)}
+        paths |= {name: path for name, path in _paths(tokenizer, notice) if _is_tokenizers(name)}
+    for name, path in paths.items():
+        try:
+            if (size := path.stat().st_size) > LARGEST:
+                notice(f"{path} does not go into checkpoints: {format_bytes(size)} are too much for a part of a model")
+            else:
+                yield name, path.read_bytes()
+        except OSError as error:
+            notice(f"{path} does not go into checkpoints: {error.strerror}")
+
+
+def _paths(folder: Path | None, notice: Callable[[str], None]) -> Iterator[tuple[str, Path]]:
+    """(name in the folder, path) of what goes along with a model."""
+    if folder is None:
+        return
+    try:
+        paths = sorted([*folder.iterdir(), *(folder / CHAT_TEMPLATES).glob("*.jinja")])
+    except OSError as error:
+        notice(f"the files of {folder} do not go into checkpoints: {error.strerror}")
+        return
+    for path in paths:
+        left_out = path.name == CONFIG or any(fnmatch(path.name.lower(), pattern) for pattern in _LEFT_OUT)
+        if is_plain(path.name) and not left_out and path.is_file():
+            yield str(path.relative_to(folder)), path
+
+
+def _is_tokenizers(name: str) -> bool:
+    return name in TOKENIZER_FILES or name.startswith(f"{CHAT_TEMPLATES}/")

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zinf_cli.errors import CheckpointError
+from zinf_cli.file_names import is_plain
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -64,9 +65,13 @@ def _tensor_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise CheckpointError(f"no {_SINGLE} and no {_INDEX} here", where=str(directory), hint=_hint(directory))
     try:
-        files = [directory / name for name in dict.fromkeys(json.loads(index.read_text())["weight_map"].values())]
+        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not a safetensors index: {error}", where=str(index)) from error
+    for name in names:
+        if not is_plain(name):
+            raise CheckpointError(f"{name!r} is not the name of a file in this folder", where=str(index))
+    files = [directory / name for name in names]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise CheckpointError(
