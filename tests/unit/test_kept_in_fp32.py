@@ -53,6 +53,18 @@ def test_every_dtype_is_that_of_from_pretrained(name: str, tmp_path: Path) -> No
     assert bool(kept) == (name in {*KEPT_IN_FP32, "t5", "gpt2"})
 
 
+def test_buffers_are_those_of_from_pretrained_too(tmp_path: Path) -> None:
+    """gptj's angles come out wrong where they are computed in bf16, and only then rounded."""
+    sizes = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    source = ModelSource(None, {"model_type": "gptj", **sizes}, "random", 0)
+    blank: Any = build_model(source)
+    type(blank)._from_config(blank.config, dtype=torch.float32).save_pretrained(tmp_path)
+    expected = dict(type(blank).from_pretrained(tmp_path, dtype=BF16).named_buffers())
+    found = dict(build_model(ModelSource(tmp_path, None, "pretrained", 0), BF16).named_buffers())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 @pytest.mark.parametrize("how", ["cpu", "nvme", "eager", "speculative", "cached", "sweeps of one"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_losses_are_those_of_plain_pytorch(name: str, how: str, tmp_path: Path) -> None:

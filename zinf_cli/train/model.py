@@ -71,6 +71,8 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
         with torch.random.fork_rng(devices=[]), _parameters_on_meta(), no_init_weights():
             torch.default_generator.manual_seed(source.seed)
             model = model_class._from_config(config, dtype=dtype)
+        if dtype != torch.float32:
+            _compute_buffers(model, source.seed)
     except Exception as error:  # a model's __init__ is foreign code and raises what it likes
         raise ModelError(f"{model_class.__name__} can't be built: {_one_line(error)}", where=where) from error
     model.tie_weights()  # no_init_weights skipped it
@@ -83,6 +85,23 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
             raise ModelError(f"buffer {name} is made of a parameter, which is not there yet", where=where)
     trainable: nn.Module = model.train()
     return trainable
+
+
+def _compute_buffers(model: PreTrainedModel, seed: int) -> None:
+    """Compute the buffers of a model that was built in 16 bits again, in fp32, as from_pretrained does.
+
+    Rounded values are right, and what was computed in 16 bits is not: rotary frequencies, say.
+    """
+
+    def visit(module: nn.Module, around: PreTrainedModel) -> None:
+        if any(buffer is not None and buffer.is_floating_point() for buffer in module._buffers.values()):
+            around._init_weights(module)
+        for child in module.children():
+            visit(child, child if isinstance(child, PreTrainedModel) else around)
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        visit(model, model)
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
