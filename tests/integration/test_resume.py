@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_launch import ZINF, Workshop, wait_for_steps
 
 from crash_chain import TinyRun
@@ -19,6 +20,7 @@ from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS
 from zinf_cli.checkpoint.folder import checkpoints_of, step_folder
 from zinf_cli.checkpoint.manifest import Manifest
+from zinf_cli.train.checkpoint_reader import CheckpointReader
 
 STEPS = 8
 
@@ -62,6 +64,32 @@ def test_any_number_of_ranks_goes_on_with_any_other(forked: ForkedRanks, tmp_pat
         assert run.newest.world_size == ranks
     assert losses(run) == pytest.approx(losses(unbroken), rel=1e-6)
     assert [step for step, _, _ in run.trajectory] == list(range(1, STEPS + 1))
+
+
+def test_flats_of_two_dtypes_are_cut_anew_for_other_ranks(forked: ForkedRanks, tmp_path: Path) -> None:
+    """deepseek_v3's routers are fp32 in bf16. What moves no weight shows that every weight is where it was."""
+    model = {"config": {"model_type": "deepseek_v3", **CONFIGS["deepseek_v3"]}}
+    train: dict[str, Any] = {
+        "precision": "bf16",
+        "seq_len": 16,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    go_on(forked, tmp_path / "first", 2, 2, model=model, train={**train, "max_steps": 2})
+    shutil.copytree(tmp_path / "first", tmp_path / "second")  # in which "latest" is a folder
+    still = {"model": model, "train": {**train, "max_steps": 3}, "optimizer": {"lr": 1e-30, "weight_decay": 0.0}}
+    runs = [go_on(forked, tmp_path / name, 3, ranks, **still) for name, ranks in (("first", 2), ("second", 1))]
+    assert [run.newest.world_size for run in runs] == [2, 1]
+    there, here = (weights_of(step_folder(run.run_dir, 3)) for run in runs)
+    assert all(torch.equal(value, here[name]) for name, value in there.items())
+    assert losses(runs[0])[2] == pytest.approx(losses(runs[1])[2], rel=2e-3)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    weights = {name: reader.param(name) for name in reader.shapes}
+    reader.close()
+    return weights
 
 
 def test_any_placement_goes_on_with_any_other(forked: ForkedRanks, unbroken: TinyRun, tmp_path: Path) -> None:

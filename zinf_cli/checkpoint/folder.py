@@ -97,13 +97,14 @@ def commit(folder: Path, manifest: bytes) -> None:
 
 
 def point_latest(run_dir: Path) -> None:
-    """Let the link `latest` lead to the newest checkpoint."""
-    for newest in checkpoints_of(run_dir)[:1]:
-        partial = newest.parent / f"{LATEST}{PARTIAL}"
+    """Let the link `latest` lead to the newest checkpoint, unless a copy of the run has a folder in its place."""
+    newest, link = checkpoints_of(run_dir)[:1], run_dir / FOLDER / LATEST
+    if newest and (link.is_symlink() or not link.exists()):
+        partial = link.with_name(f"{LATEST}{PARTIAL}")
         partial.unlink(missing_ok=True)
-        partial.symlink_to(newest.name)
-        partial.rename(newest.parent / LATEST)
-        sync_folder(newest.parent)
+        partial.symlink_to(newest[0].name)
+        partial.rename(link)
+        sync_folder(link.parent)
 
 
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
