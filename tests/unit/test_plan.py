@@ -21,10 +21,13 @@ from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan, make_plan
 from zinf_cli.recipe import Checkpoint, Recipe
 from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
 from zinf_cli.train.describe import describe
 
 CLASSES = ("params", "grads", "optimizer", "activations")
+FLOPS = 1e13
+"""What every machine computes a second here, so that a plan follows no measurement; drives hold up each step."""
 
 
 def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Recipe:
@@ -46,6 +49,12 @@ def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Reci
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+@pytest.fixture(autouse=True)
+def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describing, "_flops", lambda *_: FLOPS)
 
 
 def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
