@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import LrScheduler, Optimizer, Recipe
 from zinf_cli.train.batches import BatchOrder, collate, deal
-from zinf_cli.train.data import TextSource, open_token_stream, split_held_out
+from zinf_cli.train.data import TextSource, open_token_stream
 from zinf_cli.train.schedule import learning_rate
+from zinf_cli.train.token_stream import split_held_out
 
 WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
 TEMPLATE = (
@@ -137,6 +140,70 @@ def test_a_changed_text_is_tokenised_again(tokenizer: Path, tmp_path: Path) -> N
     assert len(open_token_stream(source, tmp_path / "cache")) == 3
     path.write_text("one two three")
     assert len(open_token_stream(source, tmp_path / "cache")) == 4
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "meta.json"])
+@pytest.mark.parametrize("damage", [_cut, _flip, _empty, Path.unlink], ids=lambda damage: damage.__name__)
+def test_a_damaged_cache_is_built_again_and_said(tokenizer: Path, tmp_path: Path, damage: Any, name: str) -> None:
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    source = TextSource((tmp_path / "chat.jsonl",), messages_field="messages", tokenizer=tokenizer)
+    cache, notes = tmp_path / "cache", list[str]()
+    whole = open_token_stream(source, cache, notes.append)
+    (entry,) = (path for path in cache.iterdir() if path.is_dir())
+    assert {path.stat().st_mode & 0o777 for path in entry.iterdir()} == {0o600}
+    assert (entry.stat().st_mode & 0o777, cache.stat().st_mode & 0o777) == (0o700, 0o700)
+    expected, fingerprint = (whole.tokens.tolist(), np.asarray(whole.loss_mask).tolist()), whole.fingerprint
+    damage(entry / name)
+    again = open_token_stream(source, cache, notes.append)
+    assert (again.tokens.tolist(), np.asarray(again.loss_mask).tolist()) == expected
+    assert again.fingerprint == fingerprint
+    assert len(notes) == 1
+    assert "tokenised again" in notes[0]
+    open_token_stream(source, cache, notes.append)
+    assert len(notes) == 1
+
+
+def test_an_entry_that_is_no_folder_is_built_again(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(100))
+    open_token_stream(TextSource((tmp_path / "a.npy",)), tmp_path / "cache")
+    (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    shutil.rmtree(entry)
+    entry.write_bytes(b"")
+    assert len(open_token_stream(TextSource((tmp_path / "a.npy",)), tmp_path / "cache")) == 100
+
+
+def test_every_token_of_a_long_text_is_in_its_fingerprint(tmp_path: Path) -> None:
+    """5 million of them: none is left out, wherever it stands, and whatever the file's dates say."""
+    tokens = np.arange(5_000_000, dtype=np.uint16)
+    path = tmp_path / "a.npy"
+    seen = set()
+    for change in (None, 4096, 4_999_999 - 4096, 4_999_999):
+        changed = tokens.copy()
+        if change is not None:
+            changed[change] += 1
+        np.save(path, changed)
+        os.utime(path, (1, 1))
+        stream = open_token_stream(TextSource((path,)), tmp_path / "cache")
+        assert int(stream.tokens[change or 0]) == int(changed[change or 0])
+        seen.add(stream.fingerprint)
+    assert len(seen) == 4
+    held = split_held_out(stream, 0.5)
+    assert len({stream.fingerprint, *(part.fingerprint for part in held)}) == 3
 
 
 def test_the_end_of_a_text_can_be_held_out(tmp_path: Path) -> None:

@@ -41,6 +41,21 @@ def test_the_same_question_is_answered_from_the_cache(tmp_path: Path, looked: li
     assert len(looked) == 1
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe", None])
+def test_a_damaged_answer_is_none(tmp_path: Path, looked: list[Recipe], damage: bytes | None) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    first = described.answer(recipe, 1, None)
+    (entry,) = (tmp_path / "cache" / "zinf" / "figures").iterdir()
+    assert (entry.stat().st_mode & 0o777, entry.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    if damage is None:  # a digit of a number flips
+        digits = entry.read_bytes()
+        damage = digits.replace(b'"num_params": ', b'"num_params": 9')
+        assert damage != digits
+    entry.write_bytes(damage)
+    assert described.answer(recipe, 1, None)["model"] == first["model"]
+    assert len(looked) == 2
+
+
 def test_what_changed_is_looked_at_again(tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path, "llama")
     first = described.answer(recipe, 1, None)

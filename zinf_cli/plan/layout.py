@@ -74,6 +74,8 @@ class DataFigures:
     num_windows: int
     num_eval_windows: int
     max_steps: int
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the text was found this time."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Figures:
         model["order"] = tuple(model["order"])
         return cls(
             ModelFigures(**model),
-            DataFigures(**document["data"]),
+            DataFigures(**{**document["data"], "notes": tuple(document["data"]["notes"])}),
             MachineFigures(**document["machine"]),
             document["world_size"],
             document["ranks_per_host"],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from zinf_cli.errors import DatasetError, UsageError
-from zinf_cli.train.data import TokenStream
+from zinf_cli.train.token_stream import TokenStream
 
 
 @dataclass(frozen=True)

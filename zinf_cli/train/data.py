@@ -1,4 +1,4 @@
-"""Text as one stream of tokens on disk, tokenised once for all ranks and runs, cut into windows."""
+"""Text to one stream of tokens, tokenised once for all ranks and runs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.cache import identity, private_folder
 from zinf_cli.train.documents import find_files, read_documents
+from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 LARGEST_TOKEN = 2**31 - 1
-MASKED = -100
 _BLOCK = 1 << 22
-_SAMPLE, _SAMPLES = 4096, 1024
-"""Tokens of a sample, and how many of them a fingerprint takes at most."""
 
 
 @dataclass(frozen=True)
@@ -40,54 +37,13 @@ class TextSource:
     tokenizer: Path | None = None
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """Documents side by side, an end-of-text token after each. Memory-mapped: opening costs no memory."""
+def open_token_stream(
+    source: TextSource, cache_dir: Path, notice: Callable[[str], None] = lambda line: None
+) -> TokenStream:
+    """The tokens of a text, from the cache where it has them whole; `notice` is told where it has them damaged.
 
-    tokens: np.ndarray[Any, np.dtype[np.int32]]
-    """int32 [num_tokens]."""
-    loss_mask: np.ndarray[Any, np.dtype[np.bool_]] | None
-    """bool [num_tokens]: where there is a loss; None: everywhere."""
-    max_token: int
-
-    def __len__(self) -> int:
-        return int(self.tokens.shape[0])
-
-    def num_windows(self, seq_len: int) -> int:
-        return len(self) // seq_len
-
-    def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels) of window `index`, each int64 [seq_len]; labels are -100 where there is no loss."""
-        part = slice(index * seq_len, (index + 1) * seq_len)
-        input_ids = torch.from_numpy(self.tokens[part].astype(np.int64))
-        labels = input_ids.clone()
-        if self.loss_mask is not None:
-            labels[torch.from_numpy(~self.loss_mask[part])] = MASKED
-        return input_ids, labels
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the tokens and their mask: the same for the same text, wherever it lies. Long texts are sampled."""
-        digest = hashlib.sha256(str(len(self)).encode())
-        for start in np.linspace(0, max(0, len(self) - _SAMPLE), min(_SAMPLES, -(-len(self) // _SAMPLE)), dtype=int):
-            digest.update(self.tokens[start : start + _SAMPLE].tobytes())
-            if self.loss_mask is not None:
-                digest.update(self.loss_mask[start : start + _SAMPLE].tobytes())
-        return digest.hexdigest()[:32]
-
-    def part(self, start: int, stop: int) -> TokenStream:
-        mask = None if self.loss_mask is None else self.loss_mask[start:stop]
-        return TokenStream(self.tokens[start:stop], mask, self.max_token)
-
-
-def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
-    """(training, held out): the last `fraction` of the tokens is held out."""
-    boundary = len(stream) - int(len(stream) * fraction)
-    return stream.part(0, boundary), stream.part(boundary, len(stream))
-
-
-def open_token_stream(source: TextSource, cache_dir: Path) -> TokenStream:
-    """The tokens of a text, from the cache where it has them; several processes may start at once, one tokenises."""
+    Several processes may start at once, one tokenises.
+    """
     files = find_files(source.paths)
     if source.tokenizer is None and files[0].suffix != ".npy":
         raise DatasetError(
@@ -95,11 +51,11 @@ def open_token_stream(source: TextSource, cache_dir: Path) -> TokenStream:
         )
     entry = cache_dir / _fingerprint(source, files)
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        if (kept := _kept(entry)) is not None:
+            return kept
+        private_folder(cache_dir)
         with _locked(cache_dir / f"{entry.name}.lock"):
-            if not (entry / "meta.json").exists():
-                _build(source, files, entry)
-        return _open(entry)
+            return _kept(entry, notice) or _build(source, files, entry)
     except OSError as error:
         raise DatasetError(
             f"the token cache failed: {error.strerror or error}", where=str(cache_dir), hint="set XDG_CACHE_HOME"
@@ -109,7 +65,7 @@ def open_token_stream(source: TextSource, cache_dir: Path) -> TokenStream:
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """What decides the tokens: the files as they are now, the fields, the tokenizer's files."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field]
-    parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and files[0].suffix != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -126,33 +82,48 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _build(source: TextSource, files: Sequence[Path], entry: Path) -> None:
+def _kept(entry: Path, notice: Callable[[str], None] = lambda line: None) -> TokenStream | None:
+    """The tokens of an entry that is whole; `notice` is told of one that is there and is not."""
+    if not entry.exists():
+        return None
+    try:
+        return read_tokens(entry)
+    except NotAsWrittenError as error:
+        notice(f"the token cache {entry} was damaged ({error}): the text is tokenised again")
+        return None
+
+
+def _build(source: TextSource, files: Sequence[Path], entry: Path) -> TokenStream:
     """Write the cache entry beside its place and rename it: it exists whole or not at all."""
     building = entry.with_suffix(".building")
     for leftover in (building, entry):
-        shutil.rmtree(leftover, ignore_errors=True)
-    building.mkdir()
+        _remove(leftover)
+    building.mkdir(mode=0o700)
     try:
-        with (building / "tokens.bin").open("wb") as tokens, (building / "mask.bin").open("wb") as mask:
-            max_token = -1
-            for block, block_mask in _blocks(source, files):
-                max_token = max(max_token, int(block.max()))
-                tokens.write(block.astype(np.int32).tobytes())
-                if block_mask is not None:
-                    mask.write(block_mask.tobytes())
-        if max_token < 0:
+        if not write_tokens(building, _blocks(source, files)):
             raise DatasetError("there are no tokens in this text", where=str(files[0]))
-        meta = {"max_token": max_token, "has_mask": source.messages_field is not None}
-        (building / "meta.json").write_text(json.dumps(meta))
         publish(building, entry)
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        _remove(building)
         raise
+    try:
+        return read_tokens(entry)
+    except NotAsWrittenError as error:
+        raise DatasetError(
+            f"the token cache does not give back what was just written: {error}",
+            where=str(entry),
+            hint="set XDG_CACHE_HOME to another drive",
+        ) from error
 
 
-def _blocks(
-    source: TextSource, files: Sequence[Path]
-) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]]:
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
     """Blocks of tokens, with their loss masks for chats."""
     if files[0].suffix == ".npy":
         for file in files:
@@ -187,10 +158,3 @@ def _array_blocks(file: Path) -> Iterator[np.ndarray[Any, Any]]:
         if block.min() < 0 or block.max() > LARGEST_TOKEN:
             raise DatasetError(f"a token is outside of 0 .. {LARGEST_TOKEN}", where=str(file))
         yield block
-
-
-def _open(entry: Path) -> TokenStream:
-    meta = json.loads((entry / "meta.json").read_text())
-    tokens = np.memmap(entry / "tokens.bin", dtype=np.int32, mode="r")
-    mask = np.memmap(entry / "mask.bin", dtype=np.bool_, mode="r") if meta["has_mask"] else None
-    return TokenStream(tokens, mask, meta["max_token"])

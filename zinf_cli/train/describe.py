@@ -45,13 +45,14 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
     open_weights(model, model_source(recipe))
-    text = open_text(recipe, vocabulary_of(model))
+    notes: list[str] = []
+    text = open_text(recipe, vocabulary_of(model), notes.append)
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
     seen = survey_model(model, recipe, world_size)
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
-    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train))
+    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)

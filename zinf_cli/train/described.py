@@ -27,13 +27,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from xxhash import xxh3_128_hexdigest
+
 from zinf_cli.checkpoint.folder import checkpoints_to_resume
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import RankError, ZinfError
 from zinf_cli.hardware import accelerators_here
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, load_recipe
-from zinf_cli.train.cache import cache_folder
+from zinf_cli.train.cache import cache_folder, identity, private_folder
 from zinf_cli.train.documents import find_files
 from zinf_cli.version import code_digest
 
@@ -51,8 +53,9 @@ def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[st
         return kept
     from zinf_cli.train.describe import describe
 
-    text = json.dumps(dataclasses.asdict(describe(recipe, slots, world_size)))
-    if entry is not None:
+    figures = describe(recipe, slots, world_size)
+    text = json.dumps(dataclasses.asdict(figures))
+    if entry is not None and not figures.data.notes:  # which are said once
         with contextlib.suppress(OSError):
             _keep(entry, text)
     document: dict[str, Any] = json.loads(text)
@@ -60,11 +63,14 @@ def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[st
 
 
 def _kept(entry: Path | None) -> dict[str, Any] | None:
+    """An answer as it was written; None where there is none, or a damaged one."""
     if entry is not None:
         with contextlib.suppress(OSError, ValueError):
             if time.time() - entry.stat().st_mtime < OLDEST_S:
-                kept: dict[str, Any] = json.loads(entry.read_text())
-                return kept
+                checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
+                if checksum == xxh3_128_hexdigest(text):
+                    kept: dict[str, Any] = json.loads(text)
+                    return kept
     return None
 
 
@@ -79,8 +85,8 @@ def _entry(recipe: Recipe, slots: int | None, world_size: int | None) -> Path | 
 
 
 def _keep(entry: Path, text: str) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(entry, text, mode=0o600)
+    private_folder(entry.parent)
+    write_durably(entry, f"{xxh3_128_hexdigest(text)}\n{text}", mode=0o600)
     for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
         old.unlink()
 
@@ -89,22 +95,19 @@ def _key(recipe: Recipe, slots: int | None, world_size: int | None) -> str:
     """Of all that the answer follows from."""
     software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
     machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
-    files = [(str(file), status.st_size, status.st_mtime_ns) for file, status in _seen(recipe)]
+    files = [(str(file), *identity(file)) for file in _seen(recipe)]
     parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _seen(recipe: Recipe) -> Iterator[tuple[Path, os.stat_result]]:
-    """Every file that is looked at, as it is now."""
+def _seen(recipe: Recipe) -> Iterator[Path]:
+    """Every file that is looked at."""
     dataset = recipe.dataset
     folders = [folder for folder in (recipe.model.name_or_path, dataset.tokenizer) if folder is not None]
-    texts = find_files([*dataset.path, *(dataset.eval_path or ())])
     checkpoints = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     for folder in (*folders, *checkpoints):
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            yield file, file.stat()
-    for file in texts:
-        yield file, file.stat()
+        yield from sorted(folder.iterdir()) if folder.is_dir() else ()
+    yield from find_files([*dataset.path, *(dataset.eval_path or ())])
 
 
 class Question:

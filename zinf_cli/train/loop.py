@@ -56,7 +56,7 @@ def train(run_dir: Path) -> int:
     engine, model, weights = _open_engine(recipe, plan, device, ranks, trace)
     metrics = None
     try:
-        text = open_text(recipe, vocabulary_of(model))
+        text = open_text(recipe, vocabulary_of(model), note)
         start = resume(recipe, engine, model, text, ranks, note)
         if start.folder is None:
             engine.load(weights.read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
-from zinf_cli.train.data import TextSource, TokenStream, open_token_stream, split_held_out
+from zinf_cli.train.data import TextSource, open_token_stream
 from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.token_stream import TokenStream, split_held_out
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,8 +71,11 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def open_text(recipe: Recipe, vocabulary: int) -> Text:
-    """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model."""
+def open_text(recipe: Recipe, vocabulary: int, notice: Callable[[str], None] = lambda line: None) -> Text:
+    """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model.
+
+    `notice` is called with what the user should know of it.
+    """
     dataset, train = recipe.dataset, recipe.train
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
     cache = cache_folder("tokens")
@@ -78,10 +83,10 @@ def open_text(recipe: Recipe, vocabulary: int) -> Text:
     def source(paths: tuple[Path, ...]) -> TextSource:
         return TextSource(paths, dataset.text_field, dataset.messages_field, tokenizer)
 
-    stream = open_token_stream(source(dataset.path), cache)
+    stream = open_token_stream(source(dataset.path), cache, notice)
     held_out = None
     if dataset.eval_path is not None:
-        held_out = open_token_stream(source(dataset.eval_path), cache)
+        held_out = open_token_stream(source(dataset.eval_path), cache, notice)
     elif dataset.eval_fraction is not None:
         stream, held_out = split_held_out(stream, dataset.eval_fraction)
     for part in (stream, held_out):

@@ -1,0 +1,145 @@
+"""Tokens side by side in files: written whole, checked whole whenever they are opened, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import xxhash
+
+MASKED = -100
+TokenBlock = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any] | None"]
+"""Integers [n], n > 0, and for chats bool [n]: where there is a loss."""
+_TOKENS, _MASK, _META = "tokens.bin", "mask.bin", "meta.json"
+_PIECE_BYTES = 1 << 22
+
+
+class NotAsWrittenError(Exception):
+    """A folder that does not hold what `write_tokens` put there."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Documents side by side, an end-of-text token after each. Memory-mapped: opening costs no memory."""
+
+    tokens: np.ndarray[Any, np.dtype[np.int32]]
+    """int32 [num_tokens]."""
+    loss_mask: np.ndarray[Any, np.dtype[np.bool_]] | None
+    """bool [num_tokens]: where there is a loss; None: everywhere."""
+    max_token: int
+    fingerprint: str
+    """Of every token and its mask: the same for the same text, wherever it lies."""
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def num_windows(self, seq_len: int) -> int:
+        return len(self) // seq_len
+
+    def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(input_ids, labels) of window `index`, each int64 [seq_len]; labels are -100 where there is no loss."""
+        part = slice(index * seq_len, (index + 1) * seq_len)
+        input_ids = torch.from_numpy(self.tokens[part].astype(np.int64))
+        labels = input_ids.clone()
+        if self.loss_mask is not None:
+            labels[torch.from_numpy(~self.loss_mask[part])] = MASKED
+        return input_ids, labels
+
+    def part(self, start: int, stop: int) -> TokenStream:
+        mask = None if self.loss_mask is None else self.loss_mask[start:stop]
+        return replace(
+            self,
+            tokens=self.tokens[start:stop],
+            loss_mask=mask,
+            fingerprint=_digest(f"{self.fingerprint} {start} {stop}"),
+        )
+
+
+def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
+    """(training, held out): the last `fraction` of the tokens is held out."""
+    boundary = len(stream) - int(len(stream) * fraction)
+    return stream.part(0, boundary), stream.part(boundary, len(stream))
+
+
+def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
+    """Put the blocks into an empty folder, which is then to be synced; the number of tokens."""
+    max_token = -1
+    with _Growing(folder / _TOKENS) as tokens, _Growing(folder / _MASK) as mask:
+        for block, block_mask in blocks:
+            max_token = max(max_token, int(block.max()))
+            tokens.append(block.astype(np.int32).tobytes())
+            if block_mask is not None:
+                mask.append(block_mask.tobytes())
+    meta = {"max_token": max_token, "files": {_TOKENS: tokens.seal(), **({_MASK: mask.seal()} if mask.size else {})}}
+    with _Growing(folder / _META) as file:
+        file.append(json.dumps({"meta": meta, "xxh3": _digest(json.dumps(meta))}).encode())
+    return tokens.size // np.dtype(np.int32).itemsize
+
+
+def read_tokens(folder: Path) -> TokenStream:
+    """What `write_tokens` put there, every byte of it read and checked; NotAsWrittenError where it is another."""
+    try:
+        document = json.loads((folder / _META).read_bytes())
+        meta = document["meta"]
+        if document["xxh3"] != _digest(json.dumps(meta)):
+            raise NotAsWrittenError(f"{_META} does not match its checksum")
+        files = meta["files"]
+        tokens = _mapped(folder / _TOKENS, np.int32, files[_TOKENS])
+        mask = _mapped(folder / _MASK, np.bool_, files[_MASK]) if _MASK in files else None
+        fingerprint = _digest(json.dumps([entry["xxh3"] for entry in files.values()]))
+        return TokenStream(tokens, mask, meta["max_token"], fingerprint)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise NotAsWrittenError(f"it can't be read: {error}") from error
+
+
+def _mapped(path: Path, dtype: Any, sealed: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The file as an array, after a look at all of it through a buffer, which leaves no page mapped."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != sealed["bytes"]:
+            raise NotAsWrittenError(f"{path.name} has {size} bytes, not {sealed['bytes']}")
+        if _checksum_of(file) != sealed["xxh3"]:
+            raise NotAsWrittenError(f"{path.name} does not match its checksum")
+        return np.memmap(file, dtype=dtype, mode="r")
+
+
+def _checksum_of(file: IO[bytes]) -> str:
+    checksum = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
+        checksum.update(buffer[:count])
+    return checksum.hexdigest()
+
+
+class _Growing:
+    """A file that only its owner may read, and the checksum of what was appended to it."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        self._checksum = xxhash.xxh3_128()
+        self.size = 0
+
+    def append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._checksum.update(data)
+        self.size += len(data)
+
+    def __enter__(self) -> _Growing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def seal(self) -> dict[str, Any]:
+        return {"bytes": self.size, "xxh3": self._checksum.hexdigest()}
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
