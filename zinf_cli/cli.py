@@ -342,18 +342,24 @@ def clean(
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[PATH ...]", help="Runs, or folders of runs [default: runs].")
     ] = None,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Checkpoints too that were set aside as damaged, if they still are.")
+    ] = False,
 ) -> None:
     """List and remove what killed runs have left behind."""
     from zinf_cli.amounts import format_bytes
+    from zinf_cli.checkpoint.folder import kept_back
     from zinf_cli.launch.leftovers import leftovers_of, remove
 
-    found = [leftover for path in paths or [Path("runs")] for leftover in leftovers_of(path.absolute())]
+    found = [leftover for path in paths or [Path("runs")] for leftover in leftovers_of(path.absolute(), damaged)]
     for leftover in found:
         print(f"{leftover.path}: {leftover.what}, {format_bytes(leftover.num_bytes)}")
-    for leftover in found:
-        remove(leftover)
-    total = format_bytes(sum(leftover.num_bytes for leftover in found))
-    print(f"{len(found)} removed, {total}" if found else "nothing left behind")
+    going = [leftover for leftover in found if not leftover.keep]
+    left = [path for leftover in going for path in remove(leftover)]
+    if left:
+        print(kept_back(left))
+    total = format_bytes(sum(leftover.num_bytes for leftover in going))
+    print(f"{len(going)} removed, {total}" if going else "nothing removed" if found else "nothing left behind")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@
     ├── HostError             3   a host that can't be reached, or does not do what it is asked to
     ├── CapacityError         4   bytes that do not fit, with the numbers
     ├── TierError             1   an I/O error or short transfer, with rank, path and offset
+    │   └── UnreadableError   1   a file of a checkpoint that its drive does not give, whole as it may be
     ├── NonFiniteError        1   a loss or gradient that is NaN or infinite
     ├── RankError             1   a rank that raised or died
     └── Interrupted         130   Ctrl-C
@@ -98,6 +99,10 @@ class CapacityError(ZinfError):
 
 class TierError(ZinfError):
     exit_code = 1
+
+
+class UnreadableError(TierError):
+    pass
 
 
 class NonFiniteError(ZinfError):

@@ -3,21 +3,32 @@
 A checkpoint exists when its manifest does. The manifest is written beside its name, synced and renamed when everything
 else is on the drive, and it is the first thing to go when a checkpoint is removed. So a crash at any moment leaves
 whole checkpoints, and folders without a manifest, which are nothing.
+
+What is removed is what a run wrote (own_files.py): checkpoints/ may hold a user's folders and files as well.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
+from zinf_cli.checkpoint.own_files import own_files, remove
+from zinf_cli.checkpoint.reading import exists, names_in
 from zinf_cli.durable import PARTIAL, sync_folder, write_durably
 from zinf_cli.errors import CheckpointError
 
-FOLDER, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
-DAMAGED = "damaged-"
+FOLDER, LATEST = "checkpoints", "latest"
 _STEP = re.compile(r"step-(\d{8,})")
+_DAMAGED = "damaged-"
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
+"""What file systems answer that have no symbolic links."""
+_SET_ASIDE = re.compile(rf"{_DAMAGED}{_STEP.pattern}(-\d+)?")
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -30,8 +41,14 @@ def step_of(folder: Path) -> int:
     return int(named[1]) if named else -1
 
 
+def steps_done(folder: Path) -> int:
+    """The step of a checkpoint, whatever its folder is called."""
+    return step_of(folder) if step_of(folder) >= 0 else Manifest.load(folder).step
+
+
 def is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    """UnreadableError where that can't be known."""
+    return exists(folder / MANIFEST)
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
@@ -39,21 +56,49 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return sorted(filter(is_checkpoint, _step_folders(run_dir)), key=step_of, reverse=True)
 
 
+def set_aside_in(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that were found damaged."""
+    return [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if _SET_ASIDE.fullmatch(name)]
+
+
+def made_by_runs(run_dir: Path) -> list[Path]:
+    """All that runs have put into checkpoints/, whole or damaged, and the link to the newest."""
+    link = run_dir / FOLDER / LATEST
+    return _step_folders(run_dir) + set_aside_in(run_dir) + [link] * _is_latest(link)
+
+
 def remains_of(run_dir: Path) -> list[Path]:
-    """What a killed run left of checkpoints: folders without a manifest, names that were to be renamed."""
-    half = [folder for folder in _step_folders(run_dir) if not is_checkpoint(folder)]
-    return half + sorted((run_dir / FOLDER).glob(f"**/*{PARTIAL}"))
+    """What a killed run left of checkpoints: folders without a manifest, a link that was to be renamed."""
+    half = [folder for folder in _step_folders(run_dir) if not is_checkpoint(folder) and not folder.is_symlink()]
+    link = run_dir / FOLDER / f"{LATEST}{PARTIAL}"
+    return [folder for folder in half if own_files(folder) or not names_in(folder)] + [link] * _is_latest(link)
 
 
-def remove_remains(run_dir: Path) -> None:
-    """Remove what is nothing; no run is at work in `run_dir`."""
+def remove_remains(run_dir: Path) -> list[Path]:
+    """Remove what is nothing, while no run is at work in `run_dir`; what is not a run's stays and is returned."""
+    left = []
     for path in remains_of(run_dir):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    if not checkpoints_of(run_dir) and (run_dir / FOLDER).exists():
-        shutil.rmtree(run_dir / FOLDER)
+        left += remove_remain(path)
+    folder = run_dir / FOLDER
+    if not checkpoints_of(run_dir) and _is_latest(folder / LATEST):
+        (folder / LATEST).unlink()
+    with suppress(OSError):
+        folder.rmdir()  # only where it is empty
+    return left
+
+
+def remove_remain(path: Path) -> list[Path]:
+    """Remove one of `remains_of`; what is not a run's stays and is returned."""
+    if path.is_dir() and not path.is_symlink():
+        return remove(path)
+    path.unlink(missing_ok=True)
+    return []
+
+
+def kept_back(paths: Sequence[Path]) -> str:
+    """A line for the user of what was not removed with checkpoints."""
+    names = ", ".join(str(path) for path in paths[:8])
+    return f"not removed, since zinf did not write it: {names}{', ...' if len(paths) > 8 else ''}"
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -63,7 +108,7 @@ def find_checkpoint(path: Path) -> Path:
     found = checkpoints_of(path)
     if found:
         return found[0]
-    if not path.exists():
+    if not exists(path):
         raise CheckpointError("no such folder", where=str(path), hint="give a run's folder or one of its checkpoints")
     raise CheckpointError(
         "no checkpoint here: there is no manifest.json, nor a whole checkpoint in checkpoints/",
@@ -83,53 +128,77 @@ def checkpoints_to_resume(output_dir: Path, resume: str | Path) -> list[Path]:
 
 
 def begin(folder: Path) -> None:
-    """An empty folder for a new checkpoint; one of the same name is removed first."""
+    """A folder for a new checkpoint; one of the same name is removed first."""
+    if folder.is_symlink():
+        raise CheckpointError("a link, where a checkpoint is to be written", where=str(folder), hint="rename the link")
     remove(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def announce(folder: Path, names: Sequence[str]) -> None:
+    """Say what is written into `folder` from now on, so that it can be told from what others put there."""
+    write_durably(folder / UNFINISHED, json.dumps({"files": names}))
 
 
 def commit(folder: Path, manifest: bytes) -> None:
     """Make the checkpoint exist: everything else in `folder` is on the drive."""
     write_durably(folder / MANIFEST, manifest)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     for directory in (folder.parent, folder.parent.parent):
         sync_folder(directory)
-    point_latest(folder.parent.parent)
+    _point_latest(folder)
 
 
 def point_latest(run_dir: Path) -> None:
-    """Let the link `latest` lead to the newest checkpoint, unless a copy of the run has a folder in its place."""
-    newest, link = checkpoints_of(run_dir)[:1], run_dir / FOLDER / LATEST
-    if newest and (link.is_symlink() or not link.exists()):
-        partial = link.with_name(f"{LATEST}{PARTIAL}")
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(newest[0].name)
-        partial.rename(link)
-        sync_folder(link.parent)
+    """Let the link `latest` lead to the newest checkpoint, unless a user (or a copy of the run) has its place."""
+    for newest in checkpoints_of(run_dir)[:1]:
+        _point_latest(newest)
 
 
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
     """Rename checkpoints that are not whole, so that they are neither resumed from nor kept instead of whole ones."""
     for folder in damaged:
-        aside = folder.with_name(f"{DAMAGED}{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside, number = folder.with_name(f"{_DAMAGED}{folder.name}"), 1
+        while os.path.lexists(aside):
+            number += 1
+            aside = folder.with_name(f"{_DAMAGED}{folder.name}-{number}")
         folder.rename(aside)
         sync_folder(folder.parent)
     point_latest(run_dir)
 
 
-def keep_latest(run_dir: Path, count: int) -> None:
-    """Remove all but the `count` newest checkpoints."""
-    for folder in checkpoints_of(run_dir)[count:]:
-        remove(folder)
+def keep_latest(newest: Path, count: int) -> list[Path]:
+    """Remove all but the `count` newest checkpoints up to `newest`; what is not a run's stays and is returned.
+
+    Later ones are of an earlier life of the run, which could not read them; they count for nothing.
+    """
+    left = []
+    there = [folder for folder in checkpoints_of(newest.parent.parent) if step_of(folder) <= step_of(newest)]
+    for folder in there[count:]:
+        left += remove(folder)
+    return left
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint, or what is left of one; its manifest goes first."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    if folder.exists():
-        sync_folder(folder)
-        shutil.rmtree(folder)
+def _point_latest(folder: Path) -> None:
+    link = folder.parent / LATEST
+    if os.path.lexists(link) and not _is_latest(link):
+        return
+    partial = folder.parent / f"{LATEST}{PARTIAL}"
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(folder.name)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return
+        raise
+    partial.rename(link)
+    sync_folder(folder.parent)
 
 
-def _step_folders(run_dir: Path) -> Sequence[Path]:
-    return sorted(path for path in (run_dir / FOLDER).glob("step-*") if step_of(path) >= 0)
+def _is_latest(link: Path) -> bool:
+    """Whether it is the link that a run makes."""
+    return link.is_symlink() and _STEP.fullmatch(Path(os.readlink(link)).name) is not None  # noqa: PTH115
+
+
+def _step_folders(run_dir: Path) -> list[Path]:
+    return [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if _STEP.fullmatch(name)]

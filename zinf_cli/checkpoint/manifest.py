@@ -28,7 +28,8 @@ from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
-from zinf_cli.errors import DamagedError
+from zinf_cli.checkpoint.reading import read_whole
+from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
 
 VERSION = 1
@@ -37,6 +38,8 @@ PIECE = 4 * 2**20
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder in a model's, as transformers has it."""
+UNFINISHED = "manifest.json.partial"
+"""Beside it, while a checkpoint is written or removed: "files" names what in the folder is the run's."""
 FIELDS = ("param", "exp_avg", "exp_avg_sq")
 """Of a trainable flat, fp32; "param" is the master where the compute is 16-bit."""
 FROZEN = "frozen"
@@ -214,19 +217,25 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint; DamagedError where there is none, or not as it was written."""
+        """The manifest of a checkpoint; DamagedError where there is none, or not as it was written.
+
+        UnreadableError where the drive does not give it, CheckpointError where another version of zinf wrote it.
+        """
         path = folder / MANIFEST
         try:
-            content = path.read_bytes()
-        except OSError as error:
+            content = read_whole(path, _is_as_written)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedError(f"not a checkpoint: {error.strerror}", where=str(path)) from error
-        start = len(_HEAD) + _DIGITS
-        if content[:start] != _HEAD + xxh3_64_hexdigest(content[start:]).encode():
+        if content is None:
             raise DamagedError("damaged: its checksum is another", where=str(path))
         document = json.loads(content)
         del document["xxh3"]
         if document["version"] != VERSION:
-            raise DamagedError(f"version {document['version']} is not known here", where=str(path))
+            raise CheckpointError(
+                f"version {document['version']} is not known here",
+                where=str(path),
+                hint="another version of zinf wrote it, and reads it",
+            )
         for name in document["files"]:
             if not is_plain(name.removeprefix(f"{CHAT_TEMPLATES}/")):
                 raise DamagedError(f"{name!r} is not the name of a file in this folder", where=str(path))
@@ -237,6 +246,11 @@ class Manifest:
         if document["loss_scale"] is not None:
             document["loss_scale"] = tuple(document["loss_scale"])
         return cls(**document)
+
+
+def _is_as_written(content: bytes) -> bool:
+    start = len(_HEAD) + _DIGITS
+    return content[:start] == _HEAD + xxh3_64_hexdigest(content[start:]).encode()
 
 
 def _unit(document: Mapping[str, Any]) -> StoredUnit:

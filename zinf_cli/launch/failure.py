@@ -128,4 +128,4 @@ def _silent_failure(ending: Ending) -> Failure | None:
 
 
 def _error_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "logs").glob("error-*.json"))
+    return sorted((run_dir / "logs").glob(f"error-{'[0-9]' * 5}.json"))

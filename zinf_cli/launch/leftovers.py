@@ -5,47 +5,68 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from zinf_cli.checkpoint.folder import DAMAGED, remains_of
-from zinf_cli.checkpoint.folder import FOLDER as CHECKPOINTS
+from zinf_cli.checkpoint.folder import remains_of, remove_remain, set_aside_in
+from zinf_cli.checkpoint.own_files import own_files
+from zinf_cli.checkpoint.reading import names_in
+from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import UsageError
 from zinf_cli.launch.mirror import STOP_FILE
+
+_BEING_WRITTEN = re.compile(
+    r"(recipe\.yaml|plan\.json|metrics\.jsonl|summary\.json|trace\.json|report\.html|start\.json|(error|trace)-\d+\.json)"
+    r"\.\d+\.partial|(metrics|start|error-\d+)\.partial"
+)
+"""Files of a run that were to be renamed (durable.py), as this version of zinf calls them, and as earlier ones did."""
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or a folder that nobody will use again."""
+    """A file or a folder that nobody will use again; of a folder, what a run wrote into it."""
 
     run_dir: Path
     path: Path
     what: str
     num_bytes: int
+    keep: bool = False
+    """It stays unless the user says otherwise."""
 
 
-def leftovers_of(path: Path) -> list[Leftover]:
-    """Of the run in `path`, or of every run in it; a run that is alive has none."""
+def leftovers_of(path: Path, damaged: bool = False) -> list[Leftover]:
+    """Of the run in `path`, or of every run in it; a run that is alive has none.
+
+    Checkpoints that were set aside as damaged stay. With `damaged` each of them is read again, and goes as well, unless
+    it is whole or its drive does not give it.
+    """
     if not path.is_dir():
         raise UsageError("no such folder", where=str(path))
     runs = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
     found = []
     for run_dir in runs:
         with _held(run_dir) as idle:
-            found += list(_leftovers(run_dir)) if idle else []
+            if idle:
+                found += [
+                    *_leftovers(run_dir),
+                    *(_set_aside(run_dir, folder, damaged) for folder in set_aside_in(run_dir)),
+                ]
     return found
 
 
-def remove(leftover: Leftover) -> None:
-    """Remove it, unless a run has begun in its folder meanwhile."""
-    with _held(leftover.run_dir) as idle, contextlib.suppress(FileNotFoundError):
-        if idle and leftover.path.is_dir() and not leftover.path.is_symlink():
-            shutil.rmtree(leftover.path)
-        elif idle:
-            leftover.path.unlink()
+def remove(leftover: Leftover) -> list[Path]:
+    """Remove it, unless a run has begun in its folder meanwhile; what is not a run's stays and is returned."""
+    with _held(leftover.run_dir) as idle:
+        still = [*remains_of(leftover.run_dir), *set_aside_in(leftover.run_dir), *_files(leftover.run_dir)]
+        if idle and leftover.path in still:
+            return remove_remain(leftover.path)
+        if idle and leftover.path == _nvme(leftover.run_dir):
+            with contextlib.suppress(OSError):
+                leftover.path.rmdir()
+    return []
 
 
 def _is_run(path: Path) -> bool:
@@ -56,20 +77,41 @@ def _leftovers(run_dir: Path) -> Iterator[Leftover]:
     for path in remains_of(run_dir):
         what = "a checkpoint that was not finished" if path.is_dir() else "a file that was not finished"
         yield Leftover(run_dir, path, what, _size(path))
-    for path in sorted((run_dir / CHECKPOINTS).glob(f"{DAMAGED}*")):
-        yield Leftover(run_dir, path, "a damaged checkpoint", _size(path))
-    for path in sorted([*run_dir.glob("*.partial"), *(run_dir / "logs").glob("*.partial")]):
-        yield Leftover(run_dir, path, "a file that was not finished", _size(path))
-    if (run_dir / STOP_FILE).exists():
-        yield Leftover(run_dir, run_dir / STOP_FILE, "a request to stop", 0)
-    nvme = run_dir / "nvme"
-    if nvme.is_dir() and not any(nvme.iterdir()):
+    for path in _files(run_dir):
+        what = "a request to stop" if path.name == STOP_FILE else "a file that was not finished"
+        yield Leftover(run_dir, path, what, _size(path))
+    if (nvme := _nvme(run_dir)).is_dir() and not any(nvme.iterdir()):
         yield Leftover(run_dir, nvme, "an empty folder", 0)
+
+
+def _set_aside(run_dir: Path, folder: Path, damaged: bool) -> Leftover:
+    what = "a checkpoint that was set aside as damaged"
+    if not damaged:
+        return Leftover(run_dir, folder, f"{what}; --damaged removes it", _size(folder), keep=True)
+    verdicts = verify(folder)
+    problem = next((f"{v.name}: {v.problem}" for v in verdicts if v.damaged), None)
+    if problem is not None:
+        return Leftover(run_dir, folder, f"{what} ({problem})", _size(folder))
+    unread = next((f"{v.name}: {v.problem}" for v in verdicts if v.problem), None)
+    found = unread or "it is whole after all: name it step-... again to resume from it"
+    return Leftover(run_dir, folder, f"{what}; {found}", _size(folder), keep=True)
+
+
+def _files(run_dir: Path) -> list[Path]:
+    """Files of a run that is over, which nobody will read."""
+    names = [*names_in(run_dir), *(f"logs/{name}" for name in names_in(run_dir / "logs"))]
+    paths = [run_dir / name for name in names if name == STOP_FILE or _BEING_WRITTEN.fullmatch(Path(name).name)]
+    return [path for path in paths if path.is_file() or path.is_symlink()]
+
+
+def _nvme(run_dir: Path) -> Path:
+    """Where the drives' files are, which have no name, where a recipe says no other place."""
+    return run_dir / "nvme"
 
 
 def _size(path: Path) -> int:
     """Bytes on the drive."""
-    files = path.rglob("*") if path.is_dir() else [path]
+    files = own_files(path) if path.is_dir() and not path.is_symlink() else [path]
     return sum(file.lstat().st_blocks * 512 for file in files)
 
 

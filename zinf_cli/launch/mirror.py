@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +20,8 @@ STOP_FILE = "stop"
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
 _RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
+_BEING_WRITTEN = re.compile(r"(start|error-\d+)(\.json\.\d+)?\.partial")
+"""In logs/: a rank was killed before it renamed it."""
 _CHUNK_BYTES = 1 << 18
 _PARTS = ("logs", "tensorboard", "")
 """Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
@@ -97,10 +99,11 @@ class RunFolder:
     def remove(self) -> None:
         """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
         if self.mirrored:
-            for part in filter(None, _PARTS):
-                shutil.rmtree(self.path / part, ignore_errors=True)
-            for name in (*self._delivered, "metrics.jsonl", _MARK):
+            for name in (*self._delivered, *self._sent, "metrics.jsonl", _MARK):
                 (self.path / name).unlink(missing_ok=True)
+            for partial in (self.path / "logs").glob("*.partial"):
+                if _BEING_WRITTEN.fullmatch(partial.name):
+                    partial.unlink(missing_ok=True)
         self.leave()
 
     def leave(self) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run (output_dir): locked while the run lasts, what an earlier run left set aside."""
+"""The folder of a run (output_dir): locked while a launch lasts, what an earlier run left set aside."""
 
 from __future__ import annotations
 
@@ -7,58 +7,86 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from zinf_cli.checkpoint.folder import FOLDER as CHECKPOINTS
-from zinf_cli.checkpoint.folder import checkpoints_of, point_latest, remove_remains, step_of
+from zinf_cli.checkpoint.folder import (
+    checkpoints_of,
+    kept_back,
+    made_by_runs,
+    point_latest,
+    remove_remains,
+    step_of,
+    steps_done,
+)
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
 
-RUN_FILES = (
-    "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard", CHECKPOINTS,
-)  # fmt: skip
+RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
 
 
 @contextmanager
-def run_folder(recipe: Recipe, plan: Plan, *, here: bool) -> Iterator[Path]:
-    """The run's folder, locked, with recipe.yaml and plan.json in it; files of an earlier run set aside.
+def locked(run_dir: Path) -> Iterator[None]:
+    """Have the run's folder for this launch alone. What a launch decides by what is in there, it decides from here on.
 
-    Where the ranks run `here`, the drives are tried as well.
+    PreflightError where another launch has it, or it can't be made. A folder in which nothing was done goes again.
     """
-    run_dir = recipe.output_dir
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     lock = None
     try:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = os.open(run_dir, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if here:
-                _check_nvme(plan)
-            _set_aside(run_dir, plan.resume)
-            write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
-            write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
         except BlockingIOError as error:
             raise PreflightError(
                 "another run is using this folder", where=str(run_dir), hint="set another output_dir"
             ) from error
         except OSError as error:
-            raise PreflightError(
-                f"can't write the run's folder: {error.strerror}",
-                where=str(run_dir),
-                hint="set another output_dir",
-            ) from error
-        yield run_dir
+            raise _cant_write(run_dir, error) from error
+        yield
     finally:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()  # only where it is empty
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], None]) -> Iterator[Path]:
+    """The run's folder, with recipe.yaml and plan.json in it; files of an earlier run set aside. It is locked.
+
+    Where the ranks run `here`, the drives are tried as well.
+    """
+    run_dir = recipe.output_dir
+    try:
+        try:
+            if here:
+                _check_nvme(plan)
+            if left := remove_remains(run_dir):
+                say(kept_back(left))
+            _set_aside(run_dir, plan.resume)
+            write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
+            write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
+        except OSError as error:
+            raise _cant_write(run_dir, error) from error
+        yield run_dir
+    finally:
         for folder in plan.nvme_folders if here else ():
             with contextlib.suppress(OSError):
                 Path(folder).rmdir()  # only where it is empty and so was made for this run
+
+
+def _cant_write(run_dir: Path, error: OSError) -> PreflightError:
+    return PreflightError(
+        f"can't write the run's folder: {error.strerror}", where=str(run_dir), hint="set another output_dir"
+    )
 
 
 def _check_nvme(plan: Plan) -> None:
@@ -78,12 +106,14 @@ def _check_nvme(plan: Plan) -> None:
 def _set_aside(run_dir: Path, resume: str | None) -> None:
     """Move what an earlier run left into earlier/N, so that nothing is lost and nothing is mixed.
 
-    A run that goes on from a checkpoint of its own keeps its files, but for checkpoints of later steps.
+    A run that goes on from a checkpoint of its own keeps its files, but for checkpoints of later steps. What else lies
+    in checkpoints/ is a user's, and stays.
     """
-    remove_remains(run_dir)
-    there = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()]
-    if resume is not None and Path(resume).resolve().parent == (run_dir / CHECKPOINTS).resolve():
-        there = [path for path in checkpoints_of(run_dir) if step_of(path) > step_of(Path(resume))]
+    if resume is not None and (run_dir / CHECKPOINTS).resolve() in Path(resume).resolve().parents:
+        step = steps_done(Path(resume))
+        there = [path for path in checkpoints_of(run_dir) if step_of(path) > step]
+    else:
+        there = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()] + made_by_runs(run_dir)
     if not there:
         return
     number = 1
@@ -94,3 +124,5 @@ def _set_aside(run_dir: Path, resume: str | None) -> None:
         (target / path.relative_to(run_dir)).parent.mkdir(parents=True, exist_ok=True)
         path.rename(target / path.relative_to(run_dir))
     point_latest(run_dir)
+    with contextlib.suppress(OSError):
+        (run_dir / CHECKPOINTS).rmdir()  # only where it is empty

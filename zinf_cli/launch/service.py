@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 from rich.console import Console
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.checkpoint.folder import checkpoints_to_resume, step_of
+from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, find_checkpoint, step_of, steps_done
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
@@ -26,7 +27,7 @@ from zinf_cli.launch.description import ReportedError, describe, overheard, ques
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
-from zinf_cli.launch.run_folder import run_folder
+from zinf_cli.launch.run_folder import locked, run_folder
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
@@ -68,16 +69,29 @@ class Ended:
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
-    ended = _plan_and_run(recipe, request, console)
-    for restart in range(1, recipe.launch.max_restarts + 1):
-        if ended is None or not _may_restart(ended.outcome):
-            break
-        assert ended.outcome.failure is not None
-        why = _error_of(ended.outcome.failure).describe()
-        console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
-        ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
+    with nullcontext() if request.dry_run else locked(recipe.output_dir):
+        ended = _plan_and_run(recipe, request, console)
+        for restart in range(1, recipe.launch.max_restarts + 1):
+            if ended is None or not _may_restart(ended.outcome):
+                break
+            assert ended.outcome.failure is not None
+            why = _error_of(ended.outcome.failure).describe()
+            console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
+            recipe = _goes_on(recipe, ended)
+            ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
     if ended is not None:
         _report(ended, request, console)
+
+
+def _goes_on(recipe: Recipe, ended: Ended) -> Recipe:
+    """The recipe of a restart: from the run's own newest checkpoint, also where it was told not to begin from one."""
+    began, resume = ended.summary["resumed_from_step"] or 0, recipe.checkpoint.resume
+    if isinstance(resume, Path):
+        began = max(began, steps_done(find_checkpoint(resume)))
+    if not any(step_of(folder) > began for folder in checkpoints_of(ended.run_dir)):
+        return recipe
+    checkpoint = recipe.checkpoint.model_copy(update={"resume": "auto"})
+    return recipe.model_copy(update={"checkpoint": checkpoint})
 
 
 def _may_restart(outcome: Outcome) -> bool:
@@ -108,13 +122,13 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             if request.as_json:
                 print(json.dumps(plan.to_json(), indent=2))
             return None
-        if resumed and step_of(resumed[0]) >= plan.max_steps:
+        if resumed and steps_done(resumed[0]) >= plan.max_steps:
             hint = "raise train.max_steps to go on, or set checkpoint.resume=never to begin anew"
             console.print(f"nothing to do: the run has done its {plan.max_steps} steps ({hint})", soft_wrap=True)
             return None
         for connection, host in zip(ready.world.connections, plan.hosts, strict=True):
             connection.host = host
-        with run_folder(recipe, plan, here=not request.hosts) as run_dir:
+        with run_folder(recipe, plan, here=not request.hosts, say=partial(console.print, soft_wrap=True)) as run_dir:
             summary, outcome = _run(recipe, plan, run_dir, ready.world, request, console)
         return Ended(run_dir, summary, outcome)
 

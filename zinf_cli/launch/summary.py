@@ -114,7 +114,7 @@ def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 def merge_traces(run_dir: Path) -> None:
     """trace.json: the spans of every rank in one document."""
     events = []
-    paths = sorted((run_dir / "logs").glob("trace-*.json"))
+    paths = sorted((run_dir / "logs").glob(f"trace-{'[0-9]' * 5}.json"))
     for path in paths:
         events += json.loads(path.read_text())["traceEvents"]
     write_durably(run_dir / "trace.json", json.dumps({"traceEvents": events}))

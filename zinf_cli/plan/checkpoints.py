@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, step_of
+from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, steps_done
 from zinf_cli.hardware import drive_space
 from zinf_cli.plan.layout import Figures
 from zinf_cli.recipe import Recipe
@@ -24,7 +24,7 @@ def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
     """
     interval, kept = recipe.checkpoint.interval, recipe.checkpoint.keep_latest_k
     resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
-    first = max(0, step_of(resumed[0])) if resumed else 0
+    first = steps_done(resumed[0]) if resumed else 0
     if interval is None or first >= max_steps:
         return 0
     written = -(-max_steps // interval) - first // interval

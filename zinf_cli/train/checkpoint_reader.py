@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load
 from torch import nn
-from xxhash import xxh3_64_hexdigest
 
 from zinf_cli.checkpoint.manifest import BUFFERS, FROZEN, PIECE, Manifest, Region, StoredFlat, StoredParam, rank_file
+from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
-from zinf_cli.errors import CheckpointError, DamagedError
+from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
@@ -31,7 +32,8 @@ _WILL_NEED = 4
 class CheckpointReader:
     """A StateSource and a WeightSource over a checkpoint's folder.
 
-    DamagedError at once where a file is missing or has another size, and later where a piece is damaged.
+    DamagedError at once where a file is missing or has another size, and later where a piece is damaged;
+    UnreadableError where the drive does not give it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +110,7 @@ class CheckpointReader:
             self._pieces.popitem(last=False)[1].free()
         try:
             self._fill(piece.data, file, number, offset)
-        except DamagedError:
+        except ZinfError:
             piece.free()
             raise
         self._pieces[file, number] = piece
@@ -117,18 +119,15 @@ class CheckpointReader:
     def _fill(self, piece: torch.Tensor, file: str, number: int, offset: int) -> None:
         """Read a piece and compare its checksum."""
         path, descriptor, length = self.folder / file, self._open(file), piece.numel()
-        try:
+        with suppress(OSError):  # a hint
             os.posix_fadvise(descriptor, offset + length, _WILL_NEED * PIECE, os.POSIX_FADV_WILLNEED)
-            read = os.preadv(descriptor, [as_memory(piece)], offset)
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise DamagedError(f"can't be read: {error.strerror}", where=str(path)) from error
-        if read < length or xxh3_64_hexdigest(as_memory(piece)) != self.manifest.files[file].xxh3[number]:
+        if not read_checked(descriptor, as_memory(piece), offset, self.manifest.files[file].xxh3[number], path):
             raise DamagedError(damage_of(number, offset, length), where=str(path))
 
     def _open(self, file: str) -> int:
         if file not in self._files:
-            self._files[file] = os.open(self.folder / file, os.O_RDONLY)
+            path = self.folder / file
+            self._files[file] = patiently(lambda: os.open(path, os.O_RDONLY), path)
         return self._files[file]
 
 

@@ -52,7 +52,7 @@ class Position:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, on every rank in the same order.
+    """Writes the checkpoints of one run, on every rank in the same order; `notice` gets a line for the user.
 
     `begin` opens this rank's file, which the engine fills while it trains (engine/capture.py); `describe` tells the
     rest when the step is done. When every rank's file is on its drive, which `advance` looks for, rank 0 makes it a
@@ -67,12 +67,14 @@ class CheckpointWriter:
         ranks: Ranks,
         model_files: Callable[[], Iterator[tuple[str, bytes]]],
         keep_latest_k: int | None,
+        notice: Callable[[str], None] = print,
     ) -> None:
         self._run_dir = run_dir
         self._engine = engine
         self._ranks = ranks
         self._model_files = model_files
         self._keep = keep_latest_k
+        self._notice = notice
         self._background = ThreadPoolExecutor(1, "zinf-checkpoint")
         self._coming: deque[_Coming] = deque()
         """Checkpoints that are not whole yet, the oldest first."""
@@ -171,6 +173,7 @@ class CheckpointWriter:
         }
         with _disk_errors(coming.folder):
             for name, content in coming.small_files:
+                folders.announce(coming.folder, [*files, name])
                 (coming.folder / name).parent.mkdir(exist_ok=True)
                 write_durably(coming.folder / name, content)
                 pieces = (content[start : start + length] for start, length in cut(len(content)))
@@ -179,8 +182,9 @@ class CheckpointWriter:
                 **vars(coming.position), world_size=self._ranks.world_size, units=coming.layout.units, files=files
             )
             folders.commit(coming.folder, manifest.dump())
-            if self._keep is not None:
-                folders.keep_latest(self._run_dir, self._keep)
+            left = folders.keep_latest(coming.folder, self._keep) if self._keep is not None else []
+        if left:
+            self._notice(folders.kept_back(left))
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from zinf_cli.checkpoint.folder import MANIFEST, find_checkpoint
+from zinf_cli.checkpoint.folder import find_checkpoint
+from zinf_cli.checkpoint.manifest import MANIFEST
 from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.durable import PARTIAL, publish
 from zinf_cli.errors import TierError, UsageError

@@ -197,6 +197,7 @@ class Run:
             self.ranks,
             partial(model_files, source, self.model, self.recipe.dataset.tokenizer, cache(note)),
             self.recipe.checkpoint.keep_latest_k,
+            note,
         )
 
     def _position(self, step: int) -> Position:

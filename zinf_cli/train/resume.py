@@ -17,7 +17,7 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import CheckpointError, DamagedError
+from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, ZinfError
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -30,6 +30,9 @@ _FIXED = ("seed", "train.seq_len", "dataset.shuffle")
 """Keys that say where in the text a step is and what is random in it."""
 _OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 """Entries of a config.json that do not change what a model computes here."""
+
+_WHOLE, _DAMAGED, _UNREADABLE = 0, 1, 2
+"""What a rank finds of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,12 @@ def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | 
 
     CheckpointError where the recipe does not go with it.
     """
-    problem = None
+    problem: ZinfError | None = None
     for folder in checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume):
         try:
             manifest = Manifest.load(folder)
             check_recipe(folder, manifest, recipe, model, text)
-        except DamagedError as error:
+        except (DamagedError, UnreadableError) as error:
             problem = problem or error
         else:
             return manifest
@@ -108,27 +111,35 @@ def resume(
 ) -> Start:
     """Load the newest checkpoint that is whole on every rank; without one to go on from, do nothing.
 
-    `notice` is called (on every rank) for each one that is damaged, and with what has changed. CheckpointError where
-    none is whole, or the recipe does not go with it.
+    `notice` is called (on every rank) for each one that is not, and with what has changed. Damaged ones are set aside,
+    those that a drive does not give stay. CheckpointError where none is whole, or the recipe does not go with it.
     """
     candidates = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
-    for number, folder in enumerate(candidates):
-        problem = None
+    damaged: list[Path] = []
+    for folder in candidates:
+        problem, state = None, _WHOLE
         try:
             manifest = _load(folder, recipe, engine, model, text)
-        except DamagedError as error:
-            problem = error.describe()
-        damaged = [rank for rank, flag in enumerate(ranks.all(int(problem is not None))) if flag]
-        if not damaged:
-            if number and ranks.rank == 0:
-                set_damaged_aside(recipe.output_dir, candidates[:number])
+        except (DamagedError, UnreadableError) as error:
+            problem, state = error.describe(), _DAMAGED if isinstance(error, DamagedError) else _UNREADABLE
+        states = ranks.all(state)
+        if not any(states):
+            if ranks.rank == 0:
+                set_damaged_aside(recipe.output_dir, damaged)
             if changed := changed_keys(manifest, recipe):
                 notice(f"resumed with another {', '.join(changed)}")
             return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale)
         if problem is None:
             found = next((f"{v.name} is {v.problem}" for v in verify(folder) if v.problem), "no longer")
-            problem = f"{folder}: {found} (found by rank {damaged[0]})"
+            problem = f"{folder}: {found} (found by rank {next(rank for rank, flag in enumerate(states) if flag)})"
         notice(f"not resumed from {folder.name}: {problem}")
+        damaged += [folder] * (_UNREADABLE not in states)
+    if candidates and len(damaged) < len(candidates):
+        raise UnreadableError(
+            "none of the run's checkpoints can be read",
+            where=str(candidates[0].parent),
+            hint="nothing of them was moved: look at the drive, then start again",
+        )
     if candidates:
         raise CheckpointError(
             "none of the run's checkpoints is whole",

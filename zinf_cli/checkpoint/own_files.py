@@ -1,0 +1,63 @@
+"""What a run wrote into a checkpoint's folder, and how it goes. All else in there is a user's and stays."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from zinf_cli.checkpoint.manifest import BUFFERS, CHAT_TEMPLATES, MANIFEST, UNFINISHED
+from zinf_cli.checkpoint.reading import names_in
+from zinf_cli.durable import PARTIAL, sync_folder
+
+_NAMED = re.compile(rf"rank-\d{{5,}}\.safetensors|{re.escape(BUFFERS)}|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)}")
+_BEING_WRITTEN = re.compile(rf"(?P<name>.+)\.\d+{re.escape(PARTIAL)}")
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files that a run wrote into `folder`: names that only a run gives, and those that its manifest lists."""
+    listed = _listed(folder / MANIFEST) | _listed(folder / UNFINISHED)
+
+    def is_own(name: str) -> bool:
+        being_written = _BEING_WRITTEN.fullmatch(name)
+        final = being_written["name"] if being_written else name
+        return final in listed or _NAMED.fullmatch(final) is not None
+
+    templates = [] if (folder / CHAT_TEMPLATES).is_symlink() else names_in(folder / CHAT_TEMPLATES)
+    names = [*names_in(folder), *(f"{CHAT_TEMPLATES}/{name}" for name in templates)]
+    paths = [folder / name for name in names if is_own(name)]
+    return [path for path in paths if path.is_symlink() or not path.is_dir()]
+
+
+def remove(folder: Path) -> list[Path]:
+    """Remove a checkpoint, or what is left of one; what is not a run's stays, in its folder, and is returned.
+
+    The manifest is the first to go, since without one there is no checkpoint; as long as files that it lists are there
+    it stays under another name. A link is a user's: neither it nor what it leads to is touched.
+    """
+    if folder.is_symlink():
+        return []
+    own = own_files(folder)
+    manifest, unfinished = folder / MANIFEST, folder / UNFINISHED
+    if manifest in own:
+        manifest.replace(unfinished)
+        sync_folder(folder)
+    for path in own:
+        if path not in (manifest, unfinished):
+            path.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / CHAT_TEMPLATES).rmdir()  # only where it is empty
+    left = [folder / name for name in names_in(folder)]
+    if not left:
+        with suppress(FileNotFoundError):
+            folder.rmdir()
+    return left
+
+
+def _listed(manifest: Path) -> set[str]:
+    """The files a manifest names, also one whose checksum is another by now."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set(json.loads(manifest.read_bytes())["files"])
+    return set()
