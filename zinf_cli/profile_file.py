@@ -7,7 +7,8 @@ and estimate read the file that --hardware names, or the first of `places`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,11 +142,23 @@ def user_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "zinf" / FILE_NAME
 
 
-def find_measured(hardware: Path | None, recipe: Path | None) -> Measured | None:
-    """The profile file that was named, or the first there is; None without one."""
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def find_measured(hardware: Path | None, recipe: Path | None, notice: Callable[[str], None] = _say) -> Measured | None:
+    """The profile file that was named, or the first there is; None without one.
+
+    One that nobody named and that can't be used, as a power cut leaves it, is as good as none: `notice` is told.
+    """
     if hardware is not None:
         return load_measured(hardware)
-    return next((load_measured(path) for path in places(recipe) if path.is_file()), None)
+    for path in filter(Path.is_file, places(recipe)):
+        try:
+            return load_measured(path)
+        except UsageError as error:
+            notice(f"left out {error.describe()}")
+    return None
 
 
 def load_measured(path: Path) -> Measured:
@@ -155,7 +168,7 @@ def load_measured(path: Path) -> Measured:
     except OSError as error:
         hint = f"built-in profiles: {', '.join(BUILT_IN)}; zinf bench measures this machine"
         raise UsageError(f"no such profile: {error.strerror}", where=str(path), hint=hint) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, bad UTF-8
         raise UsageError("not valid YAML", where=str(path), hint="zinf bench writes it anew") from error
     if not isinstance(tree, dict):
         raise UsageError("a profile is a mapping with nvme: and links:", where=str(path))
@@ -203,7 +216,11 @@ def to_profile(measured: Measured) -> Profile:
 
 def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> None:
     """Put one section into the file, in place of what it had there; the other one stays."""
-    there = load_measured(path) if path.is_file() else Measured()
+    try:
+        there = load_measured(path) if path.is_file() else Measured()
+    except UsageError as error:
+        _say(f"written anew: {error.describe()}")
+        there = Measured()
     measured = there.model_copy(update={"name": name, section: values})
     tree = {key: _given(plain(value)) for key, value in measured if value is not None}
     path.parent.mkdir(parents=True, exist_ok=True)

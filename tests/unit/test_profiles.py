@@ -86,6 +86,20 @@ def test_the_file_beside_the_recipe_comes_before_the_users(tmp_path: Path, monke
     assert found.name == "beside"
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b"nvme: {", b"name: 2024-02-30", b"\xff", b"nvme: {space: 3}"])
+def test_what_a_power_cut_left_is_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    torn, notes = tmp_path / "zinf" / "hardware.yaml", list[str]()
+    torn.parent.mkdir()
+    torn.write_bytes(content)
+    assert find_measured(None, None, notes.append) is None
+    assert [str(torn) in note for note in notes] == [True]
+    with pytest.raises(UsageError):  # which was asked for by name
+        find_measured(torn, None)
+    save_measured(torn, "nvme", nvme(tmp_path), "box")
+    assert find_measured(None, None) is not None
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from zinf_cli.launch.summary import _steady
+from zinf_cli.launch.failure import first_failure
+from zinf_cli.launch.summary import START_FILE, Watch, _steady
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,17 @@ from zinf_cli.launch.summary import _steady
 def test_steps_that_follow_one_of_their_kind_are_compared(updated: list[int], steady: list[int]) -> None:
     steps = [{"step": number, "updated_in_backward": count} for number, count in enumerate(updated)]
     assert [step["step"] for step in _steady(steps)] == steady
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 8, '{"st'])
+def test_files_that_are_not_whole_are_not_there(tmp_path: Path, content: str) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / START_FILE).write_text(content)
+    (tmp_path / "logs" / "error-00000.json").write_text(content)
+    watch = Watch(tmp_path, lambda line: None)
+    watch.poll()
+    assert watch.first_step is None
+    (tmp_path / START_FILE).write_text('{"step": 3}')
+    watch.poll()
+    assert watch.first_step == 3
+    assert first_failure(tmp_path, []) is None

@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def any_recorded(run_dir: Path) -> bool:
 
 def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
     """The failure that ended the run; None if nothing failed."""
-    records: list[dict[str, Any]] = [json.loads(file.read_text()) for file in _error_files(run_dir)]
+    records = list(_records(run_dir))
     first = min(records, key=lambda record: (record["secondary"], record["time"]), default=None)
     if first is None or first["secondary"]:
         recorded = {record["rank"] for record in records}
@@ -125,6 +126,13 @@ def _silent_failure(ending: Ending) -> Failure | None:
         log=ending.log,
         exit_code=1,
     )
+
+
+def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Those that can be read: a full drive, or a mirror of it, may hold half of one."""
+    for file in _error_files(run_dir):
+        with suppress(OSError, ValueError):
+            yield json.loads(file.read_text())
 
 
 def _error_files(run_dir: Path) -> list[Path]:

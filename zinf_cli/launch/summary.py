@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +31,9 @@ class Watch:
     _offset: int = 0
 
     def poll(self) -> None:
-        if self.first_step is None and (self.run_dir / START_FILE).exists():
-            self.first_step = json.loads((self.run_dir / START_FILE).read_text())["step"]
+        if self.first_step is None:
+            with suppress(OSError, ValueError):  # not there yet, or not whole
+                self.first_step = json.loads((self.run_dir / START_FILE).read_text())["step"]
         path = self.run_dir / "metrics.jsonl"
         if self.first_step is not None and path.exists():
             with path.open("rb") as file:
