@@ -219,7 +219,8 @@ def _judge(
             hint="is config.json the one of these weights, with their class under architectures?",
         )
     if extra:
-        notice(f"{files.directory}: {len(extra)} tensors that {type(model).__name__} has no place for: {_some(extra)}")
+        count = f" ({len(extra)} in all)" if len(extra) > _LISTED else ""
+        notice(f"{files.directory}: left out, as {type(model).__name__} has no place for it: {_some(extra)}{count}")
     return origins
 
 
