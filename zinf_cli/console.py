@@ -66,7 +66,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         io = plan.io
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
-    for line in plan.figures.data.notes:
+    for line in (*model.notes, *plan.figures.data.notes):
         head.add_row("note", Text(line))
     if defaults:
         head.add_row("defaults", Text(", ".join(defaults), style="dim"))

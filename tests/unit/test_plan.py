@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint.manifest import Manifest
+from zinf_cli.console import plan_screen
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.plan import memory
 from zinf_cli.plan import plan as plans
 from zinf_cli.plan.checkpoints import checkpoint_bytes
+from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan, make_plan
 from zinf_cli.recipe import Checkpoint, Recipe
@@ -24,6 +30,7 @@ from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
 from zinf_cli.train.describe import describe
+from zinf_cli.train.model import build_model
 
 CLASSES = ("params", "grads", "optimizer", "activations")
 FLOPS = 1e13
@@ -189,6 +196,21 @@ def test_memory_that_is_left_holds_units(
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
     assert plan.nvme_traffic < 0.8 * streamed.nvme_traffic
     assert [line["loss"] for line in lines] == losses
+
+
+def test_what_is_left_out_of_a_checkpoint_stands_in_the_plan(tmp_path: Path) -> None:
+    blank: Any = build_model(random_source("llama"))
+    type(blank)._from_config(blank.config).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(file) | {"v_head.weight": torch.zeros(3)}, file)
+    recipe = recipe_of(tmp_path, "llama")
+    model = recipe.model.model_copy(update={"config": None, "name_or_path": tmp_path / "model", "init": "pretrained"})
+    recipe = recipe.model_copy(update={"model": model})
+    figures = describe(recipe, 1)
+    assert Figures.from_json(json.loads(json.dumps(asdict(figures)))) == figures
+    shown = StringIO()
+    Console(width=500, file=shown).print(plan_screen(make_plan(recipe, figures), "tiny", []))
+    assert "left out, as LlamaForCausalLM has no place for it: v_head.weight" in shown.getvalue()
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class ModelFigures:
     surveyed: bool
     """Whether activations were measured on the meta device; otherwise their figures are missing."""
     flops_per_token: float
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the model and its checkpoint go together."""
 
     @property
     def turn(self) -> int | None:
@@ -115,7 +117,7 @@ class Figures:
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
         model = dict(document["model"])
         model["units"] = tuple(UnitFigures(**unit) for unit in model["units"])
-        model["order"] = tuple(model["order"])
+        model["order"], model["notes"] = tuple(model["order"]), tuple(model["notes"])
         return cls(
             ModelFigures(**model),
             DataFigures(**{**document["data"], "notes": tuple(document["data"]["notes"])}),

@@ -44,7 +44,8 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     world_size = world_size or ranks
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
-    open_weights(model, model_source(recipe))
+    left_out: list[str] = []
+    open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
     text = open_text(recipe, vocabulary_of(model), notes.append)
     if (resumed := newest_manifest(recipe, model, text)) is not None:
@@ -55,10 +56,10 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    return Figures(_model_figures(model, seen, recipe), data, machine, world_size, ranks, precision)
+    return Figures(_model_figures(model, seen, recipe, tuple(left_out)), data, machine, world_size, ranks, precision)
 
 
-def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe) -> ModelFigures:
+def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[str, ...]) -> ModelFigures:
     return ModelFigures(
         architecture=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
@@ -72,6 +73,7 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe) -> ModelFigur
         loss_bytes=seen.loss_bytes,
         surveyed=seen.complete,
         flops_per_token=_flops_per_token(model, recipe.train.seq_len),
+        notes=notes,
     )
 
 

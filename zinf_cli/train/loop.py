@@ -88,7 +88,7 @@ def _open_engine(
 ) -> tuple[Engine, torch.nn.Module, WeightSource]:
     """The model with room for its state on the plan's tiers, and where its first weights come from."""
     model = open_model(recipe, plan.precision)
-    weights = open_weights(model, model_source(recipe), note)
+    weights = open_weights(model, model_source(recipe))
     load_buffers(model, model_source(recipe))
     seen = survey_model(model, recipe, ranks.world_size)
     place_buffers(model, device)

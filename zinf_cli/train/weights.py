@@ -12,7 +12,6 @@ of one group they give its values, in memory that follows the group.
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,6 @@ from zinf_cli.train.model import ModelSource, skeleton
 from zinf_cli.train.random_weights import RandomWeights
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 
-log = logging.getLogger("zinf")
 _LISTED = 10  # tensors of each kind that a message names
 
 
@@ -51,7 +49,7 @@ class WeightSource(Protocol):
         """
 
 
-def open_weights(model: nn.Module, source: ModelSource, notice: Callable[[str], None] = log.warning) -> WeightSource:
+def open_weights(model: nn.Module, source: ModelSource, notice: Callable[[str], None] = lambda _: None) -> WeightSource:
     """The weights of a model from `build_model(source)`, which keeps its parameters on the meta device.
 
     A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing or misshaped. Tensors
