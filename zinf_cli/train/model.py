@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import importlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -231,10 +232,21 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
         if type(config) in mapping:
             model_class: type[PreTrainedModel] = mapping[type(config)]
             return model_class
+    for beside in _language_models_beside(config):
+        return beside
     raise ModelError(
         f"transformers has no language model of type {config.model_type!r}: causal, seq2seq or masked",
         where=where,
     )
+
+
+def _language_models_beside(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
+    """Those of a text part that transformers lists under the whole model only (emu3_text_model, mllama_text_model)."""
+    if config.base_config_key == "text_config":
+        modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        for name, found in vars(modeling).items():
+            if name.endswith("ForCausalLM") and getattr(found, "config_class", None) is type(config):
+                yield found
 
 
 def _one_line(error: Exception) -> str:
