@@ -255,19 +255,29 @@ def test_only_whole_ones_count_and_the_oldest_go(tmp_path: Path) -> None:
 
 
 def test_a_drive_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
+    """Nothing is left of the one there was no room for; a run goes on without it, and says so."""
     engine = open_engine(random_source("llama"), EngineOptions())
     before = save(engine, tmp_path, 1)
+    said: list[str] = []
+    writer = CheckpointWriter(tmp_path, engine, Ranks(), lambda: iter([]), 1, said.append)
+    position = Position(3, "fp32", 9, "text", None, {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
     try:
         with pytest.raises(CapacityError, match="no room for a checkpoint: rank 0 needs"):
             save(engine, tmp_path, 2)
+        assert writer.begin(3, required=False) is None
+        assert not writer.describe(position)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    engine.close()
-    assert os.listdir(folders.step_folder(tmp_path, 2)) == []  # noqa: PTH208
-    assert folders.checkpoints_of(tmp_path) == [before]
+    assert said[0].startswith("no checkpoint step-00000003, the run goes on without: ")
+    assert "no room for a checkpoint: rank 0 needs" in said[0]
+    assert {path.name for path in before.parent.iterdir()} == {before.name, "latest"}
     assert not [verdict for verdict in verify(before) if verdict.problem]
+    writer.write(replace(position, step=4))  # there is room again
+    assert [folders.step_of(folder) for folder in folders.checkpoints_of(tmp_path)] == [4]
+    writer.close()
+    engine.close()
 
 
 def zinf(*arguments: object) -> subprocess.CompletedProcess[str]:

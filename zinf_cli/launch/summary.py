@@ -42,9 +42,10 @@ class Watch:
                     if not line.endswith(b"\n"):
                         break
                     self._offset += len(line)
-                    self.lines.append(json.loads(line))
-                    if self.lines[-1]["step"] > self.first_step or not self.first_step:
-                        self.show(self.lines[-1])
+                    with suppress(ValueError):  # damaged, which the ranks say when they go on
+                        self.lines.append(json.loads(line))
+                        if self.lines[-1]["step"] > self.first_step or not self.first_step:
+                            self.show(self.lines[-1])
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from zinf_cli.checkpoint.manifest import (
     cut,
     rank_file,
 )
+from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import Unit
-from zinf_cli.errors import TierError
+from zinf_cli.errors import CapacityError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, open_rank_file
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -79,34 +80,68 @@ class CheckpointWriter:
         self._coming: deque[_Coming] = deque()
         """Checkpoints that are not whole yet, the oldest first."""
         self._commit: Future[None] | None = None
+        self._begun = False
+        """Whether there was room for the newest."""
         self._files: list[RankFile] = []
         self._moved = (0, 0)
 
-    def begin(self, step: int) -> RankFile:
-        """Room for the state after `step` updates; waits until earlier checkpoints are whole, if they can be."""
+    def begin(self, step: int, *, required: bool = True) -> RankFile | None:
+        """Room for the state after `step` updates; waits until earlier checkpoints are whole, if they can be.
+
+        Where there is none, an error if it is `required`. Otherwise None and a notice: the run goes on, with the
+        checkpoints that it has.
+        """
         while self._coming and self._coming[0].file.completed:
             self._finish_oldest()
         folder = folders.step_folder(self._run_dir, step)
-        if self._ranks.rank == 0:
-            with _disk_errors(folder):
-                folders.begin(folder)
-        self._ranks.all(0)  # nobody writes into a folder that is about to be emptied
-        file = open_rank_file(folder, self._layout(), self._engine.trace, self._ranks.rank, self._background)
-        self._files.append(file)
-        self._coming.append(_Coming(folder, file))
-        return file
+        file, problem = self._open(folder)
+        failed = [rank for rank, flag in enumerate(self._ranks.all(int(file is None))) if flag]
+        self._begun = not failed
+        if file is not None and not failed:
+            self._files.append(file)
+            self._coming.append(_Coming(folder, file, required))
+            return file
+        if file is not None:
+            file.close()
+        self._forget(folder)
+        problem = problem or TierError(f"rank {failed[0]} has no room for a checkpoint", where=str(folder))
+        if required:
+            raise problem
+        self._say_missing(folder, problem)
+        return None
 
-    def describe(self, position: Position) -> None:
-        """What goes with the state: `position.step` updates are made, or pending."""
+    def _open(self, folder: Path) -> tuple[RankFile | None, ZinfError | None]:
+        """This rank's file in an empty folder, or why there is none."""
+        problem: ZinfError | None = None
+        if self._ranks.rank == 0:
+            try:
+                with _disk_errors(folder):
+                    folders.begin(folder)
+            except TierError as error:
+                problem = error
+        if any(self._ranks.all(int(problem is not None))):  # nobody writes into a folder that is about to be emptied
+            return None, problem
+        try:
+            return open_rank_file(folder, self._layout(), self._engine.trace, self._ranks.rank, self._background), None
+        except (CapacityError, TierError) as error:
+            return None, error
+
+    def describe(self, position: Position) -> bool:
+        """What goes with the state: `position.step` updates are made, or pending. Whether there was room for it."""
+        if not self._begun:
+            return False
         coming = self._coming[-1]
         coming.position = position
         coming.layout = self._layout()
         if self._ranks.rank == 0:
             coming.small_files = chain(self._model_files(), _buffers(self._engine.model))
+        return True
 
     def write(self, position: Position) -> None:
         """A whole checkpoint of the state as it is now, with pending updates made."""
-        self._engine.save(self.begin(position.step))
+        file = self.begin(position.step)
+        assert file is not None
+        self._engine.save(file)
         self.describe(position)
         self.finish()
 
@@ -124,11 +159,10 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Files of checkpoints that will not be are removed."""
+        self._background.shutdown()
         for coming in self._coming:
             coming.file.close()
-            with suppress(OSError):
-                coming.file.path.unlink()
-        self._background.shutdown()
+            self._forget(coming.folder)
 
     def traffic(self) -> tuple[int, int]:
         """Bytes (read, written) of all checkpoints so far."""
@@ -151,7 +185,8 @@ class CheckpointWriter:
     def _seal_oldest(self) -> None:
         """All ranks' checksums to rank 0, which writes the manifest."""
         coming = self._coming[0]
-        coming.file.on_drive.result()
+        with _disk_errors(coming.file.path):
+            coming.file.on_drive.result()
         assert coming.layout is not None
         assert coming.position is not None
         checksums = torch.zeros(self._ranks.world_size, len(coming.layout.pieces), dtype=torch.int64)
@@ -171,20 +206,44 @@ class CheckpointWriter:
             rank_file(rank): StoredFile(coming.layout.num_bytes, tuple(f"{value & _64_BITS:016x}" for value in row))
             for rank, row in enumerate(checksums.tolist())
         }
-        with _disk_errors(coming.folder):
-            for name, content in coming.small_files:
-                folders.announce(coming.folder, [*files, name])
-                (coming.folder / name).parent.mkdir(exist_ok=True)
-                write_durably(coming.folder / name, content)
-                pieces = (content[start : start + length] for start, length in cut(len(content)))
-                files[name] = StoredFile(len(content), tuple(map(xxh3_64_hexdigest, pieces)))
-            manifest = Manifest(
-                **vars(coming.position), world_size=self._ranks.world_size, units=coming.layout.units, files=files
-            )
-            folders.commit(coming.folder, manifest.dump())
-            left = folders.keep_latest(coming.folder, self._keep) if self._keep is not None else []
-        if left:
-            self._notice(folders.kept_back(left))
+        try:
+            with _disk_errors(coming.folder):
+                for name, content in coming.small_files:
+                    folders.announce(coming.folder, [*files, name])
+                    (coming.folder / name).parent.mkdir(exist_ok=True)
+                    write_durably(coming.folder / name, content)
+                    pieces = (content[start : start + length] for start, length in cut(len(content)))
+                    files[name] = StoredFile(len(content), tuple(map(xxh3_64_hexdigest, pieces)))
+                manifest = Manifest(
+                    **vars(coming.position), world_size=self._ranks.world_size, units=coming.layout.units, files=files
+                )
+                folders.commit(coming.folder, manifest.dump())
+        except TierError as error:
+            self._forget(coming.folder)
+            if coming.required:
+                raise
+            self._say_missing(coming.folder, error)
+            return
+        self._remove_oldest(coming.folder)
+
+    def _remove_oldest(self, newest: Path) -> None:
+        if self._keep is not None:
+            try:
+                if left := folders.keep_latest(newest, self._keep):
+                    self._notice(folders.kept_back(left))
+            except (OSError, UnreadableError) as error:
+                self._notice(f"older checkpoints could not be removed: {error}")
+
+    def _forget(self, folder: Path) -> None:
+        """Remove what was written of a checkpoint that will not be."""
+        with suppress(OSError, UnreadableError):
+            if self._ranks.rank != 0:
+                (folder / rank_file(self._ranks.rank)).unlink(missing_ok=True)
+            elif not folders.is_checkpoint(folder):
+                remove(folder)
+
+    def _say_missing(self, folder: Path, error: ZinfError) -> None:
+        self._notice(f"no checkpoint {folder.name}, the run goes on without: {error.describe()}")
 
 
 @contextmanager
@@ -202,6 +261,7 @@ class _Coming:
 
     folder: Path
     file: RankFile
+    required: bool
     position: Position | None = None
     layout: Layout | None = None
     """With the number of updates of each parameter, as the step has left it."""

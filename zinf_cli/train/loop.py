@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -62,7 +63,9 @@ def train(run_dir: Path) -> int:
             engine.load(weights.read)
         if ranks.rank == 0:
             logging = recipe.logging
-            metrics = Metrics(run_dir, interval=logging.interval, tensorboard=logging.tensorboard, step=start.step)
+            metrics = Metrics(
+                run_dir, interval=logging.interval, tensorboard=logging.tensorboard, notice=note, step=start.step
+            )
             start.announce(run_dir)
         Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
     finally:
@@ -126,8 +129,9 @@ def _open_engine(
 
 
 def note(line: str) -> None:
-    """Say something to the user: the launcher shows what rank 0 notes."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    """Say something to the user, if the log takes it: the launcher shows what rank 0 notes."""
+    with suppress(OSError):
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -181,8 +185,7 @@ class Run:
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
-            if save:
-                self._writer.describe(self._position(step))
+            if save and self._writer.describe(self._position(step)):
                 saved = step
         self.engine.flush()
         if save_interval and saved < step:  # the run was to stop after this step
@@ -217,7 +220,7 @@ class Run:
     def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:
         start = time.perf_counter()
         self._writer.advance()
-        sink = self._writer.begin(step + 1) if save else None
+        sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
         self._peak.reset()
         for tier in self._drives:
             tier.peak = tier.used

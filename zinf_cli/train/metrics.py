@@ -7,60 +7,141 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from zinf_cli.checkpoint.reading import exists, patiently
 from zinf_cli.durable import write_durably
+from zinf_cli.errors import TierError
 
 SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
 STRAGGLING = 0.2
 """Of a step: what the others have to wait for a rank to be called the slowest."""
 
 
+_NUMBERS = (
+    "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "wait_s", "updated_in_backward",
+    "device_bytes", "cpu_bytes", "nvme_bytes", "nvme_read_bytes", "nvme_write_bytes",
+)  # fmt: skip
+"""What every step's line has, as a number."""
+_MOST_PENDING = 64 * 2**20
+"""Bytes of lines that wait for room on a full drive."""
+
+
 class Metrics:
-    """Appends to `run_dir`/metrics.jsonl, every line flushed; every `interval` steps to TensorBoard.
+    """Appends to `run_dir`/metrics.jsonl, every line at once; every `interval` steps to TensorBoard.
 
     A run that goes on after `step` keeps the lines up to there: what a crashed run wrote of later steps comes again.
+    Training does not end for want of a line: what the drive does not take is written later, and `notice` told.
+    TierError where the file can't be begun.
     """
 
-    def __init__(self, run_dir: Path, *, interval: int, tensorboard: bool, step: int = 0) -> None:
-        path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-        write_durably(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(
+        self, run_dir: Path, *, interval: int, tensorboard: bool, notice: Callable[[str], None], step: int = 0
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self._notice = notice
+        kept, damaged = _lines_until(step, self.path) if step else ([], 0)
+        if damaged:
+            notice(f"{self.path}: {damaged} lines are not as they were written, and left out")
+        try:
+            write_durably(self.path, b"".join(line + b"\n" for line in kept))
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise TierError(f"can't be written: {error.strerror}", where=str(self.path)) from error
+        self._pending = b""
+        self._said = False
         self._interval = interval
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+            self._on_board(lambda: self._open_board(run_dir, step))
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; `values` has "step". What is not finite becomes null, since JSON has no word for it."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._pending += json.dumps(finite).encode() + b"\n"
+        self._flush()
         if self._board is not None and values["step"] % self._interval == 0:
-            for name in SCALARS:
-                if name in values:
-                    self._board.add_scalar(name, values[name], values["step"])
+            self._on_board(lambda: self._add_scalars(values))
 
     def sync(self) -> None:
-        """Return when every line is on the drive."""
-        os.fsync(self._file.fileno())
+        """Return when every line is on the drive, if it takes them."""
+        self._flush()
+        self._try(lambda: os.fsync(self._file))
 
     def close(self) -> None:
-        self._file.close()
+        self._flush()
+        self._try(lambda: os.close(self._file))
         if self._board is not None:
-            self._board.close()
+            self._on_board(self._board.close)
+
+    def _flush(self) -> None:
+        if self._try(self._write_pending):
+            self._said = False
+        self._pending = self._pending[-_MOST_PENDING:]
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[os.write(self._file, self._pending) :]
+
+    def _try(self, call: Callable[[], object]) -> bool:
+        """Whether the drive did it; the first time that it does not is said."""
+        try:
+            call()
+        except OSError as error:
+            if not self._said:
+                self._notice(f"{self.path}: can't be written now: {error.strerror}; the run goes on")
+            self._said = True
+            return False
+        return True
+
+    def _open_board(self, run_dir: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def _add_scalars(self, values: dict[str, Any]) -> None:
+        for name in SCALARS:
+            if name in values:
+                self._board.add_scalar(name, values[name], values["step"])
+
+    def _on_board(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            self._board = None
+            self._notice(f"no more TensorBoard files: {error.strerror or error}; the run goes on")
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a killed run may have left half of one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def _lines_until(step: int, path: Path) -> tuple[list[bytes], int]:
+    """(the lines up to `step`, how many others are damaged); a killed run may have left half of one at the end.
+
+    A power cut may have left anything.
+    """
+    if not exists(path):
+        return [], 0
+    *lines, rest = patiently(path.read_bytes, path).split(b"\n")
+    steps = [(line, _step_of(line)) for line in lines]
+    if _step_of(rest) is not None:
+        steps.append((rest, _step_of(rest)))
+    return [line for line, at in steps if at is not None and at <= step], sum(at is None for _, at in steps)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None where it is not one that a run has written."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    if isinstance(step, bool) or not isinstance(step, int):
+        return None
+    numbers = _NUMBERS if "loss" in values else ()
+    nullable = [values.get(name) for name in ("loss", "eval_loss", "lr", "grad_norm")]
+    if not all(isinstance(values.get(name), (int, float)) for name in numbers):
+        return None
+    return step if all(value is None or isinstance(value, (int, float)) for value in nullable) else None
 
 
 def straggler_of(waits: Sequence[float], step_s: float) -> int | None:

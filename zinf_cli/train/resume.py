@@ -17,7 +17,7 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, ZinfError
+from zinf_cli.errors import CheckpointError, DamagedError, TierError, UnreadableError, ZinfError
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -45,9 +45,12 @@ class Start:
     loss_scale: tuple[float, int] | None = None
 
     def announce(self, run_dir: Path) -> None:
-        """Tell the launcher, which then follows metrics.jsonl."""
+        """Tell the launcher, which then follows metrics.jsonl; TierError where that can't be."""
         start = {"step": self.step, "checkpoint": str(self.folder) if self.folder else None}
-        write_durably(run_dir / START_FILE, json.dumps(start))
+        try:
+            write_durably(run_dir / START_FILE, json.dumps(start))
+        except OSError as error:
+            raise TierError(f"can't be written: {error.strerror}", where=str(run_dir / START_FILE)) from error
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
