@@ -130,7 +130,7 @@ def test_memory_follows_the_largest_unit(tmp_path: Path) -> None:
 KEPT = {
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tekken.json", "qwen.tiktoken", "vocab.txt",
     "bpe_simple_vocab_16e6.txt.gz", "preprocessor_config.json", "processor_config.json", "generation_config.json",
-    "README.md", "LICENSE", "modeling_mine.py", "additional_chat_templates/tools.jinja",
+    "README.md", "LICENSE", "modeling_mine.py", "rank-notes.txt", "additional_chat_templates/tools.jinja",
 }  # fmt: skip
 LEFT_OUT = {
     "pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json", "consolidated.00.pth",

@@ -200,7 +200,8 @@ class Manifest:
 
     def pieces_of(self, name: str) -> Sequence[tuple[int, int]]:
         """(offset, length) of the pieces of a file."""
-        return self.layout.pieces if name.startswith("rank-") else cut(self.files[name].num_bytes)
+        ranks = map(rank_file, range(self.world_size))
+        return self.layout.pieces if name in ranks else cut(self.files[name].num_bytes)
 
     def params(self) -> Iterator[tuple[StoredFlat, StoredParam]]:
         for unit in self.units:
