@@ -100,6 +100,10 @@ class Dataset(Section):
     """The field of .jsonl and .parquet records that holds the text."""
     messages_field: str | None = None
     """Instead of text: a field with chat messages; loss on the assistant's turns only."""
+    source_field: str = "source"
+    """For an encoder-decoder: the field that holds what the encoder reads."""
+    target_field: str = "target"
+    """And the one that holds what the decoder is to write; both are cut at train.seq_len tokens."""
     tokenizer: AbsolutePath | None = None
     """A directory with a tokenizer, where it is not the model's."""
     eval_path: Paths | None = None

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import torch
 
 from zinf_cli.errors import DatasetError, UsageError
-from zinf_cli.train.token_stream import TokenStream
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward computes on. A share that is empty is one window with everything masked."""
-
-    input_ids: torch.Tensor
-    """int64 [sequences, seq_len]."""
-    labels: torch.Tensor
-    """int64 [sequences, seq_len]; -100 where there is no loss."""
-    num_targets: int
-    """Labels the loss averages over: each sequence's first predicts nothing."""
-    index: int
-    """Its place among all micro-batches of the step, over ranks."""
+Item = TypeVar("Item")
 
 
 class BatchOrder:
@@ -73,7 +59,7 @@ class BatchOrder:
         return int(self._permutation[inside])
 
 
-def deal(windows: Sequence[int], rank: int, world_size: int, micro_batch_size: int) -> list[tuple[int, ...]]:
+def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: int) -> list[tuple[Item, ...]]:
     """This rank's micro-batches of a global batch.
 
     Ranks get contiguous shares that differ by at most one window, in equally many micro-batches of at most
@@ -105,13 +91,3 @@ def _share(count: int, number: int, of: int) -> tuple[int, int]:
     size, more = divmod(count, of)
     first = number * size + min(number, more)
     return first, first + size + (1 if number < more else 0)
-
-
-def collate(stream: TokenStream, windows: Sequence[int], seq_len: int, index: int) -> MicroBatch:
-    """The micro-batch of `windows`."""
-    pairs = [stream.window(window, seq_len) for window in windows or (0,)]
-    input_ids = torch.stack([ids for ids, _ in pairs])
-    labels = torch.stack([label for _, label in pairs])
-    if not windows:
-        labels = torch.full_like(labels, -100)
-    return MicroBatch(input_ids, labels, int((labels[:, 1:] != -100).sum()), index)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import numpy as np
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
-from zinf_cli.train.documents import find_files, read_documents
+from zinf_cli.train.documents import Document, find_files, read_documents
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
-from zinf_cli.train.tokens import Tokenizer
+from zinf_cli.train.tokens import ANSWERS, Tokenizer
 
 CACHE_VERSION = 2
 LARGEST_TOKEN = 2**31 - 1
@@ -35,6 +36,8 @@ class TextSource:
     text_field: str = "text"
     messages_field: str | None = None
     tokenizer: Path | None = None
+    pair_fields: tuple[str, str] | None = None
+    """Instead of text: the fields of a source and its target, for an encoder-decoder."""
 
 
 def open_token_stream(
@@ -64,7 +67,7 @@ def open_token_stream(
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """What decides the tokens: the files as they are now, the fields, the tokenizer's files."""
-    parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field]
+    parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and files[0].suffix != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
@@ -133,15 +136,44 @@ def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
     assert source.tokenizer is not None
     tokenizer = Tokenizer(source.tokenizer)
     for file in files:
-        for document in read_documents(file, source.messages_field or source.text_field):
-            if source.messages_field is None:
-                ids = tokenizer.encode_text(document)
-                if ids:
-                    yield np.array(ids, dtype=np.int32), None
-            else:
+        spoken = False
+        for document in _documents(file, source):
+            mask: list[bool] | None = None
+            if source.pair_fields is not None:
+                ids, mask = tokenizer.encode_pair(document, source.pair_fields[1])
+            elif source.messages_field is not None:
                 ids, mask = tokenizer.encode_chat(document)
-                if ids:
-                    yield np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_)
+            else:
+                ids = tokenizer.encode_text(document)
+            spoken = spoken or mask is None or any(mask)
+            if ids:
+                yield np.array(ids, dtype=np.int32), None if mask is None else np.array(mask, dtype=np.bool_)
+        if not spoken:
+            raise _nobody_answers(file, source)
+
+
+def _documents(file: Path, source: TextSource) -> Iterator[Document]:
+    if source.pair_fields is not None:
+        return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
+    if source.messages_field is not None:
+        return read_documents(file, source.messages_field)
+    return read_documents(file, source.text_field)
+
+
+def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
+    """Chats in which there is nothing to train on, with the roles that there are."""
+    roles = Counter(str(message["role"]) for document in _documents(file, source) for message in document.content)
+    if not roles[ANSWERS]:
+        found = ", ".join(f"{role} ({count})" for role, count in roles.most_common(8))
+        return DatasetError(
+            f"no message in {source.messages_field!r} has the role {ANSWERS!r}, and only what it says is trained on; "
+            f"roles there: {found}",
+            where=str(file),
+            hint=f"rename the role that answers to {ANSWERS}",
+        )
+    return DatasetError(
+        f"no {ANSWERS} in {source.messages_field!r} says anything, and only what it says is trained on", where=str(file)
+    )
 
 
 def _array_blocks(file: Path) -> Iterator[np.ndarray[Any, Any]]:

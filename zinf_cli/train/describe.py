@@ -18,6 +18,7 @@ from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe import Recipe
 from zinf_cli.train.metrics import process_memory
+from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     DTYPES,
@@ -26,7 +27,6 @@ from zinf_cli.train.setup import (
     open_text,
     resolve_precision,
     survey_model,
-    vocabulary_of,
 )
 from zinf_cli.train.weights import open_weights
 
@@ -47,7 +47,9 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     left_out: list[str] = []
     open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
-    text = open_text(recipe, vocabulary_of(model), notes.append)
+    text = open_text(recipe, model, notes.append)
+    if isinstance(text.train, PairStream) and (cut := text.train.num_cut(recipe.train.seq_len)):
+        notes.append(f"{cut} pairs are longer than train.seq_len={recipe.train.seq_len} and are cut there")
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
     seen = survey_model(model, recipe, world_size)

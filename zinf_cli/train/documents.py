@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import DatasetError
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
+RECORDS = (".jsonl", ".parquet")
 PIECE = 1 << 20
 """Characters of a .txt file that are tokenised together."""
 
@@ -23,6 +24,8 @@ class Document:
     content: Any
     """str, or a list of {role, content}."""
     ends: bool = True
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of the record."""
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
@@ -51,15 +54,15 @@ def _accepted() -> str:
     return f"give {', '.join(SUFFIXES)}"
 
 
-def read_documents(path: Path, field: str) -> Iterator[Document]:
-    """The documents of one text file; `field` names what a record holds."""
+def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterator[Document]:
+    """The documents of one text file; `field` names what a record holds, `beside` what else of it is wanted."""
     try:
         if path.suffix == ".txt":
             yield from _text_pieces(path)
         elif path.suffix == ".jsonl":
-            yield from _json_lines(path, field)
+            yield from _json_lines(path, field, beside)
         else:
-            yield from _parquet_rows(path, field)
+            yield from _parquet_rows(path, field, beside)
     except UnicodeDecodeError as error:
         raise DatasetError(f"not UTF-8 text (byte {error.start} of a piece)", where=str(path)) from error
     except OSError as error:
@@ -78,7 +81,7 @@ def _text_pieces(path: Path) -> Iterator[Document]:
             piece = following
 
 
-def _json_lines(path: Path, field: str) -> Iterator[Document]:
+def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
     empty = True
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -93,12 +96,12 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
             if not isinstance(record, dict) or field not in record:
                 known = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
                 raise DatasetError(f"no field {field!r}, there is: {known}", where=where, hint=_field_hint())
-            yield Document(where, record[field])
+            yield Document(where, record[field], beside={name: record.get(name) for name in beside})
     if empty:
         raise DatasetError("the file is empty", where=str(path))
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
+def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
@@ -113,11 +116,12 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Document]:
         if table.metadata.num_rows == 0:
             raise DatasetError("the file has no rows", where=str(path))
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield Document(f"{path}:row {row}", value)
+        columns = [field, *(name for name in beside if name in names)]
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                yield Document(f"{path}:row {row}", record[field], beside={name: record.get(name) for name in beside})
                 row += 1
 
 
 def _field_hint() -> str:
-    return "set dataset.text_field, or dataset.messages_field for chats"
+    return "set dataset.text_field; dataset.messages_field for chats; dataset.source_field for an encoder-decoder"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import load_recipe
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
-from zinf_cli.train import batches
+from zinf_cli.train.batches import deal
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
+from zinf_cli.train.collator import MicroBatch as Batch
+from zinf_cli.train.collator import Sample, Stream
 from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, straggler_of
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.rank_process import stop_requested
@@ -41,7 +44,6 @@ from zinf_cli.train.setup import (
     open_text,
     place_buffers,
     survey_model,
-    vocabulary_of,
 )
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
@@ -57,7 +59,7 @@ def train(run_dir: Path) -> int:
     engine, model, weights = _open_engine(recipe, plan, device, ranks, trace)
     metrics = None
     try:
-        text = open_text(recipe, vocabulary_of(model), note)
+        text = open_text(recipe, model, note)
         start = resume(recipe, engine, model, text, ranks, note)
         if start.folder is None:
             engine.load(weights.read)
@@ -226,7 +228,10 @@ class Run:
             tier.peak = tier.used
         lr = learning_rate(self.recipe, step, self.plan.max_steps)
         windows = self.text.order.windows(step)
-        mine = self._micro_batches(self.text.train, windows)
+        first = self.text.order.sequences_before(step)
+        mine = self._micro_batches(
+            self.text.train, [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
+        )
         targets = self._sum([float(sum(batch.num_targets for batch in mine))])[0]
         work = [self._work(batch, batch.num_targets / max(1.0, targets), step) for batch in mine]
         optimizer = self.recipe.optimizer
@@ -268,38 +273,31 @@ class Run:
             **self._memory(),
         }
 
-    def _micro_batches(self, stream: Any, windows: Sequence[int]) -> list[batches.MicroBatch]:
+    def _micro_batches(self, stream: Stream, samples: Sequence[Sample]) -> list[Batch]:
         """This rank's share of a global batch."""
-        shares = batches.deal(
-            tuple(windows), self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size
-        )
+        shares = deal(samples, self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size)
         first = self.ranks.rank * len(shares)
-        return [
-            batches.collate(stream, share, self.recipe.train.seq_len, first + number)
-            for number, share in enumerate(shares)
-        ]
+        return [self.text.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
 
-    def _work(self, batch: batches.MicroBatch, weight: float, step: int) -> MicroBatch:
+    def _work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
         seed = hash((self.recipe.seed, step, batch.index)) & 0x7FFF_FFFF_FFFF_FFFF
-        ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
-        if batch.num_targets == 0:  # all masked: the mean over nothing is NaN, so take another and weigh it 0
-            labels = ids
-        return MicroBatch(partial(model_loss, self.model, ids, labels), weight, seed)
+        given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
+        return MicroBatch(partial(model_loss, self.model, *(tensor.to(self.device) for tensor in given)), weight, seed)
 
     def _evaluate(self) -> float:
         """Mean loss over the held-out windows, all ranks together."""
         assert self.text.held_out is not None
-        count = self.text.held_out.num_windows(self.recipe.train.seq_len)
+        windows = self.text.held_out.num_windows(self.recipe.train.seq_len)
         size = self.recipe.train.micro_batch_size
         per_pass = max(self.ranks.world_size, self.plan.per_sweep * size * self.ranks.world_size)
         self.model.eval()
         loss = targets = 0.0
-        for first in range(0, count, per_pass):
-            windows = list(range(first, min(first + per_pass, count)))
-            padding = max(0, self.ranks.world_size - len(windows))
-            mine = self._micro_batches(self.text.held_out, windows + [windows[0]] * padding)
+        for first in range(0, windows, per_pass):
+            samples = [Sample(window, window) for window in range(first, min(first + per_pass, windows))]
+            padding = max(0, self.ranks.world_size - len(samples))
+            mine = self._micro_batches(self.text.held_out, samples + [samples[0]] * padding)
             losses = self.engine.evaluate([self._work(batch, 0.0, 0) for batch in mine])
-            real = [batch.num_targets if padding == 0 or self.ranks.rank < len(windows) else 0 for batch in mine]
+            real = [batch.num_targets if padding == 0 or self.ranks.rank < len(samples) else 0 for batch in mine]
             loss += sum(value * n for value, n in zip(losses, real, strict=True) if n)
             targets += sum(real)
         self.model.train()

@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from zinf_cli.errors import ModelError
+from zinf_cli.train.objective import check_language_model, sees_both_ways
 
 # The kinds of model whose own loss zinf trains, in the order they are tried.
 _TRAINABLE = (
@@ -227,10 +228,14 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
         # A bare backbone has no loss; the language model built on it has.
         is_backbone = type(config) in MODEL_MAPPING and named is MODEL_MAPPING[type(config)]
         if isinstance(named, type) and issubclass(named, PreTrainedModel) and not is_backbone:
+            check_language_model(named, where)
             return named
-    for mapping in _TRAINABLE:
+    causal, source_to_target, masked = _TRAINABLE
+    first = masked if sees_both_ways(config) else source_to_target if config.is_encoder_decoder else causal
+    for mapping in (first, *_TRAINABLE):
         if type(config) in mapping:
             model_class: type[PreTrainedModel] = mapping[type(config)]
+            check_language_model(model_class, where)
             return model_class
     for beside in _language_models_beside(config):
         return beside

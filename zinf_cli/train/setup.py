@@ -14,9 +14,14 @@ from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
+from zinf_cli.train.collator import Collator, Stream
 from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.train.documents import RECORDS, find_files
 from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.token_stream import TokenStream, split_held_out
+from zinf_cli.train.objective import Objective, objective_of
+from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.token_stream import split_held_out
+from zinf_cli.train.tokens import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,9 +30,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Text:
     """Training text and held-out text as token streams, and the order of the training windows."""
 
-    train: TokenStream
-    held_out: TokenStream | None
+    train: Stream
+    held_out: Stream | None
     order: BatchOrder
+    collator: Collator
 
     def max_steps(self, train: Train) -> int:
         """The step at which a run ends."""
@@ -54,12 +60,24 @@ def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
     """Its units, and what one micro-batch moves through them."""
     shape = (recipe.train.micro_batch_size, recipe.train.seq_len)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    return survey(model, lambda: model_loss(model, ids, ids), world_size)
+    attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
+    return survey(model, lambda: model_loss(model, ids, ids, attention), world_size)
 
 
-def model_loss(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The model's own mean loss over `labels` that are not -100; both int64 [sequences, seq_len]."""
-    loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+def model_loss(
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The model's own mean loss over `labels` that are not -100; all int64 [sequences, seq_len].
+
+    With an `attention_mask` the two are a source and its target, which a decoder sees moved by one, as transformers'
+    DataCollatorForSeq2Seq has it.
+    """
+    more = {}
+    if attention_mask is not None:
+        more["attention_mask"] = attention_mask
+        if (moved := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
+            more["decoder_input_ids"] = moved(labels=labels.clone())
+    loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False, **more).loss
     return loss
 
 
@@ -71,28 +89,38 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def open_text(recipe: Recipe, vocabulary: int, notice: Callable[[str], None] = lambda line: None) -> Text:
+def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = lambda line: None) -> Text:
     """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model.
 
     `notice` is called with what the user should know of it.
     """
     dataset, train = recipe.dataset, recipe.train
+    collator = _collator(recipe, model)
+    pairs = collator.objective is Objective.TARGET_OF_SOURCE
+    fields = (dataset.source_field, dataset.target_field) if pairs else None
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
     cache = cache_folder("tokens")
 
-    def source(paths: tuple[Path, ...]) -> TextSource:
-        return TextSource(paths, dataset.text_field, dataset.messages_field, tokenizer)
+    def opened(paths: tuple[Path, ...]) -> Stream:
+        if pairs:
+            _check_pairs(recipe, paths, model)
+        source = TextSource(paths, dataset.text_field, dataset.messages_field, tokenizer, fields)
+        stream = open_token_stream(source, cache, notice)
+        return PairStream(stream, getattr(model.config, "pad_token_id", None) or 0) if pairs else stream
 
-    stream = open_token_stream(source(dataset.path), cache, notice)
+    stream = opened(dataset.path)
     held_out = None
     if dataset.eval_path is not None:
-        held_out = open_token_stream(source(dataset.eval_path), cache, notice)
+        held_out = opened(dataset.eval_path)
     elif dataset.eval_fraction is not None:
-        stream, held_out = split_held_out(stream, dataset.eval_fraction)
+        if isinstance(stream, PairStream):
+            stream, held_out = stream.split(dataset.eval_fraction)
+        else:
+            stream, held_out = split_held_out(stream, dataset.eval_fraction)
     for part in (stream, held_out):
-        if part is not None and part.max_token >= vocabulary:
+        if part is not None and part.max_token >= vocabulary_of(model):
             raise DatasetError(
-                f"token {part.max_token} is outside the model's embedding of {vocabulary} rows",
+                f"token {part.max_token} is outside the model's embedding of {vocabulary_of(model)} rows",
                 hint="set dataset.tokenizer to the tokenizer of this model",
             )
     if held_out is not None and held_out.num_windows(train.seq_len) == 0:
@@ -102,7 +130,43 @@ def open_text(recipe: Recipe, vocabulary: int, notice: Callable[[str], None] = l
         )
     sequences = train.micro_batch_size * train.gradient_accumulation_steps
     order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
-    return Text(stream, held_out, order)
+    for part, name in ((stream, "text"), (held_out, "held-out text")):
+        if part is not None and not collator.has_targets(part):
+            raise DatasetError(
+                f"the {name} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
+                where=", ".join(map(str, dataset.path)),
+                hint=f"see what {dataset.messages_field or dataset.text_field!r} holds there, or give more text",
+            )
+    return Text(stream, held_out, order, collator)
+
+
+def _collator(recipe: Recipe, model: nn.Module) -> Collator:
+    """Makes micro-batches of what the model is trained on."""
+    objective = objective_of(model)
+    masking = None
+    if objective is Objective.MASKED_TOKENS:
+        directory = recipe.dataset.tokenizer or recipe.model.name_or_path
+        if directory is None:
+            raise DatasetError(
+                f"{type(model).__name__} is trained on masked tokens, and nothing says which token masks",
+                hint="set dataset.tokenizer to a directory with the tokenizer of this model",
+            )
+        masking = Tokenizer(directory).masking(vocabulary_of(model), recipe.seed)
+    return Collator(objective, recipe.train.seq_len, masking)
+
+
+def _check_pairs(recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> None:
+    """DatasetError where a text is no pairs of a source and a target."""
+    dataset = recipe.dataset
+    other = next((file for file in find_files(paths) if file.suffix not in RECORDS), None)
+    if other is not None or dataset.messages_field is not None:
+        what = f"{other.suffix} has" if other is not None else f"chats ({dataset.messages_field}) have"
+        raise DatasetError(
+            f"{type(model).__name__} is an encoder-decoder: it learns to write a target from a source, and {what} none",
+            where=str(other or paths[0]),
+            hint=f"give .jsonl or .parquet rows with the fields {dataset.source_field!r} and {dataset.target_field!r} "
+            "(dataset.source_field, dataset.target_field), or train a causal model",
+        )
 
 
 def vocabulary_of(model: nn.Module) -> int:

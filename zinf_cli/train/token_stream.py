@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 MASKED = -100
+"""A label that no loss takes."""
 TokenBlock = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any] | None"]
 """Integers [n], n > 0, and for chats bool [n]: where there is a loss."""
 _TOKENS, _MASK, _META = "tokens.bin", "mask.bin", "meta.json"

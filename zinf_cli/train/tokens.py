@@ -6,8 +6,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.documents import Document
+from zinf_cli.train.masking import Masking
+
+ANSWERS = "assistant"
+"""The role in a chat whose turns are trained on."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,13 +56,42 @@ class Tokenizer:
             if (directory / name).is_file()
         ]
 
+    def masking(self, vocabulary: int, seed: int) -> Masking:
+        """How a masked language model's text is masked: by the tokenizer's mask token and special tokens."""
+        if self._tokenizer.mask_token_id is None:
+            raise DatasetError(
+                "this tokenizer has no mask token, and the model is trained on masked tokens",
+                where=str(self._directory),
+                hint="set dataset.tokenizer to the tokenizer of this model",
+            )
+        special = np.array(self._tokenizer.all_special_ids, dtype=np.int64)
+        return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
+
     def encode_text(self, document: Document) -> list[int]:
         """Tokens of a text without special tokens, and the end-of-text token where the document ends."""
         if not isinstance(document.content, str):
             raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
         ids: list[int] = self._tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"]
         end = self._tokenizer.eos_token_id
+        if end is None:
+            end = self._tokenizer.sep_token_id  # BERT's
         return [*ids, end] if document.ends and end is not None else ids
+
+    def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:
+        """Tokens of a source and its target, each with the special tokens it is given, and which are the target's."""
+        source, target = document.content, document.beside.get(target_field)
+        for text in (source, target):
+            if not isinstance(text, str) or not text:
+                raise DatasetError(
+                    f"expected a source and a target, got {source!r:.40} and {target!r:.40}",
+                    where=document.where,
+                    hint="set dataset.source_field and dataset.target_field to fields that hold text",
+                )
+        read = self._tokenizer(source, verbose=False)["input_ids"]
+        written = self._tokenizer(text_target=target, verbose=False)["input_ids"]
+        if not read or not written:
+            raise DatasetError("a source or a target has no tokens", where=document.where)
+        return [*read, *written], [False] * len(read) + [True] * len(written)
 
     def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
         """Tokens of a dialog in the chat template, and which of them the assistant says (its turn's end included).
@@ -68,7 +103,7 @@ class Tokenizer:
         whole = self._render(messages, document, prompt=False)
         said: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == ANSWERS:
                 before = self._render(messages[:number], document, prompt=True)
                 after = self._render(messages[: number + 1], document, prompt=False)
                 if not (whole.startswith(after) and after.startswith(before)):

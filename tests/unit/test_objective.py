@@ -1,0 +1,315 @@
+"""What is trained on: which labels a model's own loss averages over, masked tokens, pairs, and what has no target."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers, processors
+from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tiny_models import CONFIGS, random_source
+from zinf_cli.errors import DatasetError, ModelError, ZinfError
+from zinf_cli.recipe import Recipe
+from zinf_cli.train.batches import deal
+from zinf_cli.train.collator import Collator, MicroBatch, Sample
+from zinf_cli.train.masking import Masking
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.objective import GIVEN, Objective, check_language_model, objective_of
+from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.setup import Text, model_loss, open_text
+from zinf_cli.train.token_stream import MASKED, TokenStream
+
+SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZE |= {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+PAIR = {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+PAIR |= {
+    f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("attention_heads", 4), ("ffn_dim", 48))
+}
+PAIR |= {"max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 2}
+PROPHET = {"vocab_size": 96, "hidden_size": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2}
+PROPHET |= {
+    f"num_{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))
+}
+PROPHET |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
+XLM = {"vocab_size": 96, "emb_dim": 32, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BartForConditionalGeneration": ("bart", PAIR),
+    "BartForCausalLM": ("bart", PAIR),
+    "MBartForConditionalGeneration": ("mbart", PAIR),
+    "BlenderbotForConditionalGeneration": ("blenderbot", PAIR),
+    "BlenderbotForCausalLM": ("blenderbot", PAIR),
+    "ProphetNetForConditionalGeneration": ("prophetnet", PROPHET),
+    "ProphetNetForCausalLM": ("prophetnet", PROPHET),
+    "XLMWithLMHeadModel": ("xlm", XLM),
+    "FlaubertWithLMHeadModel": ("flaubert", {**XLM, "causal": True}),
+    "ModernBertForMaskedLM": ("modernbert", {**SIZE, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}),
+    "RobertaForMaskedLM": ("roberta", SIZE),
+    "RobertaForCausalLM": ("roberta", {**SIZE, "is_decoder": True}),
+    "RwkvForCausalLM": ("rwkv", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
+    "FSMTForConditionalGeneration": (
+        "fsmt",
+        {**PAIR, "src_vocab_size": 96, "tgt_vocab_size": 96, "langs": ["en", "de"], "forced_eos_token_id": None},
+    ),
+}
+
+
+def real(name: str) -> Any:
+    """A tiny model with weights, in evaluation mode."""
+    if name in CONFIGS:
+        blank = build_model(random_source(name))
+        built = type(blank)._from_config(blank.config)
+    else:
+        model_type, config = OTHERS[name]
+        built = getattr(transformers, name)._from_config(AutoConfig.for_model(model_type, **config))
+    return built.eval()
+
+
+def loss_of(model: Any, batch: MicroBatch) -> float:
+    with torch.no_grad():
+        return float(model_loss(model, batch.input_ids, batch.labels, batch.attention_mask))
+
+
+def stream(num_tokens: int, mask: np.ndarray[Any, Any] | None = None) -> TokenStream:
+    tokens = np.random.default_rng(0).integers(3, 90, num_tokens).astype(np.int32)
+    return TokenStream(tokens, mask, int(tokens.max()), "")
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_a_batch_weighs_as_much_as_the_targets_of_its_rows(name: str) -> None:
+    torch.manual_seed(0)
+    model = real(name)
+    objective, length = objective_of(model), 12
+    mask = np.ones(3 * length, dtype=np.bool_)
+    mask[:4], mask[5:length], mask[length : length + 2] = False, False, False  # the first row has one target
+    text: Any = stream(3 * length, mask)
+    if objective is Objective.TARGET_OF_SOURCE:
+        text = PairStream(text, pad=0)
+    masking = Masking(95, np.arange(3), 96, seed=1) if objective is Objective.MASKED_TOKENS else None
+    collator = Collator(objective, length, masking)
+    samples = [Sample(window, window) for window in range(2)]
+    whole = collator.collate(text, samples, 0)
+    parts = [collator.collate(text, [sample], 0) for sample in samples]
+    assert whole.num_targets == sum(part.num_targets for part in parts)
+    shared = [loss_of(model, part) * part.num_targets for part in parts if part.num_targets]
+    assert loss_of(model, whole) == pytest.approx(sum(shared) / whole.num_targets, rel=1e-5)
+    if objective in (Objective.NEXT_TOKEN, Objective.NEXT_TOKEN_GIVEN):
+        assert [part.num_targets for part in parts] == [1, length - 2]
+
+
+def test_causal_models_whose_loss_does_not_shift_are_known() -> None:
+    folder = Path(transformers.__file__).parent / "models"
+    found = set()
+    sources = {path: path.read_text() for path in folder.glob("*/modeling_*.py")}
+    for name in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), "FlaubertWithLMHeadModel"}:
+        source = next((text for text in sources.values() if f"\nclass {name}(" in text), "")
+        body = re.split(r"\n(?:class|@|def) ", source.partition(f"\nclass {name}(")[2])[0]
+        if "labels" in body and "self.loss_function(" not in body and not re.search(r"labels\[\.\.\., 1:\]", body):
+            found.add(name)
+    assert found - {"XLNetLMHeadModel"} == GIVEN, "XLNet is refused"
+
+
+def test_causal_models_see_no_label_that_they_are_to_predict() -> None:
+    model = real("BartForCausalLM")
+    batch = Collator(objective_of(model), 8).collate(stream(8), [Sample(0, 0)], 0)
+    assert batch.labels[0, :-1].tolist() == batch.input_ids[0, 1:].tolist()
+    assert batch.labels[0, -1] == MASKED
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        ("bert", {"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel sees what it is to predict"),
+        ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, "XLNetLMHeadModel"),
+        ("bert", {"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification is not a lang"),
+        ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not a lang"),
+        ("llama", {"architectures": ["LlamaForQuestionAnswering"]}, "LlamaForQuestionAnswering is not a language"),
+        ("electra", {"architectures": ["ElectraForPreTraining"]}, "ElectraForPreTraining is not a language model"),
+        ("gpt2", {"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification is not a"),
+    ],
+)
+def test_what_has_no_loss_of_a_language_model_is_refused(model_type: str, changes: dict[str, Any], said: str) -> None:
+    size = SIZE if model_type in ("bert", "electra", "llama") else {}
+    with pytest.raises(ModelError, match=said) as caught:
+        objective_of(build_model(ModelSource(None, {"model_type": model_type, **size, **changes}, "random", 0)))
+    assert caught.value.exit_code == 2
+
+
+def test_models_without_labels_are_refused() -> None:
+    with pytest.raises(ModelError, match="takes no labels"):
+        check_language_model(transformers.Gemma4AssistantForCausalLM, "here")
+
+
+def test_a_type_alone_gives_a_model_that_learns_from_text() -> None:
+    def class_of(model_type: str, **config: Any) -> str:
+        return type(build_model(ModelSource(None, {"model_type": model_type, **config}, "random", 0))).__name__
+
+    assert class_of("bert", **SIZE) == "BertForMaskedLM"
+    assert class_of("bert", **SIZE, is_decoder=True) == "BertLMHeadModel"
+    assert class_of("bart", **PAIR) == "BartForConditionalGeneration"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own cache is left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+WORDS = ["<pad>", "</s>", "[MASK]", "[UNK]", *(f"w{number}" for number in range(60)), "<user>", "<bot>"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word a token, an end after each text, and a chat template."""
+    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+    fast.chat_template = (
+        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<bot> {% endif %}"
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_masking_is_that_of_transformers(tokenizer: Path) -> None:
+    """The same shares, by their own collator; never a special token; the same for a sequence wherever it is dealt."""
+    fast = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, len(WORDS), (400, 64)))
+    masking = Masking(fast.mask_token_id, np.array(fast.all_special_ids), len(WORDS), seed=3)
+
+    def shares(input_ids: torch.Tensor, labels: torch.Tensor) -> list[float]:
+        chosen = labels != MASKED
+        assert not torch.isin(ids[chosen], torch.tensor(fast.all_special_ids)).any()
+        assert torch.equal(input_ids[~chosen], ids[~chosen])
+        assert torch.equal(labels[chosen], ids[chosen])
+        candidates = ~torch.isin(ids, torch.tensor(fast.all_special_ids))
+        hidden = input_ids[chosen] == fast.mask_token_id
+        kept = input_ids[chosen] == ids[chosen]
+        return [float(chosen.sum() / candidates.sum()), float(hidden.float().mean()), float(kept.float().mean())]
+
+    ours = [torch.stack(part) for part in zip(*(masking.apply(row, row, n) for n, row in enumerate(ids)), strict=True)]
+    theirs = DataCollatorForLanguageModeling(fast, seed=3).torch_mask_tokens(ids.clone())
+    assert shares(*ours) == pytest.approx(shares(*theirs), abs=0.02)
+    assert shares(*ours) == pytest.approx([0.15, 0.8, 0.1], abs=0.02)
+
+    collator = Collator(Objective.MASKED_TOKENS, 16, masking)
+    text, samples = stream(160), [Sample(window, 40 + window) for window in range(10)]
+    whole = collator.collate(text, samples, 0)
+    for world_size, size in ((1, 3), (2, 2), (3, 1)):
+        dealt = [share for rank in range(world_size) for share in deal(samples, rank, world_size, size) if share]
+        again = torch.cat([collator.collate(text, share, 0).input_ids for share in dealt])
+        assert torch.equal(again, whole.input_ids)
+    assert not torch.equal(collator.collate(text, [Sample(0, 0)], 0).input_ids, whole.input_ids[:1]), "another epoch"
+
+
+def opened(model: dict[str, Any], dataset: dict[str, Any], **train: Any) -> Text:
+    recipe = Recipe.model_validate({"model": {"config": model}, "dataset": dataset, "train": {"seq_len": 8, **train}})
+    return open_text(recipe, build_model(ModelSource(None, model, "random", 0)))
+
+
+BART = {"model_type": "bart", **PAIR, "architectures": ["BartForConditionalGeneration"]}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_encoder_decoders_learn_the_target_of_a_source(suffix: str, tokenizer: Path, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [("w1 w2", "w3"), ("w4", "w5 w6 w7"), (" ".join(f"w{n}" for n in range(12)), "w9"), ("w8", "w8")]
+    records = [{"article": source, "summary": target} for source, target in rows]
+    path = tmp_path / f"pairs.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, records)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    dataset = {"path": str(path), "source_field": "article", "target_field": "summary", "tokenizer": str(tokenizer)}
+    text = opened(BART, {**dataset, "eval_fraction": 0.25})
+    assert (text.train.num_windows(8), text.held_out.num_windows(8)) == (3, 1)
+    assert text.train.num_cut(8) == 1
+    batch = text.collator.collate(text.train, [Sample(n, n) for n in range(3)], 0)
+
+    def said(ids: torch.Tensor) -> str:
+        return " ".join(WORDS[token] for token in ids if token >= 0)
+
+    assert [said(row[seen.bool()]) for row, seen in zip(batch.input_ids, batch.attention_mask, strict=True)] == [
+        "w1 w2 </s>",
+        "w4 </s>",
+        "w0 w1 w2 w3 w4 w5 w6 </s>",
+    ]
+    assert list(map(said, batch.labels)) == ["w3 </s>", "w5 w6 w7 </s>", "w9 </s>"]
+    assert batch.num_targets == 8
+    empty = text.collator.collate(text.train, (), 0)
+    assert empty.num_targets == 0
+    assert np.isfinite(loss_of(real("BartForConditionalGeneration"), empty))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "said"),
+    [
+        ("a.txt", "w1 w2", {}, "BartForConditionalGeneration is an encoder-decoder"),
+        ("a.jsonl", json.dumps({"messages": []}), {"messages_field": "messages"}, "encoder-decoder"),
+        ("a.jsonl", json.dumps({"text": "w1"}), {}, "no field 'source', there is: text"),
+        ("a.jsonl", json.dumps({"source": "w1"}), {}, "a.jsonl:1: expected a source and a target"),
+        ("a.jsonl", json.dumps({"source": "w1", "target": ""}), {}, "a.jsonl:1: expected a source and a target"),
+    ],
+)
+def test_what_is_no_pair_is_refused(
+    name: str, content: str, changes: dict[str, Any], said: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError) as caught:
+        opened(BART, {"path": str(tmp_path / name), "tokenizer": str(tokenizer), **changes})
+    assert said in caught.value.describe()
+    assert "dataset.source_field" in caught.value.describe()
+
+
+def test_masked_models_need_a_token_that_masks(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(64))
+    with pytest.raises(DatasetError, match=r"nothing says which token masks.*dataset\.tokenizer"):
+        opened({"model_type": "bert", **SIZE}, {"path": str(tmp_path / "a.npy")})
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "said"),
+    [
+        ("model", "w1 w2", r"has the role 'assistant'.* roles there: user \(2\), model \(2\)"),
+        ("Assistant", "w1 w2", r"roles there: user \(2\), Assistant \(2\)"),
+        ("assistant", "w1 w2 w3 w4 w5 w6", None),
+    ],
+)
+def test_chats_without_an_answer_are_refused(
+    role: str, content: str, said: str | None, tokenizer: Path, tmp_path: Path
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "w9"}, {"role": role, "content": content}]}
+    path = tmp_path / "chat.jsonl"
+    path.write_text((json.dumps(chat) + "\n") * 2)
+    model = {"model_type": "llama", **SIZE}
+    dataset = {"path": str(path), "messages_field": "messages", "tokenizer": str(tokenizer)}
+    if said is None:
+        assert opened(model, dataset).train.num_windows(8) == 2
+        return
+    with pytest.raises(ZinfError, match=said) as caught:
+        opened(model, dataset)
+    assert caught.value.exit_code == 2
+    assert str(path) in caught.value.describe()
+
+
+def test_windows_without_a_target_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    """The answer lies behind the last whole window."""
+    chat = {"messages": [{"role": "user", "content": "w9 " * 7}, {"role": "assistant", "content": "w1"}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(chat))
+    dataset = {"path": str(tmp_path / "chat.jsonl"), "messages_field": "messages", "tokenizer": str(tokenizer)}
+    with pytest.raises(DatasetError, match="nothing to train on"):
+        opened({"model_type": "llama", **SIZE}, dataset)

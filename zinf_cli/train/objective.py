@@ -1,0 +1,119 @@
+"""What a model is trained to do, as its class has it: its labels, and which of them its own loss averages over.
+
+    objective          input_ids      labels                          the loss at position t compares
+    NEXT_TOKEN         the text       the text                        logits t with label t + 1
+    NEXT_TOKEN_GIVEN   the text       the text, moved by one          logits t with label t
+    MASKED_TOKENS      some masked    what was masked                 logits t with label t
+    TARGET_OF_SOURCE   the source     the target                      logits t of the decoder with label t
+
+A micro-batch weighs as much as its targets, so that a step is the same however it is dealt; they are counted here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto as auto_classes
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
+
+from zinf_cli.errors import ModelError
+from zinf_cli.train.token_stream import MASKED
+
+GIVEN = {
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "FlaubertWithLMHeadModel",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MusicgenForCausalLM",
+    "MusicgenMelodyForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "ProphetNetForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+}
+"""Causal models that compare logits with the label of the same position: a test finds them in transformers' sources."""
+
+
+_LANGUAGE_MODELS = {
+    name
+    for mapping in (
+        auto_classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto_classes.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto_classes.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto_classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto_classes.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    for names in mapping.values()
+    for name in (names if isinstance(names, tuple | list) else (names,))
+}
+_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+"""Of the names of other language models."""
+
+
+class Objective(Enum):
+    """See the table above."""
+
+    NEXT_TOKEN = auto()
+    NEXT_TOKEN_GIVEN = auto()
+    MASKED_TOKENS = auto()
+    TARGET_OF_SOURCE = auto()
+
+    def num_targets(self, labels: torch.Tensor) -> int:
+        """How many of `labels`, int64 [sequences, length], the loss averages over."""
+        compared = labels[:, 1:] if self is Objective.NEXT_TOKEN else labels
+        return int((compared != MASKED).sum())
+
+
+def check_language_model(model_class: type[PreTrainedModel], where: str) -> None:
+    """ModelError where the loss of `model_class` is not that of a language model: it would be trained on token ids."""
+    name = model_class.__name__
+    if name not in _LANGUAGE_MODELS and not name.endswith(_ENDINGS):
+        raise ModelError(
+            f"{name} is not a language model: it has no loss over tokens",
+            where=where,
+            hint="train the language model it is made of, whose class ends in ForCausalLM, ForConditionalGeneration or "
+            "ForMaskedLM",
+        )
+    if missing := {"input_ids", "labels"} - inspect.signature(model_class.forward).parameters.keys():
+        raise ModelError(f"{name} takes no {' and no '.join(sorted(missing))}: its loss is not its own", where=where)
+
+
+def sees_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration attends to what comes later: its type has a masked language model."""
+    causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter is XLM's word
+    return config.model_type in MASKED_LMS and not causal and not config.is_encoder_decoder
+
+
+def objective_of(model: nn.Module) -> Objective:
+    """By the class and the configuration of the model; ModelError where no loss of it trains a language model."""
+    name = type(model).__name__
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        return Objective.TARGET_OF_SOURCE
+    if name == "XLNetLMHeadModel":
+        raise ModelError(
+            f"{name} predicts in permuted orders, which zinf does not draw: it would see what it is to say",
+            hint="train a causal or a masked language model",
+        )
+    if sees_both_ways(config):
+        if name in MASKED_LMS.values():
+            return Objective.MASKED_TOKENS
+        raise ModelError(
+            f"{name} sees what it is to predict while is_decoder is false in its configuration",
+            hint=f"set is_decoder: true, or architectures: [{MASKED_LMS[config.model_type]}]",
+        )
+    if name in MASKED_LMS.values() and name not in GIVEN:
+        return Objective.MASKED_TOKENS
+    return Objective.NEXT_TOKEN_GIVEN if name in GIVEN else Objective.NEXT_TOKEN
