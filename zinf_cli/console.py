@@ -59,6 +59,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row(
             "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
         )
+    for line in plan.figures.data.texts:
+        head.add_row("text", Text(line))
     if plan.resume is not None:
         head.add_row("resume", plan.resume)
     head.add_row("expected", _expectation(plan))

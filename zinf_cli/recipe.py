@@ -95,7 +95,7 @@ class Dataset(Section):
     """What it is trained on."""
 
     path: Paths
-    """A file, a folder or a list of them: .txt .jsonl .parquet, or .npy (one-dimensional integers: tokens already)."""
+    """A file, a folder or a list of them: .txt .jsonl (these also .gz) .parquet, or .npy (integers: tokens already)."""
     text_field: str = "text"
     """The field of .jsonl and .parquet records that holds the text."""
     messages_field: str | None = None

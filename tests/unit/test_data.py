@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -99,7 +100,25 @@ def test_in_chats_only_what_the_assistant_says_counts(tokenizer: Path, tmp_path:
         ("a.jsonl", '{"text": 3}', "a.jsonl:1: expected text, got int"),
         ("a.jsonl", "", "the file is empty"),
         ("a.txt", "", "the file is empty"),
-        ("a.txt", b"\xff\xfe one", "not UTF-8"),
+        ("a.txt", b"one\ntwo \xff", "a.txt:2: not UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "\xe9"}', "a.jsonl:2: not UTF-8"),
+        ("a.txt", "one two".encode("utf-16"), "a.txt:1: this is UTF-16 text"),
+        ("a.jsonl", '{"text": "one"}'.encode("utf-32"), "a.jsonl:1: this is UTF-32 text"),
+        ("a.txt", "one two".encode("utf-16-le"), "a.txt:1: a byte of zero"),
+        ("a.txt", b"one\ntwo" + bytes(100), "a.txt:2: a byte of zero"),
+        ("a.jsonl", '{"text": "one"}\n{"text": "\\ud83d"}', r"a.jsonl:2: \ud83d is half of a character"),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "a.jsonl:1: not usable JSON"),
+        ("a.jsonl", "[" * 200_000, "a.jsonl:1: not usable JSON"),
+        ("a.jsonl", "\n \n", "the file is empty"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n', mtime=0)[:-9], "a.jsonl.gz:2: the .gz file is cut short"),
+        ("a.txt.gz", b"one", "a.txt.gz:1: not a whole .gz file"),
+        ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0one two", "a.txt.gz:1: not a whole .gz file"),
+        ("a.parquet", b"PAR1" + bytes(90) + b"PAR1", "not a parquet file"),
+        ("a.npy", "", "not a .npy file"),
+        ("a.npy", b"PK\3\4", "a zip archive"),
+        ("a.npy", b"\x93NUMPY\1\0\x10\0{'descr': [[[[[[", "not a .npy file"),
+        ("a.npy.gz", "one", "can't read .npy.gz"),
+        ("a.json", "one", "can't read .json"),
         ("a.parquet", "one", "not a parquet file"),
         ("a.npy", "one", "not a .npy file"),
         ("a.csv", "one", "can't read .csv"),
@@ -112,10 +131,14 @@ def test_bad_files_are_named(tokenizer: Path, tmp_path: Path, name: str, content
         open_token_stream(TextSource((path,), tokenizer=tokenizer), tmp_path / "cache")
     assert said in caught.value.describe()
     assert str(path) in caught.value.describe()
+    assert "\n" not in caught.value.describe()
     assert not list((tmp_path / "cache").glob("*/*")), "a cache entry of half a text"
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 2), dtype=np.int64), np.zeros(3), np.array([-1])])
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((2, 2), dtype=np.int64), np.zeros(3), np.array([-1]), np.array([2**63], dtype=np.uint64), np.array(3)],
+)
 def test_arrays_that_are_no_tokens(tmp_path: Path, array: Any) -> None:
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(DatasetError, match=r"a\.npy"):
@@ -273,3 +296,48 @@ def test_the_learning_rate_is_transformers(name: str, warmup: int, tmp_path: Pat
         assert learning_rate(recipe, step, 20) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+def _custom(folder: Path, tokenizer: Path) -> Path:
+    """A tokenizer whose class is code of its own, which would leave a file behind if it were run."""
+    shutil.copytree(tokenizer, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", "code.Mine"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Mine: ...\n")
+    return folder
+
+
+def test_code_that_comes_with_a_tokenizer_is_never_run(tokenizer: Path, tmp_path: Path) -> None:
+    folder = _custom(tmp_path / "custom", tokenizer)
+    (tmp_path / "a.txt").write_text("one")
+    source = TextSource((tmp_path / "a.txt",), tokenizer=folder)
+    with pytest.raises(DatasetError, match="auto_map"):
+        open_token_stream(source, tmp_path / "cache")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # which transformers has itself
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert words(open_token_stream(source, tmp_path / "cache")) == "one <end>"
+    assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_of_another_version_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "new")
+    content = json.loads((tmp_path / "new" / "tokenizer.json").read_text())
+    content["model"]["type"] = "NewKind"
+    (tmp_path / "new" / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DatasetError, match=r"no usable tokenizer.* or install the version that wrote it"):
+        open_token_stream(TextSource((tmp_path / "a.txt",), tokenizer=tmp_path / "new"), tmp_path / "cache")
+
+
+def test_a_python_tokenizer_in_chats_is_refused(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    slow = ByT5Tokenizer()
+    slow.chat_template = TEMPLATE
+    slow.save_pretrained(tmp_path / "byt5")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "one"}]}))
+    source = TextSource((tmp_path / "a.jsonl",), messages_field="messages", tokenizer=tmp_path / "byt5")
+    with pytest.raises(DatasetError, match="ByT5Tokenizer is written in Python"):
+        open_token_stream(source, tmp_path / "cache")

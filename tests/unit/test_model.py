@@ -142,3 +142,18 @@ def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(quantized))
     with pytest.raises(ModelError, match="quantized"):
         build_model(source)
+
+
+@pytest.mark.parametrize("model_type", ["mine", "llama"])
+def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, model_type: str) -> None:
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = {**CONFIGS["llama"], "model_type": model_type, "architectures": ["MineForCausalLM"], "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    source = ModelSource(tmp_path, None, "random", 0)
+    if model_type == "llama":  # which transformers has itself
+        assert type(build_model(source)).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(ModelError, match=r"config\.json names code of its own \(auto_map\)"):
+            build_model(source)
+    assert not (tmp_path / "ran").exists()

@@ -6,6 +6,7 @@ The launcher reads them as JSON from a subprocess, so that it imports no torch i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class DataFigures:
     num_windows: int
     num_eval_windows: int
     max_steps: int
+    texts: tuple[str, ...] = ()
+    """What each path contributed, and what was left out of it."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the text was found this time."""
 
@@ -120,9 +123,13 @@ class Figures:
         model["order"], model["notes"] = tuple(model["order"]), tuple(model["notes"])
         return cls(
             ModelFigures(**model),
-            DataFigures(**{**document["data"], "notes": tuple(document["data"]["notes"])}),
+            DataFigures(**{key: _frozen(value) for key, value in document["data"].items()}),
             MachineFigures(**document["machine"]),
             document["world_size"],
             document["ranks_per_host"],
             document["precision"],
         )
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -19,11 +19,12 @@ import numpy as np
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
-from zinf_cli.train.documents import Document, find_files, read_documents
+from zinf_cli.train.documents import Document, read_documents
+from zinf_cli.train.text_files import find_files, kind_of
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import ANSWERS, Tokenizer
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 
@@ -48,7 +49,7 @@ def open_token_stream(
     Several processes may start at once, one tokenises.
     """
     files = find_files(source.paths)
-    if source.tokenizer is None and files[0].suffix != ".npy":
+    if source.tokenizer is None and kind_of(files[0]) != ".npy":
         raise DatasetError(
             "this text needs a tokenizer, and a model from a config has none", hint="set dataset.tokenizer"
         )
@@ -69,7 +70,7 @@ def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """What decides the tokens: the files as they are now, the fields, the tokenizer's files."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
     parts += [(str(file), *identity(file)) for file in files]
-    if source.tokenizer is not None and files[0].suffix != ".npy":
+    if source.tokenizer is not None and kind_of(files[0]) != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -127,16 +128,23 @@ def _remove(path: Path) -> None:
 
 
 def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
-    """Blocks of tokens, with their loss masks for chats."""
-    if files[0].suffix == ".npy":
-        for file in files:
-            for block in _array_blocks(file):
-                yield block, None
-        return
+    """Blocks of tokens, with their loss masks for chats. A file may be empty, but not one that was named."""
+    blocks_of = _array_blocks if kind_of(files[0]) == ".npy" else _text_blocks(source)
+    for file in files:
+        empty = True
+        for block in blocks_of(file):
+            empty = False
+            yield block
+        if empty and file in source.paths:
+            raise DatasetError("the file is empty", where=str(file))
+
+
+def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
     assert source.tokenizer is not None
     tokenizer = Tokenizer(source.tokenizer)
-    for file in files:
-        spoken = False
+
+    def blocks_of(file: Path) -> Iterator[TokenBlock]:
+        count = answered = 0
         for document in _documents(file, source):
             mask: list[bool] | None = None
             if source.pair_fields is not None:
@@ -145,11 +153,13 @@ def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
                 ids, mask = tokenizer.encode_chat(document)
             else:
                 ids = tokenizer.encode_text(document)
-            spoken = spoken or mask is None or any(mask)
+            count, answered = count + 1, answered + (mask is None or any(mask))
             if ids:
                 yield np.array(ids, dtype=np.int32), None if mask is None else np.array(mask, dtype=np.bool_)
-        if not spoken:
+        if count and not answered:
             raise _nobody_answers(file, source)
+
+    return blocks_of
 
 
 def _documents(file: Path, source: TextSource) -> Iterator[Document]:
@@ -176,17 +186,27 @@ def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
     )
 
 
-def _array_blocks(file: Path) -> Iterator[np.ndarray[Any, Any]]:
+def _array_blocks(file: Path) -> Iterator[TokenBlock]:
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DatasetError(f"not a .npy file of numbers: {error}", where=str(file)) from error
+        array = np.lib.format.open_memmap(file, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # the header is a Python literal, and may be anything
+        with file.open("rb") as content:
+            zipped = content.read(2) == b"PK"
+        what = "a zip archive, as np.savez writes it" if zipped else "not a .npy file of numbers, as np.save writes it"
+        hint = "save one array with np.save; raw tokens: np.save(FILE, np.fromfile(RAW, dtype))"
+        raise DatasetError(what, where=str(file), hint=hint) from error
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise DatasetError(
             f"expected one-dimensional integers (tokens), got {array.dtype} of shape {array.shape}", where=str(file)
         )
     for start in range(0, array.shape[0], _BLOCK):
         block = np.asarray(array[start : start + _BLOCK])
-        if block.min() < 0 or block.max() > LARGEST_TOKEN:
-            raise DatasetError(f"a token is outside of 0 .. {LARGEST_TOKEN}", where=str(file))
-        yield block
+        wrong = (block < 0) | (block > LARGEST_TOKEN)
+        if wrong.any():
+            place = start + int(wrong.argmax())
+            raise DatasetError(
+                f"token {place} is {block[place - start]}, outside of 0 .. {LARGEST_TOKEN}", where=str(file)
+            )
+        yield block, None

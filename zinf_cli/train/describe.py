@@ -28,6 +28,7 @@ from zinf_cli.train.setup import (
     resolve_precision,
     survey_model,
 )
+from zinf_cli.train.text_files import find_texts
 from zinf_cli.train.weights import open_weights
 
 
@@ -55,10 +56,15 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     seen = survey_model(model, recipe, world_size)
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
-    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), tuple(notes))
+    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     return Figures(_model_figures(model, seen, recipe, tuple(left_out)), data, machine, world_size, ranks, precision)
+
+
+def _texts(recipe: Recipe) -> tuple[str, ...]:
+    held_out = [f"held out: {text.line()}" for text in find_texts(recipe.dataset.eval_path or ())]
+    return (*(text.line() for text in find_texts(recipe.dataset.path)), *held_out)
 
 
 def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[str, ...]) -> ModelFigures:

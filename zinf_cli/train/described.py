@@ -36,7 +36,7 @@ from zinf_cli.hardware import accelerators_here
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe, load_recipe
 from zinf_cli.train.cache import cache_folder, identity, private_folder
-from zinf_cli.train.documents import find_files
+from zinf_cli.train.text_files import find_texts
 from zinf_cli.version import code_digest
 
 KEPT = 64
@@ -95,19 +95,21 @@ def _key(recipe: Recipe, slots: int | None, world_size: int | None) -> str:
     """Of all that the answer follows from."""
     software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
     machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
-    files = [(str(file), *identity(file)) for file in _seen(recipe)]
-    parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, files]
+    texts = find_texts([*recipe.dataset.path, *(recipe.dataset.eval_path or ())])
+    seen = [*_seen(recipe), *(file for text in texts for file in text.files)]
+    files = [(str(file), *identity(file)) for file in seen]
+    said = [text.line() for text in texts]
+    parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, files, said]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _seen(recipe: Recipe) -> Iterator[Path]:
-    """Every file that is looked at."""
+    """Every file that is looked at beside the text."""
     dataset = recipe.dataset
     folders = [folder for folder in (recipe.model.name_or_path, dataset.tokenizer) if folder is not None]
     checkpoints = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     for folder in (*folders, *checkpoints):
         yield from sorted(folder.iterdir()) if folder.is_dir() else ()
-    yield from find_files([*dataset.path, *(dataset.eval_path or ())])
 
 
 class Question:

@@ -1,19 +1,37 @@
-"""Documents from files: .txt, .jsonl, .parquet, with the place of each for errors."""
+"""Documents from files: .txt, .jsonl (both also .gz), .parquet, with the place of each for errors.
+
+Whatever the bytes of a file are, there are documents or a DatasetError.
+"""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.text_files import is_packed, kind_of
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
-RECORDS = (".jsonl", ".parquet")
 PIECE = 1 << 20
 """Characters of a .txt file that are tokenised together."""
+LONGEST_PIECE = 1 << 24
+"""Bytes of a line of a .txt file that are taken at once; a longer line is cut."""
+LONGEST_RECORD = 1 << 28
+"""Bytes of a line of a .jsonl file."""
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_MARK = "\ufeff"
+"""A byte order mark, decoded. Where files were joined, one stands in the middle."""
 
 
 @dataclass(frozen=True)
@@ -28,100 +46,139 @@ class Document:
     """Other fields of the record."""
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The data files under `paths`, folders searched recursively, in sorted order; DatasetError where there is none."""
-    files = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-            if not found:
-                raise DatasetError(f"no {', '.join(SUFFIXES)} file in this folder", where=str(path))
-            files += found
-        elif not path.is_file():
-            raise DatasetError("no such file or folder", where=str(path))
-        elif path.suffix not in SUFFIXES:
-            raise DatasetError(
-                f"can't read {path.suffix or 'a file without suffix'}", where=str(path), hint=_accepted()
-            )
-        else:
-            files.append(path)
-    if len({file.suffix == ".npy" for file in files}) > 1:
-        raise DatasetError(".npy files hold tokens and can't be mixed with text", where=str(paths[0]))
-    return files
-
-
-def _accepted() -> str:
-    return f"give {', '.join(SUFFIXES)}"
-
-
 def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterator[Document]:
-    """The documents of one text file; `field` names what a record holds, `beside` what else of it is wanted."""
+    """The documents of one text file, none of an empty one.
+
+    `field` names what a record holds, `beside` what else of it is wanted.
+    """
+    kind = kind_of(path)
     try:
-        if path.suffix == ".txt":
+        if kind == ".txt":
             yield from _text_pieces(path)
-        elif path.suffix == ".jsonl":
+        elif kind == ".jsonl":
             yield from _json_lines(path, field, beside)
         else:
             yield from _parquet_rows(path, field, beside)
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"not UTF-8 text (byte {error.start} of a piece)", where=str(path)) from error
     except OSError as error:
-        raise DatasetError(f"can't read: {error.strerror or error}", where=str(path)) from error
+        raise DatasetError(f"can't read: {_first_line(error.strerror or error)}", where=str(path)) from error
 
 
 def _text_pieces(path: Path) -> Iterator[Document]:
     """A .txt file is one document, cut at line ends so that memory stays bounded."""
-    with path.open(encoding="utf-8") as file:
-        piece = file.readlines(PIECE)
-        if not piece:
-            raise DatasetError("the file is empty", where=str(path))
-        while piece:
-            following = file.readlines(PIECE)
-            yield Document(str(path), "".join(piece), ends=not following)
-            piece = following
+    piece: list[str] = []
+    size, where = 0, str(path)
+    for number, line in _lines(path, LONGEST_PIECE):
+        if size > PIECE:
+            yield Document(where, "".join(piece), ends=False)
+            piece, size, where = [], 0, f"{path}:{number}"
+        piece.append(line)
+        size += len(line)
+    if size:
+        yield Document(where, "".join(piece))
 
 
 def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
-    empty = True
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            empty = False
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
-            if not isinstance(record, dict) or field not in record:
-                known = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise DatasetError(f"no field {field!r}, there is: {known}", where=where, hint=_field_hint())
-            yield Document(where, record[field], beside={name: record.get(name) for name in beside})
-    if empty:
-        raise DatasetError("the file is empty", where=str(path))
+    for number, line in _lines(path, LONGEST_RECORD, whole=True):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits; brackets in brackets
+            raise DatasetError(f"not usable JSON: {_first_line(error)}", where=where) from error
+        if not isinstance(record, dict) or field not in record:
+            raise _no_field(field, record, where)
+        yield Document(where, _unmarked(record[field]), beside={name: record.get(name) for name in beside})
 
 
 def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
-    import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DatasetError(f"not a parquet file: {error}", where=str(path)) from error
-    with table:
-        names = table.schema_arrow.names
-        if field not in names:
-            raise DatasetError(f"no field {field!r}, there is: {', '.join(names)}", where=str(path), hint=_field_hint())
-        if table.metadata.num_rows == 0:
-            raise DatasetError("the file has no rows", where=str(path))
-        row = 0
-        columns = [field, *(name for name in beside if name in names)]
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for record in batch.to_pylist():
-                yield Document(f"{path}:row {row}", record[field], beside={name: record.get(name) for name in beside})
-                row += 1
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if field not in names:
+                raise _no_field(field, dict.fromkeys(names), str(path))
+            columns = [field, *(name for name in beside if name in names)]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    rest = {name: record.get(name) for name in beside}
+                    yield Document(f"{path}:row {row}", _unmarked(record.get(field)), beside=rest)
+                    row += 1
+    except DatasetError:
+        raise
+    except Exception as error:  # damaged bytes raise errors of many kinds
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        where = f"{path}:row {row}" if row else str(path)
+        raise DatasetError(f"not a parquet file, or a damaged one: {_first_line(error)}", where=where) from error
 
 
-def _field_hint() -> str:
-    return "set dataset.text_field; dataset.messages_field for chats; dataset.source_field for an encoder-decoder"
+def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line, its end included as \\n.
+
+    A line of more than `longest` bytes comes in pieces, or is refused where it has to be `whole`.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number, begins = 1, True
+    with gzip.open(path) if is_packed(path) else path.open("rb") as file:
+        while True:
+            where = f"{path}:{number}"
+            with _unpacking(where):
+                raw = file.readline(longest)
+            if number == 1 and begins:
+                _refuse_other_encodings(raw, path)
+            if b"\0" in raw:
+                raise DatasetError(
+                    "a byte of zero, so this is not text", where=where, hint="UTF-8 is read; the file may be damaged"
+                )
+            ended = not raw or raw.endswith(b"\n")
+            if whole and not ended and len(raw) == longest:
+                raise DatasetError(f"a line of more than {longest >> 20} MiB", where=where)
+            try:
+                text = decoder.decode(raw, final=ended)
+            except UnicodeDecodeError as error:
+                raise DatasetError(f"not UTF-8 text (byte {error.start} of the line)", where=where) from error
+            if begins:
+                text = text.removeprefix(_MARK)
+            if text:
+                yield number, text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+            if not raw:
+                return
+            number, begins = number + ended, ended
+
+
+@contextmanager
+def _unpacking(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = "the .gz file is cut short" if isinstance(error, EOFError) else f"not a whole .gz file: {error}"
+        raise DatasetError(what, where=where, hint="copy it again") from error
+
+
+def _refuse_other_encodings(begin: bytes, path: Path) -> None:
+    for mark, name in _MARKS:
+        if begin.startswith(mark):
+            hint = f"iconv -f {name} -t UTF-8 {path.name} > NEW"
+            raise DatasetError(f"this is {name} text, and UTF-8 is read", where=f"{path}:1", hint=hint)
+
+
+def _unmarked(content: Any) -> Any:
+    return content.removeprefix(_MARK) if isinstance(content, str) else content
+
+
+def _no_field(field: str, record: Any, where: str) -> DatasetError:
+    there = f"a {type(record).__name__}"
+    if isinstance(record, dict):
+        names = [str(name)[:40] for name in record]
+        there = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    hint = "set dataset.text_field; dataset.messages_field for chats; dataset.source_field for an encoder-decoder"
+    return DatasetError(f"no field {field!r}, there is: {there or 'nothing'}", where=where, hint=hint)
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -16,10 +16,10 @@ from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream
 from zinf_cli.train.data import TextSource, open_token_stream
-from zinf_cli.train.documents import RECORDS, find_files
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import split_held_out
 from zinf_cli.train.tokens import Tokenizer
 
@@ -158,7 +158,7 @@ def _collator(recipe: Recipe, model: nn.Module) -> Collator:
 def _check_pairs(recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> None:
     """DatasetError where a text is no pairs of a source and a target."""
     dataset = recipe.dataset
-    other = next((file for file in find_files(paths) if file.suffix not in RECORDS), None)
+    other = next((file for file in find_files(paths) if kind_of(file) not in RECORDS), None)
     if other is not None or dataset.messages_field is not None:
         what = f"{other.suffix} has" if other is not None else f"chats ({dataset.messages_field}) have"
         raise DatasetError(

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document
 from zinf_cli.train.masking import Masking
 
 ANSWERS = "assistant"
 """The role in a chat whose turns are trained on."""
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "chat_template.jinja",
     "tokenizer.model",
@@ -37,12 +40,17 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a file of a newer version, or a damaged one, raises what it likes
+            if names_custom_code(directory, TOKENIZER_CONFIG):
+                raise custom_code_refused(directory, TOKENIZER_CONFIG, DatasetError) from error
             raise DatasetError(
-                f"no usable tokenizer: {str(error).splitlines()[0]}",
+                f"no usable tokenizer: {_first_line(error)}",
                 where=str(directory),
-                hint="set dataset.tokenizer to a directory with tokenizer.json",
+                hint=f"set dataset.tokenizer to a directory with a tokenizer.json that tokenizers "
+                f"{metadata.version('tokenizers')} reads, or install the version that wrote it",
             ) from error
         self._tokenizer.model_max_length = int(1e30)  # windows are cut later: no warning about long texts
         self._directory = directory
@@ -50,11 +58,14 @@ class Tokenizer:
     @staticmethod
     def fingerprint(directory: Path) -> list[str]:
         """Hashes of the files that decide its tokens."""
-        return [
-            f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
-            for name in TOKENIZER_FILES
-            if (directory / name).is_file()
-        ]
+        try:
+            return [
+                f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
+                for name in TOKENIZER_FILES
+                if (directory / name).is_file()
+            ]
+        except OSError as error:
+            raise DatasetError(f"can't read the tokenizer: {error.strerror}", where=str(error.filename)) from error
 
     def masking(self, vocabulary: int, seed: int) -> Masking:
         """How a masked language model's text is masked: by the tokenizer's mask token and special tokens."""
@@ -71,7 +82,7 @@ class Tokenizer:
         """Tokens of a text without special tokens, and the end-of-text token where the document ends."""
         if not isinstance(document.content, str):
             raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
-        ids: list[int] = self._tokenizer(document.content, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self._encode(document.content, document)["input_ids"]
         end = self._tokenizer.eos_token_id
         if end is None:
             end = self._tokenizer.sep_token_id  # BERT's
@@ -87,8 +98,8 @@ class Tokenizer:
                     where=document.where,
                     hint="set dataset.source_field and dataset.target_field to fields that hold text",
                 )
-        read = self._tokenizer(source, verbose=False)["input_ids"]
-        written = self._tokenizer(text_target=target, verbose=False)["input_ids"]
+        read = self._encode(source, document, add_special_tokens=True)["input_ids"]
+        written = self._encode(target, document, "text_target", add_special_tokens=True)["input_ids"]
         if not read or not written:
             raise DatasetError("a source or a target has no tokens", where=document.where)
         return [*read, *written], [False] * len(read) + [True] * len(written)
@@ -99,6 +110,13 @@ class Tokenizer:
         What the assistant says is what rendering the dialog up to and including its turn adds to rendering it up to
         the prompt for that turn; so any template whose rendering only grows will do.
         """
+        if not self._tokenizer.is_fast:
+            raise DatasetError(
+                f"{type(self._tokenizer).__name__} is written in Python and can't tell where in a chat a token stands, "
+                "so the assistant's part can't be told",
+                where=str(self._directory),
+                hint="use a tokenizer with tokenizer.json, or dataset.text_field with rendered dialogs",
+            )
         messages = self._check(document)
         whole = self._render(messages, document, prompt=False)
         said: list[tuple[int, int]] = []
@@ -113,9 +131,25 @@ class Tokenizer:
                         hint="use a template that only appends, or dataset.text_field with rendered dialogs",
                     )
                 said.append((len(before), len(after)))
-        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self._encode(whole, document, return_offsets_mapping=True)
         mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
         return encoded["input_ids"], mask
+
+    def _encode(self, text: str, document: Document, name: str = "text", **options: Any) -> Any:
+        """The tokenizer's own answer, given the text by `name`; DatasetError for a text that it can't take."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start].encode("unicode_escape").decode()
+            raise DatasetError(
+                f"{half} is half of a character (a lone surrogate), as where a text was cut inside of one",
+                where=document.where,
+                hint="remove it, or cut the text elsewhere",
+            ) from error
+        try:
+            return self._tokenizer(**{name: text, "add_special_tokens": False, "verbose": False, **options})
+        except Exception as error:  # foreign code
+            raise DatasetError(f"the tokenizer fails: {_first_line(error)}", where=document.where) from error
 
     def _check(self, document: Document) -> list[dict[str, Any]]:
         messages = document.content
@@ -136,5 +170,11 @@ class Tokenizer:
         try:
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # a template may raise what it likes
-            raise DatasetError(f"the chat template refuses this dialog: {error}", where=document.where) from error
+            raise DatasetError(
+                f"the chat template refuses this dialog: {_first_line(error)}", where=document.where
+            ) from error
         return text
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
