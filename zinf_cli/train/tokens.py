@@ -135,7 +135,7 @@ class Tokenizer:
         mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
         return encoded["input_ids"], mask
 
-    def _encode(self, text: str, document: Document, name: str = "text", **options: Any) -> Any:
+    def _encode(self, text: Any, document: Document, name: str = "text", **options: Any) -> Any:
         """The tokenizer's own answer, given the text by `name`; DatasetError for a text that it can't take."""
         try:
             text.encode()
