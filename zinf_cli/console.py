@@ -246,8 +246,9 @@ def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]], slow: str | None = None
 def step_line(values: dict[str, Any], max_steps: int) -> str:
     """A step on one line of a log."""
     held_out = f"  eval_loss {_number(values['eval_loss'], '.4f')}" if "eval_loss" in values else ""
+    loss = "skipped" if values.get("skipped") else f"loss {_number(values['loss'], '.4f')}"
     return (
-        f"step {values['step']}/{max_steps}  loss {_number(values['loss'], '.4f')}{held_out}  "
+        f"step {values['step']}/{max_steps}  {loss}{held_out}  "
         f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
         f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}  "
         f"nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}"
@@ -294,6 +295,8 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
             losses.append(f"{name} {first:.4f} → {_number(last, '.4f')}")
     lines.append(Text("   ".join(losses), style="bold"))
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
+    if summary["skipped_steps"]:
+        title += f", {summary['skipped_steps']} of them skipped"
     return Panel(Group(*lines), title=title, expand=False)
 
 

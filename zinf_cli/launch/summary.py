@@ -52,9 +52,10 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
     status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
+    trained = [line for line in steps if not line.get("skipped")]
     evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
 
-    steady = _steady(steps)
+    steady = _steady(trained)
 
     def median(key: str) -> float | None:
         return statistics.median(line[key] for line in steady) if steady else None
@@ -69,11 +70,12 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "status": status,
         "error": outcome.failure.message if outcome.failure is not None else None,
         "steps": len(steps),
+        "skipped_steps": len(steps) - len(trained),
         "resumed_from_step": watch.first_step or None,
         "max_steps": plan.max_steps,
         "tokens": sum(line["tokens"] for line in steps),
-        "first_loss": steps[0]["loss"] if steps else None,
-        "last_loss": steps[-1]["loss"] if steps else None,
+        "first_loss": trained[0]["loss"] if trained else None,
+        "last_loss": trained[-1]["loss"] if trained else None,
         "first_eval_loss": evals[0] if evals else None,
         "last_eval_loss": evals[-1] if evals else None,
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",

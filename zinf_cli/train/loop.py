@@ -187,7 +187,10 @@ class Run:
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
-            if save and self._writer.describe(self._position(step)):
+            if save and values.get("skipped"):
+                self._writer.write(self._position(step))
+                saved = step
+            elif save and self._writer.describe(self._position(step)):
                 saved = step
         self.engine.flush()
         if save_interval and saved < step:  # the run was to stop after this step
@@ -222,7 +225,6 @@ class Run:
     def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:
         start = time.perf_counter()
         self._writer.advance()
-        sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
         self._peak.reset()
         for tier in self._drives:
             tier.peak = tier.used
@@ -233,7 +235,10 @@ class Run:
             self.text.train, [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
         )
         targets = self._sum([float(sum(batch.num_targets for batch in mine))])[0]
-        work = [self._work(batch, batch.num_targets / max(1.0, targets), step) for batch in mine]
+        if not targets:
+            return self._skipped(step, windows, lr, start)
+        sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
+        work = [self._work(batch, batch.num_targets / targets, step) for batch in mine]
         optimizer = self.recipe.optimizer
         adamw = AdamW(lr, *optimizer.betas, optimizer.eps, optimizer.weight_decay)
         result = self.engine.train_step(
@@ -248,7 +253,7 @@ class Run:
         weighted = sum(
             loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
         )
-        loss = self._sum([weighted])[0] / max(1.0, targets)
+        loss = self._sum([weighted])[0] / targets
         if self._loss_scale is not None and math.isfinite(loss) and self._loss_scale.scale > 1:
             self._loss_scale.note(finite=result.finite)
         elif not (result.finite and math.isfinite(loss)):
@@ -270,6 +275,21 @@ class Run:
             "wait_s": result.wait_s,
             "updated_in_backward": result.updated,
             **({} if slowest is None else {"straggler": slowest}),
+            **self._memory(),
+        }
+
+    def _skipped(self, step: int, windows: Sequence[int], lr: float, start: float) -> dict[str, Any]:
+        """A step in which no token has a loss: nothing is updated, not by the weight decay either, or counted."""
+        note(f"skipped step {step + 1}: no token has a loss (windows {_ranges(windows)})")
+        self.engine.flush()  # fetches for this step are on their way
+        return {
+            "step": step + 1,
+            "skipped": True,
+            **dict.fromkeys(("loss", "grad_norm"), math.nan),
+            "lr": lr,
+            **dict.fromkeys(("tokens", "tokens_per_s", "tflops_per_rank", "wait_s"), 0),
+            "step_s": time.perf_counter() - start,
+            "updated_in_backward": False,
             **self._memory(),
         }
 

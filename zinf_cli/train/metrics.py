@@ -103,7 +103,7 @@ class Metrics:
 
     def _add_scalars(self, values: dict[str, Any]) -> None:
         for name in SCALARS:
-            if name in values:
+            if name in values and not values.get("skipped"):
                 self._board.add_scalar(name, values[name], values["step"])
 
     def _on_board(self, call: Callable[[], object]) -> None:
