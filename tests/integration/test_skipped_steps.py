@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from test_launch import Ended, Workshop
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from test_launch import Ended, Workshop
 from tiny_models import CONFIGS
 
 WORDS = ["<end>", "<user>", "<bot>", "[UNK]", *(f"w{number}" for number in range(60))]
