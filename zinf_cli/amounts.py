@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 BYTES_PER_UNIT = {
@@ -36,9 +37,10 @@ def format_count(count: float) -> str:
 
 def _parse(text: str | int, factors: dict[str, int], expected: str) -> int:
     match = _AMOUNT.fullmatch(str(text))
-    if match is None or match[2].upper() not in factors:
-        raise ValueError(f"expected {expected}, got {text!r}")
-    return int(float(match[1]) * factors[match[2].upper()])
+    amount = float(match[1]) * factors.get(match[2].upper(), math.inf) if match is not None else math.inf
+    if not math.isfinite(amount):
+        raise ValueError(f"expected {expected}, got {str(text)[:40]!r}")
+    return int(amount)
 
 
 def _format(amount: float, base: int, suffixes: tuple[str, ...], gap: str) -> str:

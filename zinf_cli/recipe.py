@@ -5,6 +5,10 @@ recipe_file.py reads YAML and key=value overrides into it and words the errors.
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,9 +20,29 @@ from zinf_cli.checkpoint.folder import checkpoints_of
 Tier = Literal["auto", "device", "cpu", "nvme"]
 
 
+_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{([^}]*)\}|(\{))")
+
+
 def _absolute(value: Any) -> Any:
-    """Paths are relative to the directory the command runs in, `~` is the home; stored absolute."""
-    return Path(value).expanduser().absolute() if isinstance(value, str | Path) else value
+    """Paths are relative to the directory the command runs in; `~`, $NAME and ${NAME} are expanded; stored absolute."""
+    if not isinstance(value, str | Path):
+        return value
+    text = _VARIABLE.sub(_variable, str(value))
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{str(value)!r} is no path")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~name of nobody
+        raise ValueError(f"{value}: {str(error).lower()}") from error
+
+
+def _variable(match: re.Match[str]) -> str:
+    if match[0] == "$$":
+        return "$"
+    name = match[1] or match[2] or ""
+    if not os.environ.get(name):
+        raise ValueError(f"{match[0]} is not set in the environment (a $ that is part of the name is written $$)")
+    return os.environ[name]
 
 
 def _paths(value: Any) -> Any:
@@ -41,9 +65,17 @@ def _size(value: Any) -> Any:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
+@contextmanager
+def _reachable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ValueError(f"{path}: {error.strerror}") from error
+
+
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)]
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
@@ -66,9 +98,13 @@ class Model(Section):
     @field_validator("name_or_path")
     @classmethod
     def _is_checkpoint(cls, path: Path | None) -> Path | None:
-        if path is not None and (newest := checkpoints_of(path)):
-            return newest[0]
-        if path is not None and not (path / "config.json").is_file():
+        if path is None:
+            return None
+        with _reachable(path):
+            if newest := checkpoints_of(path):
+                return newest[0]
+            there = (path / "config.json").is_file()
+        if not there:
             what = "no config.json in" if path.is_dir() else "no such directory:"
             raise ValueError(f"{what} {path}; download a model first: hf download ORG/NAME --local-dir DIRECTORY")
         return path
@@ -117,7 +153,9 @@ class Dataset(Section):
     @classmethod
     def _exists(cls, paths: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
         for path in paths or ():
-            if not path.exists():
+            with _reachable(path):
+                there = path.exists()
+            if not there:
                 raise ValueError(f"no such file or folder: {path}")
         return paths
 

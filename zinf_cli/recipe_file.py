@@ -13,8 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from zinf_cli.errors import RecipeError
 from zinf_cli.recipe import Recipe, Section
-
-_Key = tuple[str, ...]
+from zinf_cli.recipe_yaml import Key, NotYamlError, Tree, parse
 
 SYNONYMS = {
     "learning_rate": "optimizer.lr",
@@ -67,49 +66,39 @@ def filled_in(path: Path, overrides: Sequence[str]) -> list[str]:
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[_Key, str], list[str]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
     """The YAML tree, where each key stands ("recipe.yaml:12"), and problems of the text itself."""
     try:
-        text = path.read_text(encoding="utf-8")  # once: it may be a pipe
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = parse(path.read_bytes().decode("utf-8-sig"))  # once: it may be a pipe
     except OSError as error:
-        raise RecipeError([f"{path}: {error.strerror}"]) from error
+        raise RecipeError([f"{path}: {error.strerror or error}"]) from error
     except UnicodeDecodeError as error:
-        raise RecipeError([f"{path}: not UTF-8 text"]) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError([f"{path}:{line}: not valid YAML: {error.problem}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError([f"{path}: not valid YAML: {error}"]) from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError([f"{path}:{line}: not UTF-8 text"]) from error
+    except NotYamlError as error:
+        raise RecipeError([f"{path}:{error.line}: not valid YAML: {error}"]) from error
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError([f"{path}:1: a recipe is a mapping of sections such as model: and train:"])
-    places: dict[_Key, str] = {}
-    problems = list(_walk(node, (), places, path))
-    tree = yaml.safe_load(text)
-    return tree, places, problems
+    tree = Tree(node, lambda node: f"{path}:{node.start_mark.line + 1}")
+    return tree.value or {}, tree.places, tree.problems
 
 
-def _walk(node: yaml.MappingNode, prefix: _Key, places: dict[_Key, str], path: Path) -> Iterator[str]:
-    for key_node, value_node in node.value:
-        key = (*prefix, str(key_node.value))
-        place = f"{path}:{key_node.start_mark.line + 1}"
-        if key in places:
-            yield f"{place}: {'.'.join(key)} stands twice (first at {places[key]})"
-        places[key] = place
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, key, places, path)
-
-
-def _apply(override: str, tree: dict[str, Any], places: dict[_Key, str]) -> list[str]:
+def _apply(override: str, tree: dict[str, Any], places: dict[Key, str]) -> list[str]:
     """Put key=value into the tree; the value is a YAML scalar or list."""
     name, equals, text = override.partition("=")
     key = tuple(name.split("."))
     if not equals or not all(key):
         return [f"command line: {override}: expected KEY=VALUE, such as train.max_steps=20"]
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return [f"command line: {override}: the value is not valid YAML"]
+        node = parse(text)
+    except NotYamlError as error:
+        return [f"command line: {override}: the value is not valid YAML: {error}"]
+    value = None
+    if node is not None:
+        given = Tree(node, lambda node: f"command line: {override}")
+        if given.problems:
+            return given.problems
+        value = given.value
     branch = tree
     for part in key[:-1]:
         below = branch.get(part)
@@ -123,7 +112,7 @@ def _apply(override: str, tree: dict[str, Any], places: dict[_Key, str]) -> list
     return []
 
 
-def _describe(entry: Any, places: dict[_Key, str], path: Path) -> str:
+def _describe(entry: Any, places: dict[Key, str], path: Path) -> str:
     """One line for one pydantic error, in plain words."""
     key = _schema_key(entry["loc"])
     name = ".".join(key)
@@ -136,11 +125,16 @@ def _describe(entry: Any, places: dict[_Key, str], path: Path) -> str:
     if kind == "value_error":
         message = str(entry["ctx"]["error"])
     else:
-        message = f"expected {_expected(entry)}, got {entry['input']!r}"
+        message = f"expected {_expected(entry)}, got {_shown(entry['input'])}"
     return f"{place}: {name}: {message}" if name else f"{place}: {message}"
 
 
-def _schema_key(loc: tuple[str | int, ...]) -> _Key:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _schema_key(loc: tuple[str | int, ...]) -> Key:
     """The part of an error's location that names a key; branches of unions and list indices are pydantic's own."""
     key: list[str] = []
     section: type[BaseModel] | None = Recipe
@@ -160,6 +154,7 @@ def _expected(entry: Any) -> str:
     words = {
         "int_type": "a whole number",
         "float_type": "a number",
+        "finite_number": "a finite number",
         "bool_type": "true or false",
         "string_type": "a string",
         "dict_type": "a mapping",
@@ -178,7 +173,7 @@ def _expected(entry: Any) -> str:
     return words.get(kind) or str(entry["msg"])
 
 
-def _did_you_mean(key: _Key) -> str:
+def _did_you_mean(key: Key) -> str:
     section: Any = Recipe
     for part in key[:-1]:
         section = section.model_fields[part].annotation
@@ -195,7 +190,7 @@ def _did_you_mean(key: _Key) -> str:
     return f", did you mean {elsewhere[0]}?" if elsewhere else f" (known: {', '.join(section.model_fields)})"
 
 
-def _purpose(key: _Key) -> str:
+def _purpose(key: Key) -> str:
     section: Any = Recipe
     for part in key[:-1]:
         section = section.model_fields[part].annotation
@@ -211,7 +206,7 @@ def plain(value: Any) -> Any:
             for name in type(value).model_fields
         }
     if isinstance(value, Path):
-        return str(value)
+        return str(value).replace("$", "$$")  # $NAME is a variable
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return value
@@ -228,7 +223,7 @@ def _with_unit(num_bytes: int | None) -> str | int | None:
     return num_bytes
 
 
-def _leaves(tree: dict[str, Any], prefix: _Key = ()) -> Iterator[tuple[_Key, Any]]:
+def _leaves(tree: dict[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict) and (*prefix, name) != ("model", "config"):
             yield from _leaves(value, (*prefix, name))
@@ -236,7 +231,7 @@ def _leaves(tree: dict[str, Any], prefix: _Key = ()) -> Iterator[tuple[_Key, Any
             yield (*prefix, name), value
 
 
-def _is_leaf(key: _Key, tree: dict[str, Any]) -> bool:
+def _is_leaf(key: Key, tree: dict[str, Any]) -> bool:
     branch: Any = tree
     for part in key:
         branch = branch.get(part) if isinstance(branch, dict) else None

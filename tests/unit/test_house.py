@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
     {"errors", "amounts", "durable", "file_names", "trace", "version"},
-    {"recipe", "recipe_file", "hosts", "hardware", "profiles", "profile_file", "checkpoint"},
+    {"recipe", "recipe_file", "recipe_yaml", "hosts", "hardware", "profiles", "profile_file", "checkpoint"},
     {"plan"},
     {"console", "estimate_screen", "tiers"},
     {"engine"},

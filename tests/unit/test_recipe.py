@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ model:
 dataset:
   path: TEXT
 """
+BOMB = "a: &a0 [x]\n" + "".join(f"b{n}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(12))
+"""Aliases in aliases: 10^12 values."""
 
 
 @pytest.fixture
@@ -108,10 +111,114 @@ def test_every_problem_comes_with_its_line(tmp_path: Path, text: Path) -> None:
         (MINIMAL + "optimizer: {lr: yes}\n", "optimizer.lr: expected a number, got True"),
         (MINIMAL + "train: {max_steps: 3, epochs: 1}\n", "give either max_steps or epochs"),
         (MINIMAL + "offload: {nvme_path: 3}\n", "offload.nvme_path: expected a list, got 3"),
+        (MINIMAL + "output_dir: !env OUT\n", "my-run.yaml:5: output_dir: tags such as !env are not read"),
+        (MINIMAL + "seed: !!python/name:os.system ''\n", "my-run.yaml:5: seed: tags such as !!python/name:os.system"),
+        (MINIMAL + "seed: !!int word\n", "my-run.yaml:5: seed: 'word' is no int"),
+        (MINIMAL + "seed: !!timestamp 2024-02-30\n", "my-run.yaml:5: seed: tags such as !!timestamp are not read"),
+        (MINIMAL + "seed: 2024-02-30\n", "my-run.yaml:5: seed: expected a whole number, got '2024-02-30'"),
+        (MINIMAL + "train: &a\n  b: *a\n", "my-run.yaml:5: train.b: contains itself"),
+        (MINIMAL + "train: &a [*a]\n", "my-run.yaml:5: train: contains itself"),
+        (MINIMAL + "train: &a {<<: *a}\n", "my-run.yaml:5: train.<<: expected an alias to another section"),
+        (MINIMAL + "train: {<<: 3}\n", "my-run.yaml:5: train.<<: expected an alias to another section"),
+        (MINIMAL + "? [a, b]\n: 1\n", "my-run.yaml:5: a key is a word, and a list or a mapping is none"),
+        (MINIMAL + "on: 1\n", "my-run.yaml:5: a key is a word, and 'on' is none"),
+        (MINIMAL + "train: {3: 4}\n", "my-run.yaml:5: train: a key is a word, and '3' is none"),
+        (MINIMAL + "---\nseed: 1\n", "my-run.yaml:5: not valid YAML: a second document"),
+        (MINIMAL + "train:\n\tseq_len: 3\n", "my-run.yaml:6: not valid YAML: a tab"),
+        (MINIMAL + "seed: 9223372036854775808\n", "my-run.yaml:5: seed: 9223372036854775808 is too large"),
+        (MINIMAL + f"seed: {'9' * 5000}\n", "is no int"),
+        (MINIMAL + f"offload: {{cpu_memory: {'9' * 400}.5GiB}}\n", "offload.cpu_memory: expected a size"),
+        (MINIMAL + "optimizer: {lr: .inf}\n", "optimizer.lr: expected a finite number, got inf"),
+        (MINIMAL + "optimizer: {lr: nan}\n", "optimizer.lr: expected a finite number, got 'nan'"),
+        (MINIMAL + "a: *nothing\n", "my-run.yaml:5: not valid YAML: found undefined alias"),
+        (MINIMAL + "a\0: 1\n", "my-run.yaml:5: not valid YAML: a character that is not text, #x0000"),
+        ("[" * 3000, "my-run.yaml:1: not valid YAML: brackets in brackets"),
+        (MINIMAL + "a: " + "[" * 80 + "]" * 80, "my-run.yaml:5: a: more than a recipe has"),
+        (BOMB, "more than a recipe has"),
+        (MINIMAL.replace("TEXT", "''"), "dataset.path: '' is no path"),
+        (MINIMAL.replace("TEXT", "x" * 5000), "File name too long"),
+        (MINIMAL + 'output_dir: "a\\0b"\n', "output_dir: 'a\\x00b' is no path"),
+        (MINIMAL + "output_dir: ~nobody-of-this-name/x\n", "output_dir: ~nobody-of-this-name/x: "),
+        (MINIMAL + "output_dir: $NOT_SET/x\n", "my-run.yaml:5: output_dir: $NOT_SET is not set in the environment"),
+        (MINIMAL + "offload: {nvme_path: [/a, '${NOT_SET}/x']}\n", "offload.nvme_path: ${NOT_SET} is not set"),
+        (MINIMAL + "output_dir: '${NOT:-x}'\n", "output_dir: ${NOT:-x} is not set"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: Path, content: str, said: str) -> None:
     assert any(said in problem for problem in problems_of(write(tmp_path, text, content)))
+
+
+def test_variables_in_paths_are_expanded(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVE", str(tmp_path / "drive"))
+    monkeypatch.setenv("TEXTS", str(text.parent))
+    path = write(tmp_path, Path("${TEXTS}") / text.name)
+    recipe = load_recipe(path, ["offload.nvme_path=[$DRIVE/zinf, ~/$$money]", "checkpoint.resume=${TEXTS}"])
+    assert recipe.dataset.path == (text,)
+    assert recipe.offload.nvme_path == (tmp_path / "drive" / "zinf", Path.home() / "$money")
+    assert recipe.checkpoint.resume == text.parent
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    assert load_recipe(resolved) == recipe
+    monkeypatch.setenv("DRIVE", "")
+    assert "DRIVE is not set" in problems_of(path, "output_dir=$DRIVE/run")[0]
+
+
+def test_a_date_is_a_folder_like_others(tmp_path: Path, text: Path) -> None:
+    for date in ("2024-05-01", "2024-02-30"):
+        path = write(tmp_path, text, MINIMAL + f"output_dir: {date}\n")
+        assert load_recipe(path).output_dir == Path.cwd() / date
+        assert load_recipe(path, [f"output_dir=other/{date}"]).output_dir == Path.cwd() / "other" / date
+        recipe = load_recipe(path, [f"output_dir={date}"])
+        path.write_text(dump_recipe(recipe))
+        assert load_recipe(path) == recipe
+
+
+def test_sections_may_be_merged(tmp_path: Path, text: Path) -> None:
+    content = (
+        MINIMAL.replace("config: {", "config: &base {") + "train: {<<: {seq_len: 16, max_steps: 3}, seq_len: 32}\n"
+    )
+    train = load_recipe(write(tmp_path, text, content)).train
+    assert (train.seq_len, train.max_steps) == (32, 3)
+
+
+def test_a_mark_at_the_start_is_no_text(tmp_path: Path, text: Path) -> None:
+    path = write(tmp_path, text)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_recipe(path).dataset.path == (text,)
+    path.write_bytes(b"model:\n  \xff")
+    assert problems_of(path) == ["my-run.yaml:2: not UTF-8 text"]
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=!env X", "seed=&a [*a]", "seed={[a]: 1}", "seed=*a", "seed=1\n---\n2", "=", "seed=\t"]
+)
+def test_an_override_that_is_no_value_is_named(tmp_path: Path, text: Path, override: str) -> None:
+    assert problems_of(write(tmp_path, text), override)[0].startswith(f"command line: {override}: ")
+
+
+PIECES = [
+    "model", "config", "train", "dataset", "path", "offload", "nvme_path", "seq_len", "optimizer", "betas", "resume",
+    "checkpoint", "output_dir", "seed", "cpu_memory", ":", ": ", "\n", "\n  ", "- ", "? ", "[", "]", "{", "}", ", ",
+    "&a ", "*a", "<<: *a", "!!int ", "!x ", "!!binary ", "'", '"', "|\n", ">\n", "---\n", "...\n", "#", "%YAML 1.1\n",
+    "1", "0x_", "1:30", "-.inf", ".nan", "null", "yes", "2024-02-30", "9" * 30, "9" * 5000, "1e999", "$X", "${", "~",
+    "~x", "/", "\t", "\0", "\ufeff", "\ud800", "é", "\u2028", "\x85", "@", "`", "=", "48GiB", "[" * 40,
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.booleans())
+def test_whatever_a_recipe_is_there_is_an_answer(
+    tmp_path_factory: pytest.TempPathFactory, content: str, whole: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "r.yaml"
+    begin = MINIMAL.replace("TEXT", str(path)) if whole else ""
+    path.write_bytes((begin + content).encode(errors="surrogatepass"))
+    override = content.replace("\0", "")
+    for overrides in ((), (override,), (f"train.seq_len={override}", f"output_dir={override}", "model.config={a: 1}")):
+        with contextlib.suppress(RecipeError):
+            recipe = load_recipe(path, overrides)
+            path.write_text(dump_recipe(recipe), encoding="utf-8")
+            assert load_recipe(path) == recipe
+            filled_in(path, ())
 
 
 @given(st.text(max_size=200))

@@ -152,7 +152,7 @@ class Question:
 
     @cached_property
     def _parts(self) -> tuple[Recipe, int | None, int | None]:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(self._asked["recipe"])
             file.flush()
             return load_recipe(Path(file.name)), self._asked["slots"], self._asked["world_size"]
