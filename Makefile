@@ -6,10 +6,10 @@ INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test test-crash test-faults lab check bench bench-peer gpu-check clean
+.PHONY: help install fetch demo test test-crash test-storage test-faults lab check bench bench-peer gpu-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv, with .venv/bin/zinf in it
 
@@ -25,6 +25,9 @@ test: install lab ## run the unit and integration tests
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
 	$(PYTHON) -m pytest tests/crash
+
+test-storage: install ## fail every call that reads, writes, syncs or names a file, one at a time: half an hour
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/storage_faults
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 tests/integration/test_faults.py

@@ -146,13 +146,30 @@ def commit(folder: Path, manifest: bytes) -> None:
     (folder / UNFINISHED).unlink(missing_ok=True)
     for directory in (folder.parent, folder.parent.parent):
         sync_folder(directory)
-    _point_latest(folder)
 
 
 def point_latest(run_dir: Path) -> None:
-    """Let the link `latest` lead to the newest checkpoint, unless a user (or a copy of the run) has its place."""
+    """Let the link `latest` lead to the newest checkpoint."""
     for newest in checkpoints_of(run_dir)[:1]:
-        _point_latest(newest)
+        point_latest_to(newest)
+
+
+def point_latest_to(folder: Path) -> None:
+    """Let the link `latest` lead to a checkpoint, unless a user (or a copy of the run) has its place."""
+    link = folder.parent / LATEST
+    if os.path.lexists(link) and not _is_latest(link):
+        return
+    partial = folder.parent / f"{LATEST}{PARTIAL}"
+    partial.unlink(missing_ok=True)
+    try:
+        partial.symlink_to(folder.name)
+        partial.rename(link)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        if error.errno not in _NO_LINKS:
+            raise
+    sync_folder(folder.parent)
 
 
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
@@ -177,22 +194,6 @@ def keep_latest(newest: Path, count: int) -> list[Path]:
     for folder in there[count:]:
         left += remove(folder)
     return left
-
-
-def _point_latest(folder: Path) -> None:
-    link = folder.parent / LATEST
-    if os.path.lexists(link) and not _is_latest(link):
-        return
-    partial = folder.parent / f"{LATEST}{PARTIAL}"
-    partial.unlink(missing_ok=True)
-    try:
-        partial.symlink_to(folder.name)
-    except OSError as error:
-        if error.errno in _NO_LINKS:
-            return
-        raise
-    partial.rename(link)
-    sync_folder(folder.parent)
 
 
 def _is_latest(link: Path) -> bool:

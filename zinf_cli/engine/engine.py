@@ -34,6 +34,7 @@ from zinf_cli.engine.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Memory, Visit
+from zinf_cli.errors import ZinfError
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
@@ -358,7 +359,11 @@ def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callabl
                 block_bytes=options.nvme_block_bytes,
                 notice=notice,
             )
-            tier.reserve(options.nvme_bytes)
+            try:
+                tier.reserve(options.nvme_bytes)
+            except ZinfError:
+                tier.close()
+                raise
             opened[name] = tier
         else:
             device = options.device if name == "device" else torch.device("cpu")

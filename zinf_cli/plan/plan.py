@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.checkpoint.reading import patiently
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
@@ -157,7 +158,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        document = json.loads(path.read_text())
+        document = json.loads(patiently(path.read_text, path))
         document["hosts"] = tuple(Host(**{**host, "slots": tuple(host["slots"])}) for host in document["hosts"])
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])

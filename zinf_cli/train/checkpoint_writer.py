@@ -224,22 +224,26 @@ class CheckpointWriter:
                 raise
             self._say_missing(coming.folder, error)
             return
-        self._remove_oldest(coming.folder)
+        self._make_newest(coming.folder)
 
-    def _remove_oldest(self, newest: Path) -> None:
-        if self._keep is not None:
-            try:
-                if left := folders.keep_latest(newest, self._keep):
-                    self._notice(folders.kept_back(left))
-            except (OSError, UnreadableError) as error:
-                self._notice(f"older checkpoints could not be removed: {error}")
+    def _make_newest(self, folder: Path) -> None:
+        """Where that fails, it is a checkpoint all the same."""
+        try:
+            folders.point_latest_to(folder)
+        except OSError as error:
+            self._notice(f"the link to the newest checkpoint, {folder.name}, can't be set: {error}")
+        try:
+            if self._keep is not None and (left := folders.keep_latest(folder, self._keep)):
+                self._notice(folders.kept_back(left))
+        except (OSError, UnreadableError) as error:
+            self._notice(f"checkpoints before {folder.name} can't be removed: {error}")
 
     def _forget(self, folder: Path) -> None:
         """Remove what was written of a checkpoint that will not be."""
         with suppress(OSError, UnreadableError):
             if self._ranks.rank != 0:
                 (folder / rank_file(self._ranks.rank)).unlink(missing_ok=True)
-            elif not folders.is_checkpoint(folder):
+            else:
                 remove(folder)
 
     def _say_missing(self, folder: Path, error: ZinfError) -> None:

@@ -71,6 +71,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHAR
             num_bytes, num_shards = _write_shards(weights, partial, max_shard)
             publish(partial, out)
         finally:
+            weights.reader.close()
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise TierError(f"can't write the export: {error.strerror}", where=str(out)) from error

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
-from zinf_cli.errors import CapacityError, PreflightError
+from zinf_cli.errors import CapacityError, PreflightError, TierError
 from zinf_cli.tiers.nvme import NvmeTier, set_direct
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
@@ -107,7 +107,10 @@ class RankFile:
 
 def _create(path: Path, layout: Layout, rank: int) -> int:
     """The file with its header, as long as it will be: a full drive is found here, and not half way."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError as error:
+        raise TierError(f"rank {rank} can't write a checkpoint: {error.strerror}", where=str(path)) from error
     try:
         os.posix_fallocate(descriptor, 0, layout.num_bytes)
         os.pwrite(descriptor, layout.header, 0)

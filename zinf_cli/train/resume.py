@@ -127,8 +127,11 @@ def resume(
             problem, state = error.describe(), _DAMAGED if isinstance(error, DamagedError) else _UNREADABLE
         states = ranks.all(state)
         if not any(states):
-            if ranks.rank == 0:
-                set_damaged_aside(recipe.output_dir, damaged)
+            if damaged and ranks.rank == 0:
+                try:
+                    set_damaged_aside(recipe.output_dir, damaged)
+                except (OSError, UnreadableError) as error:
+                    notice(f"damaged checkpoints stay where they are: {error}")
             if changed := changed_keys(manifest, recipe):
                 notice(f"resumed with another {', '.join(changed)}")
             return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale)
