@@ -103,7 +103,12 @@ class Model(Section):
         with _reachable(path):
             if newest := checkpoints_of(path):
                 return newest[0]
-            there = (path / "config.json").is_file()
+            there, adapter = ((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if adapter:
+            raise ValueError(
+                f"{path} has an adapter (adapter_config.json), which would not be read: merge it into its model first "
+                "(peft: model.merge_and_unload().save_pretrained(DIRECTORY)), or move the file away"
+            )
         if not there:
             what = "no config.json in" if path.is_dir() else "no such directory:"
             raise ValueError(f"{what} {path}; download a model first: hf download ORG/NAME --local-dir DIRECTORY")

@@ -19,12 +19,13 @@ import numpy as np
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
+from zinf_cli.train.chats import ANSWERS, TOOLS
 from zinf_cli.train.documents import Document, read_documents
 from zinf_cli.train.text_files import find_files, kind_of
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
-from zinf_cli.train.tokens import ANSWERS, Tokenizer
+from zinf_cli.train.tokens import Tokenizer
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 
@@ -166,7 +167,7 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
     if source.pair_fields is not None:
         return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
     if source.messages_field is not None:
-        return read_documents(file, source.messages_field)
+        return read_documents(file, source.messages_field, beside=(TOOLS,))
     return read_documents(file, source.text_field)
 
 

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.chats import render_chat
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document
 from zinf_cli.train.masking import Masking
-
-ANSWERS = "assistant"
-"""The role in a chat whose turns are trained on."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -105,11 +103,7 @@ class Tokenizer:
         return [*read, *written], [False] * len(read) + [True] * len(written)
 
     def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
-        """Tokens of a dialog in the chat template, and which of them the assistant says (its turn's end included).
-
-        What the assistant says is what rendering the dialog up to and including its turn adds to rendering it up to
-        the prompt for that turn; so any template whose rendering only grows will do.
-        """
+        """Tokens of a dialog in the chat template, and which of them the assistant says (its turn's end included)."""
         if not self._tokenizer.is_fast:
             raise DatasetError(
                 f"{type(self._tokenizer).__name__} is written in Python and can't tell where in a chat a token stands, "
@@ -117,21 +111,14 @@ class Tokenizer:
                 where=str(self._directory),
                 hint="use a tokenizer with tokenizer.json, or dataset.text_field with rendered dialogs",
             )
-        messages = self._check(document)
-        whole = self._render(messages, document, prompt=False)
-        said: list[tuple[int, int]] = []
-        for number, message in enumerate(messages):
-            if message["role"] == ANSWERS:
-                before = self._render(messages[:number], document, prompt=True)
-                after = self._render(messages[: number + 1], document, prompt=False)
-                if not (whole.startswith(after) and after.startswith(before)):
-                    raise DatasetError(
-                        "the chat template rewrites earlier turns, so the assistant's part can't be told",
-                        where=document.where,
-                        hint="use a template that only appends, or dataset.text_field with rendered dialogs",
-                    )
-                said.append((len(before), len(after)))
-        encoded = self._encode(whole, document, return_offsets_mapping=True)
+        if not self._tokenizer.chat_template:
+            raise DatasetError(
+                "this tokenizer has no chat template",
+                where=str(self._directory),
+                hint="use an instruct model's tokenizer, or dataset.text_field",
+            )
+        text, said = render_chat(document, self._tokenizer.apply_chat_template)
+        encoded = self._encode(text, document, return_offsets_mapping=True)
         mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
         return encoded["input_ids"], mask
 
@@ -150,30 +137,6 @@ class Tokenizer:
             return self._tokenizer(**{name: text, "add_special_tokens": False, "verbose": False, **options})
         except Exception as error:  # foreign code
             raise DatasetError(f"the tokenizer fails: {_first_line(error)}", where=document.where) from error
-
-    def _check(self, document: Document) -> list[dict[str, Any]]:
-        messages = document.content
-        if not isinstance(messages, list) or not messages:
-            raise DatasetError("expected a list of messages {role, content}", where=document.where)
-        for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                raise DatasetError(f"expected a message {{role, content}}, got {message!r:.80}", where=document.where)
-        return messages
-
-    def _render(self, messages: list[dict[str, Any]], document: Document, *, prompt: bool) -> str:
-        if not self._tokenizer.chat_template:
-            raise DatasetError(
-                "this tokenizer has no chat template",
-                where=str(self._directory),
-                hint="use an instruct model's tokenizer, or dataset.text_field",
-            )
-        try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template may raise what it likes
-            raise DatasetError(
-                f"the chat template refuses this dialog: {_first_line(error)}", where=document.where
-            ) from error
-        return text
 
 
 def _first_line(error: Exception) -> str:
