@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test test-crash test-storage test-faults lab check bench bench-peer gpu-check clean
+.PHONY: help install fetch demo test test-crash test-storage test-faults test-zoo lab check bench bench-peer gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-storage: install ## fail every call that reads, writes, syncs or names a fi
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 tests/integration/test_faults.py
+
+test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
 
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.

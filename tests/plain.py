@@ -102,9 +102,13 @@ def open_engine(
     freeze: str = "",
     keep: bool = False,
     dtype: torch.dtype = torch.float32,
+    room: int = 1,
     **more: Any,
 ) -> Engine:
-    """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit."""
+    """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
+
+    `room`: how many times as large buffers are as a model of width 32 needs.
+    """
     model = build_model(source, dtype)
     freeze_params(model, freeze)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
@@ -113,12 +117,12 @@ def open_engine(
     place_buffers(model, options.device)
     options = replace(
         options,
-        nvme_bytes=32 * MIB,
-        slot_bytes=8 * MIB,
-        resident_bytes=4 * MIB,
+        nvme_bytes=room * 32 * MIB,
+        slot_bytes=room * 8 * MIB,
+        resident_bytes=room * 4 * MIB,
         chunk_numel=8192,
         num_chunks=32,
-        staging_bytes=2 * MIB,
+        staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),
     )
     weights = open_weights(model, source)

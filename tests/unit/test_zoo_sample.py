@@ -1,0 +1,28 @@
+"""A sample of tests/zoo: what one of them does in particular, no other test has."""
+
+from __future__ import annotations
+
+import pytest
+
+from zoo.compare import verdict
+
+SAMPLE = (
+    "dbrx",  # parts of its configuration are configurations
+    "gemma3n_text",  # layers share keys and values through an argument; weights are clamped in a forward
+    "gpt_oss",  # sinks in attention
+    "jamba",  # mamba, attention and experts
+    "longcat_flash",  # two attentions a layer, experts that do nothing
+    "mllama",  # a vision part that text never calls
+    "qwen3_next",  # linear attention
+    "recurrent_gemma",  # keeps tensors as attributes
+    "rwkv",  # keeps a state of its own
+    "xlm",  # a cache in training
+    "zamba",  # one block shared by many layers
+)
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+@pytest.mark.filterwarnings("ignore")
+def test_agrees_with_plain_pytorch(model_type: str) -> None:
+    found = verdict(model_type)
+    assert found.kind == "agrees", found.why

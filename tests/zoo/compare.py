@@ -1,0 +1,89 @@
+"""A model type, made tiny: three steps on NVMe against plain PyTorch. `python -m zoo.compare` prints the table."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
+from zinf_cli.errors import ZinfError
+from zinf_cli.train.model import ModelSource, build_model
+from zoo.shrink import configs, model_types
+
+STEPS = 3
+TOLERANCE = 1e-5
+"""Of a loss: a few units in the last place, where gradients are summed in another order."""
+PARAMS_PER_ROOM = 1_000_000
+LARGE = 8_000_000
+"""Parameters of a model with parts that no table shrinks; there is no time to train it twice."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`kind`: "agrees", "refused" (before training), "untrained" (by plain PyTorch, at no size tried) or "wrong"."""
+
+    kind: str
+    why: str = ""
+
+
+def verdict(model_type: str) -> Verdict:
+    """With activations recomputed, and with all of them kept."""
+    reasons: dict[str, None] = {}
+    for config in configs(model_type):
+        source = ModelSource(None, config, "random", 0)
+        try:
+            expected = plain_losses(source, STEPS)
+        except Exception as error:  # whatever a model does at sizes that it was not made for
+            reasons[_where(error)] = None
+            continue
+        if all(abs(loss) < 1e6 for losses in expected for loss in losses):
+            return _compare(source, expected)
+        reasons["its loss is not finite"] = None
+    return Verdict("untrained", next(iter(reasons), "no configuration"))
+
+
+def _compare(source: ModelSource, expected: list[list[float]]) -> Verdict:
+    num_params = sum(param.numel() for param in build_model(source).parameters())
+    room = max(8, num_params // PARAMS_PER_ROOM)
+    for keep in (False, True) if num_params < LARGE else (False,):
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            try:
+                engine = open_engine(source, everything_on("nvme", Path(folder)), keep=keep, room=room)
+            except ZinfError as error:
+                return Verdict("refused", str(error))
+            except Exception as error:
+                return Verdict("wrong", _where(error))
+            try:
+                found = engine_losses(engine, STEPS)
+            except Exception as error:
+                return Verdict("wrong", _where(error))
+        difference = relative_difference(found, expected)
+        if not difference < TOLERANCE:
+            return Verdict("wrong", f"losses differ by {difference:.1e}{', activations kept' if keep else ''}")
+    return Verdict("agrees", f"{difference:.0e}" if difference else "to the bit")
+
+
+def _where(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())[:120]
+    return f"{type(error).__name__}: {said} ({Path(frame.filename).name}, {frame.name})"
+
+
+def main() -> None:
+    """Print the table of docs/zoo.md, and how many there are of each kind."""
+    counts: dict[str, int] = {}
+    print(f"| transformers {transformers.__version__} | | |\n|---|---|---|")
+    for model_type in sys.argv[1:] or model_types():
+        found = verdict(model_type)
+        counts[found.kind] = counts.get(found.kind, 0) + 1
+        print(f"| {model_type} | {found.kind} | {found.why.replace('|', '/')} |", flush=True)
+    print(f"\n{counts}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

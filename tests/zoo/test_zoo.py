@@ -1,0 +1,17 @@
+"""Every model type of the installed transformers agrees with plain PyTorch, or is refused before training."""
+
+from __future__ import annotations
+
+import pytest
+
+from zoo.compare import verdict
+from zoo.shrink import model_types
+
+
+@pytest.mark.parametrize("model_type", model_types())
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_agrees_with_plain_pytorch(model_type: str) -> None:
+    found = verdict(model_type)
+    if found.kind == "untrained":
+        pytest.skip(f"plain PyTorch does not train it on text at the sizes tried: {found.why}")
+    assert found.kind in ("agrees", "refused"), found.why
