@@ -15,6 +15,7 @@ SAMPLE = (
     "mllama",  # a vision part that text never calls
     "qwen3_next",  # linear attention
     "recurrent_gemma",  # keeps tensors as attributes
+    "reformer",  # makes its layers' graphs in a backward of its own
     "rwkv",  # keeps a state of its own
     "xlm",  # a cache in training
     "zamba",  # one block shared by many layers

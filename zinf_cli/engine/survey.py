@@ -133,7 +133,8 @@ class _Watch(TorchFunctionMode):
         forward = module.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if self._active:  # a unit inside of a unit has to be resident
+            # One inside of another has to be resident; so has one whose graph the model makes in a backward of its own.
+            if self._active or (self._units[number].trainable and not torch.is_grad_enabled()):
                 self.misused.update(self._units[number].modules)
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
