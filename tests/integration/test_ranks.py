@@ -21,6 +21,8 @@ CLASSES = ("params", "grads", "optimizer", "activations")
 WORKER = """
 import json, sys, torch
 from pathlib import Path
+from contextlib import nullcontext
+from late_writes import late_writes
 from plain import engine_losses, every_other_unit_cached, open_engine
 from tiny_models import random_source
 from zinf_cli.engine.engine import EngineOptions
@@ -30,13 +32,15 @@ torch.set_num_threads(1)
 ranks = Ranks.join(torch.device("cpu"))
 steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name, changes, placement in json.loads(sys.argv[4]):
-    settings, cached = placement.pop("settings", {}), placement.pop("cached", False)
+    settings = placement.pop("settings", {})
+    cached, late = placement.pop("cached", False), placement.pop("late", False)
     dtype = getattr(torch, placement.pop("dtype", "float32"))
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
     if cached:
         options = every_other_unit_cached(options)
     engine = open_engine(random_source(name, **changes), options, ranks, dtype=dtype)
-    losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
+    with late_writes() if late else nullcontext():
+        losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
     print(json.dumps(losses), flush=True)
 ranks.leave()
 """
@@ -91,11 +95,13 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     cases += [("llama", {}, {**placement, **eager}) for placement in placements[:3:2]]
     clips = (0.78, 0.81)  # at the first one, the speculation of step 4 fails
     cases += [("llama", {}, {**placements[2], "speculate": True, "settings": {"clip": clip}}) for clip in clips]
+    cases += [("llama", {}, {**placements[2], "speculate": True, "late": True, "settings": {"clip": clips[0]}})]
     cases += [("deepseek_v3", {}, {**placement, "dtype": "bfloat16"}) for placement in placements[:3:2]]  # fp32 routers
-    *found, in_memory, on_nvme, failing, holding, mixed, mixed_on_nvme = run_ranks(world_size, cases, tmp_path)
+    *found, in_memory, on_nvme, failing, holding, late, mixed, mixed_on_nvme = run_ranks(world_size, cases, tmp_path)
     assert mixed == mixed_on_nvme
     expected = plain_losses(random_source("deepseek_v3"), STEPS, count=COUNT, dtype=torch.bfloat16)
     assert relative_difference(mixed, expected) < 2e-3
+    assert late == failing
     for losses, clip in zip((failing, holding), clips, strict=True):
         expected = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=clip)
         assert relative_difference(losses, expected) < 1e-5

@@ -148,7 +148,7 @@ class Engine:
         """Checkpoints that have been completed, and that units may lie in."""
         self._calm_steps = 0
         """Steps since the gradient was last clipped."""
-        if options.speculate:
+        if options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
             for number, unit in enumerate(self.units):
                 if number not in options.cached_units:
                     unit.add_home()

@@ -194,7 +194,8 @@ class Fetch:
     def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[Destination]:
         goes = [destination(flat, self._pipeline.sink, keep=keep) for flat in self.unit.trained]
         own = self.own_slices()[: len(goes)]
-        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grads)
+        before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
+        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grads, before)
         return goes
 
     def bind(self) -> None:

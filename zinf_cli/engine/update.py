@@ -124,7 +124,8 @@ class SliceUpdate:
 
     Of each trainable flat, `own` is the parameter slice where compute sees it, and `grads` the gradient slice, where it
     is not to be read from its tier. Whoever holds the memory of the two keeps it until `progress` has returned True and
-    `writes` are done. The new values go where `goes` says.
+    `writes` are done. The new values go where `goes` says. `after` are writes that still read `own`: nothing is changed
+    in place before they are done.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class SliceUpdate:
         trace: Trace,
         goes: Sequence[Destination],
         grads: Sequence[torch.Tensor] | None = None,
+        after: Sequence[Transfer] = (),
     ) -> None:
         chunk_numel = memory.chunk_numel
         chunks: list[ChunkUpdate] = []
@@ -159,7 +161,8 @@ class SliceUpdate:
         self._buffers = memory.chunks
         self._chunks = deque(chunks)
         self._unread = deque(chunks)
-        self.writes: list[Transfer] = []
+        self._chunks[0].reads.extend(after)
+        self.writes = list(after)
         """Of the parameters."""
 
     @property

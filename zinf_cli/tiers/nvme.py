@@ -104,8 +104,10 @@ def is_tmpfs(folder: Path) -> bool:
 class _Job:
     """One read or write, split into blocks that several threads move; a Transfer."""
 
-    def __init__(self, what: str, blocks: int, after: Sequence[Transfer]) -> None:
+    def __init__(self, what: str, span: tuple[int, int], blocks: int, after: Sequence[Transfer]) -> None:
         self.what = what
+        self.span = span
+        """[begin, end) in its extent."""
         self.after = after
         self._left = blocks
         self._lock = threading.Lock()
@@ -251,7 +253,8 @@ class NvmeTier:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
         blocks = list(self._blocks(extent, offset, data.numel()))
         what = f"{'write' if write else 'read'} {extent.label}"
-        job = _Job(what, len(blocks), [] if write else list(extent.writes))
+        span = (offset, offset + data.numel())
+        job = _Job(what, span, len(blocks), [earlier for earlier in extent.writes if _overlap(earlier, span)])
         jobs = self._queues[1 if write else 0]
         moment = Moment(data.device)
         for file, position, begin, end in blocks:
@@ -308,6 +311,12 @@ class NvmeTier:
             if count <= 0:
                 raise OSError(errno.EIO, f"short transfer: {moved} of {len(memory)} bytes")
             moved += count
+
+
+def _overlap(earlier: Transfer, span: tuple[int, int]) -> bool:
+    """Whether a write under way touches bytes of `span`: what comes after it, be it a read or a write, waits."""
+    assert isinstance(earlier, _Job)
+    return earlier.span[0] < span[1] and span[0] < earlier.span[1]
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -35,7 +35,7 @@ class Extent:
     memory: torch.Tensor | None = None
     """uint8, where the tier keeps bytes in memory."""
     writes: list[Transfer] = field(default_factory=list, repr=False)
-    """Writes that may be under way: a later read waits for them."""
+    """Writes that may be under way: a later read or write of the same bytes waits for them."""
 
     def read(self, offset: int, into: torch.Tensor) -> Transfer:
         """Start filling `into` (contiguous uint8 on the compute device) from `offset` bytes into the extent."""
