@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import json
 import os
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,7 @@ class Lab:
         error: BaseException | None = None
         with watchdog(PATIENCE_S):
             try:
-                with drive():
+                with redirect_stderr(io.StringIO()) as said, drive():
                     work()
             except Exception as caught:
                 error = caught.with_traceback(None) if isinstance(caught, ZinfError) else caught
@@ -93,6 +95,7 @@ class Lab:
             check()
         error = None
         self._check_remains(before, files, threads)
+        assert remains_of(self.run_dir) == [] or "can't be removed" in said.getvalue()
         if drive.met is not None:
             with watchdog(PATIENCE_S):
                 if error is not None or scenario == "export":
@@ -133,7 +136,6 @@ class Lab:
         assert not [(path.name, bad) for path in there for bad in verify(path) if bad.problem]
         newest = max((manifest.step for manifest in before.values()), default=0)
         assert max((Manifest.load(path).step for path in there), default=0) >= newest
-        assert remains_of(self.run_dir) == []
         names = [str(path) for path in (self.folder / "lab").rglob("*")]
         assert not [name for name in names if name.endswith(".partial") or "damaged-" in name]
         nvme = self.folder / "lab" / "nvme"

@@ -16,7 +16,7 @@ import pytest
 from plain import engine_losses, open_engine
 from tiny_models import random_source
 from zinf_cli.checkpoint import folder as folders
-from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
+from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
 from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.ranks import Ranks
@@ -128,6 +128,13 @@ def test_what_is_later_than_the_newest_of_this_life_does_not_count(run_dir: Path
     shutil.copytree(step(run_dir, 4), step(run_dir, 5))
     folders.keep_latest(step(run_dir, 5), 1)
     assert [folders.step_of(path) for path in folders.checkpoints_of(run_dir)] == [6, 5]
+
+
+def test_what_could_not_be_removed_goes_with_the_next(run_dir: Path) -> None:
+    (step(run_dir, 2) / MANIFEST).rename(step(run_dir, 2) / UNFINISHED)
+    (half := step(run_dir, 8)).mkdir()  # being written
+    folders.keep_latest(step(run_dir, 6), 2)
+    assert names(run_dir / "checkpoints") == {step(run_dir, 4).name, step(run_dir, 6).name, half.name, "latest"}
 
 
 def test_setting_aside_takes_no_ones_place(run_dir: Path) -> None:

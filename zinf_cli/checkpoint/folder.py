@@ -190,8 +190,10 @@ def keep_latest(newest: Path, count: int) -> list[Path]:
     Later ones are of an earlier life of the run, which could not read them; they count for nothing.
     """
     left = []
-    there = [folder for folder in checkpoints_of(newest.parent.parent) if step_of(folder) <= step_of(newest)]
-    for folder in there[count:]:
+    run_dir = newest.parent.parent
+    there = [folder for folder in checkpoints_of(run_dir) if step_of(folder) <= step_of(newest)]
+    half = [folder for folder in remains_of(run_dir) if 0 <= step_of(folder) < step_of(newest)]  # could not be removed
+    for folder in there[count:] + half:
         left += remove(folder)
     return left
 
