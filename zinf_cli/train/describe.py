@@ -19,6 +19,7 @@ from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigu
 from zinf_cli.recipe import Recipe
 from zinf_cli.train.metrics import process_memory
 from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     DTYPES,
@@ -45,6 +46,7 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     world_size = world_size or ranks
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
+    check_seq_len(model, recipe.train.seq_len)
     left_out: list[str] = []
     open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []

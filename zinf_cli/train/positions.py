@@ -1,0 +1,59 @@
+"""How many positions a model knows: a lookup behind the end of a table fails in the middle of a run, or reads nonsense.
+
+Rotary, relative and recurrent positions have no end, as long as they are computed and not looked up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.errors import ModelError
+
+_TABLE = re.compile(r"(^|\.)(\w*pos\w*|wpe|embed_positions|pos_encoding)$")
+_NOT_OF_TEXT = re.compile(
+    r"vision|visual|image|patch|pixel|audio|video|speech|qformer|2d|entity|(^|[._])rel(ative)?[._]"
+)
+
+
+def check_seq_len(model: nn.Module, seq_len: int) -> None:
+    """ModelError where a sequence of `seq_len` tokens is longer than a table of positions."""
+    limit, name = min(_limits(model), default=(seq_len, ""))
+    if limit < seq_len:
+        raise ModelError(
+            f"{type(model).__name__} knows {limit} positions ({name}), fewer than the {seq_len} tokens of a sequence",
+            where="train.seq_len",
+            hint=f"lower train.seq_len to {limit} or less",
+        )
+
+
+def _limits(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """(positions, name) of each table that text is looked up in."""
+    config: Any = model.config
+    if config.model_type == "mpt":  # its bias is computed for that many, whatever the input
+        yield config.max_seq_len, "max_seq_len"
+    known = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if _NOT_OF_TEXT.search(name):
+            continue
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not hasattr(module, "make_weight"):
+            rows = module.num_embeddings - _first_row(module)
+            yield (min(rows, known) if isinstance(known, int) else rows), name
+        for key in ("embed_positions", "pos_encoding"):  # GPT-J's and CTRL's, which are no modules
+            table = vars(module).get(key, module._buffers.get(key))
+            if isinstance(table, torch.Tensor):
+                yield table.shape[0], f"{name}.{key}"
+
+
+def _first_row(table: nn.Embedding) -> int:
+    """The row of the first position: some tables begin behind the padding token's."""
+    if isinstance(offset := getattr(table, "offset", None), int):
+        return offset
+    if table.padding_idx is None:
+        return 0
+    ahead = type(table).__name__ == "ProphetNetPositionalEmbeddings"  # what it predicts stands one position further
+    return table.padding_idx + 1 + ahead
