@@ -86,6 +86,9 @@ def drive_space(folder: Path, key: str = "offload.nvme_path") -> Space:
     """The free space where `folder` (the recipe's `key`) is or will be; PreflightError where nothing can be written."""
     existing = folder
     while not existing.exists():
+        if existing.is_symlink():
+            what = f"{existing} is a link to {existing.readlink()}, which is not there"
+            raise PreflightError(what, where=str(folder), hint=f"mount its drive, or choose another {key}")
         existing = existing.parent
     status = os.statvfs(existing)
     problem = "no drive" if status.f_blocks == 0 else "read-only" if status.f_flag & os.ST_RDONLY else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
@@ -16,6 +15,7 @@ from zinf_cli.checkpoint.own_files import own_files
 from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import UsageError
+from zinf_cli.launch.made_folders import abandoned_in, remove_empty
 from zinf_cli.launch.mirror import STOP_FILE
 
 _BEING_WRITTEN = re.compile(
@@ -23,6 +23,8 @@ _BEING_WRITTEN = re.compile(
     r"\.\d+\.partial|(metrics|start|error-\d+)\.partial"
 )
 """Files of a run that were to be renamed (durable.py), as this version of zinf calls them, and as earlier ones did."""
+
+_MARK = re.compile(r"\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,18 @@ def remove(leftover: Leftover) -> list[Path]:
         if idle and leftover.path in still:
             return remove_remain(leftover.path)
         if idle and leftover.path == _nvme(leftover.run_dir):
-            with contextlib.suppress(OSError):
-                leftover.path.rmdir()
+            remove_empty([leftover.path])
+        for record, folders in abandoned_in(leftover.run_dir) if idle else ():
+            if leftover.path == record:
+                remove_empty(folders)
+                record.unlink(missing_ok=True)
     return []
+
+
+def marks_in(run_dir: Path) -> list[Path]:
+    """Of launches that began here: empty files with their ids (runner.py)."""
+    marks = [run_dir / name for name in names_in(run_dir) if _MARK.fullmatch(name)]
+    return [mark for mark in marks if mark.is_file() and mark.stat().st_size == 0]
 
 
 def _is_run(path: Path) -> bool:
@@ -79,7 +90,11 @@ def _leftovers(run_dir: Path) -> Iterator[Leftover]:
         yield Leftover(run_dir, path, what, _size(path))
     for path in _files(run_dir):
         what = "a request to stop" if path.name == STOP_FILE else "a file that was not finished"
+        what = "a launch's mark" if _MARK.fullmatch(path.name) else what
         yield Leftover(run_dir, path, what, _size(path))
+    for record, folders in abandoned_in(run_dir):
+        names = ", ".join(str(folder) for folder in folders if folder.is_dir())
+        yield Leftover(run_dir, record, f"a record of folders on drives{': ' if names else ''}{names}", _size(record))
     if (nvme := _nvme(run_dir)).is_dir() and not any(nvme.iterdir()):
         yield Leftover(run_dir, nvme, "an empty folder", 0)
 
@@ -101,7 +116,7 @@ def _files(run_dir: Path) -> list[Path]:
     """Files of a run that is over, which nobody will read."""
     names = [*names_in(run_dir), *(f"logs/{name}" for name in names_in(run_dir / "logs"))]
     paths = [run_dir / name for name in names if name == STOP_FILE or _BEING_WRITTEN.fullmatch(Path(name).name)]
-    return [path for path in paths if path.is_file() or path.is_symlink()]
+    return [path for path in paths if path.is_file() or path.is_symlink()] + marks_in(run_dir)
 
 
 def _nvme(run_dir: Path) -> Path:

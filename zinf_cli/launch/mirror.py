@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from zinf_cli.launch.made_folders import MadeFolders
+
 STOP_FILE = "stop"
 """In the run's folder: asks the ranks to stop at the end of their step."""
 
@@ -41,12 +43,20 @@ class RunFolder:
         self._sent: dict[str, int] = {}
         self._delivered: list[str] = []
         self._lock: int | None = None
+        self._made = MadeFolders(self.path)
 
     def open(self, files: Mapping[str, str]) -> None:
         """Lock the folder and write `files` into it, unless the launcher sees it; OSError if another run has it.
 
         The launcher marks its own folder with the launch's id.
         """
+        try:
+            self._open(files)
+        except OSError:
+            self.leave()
+            raise
+
+    def _open(self, files: Mapping[str, str]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / f".{self._launch_id}").exists():
             lock = os.open(self.path, os.O_RDONLY)
@@ -61,8 +71,9 @@ class RunFolder:
                 (self.path / name).write_text(text, encoding="utf-8")
                 self._delivered.append(name)
         (self.path / "logs").mkdir(exist_ok=True)
+        self._made.take_over()
         for folder in self._nvme:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._made.make(folder)
 
     def _claim(self) -> None:
         """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost."""
@@ -107,10 +118,11 @@ class RunFolder:
         self.leave()
 
     def leave(self) -> None:
-        """Give the folder up; folders that are empty were made for this run and go."""
-        (self.path / STOP_FILE).unlink(missing_ok=True)
-        empty = [*self._nvme, *(self.path / part for part in _PARTS if self.mirrored)]
-        for folder in empty:
+        """Give the folder up; empty ones that were made for this run go."""
+        with contextlib.suppress(OSError):
+            (self.path / STOP_FILE).unlink()
+        self._made.remove()
+        for folder in [self.path / part for part in _PARTS if self.mirrored]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if self._lock is not None:

@@ -23,6 +23,8 @@ from zinf_cli.checkpoint.folder import (
 )
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
+from zinf_cli.launch.leftovers import marks_in
+from zinf_cli.launch.made_folders import MadeFolders
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
@@ -66,21 +68,23 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], N
     """
     run_dir = recipe.output_dir
     try:
-        try:
-            if here:
-                _check_nvme(plan)
-            if left := remove_remains(run_dir):
-                say(kept_back(left))
-            _set_aside(run_dir, plan.resume)
-            write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
-            write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
-        except OSError as error:
-            raise _cant_write(run_dir, error) from error
-        yield run_dir
-    finally:
-        for folder in plan.nvme_folders if here else ():
-            with contextlib.suppress(OSError):
-                Path(folder).rmdir()  # only where it is empty and so was made for this run
+        if here:
+            _check_nvme(plan, run_dir)
+        _remove_marks(run_dir)
+        if left := remove_remains(run_dir):
+            say(kept_back(left))
+        _set_aside(run_dir, plan.resume)
+        write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
+        write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
+    except OSError as error:
+        raise _cant_write(run_dir, error) from error
+    yield run_dir
+
+
+def _remove_marks(run_dir: Path) -> None:
+    """Of launches (runner.py) that were killed: the folder is locked, so none of them is at work."""
+    for mark in marks_in(run_dir):
+        mark.unlink(missing_ok=True)
 
 
 def _cant_write(run_dir: Path, error: OSError) -> PreflightError:
@@ -89,18 +93,23 @@ def _cant_write(run_dir: Path, error: OSError) -> PreflightError:
     )
 
 
-def _check_nvme(plan: Plan) -> None:
-    for folder in map(Path, plan.nvme_folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise PreflightError(
-                f"can't create a file: {error.strerror}",
-                where=str(folder),
-                hint="choose another offload.nvme_path",
-            ) from error
+def _check_nvme(plan: Plan, run_dir: Path) -> None:
+    """That files can be created there. Folders made for it go again: a run's are made by its supervisor (mirror.py)."""
+    made = MadeFolders(run_dir)
+    try:
+        for folder in map(Path, plan.nvme_folders):
+            try:
+                made.make(folder)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise PreflightError(
+                    f"can't create a file: {error.strerror}",
+                    where=str(folder),
+                    hint="choose another offload.nvme_path",
+                ) from error
+    finally:
+        made.remove()
 
 
 def _set_aside(run_dir: Path, resume: str | None) -> None:

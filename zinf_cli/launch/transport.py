@@ -19,7 +19,7 @@ from zinf_cli.hosts import Host
 SILENCE_S = 10.0
 """An end of a lifeline that hears nothing for so long takes the other for lost."""
 
-_MODULES = ("process_tree", "mirror", "addresses", "supervisor")
+_MODULES = ("process_tree", "made_folders", "mirror", "addresses", "supervisor")
 """Of zinf_cli.launch: what a supervisor consists of, importers last."""
 
 _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
