@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import SMALL
+from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.tiers.arena import PAGE, round_up
 
@@ -100,16 +101,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("__bool__", "item") and args[0].is_meta and args[0].dtype == torch.bool:
-            return True  # what models ask of data here: is nothing masked, is nothing packed
-        if name == "__contains__" and args[0].is_meta:
-            return False  # is there padding
-        if name == "rand":
-            return torch.ones_like(func(*args, **(kwargs or {})))  # LayerDrop drops no layer
-        if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:
-            return args[0] @ args[1][0]  # experts: every row meets one of them; torch refuses fp32 on meta
-        if name == "scaled_dot_product_attention" and args[0].is_meta:
-            return _fused_attention(func, *args, **(kwargs or {}))
+        answer = answer_of(name, func, args, kwargs or {})
+        if answer is not NotImplemented:
+            return answer
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):
                 owner = self._owner.get(id(leaf))
@@ -182,27 +176,6 @@ class _Watch(TorchFunctionMode):
         else:
             self.tail_bytes += num_bytes
         return tensor
-
-
-def _fused_attention(
-    func: Callable[..., torch.Tensor],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> torch.Tensor:
-    """What a real device takes where it can; meta tensors get the plain formula, which saves all of the scores."""
-    fused = not dropout_p and query.shape[-1] == value.shape[-1]
-    if not fused:
-        return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: torch.Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0]
-    return output
 
 
 def _as_emitted(leaf: Any) -> Any:

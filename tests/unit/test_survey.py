@@ -1,0 +1,48 @@
+"""The dry forward, of models that ask for data: it is complete, and what can't be tried is guessed generously."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from tiny_models import random_source
+from zinf_cli.engine.survey import Survey, survey
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.setup import model_loss
+from zoo.shrink import configs
+
+ASKING = {
+    "dbrx": "the positions of the experts that were chosen",
+    "doge": "attention with a mask that is learned",
+    "flaubert": "the largest length, as a number",
+    "jetmoe": "how many rows each expert gets, as a list",
+    "led": "whether some token sees all others, and where they are",
+    "longcat_flash": "the positions of the experts that were chosen",
+    "switch_transformers": "an expert by its number in a name",
+    "umt5": "attention with a bias of positions that is learned",
+    "xmod": "the rows of a language",
+}
+
+
+def surveyed(source: ModelSource) -> Survey:
+    model = build_model(source)
+    ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
+    return survey(model, partial(model_loss, model, ids, ids), 1)
+
+
+@pytest.mark.parametrize("model_type", ASKING)
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_what_models_ask_of_data_is_answered(model_type: str) -> None:
+    seen = surveyed(ModelSource(None, next(iter(configs(model_type))), "random", 0))
+    assert seen.complete
+    for number in seen.order:
+        assert seen.units[number].resident or seen.uses[number].output_bytes
+
+
+def test_t5_without_dropout_is_surveyed_whole() -> None:
+    dry, wet = (surveyed(random_source("t5", dropout_rate=rate)) for rate in (0.0, 0.1))
+    assert dry.complete
+    assert dry.order == wet.order
+    assert [use.input_bytes for use in dry.uses.values()] == [use.input_bytes for use in wet.uses.values()]

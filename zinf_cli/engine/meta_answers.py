@@ -1,0 +1,129 @@
+"""What a model asks of data in the dry forward, where there is none: answers that a plan can be made from.
+
+A question is about which values there are, never about what they compute. The answers are those of an ordinary
+training batch (nothing masked, nothing padded, no token special), and where a size follows from data, of the largest:
+every position is one that was looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+class Counts(list[int]):
+    """How many rows each expert got; it is not known how many there are."""
+
+
+def answer_of(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The answer to the torch function `name`; NotImplemented where a meta tensor can give its own."""
+    if name == "rand":
+        return torch.ones_like(func(*args, **kwargs))  # LayerDrop drops no layer
+    subject = args[0] if args else None
+    if not isinstance(subject, torch.Tensor) or not subject.is_meta:
+        return NotImplemented
+    answer = _ANSWERS.get(name)
+    return NotImplemented if answer is None else answer(func, *args, **kwargs)
+
+
+def _truth(func: Callable[..., Any], tensor: torch.Tensor) -> Any:
+    """Is nothing masked, is nothing packed; a count or a length is small."""
+    if tensor.dtype == torch.bool:
+        return not getattr(tensor, "is_any", False)
+    return func(tensor) if tensor.is_floating_point() else 1
+
+
+def _format(func: Callable[..., Any], tensor: torch.Tensor, spec: str) -> str:
+    """A module by its number: the first."""
+    return "0" if tensor.dtype == torch.long and not tensor.dim() else str(func(tensor, spec))
+
+
+def _any(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Is a token special, is a value infinite: none is."""
+    found: torch.Tensor = func(*args, **kwargs)
+    found.is_any = True  # type: ignore[attr-defined]
+    return found
+
+
+def _nonzero(func: Callable[..., Any], tensor: torch.Tensor, as_tuple: bool = False) -> Any:
+    shape = (tensor.numel(), tensor.dim())
+    found = torch.empty(shape, dtype=torch.long, device="meta")
+    return found.unbind(1) if as_tuple else found
+
+
+def _where(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _nonzero(func, args[0], as_tuple=True) if len(args) == 1 and not kwargs else func(*args, **kwargs)
+
+
+def _getitem(func: Callable[..., Any], tensor: torch.Tensor, index: Any) -> Any:
+    """A mask picks every position, and a number that is not known is 0."""
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype == torch.long:
+        return func(tensor, 0)
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.is_meta and index.dim():
+        return tensor.flatten(0, index.dim() - 1)
+    return func(tensor, index)
+
+
+def _setitem(func: Callable[..., Any], tensor: torch.Tensor, index: Any, value: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts):
+        return None
+    return func(tensor, index, value)
+
+
+def _tolist(func: Callable[..., Any], tensor: torch.Tensor) -> Any:
+    return Counts([1] * tensor.numel()) if tensor.dim() == 1 else func(tensor)
+
+
+def _split(func: Callable[..., Any], tensor: torch.Tensor, sizes: Any = 1, dim: int = 0, **kwargs: Any) -> Any:
+    if isinstance(sizes, Counts):
+        return tensor.tensor_split(len(sizes), dim)
+    return func(tensor, sizes, dim, **kwargs)
+
+
+def _grouped_mm(func: Callable[..., Any], rows: torch.Tensor, experts: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Every row meets one of the experts; torch refuses fp32 on meta."""
+    return rows @ experts[0]
+
+
+def _fused_attention(
+    func: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """What a real device takes where it can; meta tensors get the plain formula, which saves all of the scores."""
+    learned = attn_mask is not None and attn_mask.requires_grad  # a bias of positions: no fused kernel has its gradient
+    if dropout_p or learned or query.shape[-1] != value.shape[-1]:
+        return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output: torch.Tensor = attend(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0]
+    return output
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "__bool__": _truth,
+    "item": _truth,
+    "__int__": _truth,
+    "__index__": lambda *_: 0,
+    "__format__": _format,
+    "any": _any,
+    "__contains__": lambda *_: False,  # is there padding
+    "nonzero": _nonzero,
+    "where": _where,
+    "__getitem__": _getitem,
+    "__setitem__": _setitem,
+    "tolist": _tolist,
+    "split": _split,
+    "grouped_mm": _grouped_mm,
+    "_grouped_mm": _grouped_mm,
+    "scaled_dot_product_attention": _fused_attention,
+}
