@@ -128,6 +128,9 @@ def test_causal_models_see_no_label_that_they_are_to_predict() -> None:
     ("model_type", "changes", "said"),
     [
         ("bert", {"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel sees what it is to predict"),
+        ("bert-generation", SIZE, "BertGenerationDecoder sees what it is to predict.*is_decoder: true"),
+        ("llama", {"is_causal": False}, "LlamaForCausalLM sees what it is to predict.*is_causal: true"),
+        ("gemma3_text", {"use_bidirectional_attention": True, **SIZE}, "Gemma3ForCausalLM sees what it is to predict"),
         ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, "XLNetLMHeadModel"),
         ("bert", {"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification is not a lang"),
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not a lang"),

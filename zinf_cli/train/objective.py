@@ -107,13 +107,23 @@ def objective_of(model: nn.Module) -> Objective:
             f"{name} predicts in permuted orders, which zinf does not draw: it would see what it is to say",
             hint="train a causal or a masked language model",
         )
-    if sees_both_ways(config):
-        if name in MASKED_LMS.values():
-            return Objective.MASKED_TOKENS
-        raise ModelError(
-            f"{name} sees what it is to predict while is_decoder is false in its configuration",
-            hint=f"set is_decoder: true, or architectures: [{MASKED_LMS[config.model_type]}]",
-        )
-    if name in MASKED_LMS.values() and name not in GIVEN:
+    if name in MASKED_LMS.values() and (sees_both_ways(config) or name not in GIVEN):
         return Objective.MASKED_TOKENS
+    if (setting := _sees_ahead(config)) is not None:
+        raise ModelError(
+            f"{name} sees what it is to predict: its configuration has {setting[0]}",
+            hint=f"set {setting[1]}, or train a masked language model",
+        )
     return Objective.NEXT_TOKEN_GIVEN if name in GIVEN else Objective.NEXT_TOKEN
+
+
+def _sees_ahead(config: PreTrainedConfig) -> tuple[str, str] | None:
+    """The setting by which a causal model's attention is not causal, and the one that it needs."""
+    if sees_both_ways(config) or (config.model_type == "bert-generation" and not config.is_decoder):
+        return "is_decoder: false", "is_decoder: true"
+    text = config.get_text_config()
+    if getattr(text, "is_causal", True) is False:
+        return "is_causal: false", "is_causal: true"
+    if (both := getattr(text, "use_bidirectional_attention", None)) in (True, "all"):
+        return f"use_bidirectional_attention: {both}", "it to null"
+    return None

@@ -134,7 +134,7 @@ def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = 
         if part is not None and not collator.has_targets(part):
             raise DatasetError(
                 f"the {name} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
-                where=", ".join(map(str, dataset.path)),
+                where=", ".join(map(str, (part is held_out and dataset.eval_path) or dataset.path)),
                 hint=f"see what {dataset.messages_field or dataset.text_field!r} holds there, or give more text",
             )
     return Text(stream, held_out, order, collator)

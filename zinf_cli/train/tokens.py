@@ -73,6 +73,12 @@ class Tokenizer:
                 where=str(self._directory),
                 hint="set dataset.tokenizer to the tokenizer of this model",
             )
+        if self._tokenizer.mask_token_id >= vocabulary:
+            raise DatasetError(
+                f"the mask token {self._tokenizer.mask_token_id} is outside the model's embedding of {vocabulary} rows",
+                where=str(self._directory),
+                hint="set dataset.tokenizer to the tokenizer of this model",
+            )
         special = np.array(self._tokenizer.all_special_ids, dtype=np.int64)
         return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
 

@@ -1,9 +1,10 @@
-"""A step in which no token has a loss leaves everything as it is."""
+"""Losses are means over targets, however they are dealt; a step without any leaves everything as it is."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_launch import Ended, Workshop
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tiny_models import CONFIGS
 
-WORDS = ["<end>", "<user>", "<bot>", "[UNK]", *(f"w{number}" for number in range(60))]
+WORDS = ["<end>", "<user>", "<bot>", "[UNK]", "[MASK]", *(f"w{number}" for number in range(60))]
 SEQ_LEN = 16
 
 
@@ -24,16 +25,20 @@ def chat(seed: int, *, answered: bool) -> str:
     return json.dumps({"messages": [{"role": role, "content": " ".join(part)} for role, part in said]}) + "\n"
 
 
-def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
-    folder.mkdir()
+def save_tokenizer(folder: Path) -> None:
     raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", mask_token="[MASK]")
     fast.chat_template = (
         "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end> {% endfor %}"
         "{% if add_generation_prompt %}<bot> {% endif %}"
     )
-    fast.save_pretrained(folder / "tokenizer")
+    fast.save_pretrained(folder)
+
+
+def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
+    folder.mkdir()
+    save_tokenizer(folder / "tokenizer")
     workshop = Workshop(folder)
     (folder / "chats.jsonl").write_text("".join(chats))
     workshop.content["model"] = {"config": {"model_type": "llama", **CONFIGS["llama"]}}
@@ -53,13 +58,12 @@ def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
     return ended
 
 
-@pytest.mark.parametrize("slots", ["1", "2"])
-def test_a_step_without_a_target_changes_nothing(slots: str, tmp_path: Path) -> None:
+def test_a_step_without_a_target_changes_nothing(tmp_path: Path) -> None:
     """As a run without these windows; and a micro-batch without a target does nothing to the others of its step."""
     asked = [chat(number, answered=number not in (1, 7)) for number in range(10)]
     unanswered = [chat(number, answered=False) for number in range(20, 22)]
-    plain = run(tmp_path / "plain", asked, "--slots", slots)
-    skipping = run(tmp_path / "skipping", [*asked[:8], *unanswered, *asked[8:]], "--slots", slots)
+    plain = run(tmp_path / "plain", asked, "--slots", "2")
+    skipping = run(tmp_path / "skipping", [*asked[:8], *unanswered, *asked[8:]], "--slots", "2")
     assert all(loss > 0 for loss in plain.losses)
     assert skipping.losses == [*plain.losses[:4], None, plain.losses[4]]
     assert [line["step"] for line in skipping.metrics if line.get("skipped")] == [5]
@@ -69,8 +73,38 @@ def test_a_step_without_a_target_changes_nothing(slots: str, tmp_path: Path) -> 
 
     def state(ended: Ended, step: int) -> list[bytes]:
         files = sorted((ended.run_dir / "checkpoints" / f"step-{step:08}").glob("rank-*.safetensors"))
-        assert len(files) == int(slots)
+        assert len(files) == 2
         return [file.read_bytes() for file in files]
 
     assert state(skipping, 5) == state(skipping, 4)
     assert state(skipping, 6) == state(plain, 5)
+
+
+BERT = {**CONFIGS["bert"], "model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+BART = {"model_type": "bart", "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+BART |= {"max_position_embeddings": 64, "pad_token_id": 0, "decoder_start_token_id": 2, "architectures": None}
+
+
+@pytest.mark.parametrize("config", [BERT, BART], ids=["bert", "bart"])
+def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path: Path) -> None:
+    """Rows have unlike numbers of targets; held-out text as well."""
+    workshop = Workshop(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer")
+    rows = [
+        {"source": "w1 w2 w3", "target": " ".join(f"w{(n * i) % 60}" for i in range(1 + n * 3 % 14))} for n in range(11)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "words.txt").write_text(" ".join(f"w{n * n % 60}" for n in range(16 * 11)))
+    text = {"path": str(tmp_path / ("rows.jsonl" if config is BART else "words.txt")), "eval_fraction": 0.28}
+    workshop.content["model"] = {"config": config}
+    workshop.content["dataset"] = {**text, "tokenizer": str(tmp_path / "tokenizer")}
+    workshop.content["train"] = {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    one = workshop.launch()
+    assert one.code == 0, one.err
+    metrics = one.metrics
+    four = workshop.launch("train.micro_batch_size=4", "train.gradient_accumulation_steps=1", "--slots", "2")
+    assert four.code == 0, four.err
+    for before, after in zip(metrics, four.metrics, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm"} & before.keys():
+            assert after[key] == pytest.approx(before[key], rel=1e-5), key
