@@ -41,7 +41,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        problems += [_describe(entry, places, path) for entry in error.errors()]
+        told = {problem.partition(": ")[0] for problem in problems}  # a value that is none is not told twice
+        problems += [
+            line
+            for line in (_describe(entry, places, path) for entry in error.errors())
+            if line.partition(": ")[0] not in told or "unknown key" in line
+        ]
         recipe = None
     if problems or recipe is None:
         raise RecipeError(list(dict.fromkeys(problems)))

@@ -331,6 +331,47 @@ def test_a_tokenizer_of_another_version_is_named(tokenizer: Path, tmp_path: Path
         open_token_stream(TextSource((tmp_path / "a.txt",), tokenizer=tmp_path / "new"), tmp_path / "cache")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.npy", "a.parquet", "a.txt.gz"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (LFS, "a pointer of Git LFS, not the file itself (git lfs pull)"),
+        (b"/annex/objects/SHA256E-s3--ab.txt\n", "a pointer of git-annex"),
+        (b"\n<!DOCTYPE html><html>404", "a page of HTML"),
+    ],
+)
+def test_what_stands_for_a_file_is_no_text(
+    tokenizer: Path, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / name).write_bytes(content)
+    with pytest.raises(DatasetError) as caught:
+        open_token_stream(TextSource((tmp_path / "texts",), tokenizer=tokenizer), tmp_path / "cache")
+    assert f"{name}: {said}" in caught.value.describe()
+
+
+def test_what_stands_for_a_tokenizer_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_bytes(LFS)
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(DatasetError, match=r"tokenizer\.json: a pointer of Git LFS"):
+        open_token_stream(TextSource((tmp_path / "a.txt",), tokenizer=tmp_path / "copy"), tmp_path / "cache")
+
+
+def test_a_prompt_that_is_no_beginning_of_a_turn_is_told(tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "think")
+    template = TEMPLATE.replace("{% if add_generation_prompt %}<bot> ", "{% if add_generation_prompt %}<bot> <think> ")
+    (tmp_path / "think" / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    source = TextSource((tmp_path / "a.jsonl",), messages_field="messages", tokenizer=tmp_path / "think")
+    with pytest.raises(DatasetError, match=r"a\.jsonl:1: the chat template's prompt for a turn ends with '<think> '"):
+        open_token_stream(source, tmp_path / "cache")
+
+
 def test_a_python_tokenizer_in_chats_is_refused(tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 

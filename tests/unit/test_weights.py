@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tiny_models import CONFIGS, batch, random_source
 from zinf_cli.errors import CheckpointError
 from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
@@ -337,3 +338,11 @@ def test_every_process_draws_the_same_values() -> None:
         for seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+def test_a_pointer_in_place_of_weights_is_named_and_so_is_a_nan(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(3), "b": torch.tensor([1.0, float("nan")])}, tmp_path / "model.safetensors")
+    assert SafetensorsFiles(tmp_path).not_finite() == "b"
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a pointer of Git LFS.*git lfs pull"):
+        SafetensorsFiles(tmp_path)

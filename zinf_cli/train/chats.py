@@ -41,7 +41,16 @@ def render_chat(document: Document, template: Template) -> tuple[str, list[tuple
     for number, message in enumerate(messages):
         if message["role"] == ANSWERS:
             before, after = render(messages[:number], prompt=True), render(messages[: number + 1])
-            if not (whole.startswith(after) and after.startswith(before)):
+            if whole.startswith(after) and not after.startswith(before):
+                pairs = zip(before, after, strict=False)
+                same = next((place for place, (one, other) in enumerate(pairs) if one != other), len(after))
+                raise DatasetError(
+                    f"the chat template's prompt for a turn ends with {before[same:]!r:.60}, but this turn goes on "
+                    f"with {after[same:]!r:.60}, so the assistant's part can't be told",
+                    where=document.where,
+                    hint="use a template whose prompt is how turns begin, or dataset.text_field with rendered dialogs",
+                )
+            if not whole.startswith(after):
                 raise DatasetError(
                     "the chat template rewrites earlier turns, so the assistant's part can't be told",
                     where=document.where,

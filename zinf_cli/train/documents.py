@@ -174,7 +174,7 @@ def _unmarked(content: Any) -> Any:
 def _no_field(field: str, record: Any, where: str) -> DatasetError:
     there = f"a {type(record).__name__}"
     if isinstance(record, dict):
-        names = [str(name)[:40] for name in record]
+        names = [name[:40] if name.isprintable() else repr(name)[:40] for name in map(str, record)]
         there = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     hint = "set dataset.text_field; dataset.messages_field for chats; dataset.source_field for an encoder-decoder"
     return DatasetError(f"no field {field!r}, there is: {there or 'nothing'}", where=where, hint=hint)

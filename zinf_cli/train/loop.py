@@ -21,7 +21,7 @@ from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import NonFiniteError
+from zinf_cli.errors import NonFiniteError, ZinfError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import load_recipe
@@ -35,6 +35,7 @@ from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, stra
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
+from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.setup import (
     Text,
@@ -330,10 +331,18 @@ class Run:
         if self.recipe.train.non_finite == "skip":
             note(f"skipped {what}")
             return
-        raise NonFiniteError(
-            what,
-            hint="look at these windows of the text, lower optimizer.lr, or set train.non_finite=skip",
-        )
+        raise NonFiniteError(what, hint=self._cause_of_non_finite(step))
+
+    def _cause_of_non_finite(self, step: int) -> str:
+        """In the first step nothing but the weights and the text has had a say."""
+        source = model_source(self.recipe)
+        if step == 0 and source.init == "pretrained" and source.name_or_path is not None:
+            with suppress(ZinfError, RuntimeError):
+                if name := SafetensorsFiles(source.name_or_path).not_finite():
+                    return f"{name} of {source.name_or_path} holds a NaN or an infinity: use another checkpoint"
+        if step == 0:
+            return "no update has been made yet: look at these windows of the text, or at the model"
+        return "look at these windows of the text, lower optimizer.lr, or set train.non_finite=skip"
 
     def _sum(self, values: list[float]) -> list[float]:
         if self.ranks.world_size == 1:

@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from zinf_cli.errors import ModelError
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.objective import check_language_model, sees_both_ways
+from zinf_cli.train.stand_ins import stand_in
 
 # The kinds of model whose own loss zinf trains, in the order they are tried.
 _TRAINABLE = (
@@ -184,6 +185,8 @@ def _load_config(source: ModelSource) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if found := stand_in(source.name_or_path / "config.json"):
+            raise ModelError(found[0], where=f"{where}/config.json", hint=found[1]) from error
         if names_custom_code(source.name_or_path, "config.json"):
             raise custom_code_refused(source.name_or_path, "config.json", ModelError) from error
         raise ModelError(f"config.json is not usable: {_one_line(error)}", where=where) from error

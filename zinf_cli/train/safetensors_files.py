@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from zinf_cli.errors import CheckpointError
 from zinf_cli.file_names import is_plain
+from zinf_cli.train.stand_ins import stand_in
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -36,6 +37,11 @@ class SafetensorsFiles:
     def on_meta(self, key: str) -> torch.Tensor:
         """A tensor of the stored shape on the meta device, float32 whatever is stored."""
         return torch.empty(self._shapes[key], dtype=torch.float32, device="meta")
+
+    def not_finite(self) -> str | None:
+        """The first tensor that holds a NaN or an infinity; reads all of them, one at a time."""
+        with self.reader() as fetch:
+            return next((key for key in self.keys() if not bool(fetch(key).isfinite().all())), None)
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
@@ -93,5 +99,7 @@ def _errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if found := stand_in(path):
+            raise CheckpointError(found[0], where=str(path), hint=found[1]) from error
         message = f"not a whole safetensors file: {error}"
         raise CheckpointError(message, where=str(path), hint="copy the file again") from error

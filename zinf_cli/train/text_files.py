@@ -10,6 +10,7 @@ from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.stand_ins import stand_in
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 RECORDS = (".jsonl", ".parquet")
@@ -36,6 +37,8 @@ class Texts:
         return f"{said}; left out: {', '.join(without)}" if without else said
 
     def take(self, file: Path) -> None:
+        if found := stand_in(file):
+            raise DatasetError(found[0], where=str(file), hint=found[1])
         self.files.append(file)
         self.num_bytes += file.stat().st_size
 

@@ -14,6 +14,7 @@ from zinf_cli.train.chats import render_chat
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document
 from zinf_cli.train.masking import Masking
+from zinf_cli.train.stand_ins import stand_in
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -44,6 +45,9 @@ class Tokenizer:
         except Exception as error:  # a file of a newer version, or a damaged one, raises what it likes
             if names_custom_code(directory, TOKENIZER_CONFIG):
                 raise custom_code_refused(directory, TOKENIZER_CONFIG, DatasetError) from error
+            for name in TOKENIZER_FILES:
+                if found := stand_in(directory / name):
+                    raise DatasetError(found[0], where=str(directory / name), hint=found[1]) from error
             raise DatasetError(
                 f"no usable tokenizer: {_first_line(error)}",
                 where=str(directory),
@@ -123,7 +127,10 @@ class Tokenizer:
                 where=str(self._directory),
                 hint="use an instruct model's tokenizer, or dataset.text_field",
             )
-        text, said = render_chat(document, self._tokenizer.apply_chat_template)
+        try:
+            text, said = render_chat(document, self._tokenizer.apply_chat_template)
+        except RecursionError as error:
+            raise DatasetError("lists in lists, more than can be read", where=document.where) from error
         encoded = self._encode(text, document, return_offsets_mapping=True)
         mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
         return encoded["input_ids"], mask

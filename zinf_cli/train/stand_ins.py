@@ -1,0 +1,25 @@
+"""Files that are not what their name says but stand for it: a pointer of Git LFS or git-annex, a page of HTML."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+_BEGIN_BYTES = 256
+_LFS = re.compile(rb"version https://git-lfs\.github\.com/")
+_ANNEX = re.compile(rb"[./\\]*(\.git)?[/\\]annex[/\\]objects[/\\]")
+_PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
+_KINDS = (
+    (_LFS, "a pointer of Git LFS, not the file itself", "git lfs pull"),
+    (_ANNEX, "a pointer of git-annex, not the file itself", "git annex get"),
+    (_PAGE, "a page of HTML, as a failed download leaves it", "download it again"),
+)
+
+
+def stand_in(path: Path) -> tuple[str, str] | None:
+    """(what it is, what to do) for a file that only stands for another; None for any other file."""
+    with suppress(OSError), path.open("rb") as file:
+        begin = file.read(_BEGIN_BYTES)
+        return next(((what, hint) for pattern, what, hint in _KINDS if pattern.match(begin)), None)
+    return None
