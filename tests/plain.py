@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,13 @@ def plain_losses(
     freeze: str = "",
     parameters: dict[str, torch.Tensor] | None = None,
     device: torch.device = CPU,
+    infinite: tuple[int, int] | None = None,
 ) -> list[list[float]]:
-    """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step."""
+    """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step.
+
+    The loss of the micro-batch at `infinite` (step, number) is that, with the gradient that it had; such a step is left
+    out.
+    """
     blank = build_model(source)
     model: Any = type(blank)._from_config(blank.config, dtype=dtype)
     if dtype != torch.float32:  # as a user gets it, with what its class keeps in fp32
@@ -76,13 +82,16 @@ def plain_losses(
         for number, ids in enumerate(batches(step, count)):
             torch.manual_seed(1000 * step + number)
             loss = model_loss(model, ids.to(device), ids.to(device))
+            if (step, number) == infinite:
+                loss = loss + math.inf
             torch.autograd.backward((loss,), (torch.full_like(loss, 1 / count),))
             losses[-1].append(loss.item())
         if clip is not None:
             nn.utils.clip_grad_norm_(list(named.values()), clip)
         for name, param in named.items():
             masters[name].grad = param.grad
-        optimizer.step()
+        if all(map(math.isfinite, losses[-1])):
+            optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             for name, param in named.items():
@@ -144,6 +153,7 @@ def engine_losses(
     evaluate_every: int | None = None,
     close: bool = True,
     device: torch.device = CPU,
+    infinite: tuple[int, int] | None = None,
 ) -> list[list[float]]:
     """What plain_losses returns from step `first` on, through the engine; of the micro-batches of `rank`."""
     losses = []
@@ -151,7 +161,9 @@ def engine_losses(
     for step in range(first, steps):
         work = [
             MicroBatch(
-                partial(model_loss, engine.model, ids.to(device), ids.to(device)), 1 / count, 1000 * step + number
+                partial(_loss, engine, ids.to(device), infinite=(step, number) == infinite),
+                1 / count,
+                1000 * step + number,
             )
             for number, ids in enumerate(batches(step, count))
         ]
@@ -164,6 +176,11 @@ def engine_losses(
     if close:
         engine.close()
     return losses
+
+
+def _loss(engine: Engine, ids: torch.Tensor, *, infinite: bool) -> torch.Tensor:
+    loss = model_loss(engine.model, ids, ids)
+    return loss + math.inf if infinite else loss
 
 
 def everything_on(tier: str, folder: Path) -> EngineOptions:

@@ -193,7 +193,7 @@ class Train(Section):
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm; null: do not clip."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is NaN or infinite does: end the run, or skip the update."""
+    """What a loss or gradient that is NaN or infinite does: end the run, or skip the update (ten in a row end it)."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

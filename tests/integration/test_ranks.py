@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -33,6 +34,8 @@ ranks = Ranks.join(torch.device("cpu"))
 steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 for name, changes, placement in json.loads(sys.argv[4]):
     settings = placement.pop("settings", {})
+    if "infinite" in settings:
+        settings["infinite"] = tuple(settings["infinite"])
     cached, late = placement.pop("cached", False), placement.pop("late", False)
     dtype = getattr(torch, placement.pop("dtype", "float32"))
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
@@ -96,12 +99,19 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     clips = (0.78, 0.81)  # at the first one, the speculation of step 4 fails
     cases += [("llama", {}, {**placements[2], "speculate": True, "settings": {"clip": clip}}) for clip in clips]
     cases += [("llama", {}, {**placements[2], "speculate": True, "late": True, "settings": {"clip": clips[0]}})]
+    cases += [("llama", {}, {**placements[2], "settings": {"infinite": (2, COUNT - 1)}})]  # of the last rank alone
     cases += [("deepseek_v3", {}, {**placement, "dtype": "bfloat16"}) for placement in placements[:3:2]]  # fp32 routers
-    *found, in_memory, on_nvme, failing, holding, late, mixed, mixed_on_nvme = run_ranks(world_size, cases, tmp_path)
+    *found, in_memory, on_nvme, failing, holding, late, infinite, mixed, mixed_on_nvme = run_ranks(
+        world_size, cases, tmp_path
+    )
     assert mixed == mixed_on_nvme
     expected = plain_losses(random_source("deepseek_v3"), STEPS, count=COUNT, dtype=torch.bfloat16)
     assert relative_difference(mixed, expected) < 2e-3
     assert late == failing
+    expected = plain_losses(random_source("llama"), STEPS, count=COUNT, infinite=(2, COUNT - 1))
+    assert infinite[2][-1] == expected[2][-1] == math.inf
+    infinite[2][-1] = expected[2][-1] = 1.0
+    assert relative_difference(infinite, expected) < 1e-5
     for losses, clip in zip((failing, holding), clips, strict=True):
         expected = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=clip)
         assert relative_difference(losses, expected) < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -270,6 +271,36 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) == before
     good = engine.train_step([MicroBatch(engine_loss(engine, ids))], AdamW(1e-3), more=False)
     assert good.finite
+    assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) < before
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["deferred", "speculative"])
+def test_nor_does_an_infinite_loss_with_a_finite_gradient(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    options = replace(everything_on("nvme", tmp_path), speculate=how == "speculative")
+    engine = open_engine(random_source("llama"), options, dtype=dtype)
+    found = engine_losses(engine, 6, clip=50.0, infinite=(3, 1))
+    assert found == plain_losses(random_source("llama"), 6, clip=50.0, dtype=dtype, infinite=(3, 1))
+
+
+def test_a_loss_is_judged_with_its_gradient_unless_it_has_no_weight(tmp_path: Path) -> None:
+    engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path), dtype=torch.float16)
+    ids = torch.arange(24).reshape(2, 12) + 3
+
+    def finite(weight: float) -> bool:
+        work = [
+            MicroBatch(engine_loss(engine, ids), 1.0),
+            MicroBatch(lambda: engine_loss(engine, ids)() + float("inf"), weight),
+        ]
+        result = engine.train_step(work, AdamW(1e-3), loss_scale=8.0, more=False)
+        assert math.isfinite(result.grad_norm)
+        return result.finite
+
+    before = engine.evaluate([MicroBatch(engine_loss(engine, ids))])
+    assert not finite(1.0)
+    assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) == before
+    assert finite(0.0)
     assert engine.evaluate([MicroBatch(engine_loss(engine, ids))]) < before
     engine.close()
 

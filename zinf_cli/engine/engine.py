@@ -97,15 +97,13 @@ class StepResult:
 
     losses: list[float]
     grad_norm: float
-    """Before clipping, over all ranks; NaN or infinite where a loss or gradient was."""
+    """Before clipping, over all ranks; NaN or infinite where the gradient was."""
+    finite: bool
+    """Whether the gradient and the losses of all ranks are finite; if not, nothing is updated."""
     wait_s: float
     """Seconds the compute thread waited for data."""
     updated: bool
     """Whether the update has been made in the backward pass already."""
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -172,9 +170,9 @@ class Engine:
         """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
 
         Every rank passes the same number of batches. The losses, and so the gradients, are `loss_scale` times too
-        large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. A result that
-        is not finite has no pending update: nothing changes. With `eager`, which needs a step that is not clipped,
-        each unit is updated as soon as its gradient is complete; then a result that is not finite comes too late.
+        large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. Where a loss
+        or the gradient is not finite, on any rank, there is no update: nothing changes. With `eager`, which needs a
+        step that is not clipped, each unit is updated as soon as its gradient is complete; then it is too late.
 
         `sink` gets the state after this step. It is told to `complete` when the last update has been made: in the
         forward of the next step, or in `flush`.
@@ -190,16 +188,17 @@ class Engine:
             self._sweep.announce_step(len(self._deal(batches)))
         self._pipeline.finish_gradients()
         norm = self._grad_norm() / loss_scale
+        finite = math.isfinite(norm.item()) and self._all_finite(batches, losses)
         most = math.inf if max_grad_norm is None else max_grad_norm
         clip = torch.clamp(most / (norm + 1e-6), max=1.0)
-        calm = math.isfinite(norm.item()) and clip.item() == 1.0
+        calm = finite and clip.item() == 1.0
         self._calm_steps = self._calm_steps + 1 if calm else 0
         completed = [self.units[number] for number in self._pipeline.completed]
         taken = [unit for unit in completed if self._pipeline.eager.takes(unit)]
         waiting = [unit for unit in completed if not self._pipeline.eager.takes(unit)]
         factor = clip / loss_scale
         update = replace(adamw, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
-        self._set_update(waiting, update, norm)
+        self._set_update(waiting, update, finite=finite)
         if speculative and calm:
             self._pipeline.eager.commit()
             self._pipeline.advance()
@@ -208,13 +207,13 @@ class Engine:
             self._pipeline.eager.discard()
             if sink is not None:  # the same regions will be written again, and last
                 self._pipeline.settle()
-            self._set_update(taken, update, norm)
+            self._set_update(taken, update, finite=finite)
             if more:
                 self._sweep.announce_step(len(self._deal(batches)))
         if sink is not None:
             self._copy_what_stays(sink)
         updated = eager or (speculative and calm)
-        return StepResult([loss.item() for loss in losses], norm.item(), self._pipeline.wait_s, updated)
+        return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
         """The losses of `batches`, forward only; pending updates are done on the way."""
@@ -333,10 +332,15 @@ class Engine:
         squares = sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))
         return self._ranks.sum(squares.cpu()).sqrt().float()
 
-    def _set_update(self, units: Sequence[Unit], update: AdamW, norm: torch.Tensor) -> None:
+    def _all_finite(self, batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
+        """Whether the losses of all ranks are finite; those without weight do not count."""
+        counted = [loss for batch, loss in zip(batches, losses, strict=True) if batch.weight]
+        return min(self._ranks.all(int(all(math.isfinite(loss.item()) for loss in counted)))) == 1
+
+    def _set_update(self, units: Sequence[Unit], update: AdamW, *, finite: bool) -> None:
         """Let the pending updates of `units` begin: the norm is known."""
         for unit in units:
-            if not math.isfinite(norm.item()):
+            if not finite:
                 unit.touched = [False] * len(unit.touched)  # an update of nothing
             unit.count_update()
         if units:

@@ -82,6 +82,8 @@ class CheckpointWriter:
         self._commit: Future[None] | None = None
         self._begun = False
         """Whether there was room for the newest."""
+        self._trusted = True
+        """Whether the last step was finite, so that older checkpoints may go for newer ones."""
         self._files: list[RankFile] = []
         self._moved = (0, 0)
 
@@ -137,10 +139,24 @@ class CheckpointWriter:
             coming.small_files = chain(self._model_files(), _buffers(self._engine.model))
         return True
 
+    def judge(self, *, finite: bool) -> None:
+        """Whether loss and gradient of the step that has just been computed were finite.
+
+        While they are not, the newest checkpoint may be of what has blown up: older ones stay.
+        """
+        self._trusted = finite
+
+    def drop_newest(self) -> None:
+        """What `begin` made room for will not be a checkpoint; the engine may still keep state in its file."""
+        if self._begun:
+            self._begun = False
+            self._forget(self._coming.pop().folder)
+
     def write(self, position: Position) -> None:
         """A whole checkpoint of the state as it is now, with pending updates made."""
-        file = self.begin(position.step)
-        assert file is not None
+        file = self.begin(position.step, required=self._trusted)
+        if file is None:
+            return
         self._engine.save(file)
         self.describe(position)
         self.finish()
@@ -160,8 +176,9 @@ class CheckpointWriter:
     def close(self) -> None:
         """Files of checkpoints that will not be are removed."""
         self._background.shutdown()
+        for file in self._files:
+            file.close()
         for coming in self._coming:
-            coming.file.close()
             self._forget(coming.folder)
 
     def traffic(self) -> tuple[int, int]:
@@ -195,10 +212,10 @@ class CheckpointWriter:
         if self._ranks.rank == 0:
             if self._commit is not None:
                 self._commit.result()
-            self._commit = self._background.submit(self._make_whole, coming, checksums)
+            self._commit = self._background.submit(self._make_whole, coming, checksums, self._trusted)
         self._coming.popleft()
 
-    def _make_whole(self, coming: _Coming, checksums: torch.Tensor) -> None:
+    def _make_whole(self, coming: _Coming, checksums: torch.Tensor, trusted: bool) -> None:
         """Everything beside the files of the ranks; then the checkpoint exists."""
         assert coming.layout is not None
         assert coming.position is not None
@@ -224,16 +241,16 @@ class CheckpointWriter:
                 raise
             self._say_missing(coming.folder, error)
             return
-        self._make_newest(coming.folder)
+        self._make_newest(coming.folder, trusted)
 
-    def _make_newest(self, folder: Path) -> None:
-        """Where that fails, it is a checkpoint all the same."""
+    def _make_newest(self, folder: Path, trusted: bool) -> None:
+        """Where that fails, it is a checkpoint all the same. Older ones go if it is `trusted`."""
         try:
             folders.point_latest_to(folder)
         except OSError as error:
             self._notice(f"the link to the newest checkpoint, {folder.name}, can't be set: {error}")
         try:
-            if self._keep is not None and (left := folders.keep_latest(folder, self._keep)):
+            if trusted and self._keep is not None and (left := folders.keep_latest(folder, self._keep)):
                 self._notice(folders.kept_back(left))
         except (OSError, UnreadableError) as error:
             self._notice(f"checkpoints before {folder.name} can't be removed: {error}")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from zinf_cli.checkpoint.folder import checkpoints_of, step_of
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
 from zinf_cli.engine.lane import MicroBatch
@@ -137,6 +138,10 @@ def note(line: str) -> None:
         print(f"note: {line}", file=sys.stderr, flush=True)
 
 
+MAX_SKIPS = 10
+"""Steps in a row that are not finite, after which there is no hope that the next will be."""
+
+
 @dataclass
 class Run:
     """One run on one rank."""
@@ -169,6 +174,7 @@ class Run:
             if self.start.loss_scale is not None:
                 self._loss_scale.scale, self._loss_scale.finite_steps = self.start.loss_scale
         self.text.order.start_at(self.start.step, self.start.sequences)
+        self._skips, self._last_finite = 0, self.start.step
         self._drives = [tier for tier in self.engine.opened.values() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
@@ -188,7 +194,7 @@ class Run:
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
-            if save and values.get("skipped"):
+            if save and values.get("skipped") and not self._skips:
                 self._writer.write(self._position(step))
                 saved = step
             elif save and self._writer.describe(self._position(step)):
@@ -255,10 +261,15 @@ class Run:
             loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
         )
         loss = self._sum([weighted])[0] / targets
+        self._writer.judge(finite=result.finite)
+        if not result.finite and sink is not None:
+            self._writer.drop_newest()
         if self._loss_scale is not None and math.isfinite(loss) and self._loss_scale.scale > 1:
             self._loss_scale.note(finite=result.finite)
-        elif not (result.finite and math.isfinite(loss)):
+        elif not result.finite:
             self._non_finite(step, loss, result, windows)
+        if result.finite:
+            self._skips, self._last_finite = 0, step + 1
         waits = self.ranks.all(round(result.wait_s * 1e6))
         tokens = len(windows) * self.recipe.train.seq_len
         seconds = time.perf_counter() - start
@@ -328,21 +339,31 @@ class Run:
     def _non_finite(self, step: int, loss: float, result: StepResult, windows: Sequence[int]) -> None:
         """The engine has already dropped the update; stop, or go on where the recipe says so."""
         what = f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (windows {_ranges(windows)})"
-        if self.recipe.train.non_finite == "skip":
+        skip = self.recipe.train.non_finite == "skip"
+        self._skips += 1
+        if skip and self._skips < MAX_SKIPS:
             note(f"skipped {what}")
             return
-        raise NonFiniteError(what, hint=self._cause_of_non_finite(step))
+        if skip:
+            what += f", after {MAX_SKIPS - 1} steps that were skipped too"
+        raise NonFiniteError(what, hint=self._cause_of_non_finite() + self._way_back())
 
-    def _cause_of_non_finite(self, step: int) -> str:
-        """In the first step nothing but the weights and the text has had a say."""
+    def _cause_of_non_finite(self) -> str:
+        """Before the first update nothing but the weights and the text has had a say."""
         source = model_source(self.recipe)
-        if step == 0 and source.init == "pretrained" and source.name_or_path is not None:
+        if self._last_finite == 0 and source.init == "pretrained" and source.name_or_path is not None:
             with suppress(ZinfError, RuntimeError):
                 if name := SafetensorsFiles(source.name_or_path).not_finite():
                     return f"{name} of {source.name_or_path} holds a NaN or an infinity: use another checkpoint"
-        if step == 0:
+        if self._last_finite == 0:
             return "no update has been made yet: look at these windows of the text, or at the model"
-        return "look at these windows of the text, lower optimizer.lr, or set train.non_finite=skip"
+        skip = "" if self.recipe.train.non_finite == "skip" else ", or set train.non_finite=skip"
+        return f"look at these windows of the text, lower optimizer.lr{skip}"
+
+    def _way_back(self) -> str:
+        """The newest checkpoint that a finite step came after; later ones may be of what has blown up."""
+        good = next((found for found in checkpoints_of(self.run_dir) if step_of(found) < self._last_finite), None)
+        return f"; the last good checkpoint: checkpoint.resume={good}" if good is not None else ""
 
     def _sum(self, values: list[float]) -> list[float]:
         if self.ranks.world_size == 1:

@@ -1,0 +1,30 @@
+"""A run whose losses or gradients are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from test_launch import Workshop
+
+
+def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> None:
+    """Steps that are not finite write none, let none go, and end the run when there are many in a row."""
+    workshop = Workshop(tmp_path)
+    workshop.content["checkpoint"] = {"interval": 1, "keep_latest_k": 2}
+    assert workshop.launch("train.max_steps=3").code == 0
+    ended = workshop.launch("train.max_steps=40", "optimizer.lr=1e30", "train.non_finite=skip")
+    assert ended.code == 1
+    assert [line["step"] for line in ended.metrics][-1] == 13
+    assert "step 14: loss " in ended.message
+    assert "after 9 steps that were skipped too" in ended.message
+    good = ended.run_dir / "checkpoints" / "step-00000003"
+    assert f"the last good checkpoint: checkpoint.resume={good})" in ended.message
+    assert ended.err.count("note: skipped step") == 9
+    there = sorted(path.name for path in good.parent.iterdir() if path.name.startswith("step-"))
+    assert there == ["step-00000002", "step-00000003", "step-00000004"]
+    again = workshop.launch(
+        "train.max_steps=5", "optimizer.lr=1e-3", "train.non_finite=skip", f"checkpoint.resume={good}"
+    )
+    assert again.code == 0, again.err
+    assert again.losses[-1] is not None
+    assert workshop.left_behind() == []
