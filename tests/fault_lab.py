@@ -37,10 +37,10 @@ CALLS = {
 """Kind of call to the functions of `os`."""
 HOW = {
     "read": ("EIO", "short"),
-    "write": ("EIO", "ENOSPC", "short"),
+    "write": ("EIO", "ENOSPC", "short", "full"),
     "fsync": ("EIO", "ENOSPC"),
     "rename": ("EIO", "ENOSPC"),
-    "fallocate": ("EIO", "ENOSPC"),
+    "fallocate": ("EIO", "ENOSPC", "full"),
     "link": ("EIO", "ENOSPC"),
     "open": ("EIO", "ENOSPC"),
     "mkdir": ("EIO", "ENOSPC"),
@@ -48,7 +48,7 @@ HOW = {
     "stat": ("EIO",),
     "list": ("EIO",),
 }
-"""What can go wrong with a kind of call."""
+"""What can go wrong with a kind of call; "full" is ENOSPC from then on."""
 _BY_DESCRIPTOR = ("read", "write", "fsync", "fallocate")
 
 
@@ -92,10 +92,12 @@ class FaultyFolder:
         with self._lock:
             self.counts[kind] += 1
             fault = self.fault
-            if fault is None or fault.kind != kind or fault.nth != self.counts[kind]:
+            if fault is None or fault.kind != kind:
+                return None
+            if self.counts[kind] != fault.nth and not (fault.how == "full" and self.counts[kind] > fault.nth):
                 return None
             self.met = path
-            return fault.how
+            return "ENOSPC" if fault.how == "full" else fault.how
 
     def _path(self, target: object) -> str | None:
         if isinstance(target, int):

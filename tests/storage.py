@@ -75,6 +75,14 @@ class Lab:
     def _state(self) -> tuple[Any, ...]:
         return self.run.trajectory, self.run.state
 
+    def goes_on(self) -> str:
+        """What a run says that goes on from the half of it, where it ends with the right bits."""
+        self._begin_with("half")
+        with redirect_stderr(io.StringIO()) as said:
+            train(self.run_dir)
+        assert self._state() == self.expected
+        return said.getvalue()
+
     def survives(self, scenario: str, fault: Fault) -> bool:
         """Whether the fault was met; AssertionError where something does not hold."""
         begin, work, check = self._scenarios()[scenario]
@@ -127,8 +135,9 @@ class Lab:
             raise AssertionError(f"no error for a user: {error!r}") from error
         said = error.describe()
         assert str(self.folder) in said, said
-        causes = ["short transfer"] if fault.how == "short" else [os.strerror(getattr(errno, fault.how))]
-        assert any(cause in said for cause in causes), said
+        how = "ENOSPC" if fault.how == "full" else fault.how
+        cause = "short transfer" if how == "short" else os.strerror(getattr(errno, how))
+        assert cause in said, said
         assert "\n" not in said
 
     def _check_remains(self, before: dict[str, Manifest], files: set[str], threads: set[threading.Thread]) -> None:

@@ -19,6 +19,7 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import (
     BUFFERS,
+    MANIFEST,
     Layout,
     Manifest,
     StoredFile,
@@ -236,7 +237,10 @@ class CheckpointWriter:
                 )
                 folders.commit(coming.folder, manifest.dump())
         except TierError as error:
-            self._forget(coming.folder)
+            with suppress(OSError):
+                (coming.folder / MANIFEST).unlink(missing_ok=True)
+            if self._ranks.world_size == 1:  # units of other ranks may lie in their files, which NFS would take away
+                self._forget(coming.folder)
             if coming.required:
                 raise
             self._say_missing(coming.folder, error)
