@@ -23,7 +23,7 @@ from zinf_cli.train.batches import deal
 from zinf_cli.train.collator import Collator, MicroBatch, Sample
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import GIVEN, Objective, check_language_model, objective_of
+from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_model, objective_of
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.setup import Text, model_loss, open_text
 from zinf_cli.train.token_stream import MASKED, TokenStream
@@ -114,7 +114,20 @@ def test_causal_models_whose_loss_does_not_shift_are_known() -> None:
         body = re.split(r"\n(?:class|@|def) ", source.partition(f"\nclass {name}(")[2])[0]
         if "labels" in body and "self.loss_function(" not in body and not re.search(r"labels\[\.\.\., 1:\]", body):
             found.add(name)
-    assert found - {"XLNetLMHeadModel"} == GIVEN, "XLNet is refused"
+    assert found - REFUSED.keys() == GIVEN
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_what_comes_later_is_seen_by_masked_models_only(name: str) -> None:
+    torch.manual_seed(0)
+    model = real(name)
+    ids = torch.arange(8)[None] + 3
+    changed = torch.where(torch.arange(8) == 7, ids + 40, ids)
+    objective = objective_of(model)
+    if objective is not Objective.TARGET_OF_SOURCE:
+        with torch.no_grad():
+            first, second = (model(input_ids=given, use_cache=False).logits[:, :7] for given in (ids, changed))
+        assert torch.allclose(first, second, atol=1e-6) == (objective is not Objective.MASKED_TOKENS)
 
 
 def test_causal_models_see_no_label_that_they_are_to_predict() -> None:

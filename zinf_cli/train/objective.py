@@ -33,8 +33,6 @@ GIVEN = {
     "FlaubertWithLMHeadModel",
     "MBartForCausalLM",
     "MarianForCausalLM",
-    "MusicgenForCausalLM",
-    "MusicgenMelodyForCausalLM",
     "MvpForCausalLM",
     "PLBartForCausalLM",
     "PegasusForCausalLM",
@@ -44,6 +42,12 @@ GIVEN = {
     "XLMWithLMHeadModel",
 }
 """Causal models that compare logits with the label of the same position: a test finds them in transformers' sources."""
+
+REFUSED = {
+    "XLNetLMHeadModel": "predicts in permuted orders, which zinf does not draw: it would see what it is to predict",
+    "MusicgenForCausalLM": "predicts sound, in several codebooks at once",
+    "MusicgenMelodyForCausalLM": "predicts sound, in several codebooks at once",
+}
 
 
 _LANGUAGE_MODELS = {
@@ -102,11 +106,8 @@ def objective_of(model: nn.Module) -> Objective:
     config: Any = model.config
     if config.is_encoder_decoder:
         return Objective.TARGET_OF_SOURCE
-    if name == "XLNetLMHeadModel":
-        raise ModelError(
-            f"{name} predicts in permuted orders, which zinf does not draw: it would see what it is to say",
-            hint="train a causal or a masked language model",
-        )
+    if name in REFUSED:
+        raise ModelError(f"{name} {REFUSED[name]}", hint="train a causal or a masked language model")
     if name in MASKED_LMS.values() and (sees_both_ways(config) or name not in GIVEN):
         return Objective.MASKED_TOKENS
     if (setting := _sees_ahead(config)) is not None:
