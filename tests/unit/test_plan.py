@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint.manifest import Manifest
@@ -29,7 +30,7 @@ from zinf_cli.recipe import Checkpoint, Recipe
 from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
-from zinf_cli.train.describe import describe
+from zinf_cli.train.describe import GUESSED, describe
 from zinf_cli.train.model import build_model
 
 CLASSES = ("params", "grads", "optimizer", "activations")
@@ -250,3 +251,23 @@ def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
     run(recipe, make_plan(recipe, figures))
     manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
     assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
+
+
+def test_a_model_that_needs_data_is_planned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question that nothing can answer ends the dry forward; the run trains as it would have."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = recipe_of(tmp_path, "llama")
+    known = describe(recipe, 1)
+    whole = run(recipe, make_plan(recipe, known))
+    forward = LlamaMLP.forward
+
+    def asking(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        assert float(x.detach().sum()) == float(x.detach().sum())
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", asking)
+    unknown = describe(recipe, 1)
+    assert GUESSED in unknown.model.notes
+    assert GUESSED not in known.model.notes
+    plan = make_plan(recipe, unknown)
+    assert [line["loss"] for line in run(recipe, plan)] == [line["loss"] for line in whole]

@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from tiny_models import random_source
+from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.survey import Survey, survey
+from zinf_cli.engine.unsurveyed import guessed
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss
 from zoo.shrink import configs
@@ -46,3 +47,19 @@ def test_t5_without_dropout_is_surveyed_whole() -> None:
     assert dry.complete
     assert dry.order == wet.order
     assert [use.input_bytes for use in dry.uses.values()] == [use.input_bytes for use in wet.uses.values()]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_guess_is_generous(name: str) -> None:
+    """Where a model can't be tried, the plan gives it at least what it would have been found to take."""
+    seen = surveyed(random_source(name))
+    guess = guessed(build_model(random_source(name)), seen.units, seen.order, 2, 12)
+    for number, use in seen.uses.items():
+        most = guess.uses[number]
+        assert most.input_bytes >= use.input_bytes // seen.order.count(number)
+        assert most.call_bytes >= use.call_bytes
+        assert most.output_bytes * seen.order.count(number) >= use.output_bytes
+        assert most.saved_bytes * seen.order.count(number) >= use.saved_bytes
+    assert guess.glue_bytes >= seen.glue_bytes
+    assert guess.loss_bytes >= seen.loss_bytes
+    assert not guess.complete

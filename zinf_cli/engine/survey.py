@@ -48,7 +48,8 @@ class Survey:
     loss_bytes: int = 0
     """What autograd saves after the last unit."""
     complete: bool = True
-    """False where the model could not be run on the meta device: sizes are missing, the order is module order."""
+    """False where the model could not be run on the meta device: sizes are missing (see unsurveyed.py), the order is
+    module order."""
 
 
 def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: int) -> Survey:
@@ -63,7 +64,10 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
         try:
             with _meta_buffers(model), watch.watching():
                 forward()
-        except Exception:  # a model may do on the meta device whatever it likes; the plan can live without
+        except Exception:  # a model may do on the meta device whatever it likes
+            if watch.misused - demoted:
+                demoted |= watch.misused
+                continue
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, complete=False)
         misused = watch.misused | {

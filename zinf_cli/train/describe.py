@@ -32,6 +32,8 @@ from zinf_cli.train.setup import (
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.train.weights import open_weights
 
+GUESSED = "the model can't be tried without data: what its activations take is guessed, and generously"
+
 
 def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -> Figures:
     """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine.
@@ -83,7 +85,7 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[
         loss_bytes=seen.loss_bytes,
         surveyed=seen.complete,
         flops_per_token=_flops_per_token(model, recipe.train.seq_len),
-        notes=notes,
+        notes=notes if seen.complete else (*notes, GUESSED),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.survey import Survey, survey
+from zinf_cli.engine.unsurveyed import guessed
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
@@ -61,7 +62,8 @@ def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
     shape = (recipe.train.micro_batch_size, recipe.train.seq_len)
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    return survey(model, lambda: model_loss(model, ids, ids, attention), world_size)
+    seen = survey(model, lambda: model_loss(model, ids, ids, attention), world_size)
+    return seen if seen.complete else guessed(model, seen.units, seen.order, *shape)
 
 
 def model_loss(
