@@ -86,16 +86,15 @@ def summarise_trace(path: Path, waits: int = 5) -> dict[str, Any]:
     UsageError where there is no trace.
     """
     try:
-        events = json.loads(path.read_text())["traceEvents"]
+        spans: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for event in json.loads(path.read_text())["traceEvents"]:
+            if event["ph"] == "X":
+                spans[event["pid"]].append(event)
+        return {"ranks": [_summarise_rank(rank, spans[rank], waits) for rank in sorted(spans)]}
     except FileNotFoundError as error:
         raise UsageError("no trace here", where=str(path), hint="run with profiler.enabled=true") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"not a trace: {error}", where=str(path)) from error
-    spans: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X":
-            spans[event["pid"]].append(event)
-    return {"ranks": [_summarise_rank(rank, spans[rank], waits) for rank in sorted(spans)]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"not a trace: {type(error).__name__}: {error}", where=str(path)) from error
 
 
 def _summarise_rank(rank: int, spans: Sequence[dict[str, Any]], waits: int) -> dict[str, Any]:

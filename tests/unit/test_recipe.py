@@ -181,6 +181,12 @@ def test_sections_may_be_merged(tmp_path: Path, text: Path) -> None:
     assert (train.seq_len, train.max_steps) == (32, 3)
 
 
+def test_a_models_own_configuration_may_have_what_a_recipe_has_not(tmp_path: Path, text: Path) -> None:
+    content = MINIMAL.replace("hidden_size: 64", f"model_max_length: {10**30}, id2label: {{0: a}}")
+    config = load_recipe(write(tmp_path, text, content)).model.config
+    assert config == {"model_type": "llama", "model_max_length": 10**30, "id2label": {0: "a"}}
+
+
 def test_a_mark_at_the_start_is_no_text(tmp_path: Path, text: Path) -> None:
     path = write(tmp_path, text)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from zinf_cli.errors import UsageError
 from zinf_cli.launch.failure import first_failure
 from zinf_cli.launch.summary import START_FILE, Watch, _steady
+from zinf_cli.trace import summarise_trace
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,12 @@ def test_files_that_are_not_whole_are_not_there(tmp_path: Path, content: str) ->
     watch.poll()
     assert watch.first_step == 3
     assert first_failure(tmp_path, []) is None
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b'{"traceEvents": [1]}', b'{"traceEvents": [{"ph": "X"}]}', b"\xff"]
+)
+def test_what_is_no_trace_is_called_that(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "trace.json").write_bytes(content)
+    with pytest.raises(UsageError, match="not a trace"):
+        summarise_trace(tmp_path / "trace.json")
