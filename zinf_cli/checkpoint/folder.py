@@ -143,7 +143,8 @@ def announce(folder: Path, names: Sequence[str]) -> None:
 def commit(folder: Path, manifest: bytes) -> None:
     """Make the checkpoint exist: everything else in `folder` is on the drive."""
     write_durably(folder / MANIFEST, manifest)
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / UNFINISHED).unlink(missing_ok=True)
     for directory in (folder.parent, folder.parent.parent):
         sync_folder(directory)
 
