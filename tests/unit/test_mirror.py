@@ -70,10 +70,22 @@ def test_what_another_launch_left_is_set_aside_and_ones_own_is_taken_up(path: Pa
     assert sorted(entry.name for entry in path.iterdir()) == ["earlier", "thesis.tex"]
 
 
+def test_a_folder_that_was_there_stays_and_one_that_was_made_goes_with_its_parents(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    opened(tmp_path / "mine").remove()
+    assert not list((tmp_path / "mine").iterdir())
+    deep = tmp_path / "mine" / "deep" / "run"
+    opened(deep).leave()  # as a supervisor does that is cut off
+    opened(deep).remove()
+    assert not list((tmp_path / "mine").iterdir())
+
+
 def test_two_launches_do_not_share_a_folder(path: Path) -> None:
     folder = opened(path)
+    (path / "stop").touch()
     with pytest.raises(OSError, match="another run is using this folder"):
         opened(path, "other")
+    assert (path / "stop").exists()
     folder.remove()
     assert not path.exists()
     opened(path, "other").remove()

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zinf_cli.launch.made_folders import MadeFolders
+from zinf_cli.launch.made_folders import MadeFolders, remove_empty
 
 STOP_FILE = "stop"
 """In the run's folder: asks the ranks to stop at the end of their step."""
@@ -44,6 +44,8 @@ class RunFolder:
         self._delivered: list[str] = []
         self._lock: int | None = None
         self._made = MadeFolders(self.path)
+        self._own: list[Path] = []
+        """Of a mirror: the folder itself and those above it, as far as they were made for a launch."""
 
     def open(self, files: Mapping[str, str]) -> None:
         """Lock the folder and write `files` into it, unless the launcher sees it; OSError if another run has it.
@@ -53,10 +55,12 @@ class RunFolder:
         try:
             self._open(files)
         except OSError:
-            self.leave()
+            self._made.remove()
+            self._unlock()
             raise
 
     def _open(self, files: Mapping[str, str]) -> None:
+        made = [part for part in (self.path, *self.path.parents) if not os.path.lexists(part)][::-1]
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / f".{self._launch_id}").exists():
             lock = os.open(self.path, os.O_RDONLY)
@@ -66,7 +70,7 @@ class RunFolder:
                 os.close(lock)
                 raise OSError(0, "another run is using this folder", str(self.path)) from None
             self._lock, self.mirrored = lock, True
-            self._claim()
+            self._claim(made)
             for name, text in files.items():
                 (self.path / name).write_text(text, encoding="utf-8")
                 self._delivered.append(name)
@@ -75,10 +79,15 @@ class RunFolder:
         for folder in self._nvme:
             self._made.make(folder)
 
-    def _claim(self) -> None:
-        """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost."""
+    def _claim(self, made: list[Path]) -> None:
+        """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost.
+
+        The mark also tells which folders were made for a launch: by this one, by it before it was cut off, by another.
+        """
         mark = self.path / _MARK
-        if mark.exists() and mark.read_text() == self._launch_id:
+        owner, *before = mark.read_text(encoding="utf-8").split("\n") if mark.exists() else [""]
+        self._own = [*map(Path, before), *made]
+        if owner == self._launch_id:
             return
         there = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
         number = 1
@@ -87,7 +96,7 @@ class RunFolder:
         for entry in there:
             (self.path / "earlier" / str(number)).mkdir(parents=True, exist_ok=True)
             entry.rename(self.path / "earlier" / str(number) / entry.name)
-        mark.write_text(self._launch_id)
+        mark.write_text("\n".join([self._launch_id, *map(str, self._own)]), encoding="utf-8")
 
     def begin(self) -> None:
         """Ranks are about to start."""
@@ -122,9 +131,11 @@ class RunFolder:
         with contextlib.suppress(OSError):
             (self.path / STOP_FILE).unlink()
         self._made.remove()
-        for folder in [self.path / part for part in _PARTS if self.mirrored]:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        if self.mirrored:
+            remove_empty([*self._own, *(self.path / part for part in _PARTS if part)])
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
