@@ -77,7 +77,7 @@ def abandoned_in(run_dir: Path) -> list[tuple[Path, list[Path]]]:
 def remove_empty(folders: list[Path]) -> None:
     """The last first: it lies in those before it."""
     for folder in reversed(folders):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a damaged record may name anything
             folder.rmdir()
 
 

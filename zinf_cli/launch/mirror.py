@@ -85,7 +85,7 @@ class RunFolder:
         The mark also tells which folders were made for a launch: by this one, by it before it was cut off, by another.
         """
         mark = self.path / _MARK
-        owner, *before = mark.read_text(encoding="utf-8").split("\n") if mark.exists() else [""]
+        owner, *before = mark.read_text(encoding="utf-8", errors="replace").split("\n") if mark.exists() else [""]
         self._own = [*map(Path, before), *made]
         if owner == self._launch_id:
             return

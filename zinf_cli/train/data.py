@@ -21,6 +21,7 @@ from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
 from zinf_cli.train.chats import ANSWERS, TOOLS
 from zinf_cli.train.documents import Document, read_documents
+from zinf_cli.train.stand_ins import stand_in
 from zinf_cli.train.text_files import find_files, kind_of
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
@@ -193,6 +194,8 @@ def _array_blocks(file: Path) -> Iterator[TokenBlock]:
     except OSError:
         raise
     except Exception as error:  # the header is a Python literal, and may be anything
+        if found := stand_in(file):
+            raise DatasetError(found[0], where=str(file), hint=found[1]) from error
         with file.open("rb") as content:
             zipped = content.read(2) == b"PK"
         what = "a zip archive, as np.savez writes it" if zipped else "not a .npy file of numbers, as np.save writes it"

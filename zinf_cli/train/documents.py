@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import DatasetError
+from zinf_cli.train.stand_ins import stand_in
 from zinf_cli.train.text_files import is_packed, kind_of
 
 PIECE = 1 << 20
@@ -113,6 +114,8 @@ def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Doc
     except Exception as error:  # damaged bytes raise errors of many kinds
         if isinstance(error, OSError) and error.errno is not None:
             raise
+        if found := stand_in(path):
+            raise DatasetError(found[0], where=str(path), hint=found[1]) from error
         where = f"{path}:row {row}" if row else str(path)
         raise DatasetError(f"not a parquet file, or a damaged one: {_first_line(error)}", where=where) from error
 

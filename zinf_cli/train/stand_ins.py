@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,16 +11,27 @@ _BEGIN_BYTES = 256
 _LFS = re.compile(rb"version https://git-lfs\.github\.com/")
 _ANNEX = re.compile(rb"[./\\]*(\.git)?[/\\]annex[/\\]objects[/\\]")
 _PAGE = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
-_KINDS = (
+_POINTERS = (
     (_LFS, "a pointer of Git LFS, not the file itself", "git lfs pull"),
     (_ANNEX, "a pointer of git-annex, not the file itself", "git annex get"),
-    (_PAGE, "a page of HTML, as a failed download leaves it", "download it again"),
 )
+_PAGES = ((_PAGE, "a page of HTML, as a failed download leaves it", "download it again"),)
+LARGEST_POINTER = 1024
+"""Bytes."""
+
+
+def pointer(path: Path) -> tuple[str, str] | None:
+    """(what it is, what to do) for a file that only stands for another; None for any other file."""
+    return _first(path, _POINTERS)
 
 
 def stand_in(path: Path) -> tuple[str, str] | None:
-    """(what it is, what to do) for a file that only stands for another; None for any other file."""
+    """The same, and for a page of HTML: of a file that is no text."""
+    return _first(path, _POINTERS + _PAGES)
+
+
+def _first(path: Path, kinds: Sequence[tuple[re.Pattern[bytes], str, str]]) -> tuple[str, str] | None:
     with suppress(OSError), path.open("rb") as file:
         begin = file.read(_BEGIN_BYTES)
-        return next(((what, hint) for pattern, what, hint in _KINDS if pattern.match(begin)), None)
+        return next(((what, hint) for pattern, what, hint in kinds if pattern.match(begin)), None)
     return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.train.stand_ins import LARGEST_POINTER, pointer
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 RECORDS = (".jsonl", ".parquet")
@@ -37,10 +37,11 @@ class Texts:
         return f"{said}; left out: {', '.join(without)}" if without else said
 
     def take(self, file: Path) -> None:
-        if found := stand_in(file):
+        size = file.stat().st_size
+        if size <= LARGEST_POINTER and (found := pointer(file)):
             raise DatasetError(found[0], where=str(file), hint=found[1])
         self.files.append(file)
-        self.num_bytes += file.stat().st_size
+        self.num_bytes += size
 
     def leave(self, reason: str, name: str) -> None:
         self.left_out.setdefault(reason, []).append(name)
