@@ -112,6 +112,7 @@ def open_engine(
     keep: bool = False,
     dtype: torch.dtype = torch.float32,
     room: int = 1,
+    chunk_numel: int = 8192,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
@@ -129,7 +130,7 @@ def open_engine(
         nvme_bytes=room * 32 * MIB,
         slot_bytes=room * 8 * MIB,
         resident_bytes=room * 4 * MIB,
-        chunk_numel=8192,
+        chunk_numel=chunk_numel,
         num_chunks=32,
         staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),

@@ -254,6 +254,8 @@ class Offload(Section):
     """Most space on the drives of a host."""
     pin_memory: Literal["auto"] | bool = "auto"
     """Page-locked CPU buffers for an accelerator; auto: where the system allows."""
+    verify: Literal["auto"] | bool = "auto"
+    """on, off: compare what drives give with a checksum of what was written; auto: on."""
 
 
 class Checkpoint(Section):

@@ -65,6 +65,13 @@ def test_what_is_written_out_is_the_same_recipe(tmp_path: Path, text: Path) -> N
     assert yaml.safe_load(resolved.read_text())["offload"]["cpu_memory"] == "3GiB"
 
 
+@pytest.mark.parametrize(("written", "value"), [("auto", "auto"), ("on", True), ("off", False)])
+def test_checksums_are_on_or_off(written: str, value: str | bool, tmp_path: Path, text: Path) -> None:
+    path = write(tmp_path, text)
+    assert load_recipe(path, [f"offload.verify={written}"]).offload.verify == value
+    assert problems_of(path, "offload.verify=twice")
+
+
 def test_overrides_win_and_are_no_defaults(tmp_path: Path, text: Path) -> None:
     path = write(tmp_path, text)
     overrides = ["train.max_steps=20", "optimizer.lr=5e-5", "offload.nvme_path=~/nvme", "seed=7"]

@@ -67,6 +67,8 @@ class EngineOptions:
     """Threads for each folder."""
     nvme_block_bytes: int = STRIPE
     """Of one transfer."""
+    nvme_verify: bool = True
+    """Compare what drives give with what was written to them."""
     slot_bytes: int = 0
     resident_bytes: int = 0
     chunk_numel: int = 1 << 20
@@ -126,6 +128,7 @@ class Engine:
         self._options = options
         self._ranks = ranks or Ranks()
         self._notice = notice
+        self.verifies = options.nvme_verify
         self.trace = trace or Trace()
         to_placeholders(model, options.device)
         self.opened = _open_tiers(options, self.trace, self._ranks.rank, notice)
@@ -361,6 +364,7 @@ def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callabl
                 readers=options.nvme_readers,
                 writers=options.nvme_writers,
                 block_bytes=options.nvme_block_bytes,
+                verify=options.nvme_verify,
                 notice=notice,
             )
             try:

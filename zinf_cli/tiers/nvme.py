@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -130,8 +131,17 @@ class _Job:
             raise self._error
 
 
+class _Place(NamedTuple):
+    """Where a block lies: from byte `begin` of its extent, at `position` in a file."""
+
+    extent: Extent
+    begin: int
+    file: int
+    position: int
+
+
 class NvmeTier:
-    """Extents on drives. `notice` is called once with a line for the user where O_DIRECT is not to be had."""
+    """Extents on drives. `notice` gets a line for the user where O_DIRECT is not to be had or a read was wrong once."""
 
     def __init__(
         self,
@@ -145,13 +155,14 @@ class NvmeTier:
         notice: Callable[[str], None] | None = None,
         file: int | None = None,
         written: Callable[[int, memoryview], None] | None = None,
+        verify: bool = True,
     ) -> None:
         """`readers` and `writers` are threads for each folder; `block_bytes`, a part of STRIPE, are moved at once.
         With more, a drive may be faster, and compute has less of the cores.
 
         With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
         the tier is the same range of the file. `written` is told (position in the file, bytes) of what is written,
-        by the thread that is about to."""
+        by the thread that is about to. With `verify`, what is read is compared with what was written."""
         self.name = "nvme"
         self.in_place = False
         self.used = self.peak = 0
@@ -161,6 +172,8 @@ class NvmeTier:
         self._rank = rank
         self._folders = list(folders)
         self._written = written
+        self._verify = verify
+        self._notice = notice
         self._block_bytes = block_bytes
         self._threads_of_lane = (readers * len(self._folders), writers * len(self._folders))
         self._files: list[int] = []
@@ -258,7 +271,8 @@ class NvmeTier:
         jobs = self._queues[1 if write else 0]
         moment = Moment(data.device)
         for file, position, begin, end in blocks:
-            jobs.put(self._block(job, extent.label, file, position, data[begin:end], moment, write=write))
+            place = _Place(extent, offset + begin, file, position)
+            jobs.put(self._block(job, place, data[begin:end], moment, write=write))
         return job
 
     def _blocks(self, extent: Extent, offset: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
@@ -273,7 +287,7 @@ class NvmeTier:
             begin += length
 
     def _block(
-        self, job: _Job, label: str, file: int, position: int, data: torch.Tensor, moment: Moment, *, write: bool
+        self, job: _Job, place: _Place, data: torch.Tensor, moment: Moment, *, write: bool
     ) -> Callable[[], None]:
         def move() -> None:
             error: Exception | None = None
@@ -282,17 +296,17 @@ class NvmeTier:
                     write_before.wait()  # its own threads are at work on it: no deadlock
                 start = time.perf_counter()
                 if write:
-                    moment.write(data, partial(self._move, os.pwritev, file, position))
+                    moment.write(data, partial(self._put, place))
                 else:
-                    moment.read(data, partial(self._move, os.preadv, file, position))
+                    moment.read(data, partial(self._get, place))
                 lane = "nvme write" if write else "nvme read"
-                self._trace.add(lane, label, start, time.perf_counter(), data.numel())
+                self._trace.add(lane, place.extent.label, start, time.perf_counter(), data.numel())
             except OSError as failure:
-                what = f"{'write' if write else 'read'} of {data.numel()} bytes at offset {position}"
+                what = f"{'write' if write else 'read'} of {data.numel()} bytes at offset {place.position}"
                 error = TierError(
                     f"rank {self._rank}: {what} failed: {failure.strerror}",
-                    where=str(self._folders[file]),
-                    hint=f"of {label}; the run can resume from its last checkpoint",
+                    where=str(self._folders[place.file]),
+                    hint=f"of {place.extent.label}; the run can resume from its last checkpoint",
                 )
             except Exception as failure:
                 error = failure
@@ -300,14 +314,39 @@ class NvmeTier:
 
         return move
 
-    def _move(self, call: Callable[..., int], file: int, position: int, data: torch.Tensor) -> None:
-        """Move all of `data`; a transfer that makes no progress is an error, never silence."""
+    def _put(self, place: _Place, data: torch.Tensor) -> None:
+        """Write, with the checksum known before."""
         memory = as_memory(data)
-        if call is os.pwritev and self._written is not None:
-            self._written(position, memory)
+        if self._verify:
+            place.extent.checksums.note(place.begin, memory)
+        if self._written is not None:
+            self._written(place.position, memory)
+        self._move(os.pwritev, place, memory)
+
+    def _get(self, place: _Place, data: torch.Tensor) -> None:
+        """Read, once more where it is not what was written; TierError where it stays so."""
+        memory = as_memory(data)
+        self._move(os.preadv, place, memory)
+        if not self._verify or place.extent.checksums.agree(place.begin, memory):
+            return
+        self._move(os.preadv, place, memory)
+        folder = str(self._folders[place.file])
+        what = f"{format_bytes(len(memory))} at offset {place.position} (of {place.extent.label})"
+        if not place.extent.checksums.agree(place.begin, memory):
+            raise TierError(
+                f"rank {self._rank}: {what} are not what was written there, read twice",
+                where=folder,
+                hint="this drive changes data: leave it out of offload.nvme_path; the run can resume from its last "
+                "checkpoint",
+            )
+        if self._notice is not None:
+            self._notice(f"{folder}: {what} were read wrong, and right when read again: look after this drive")
+
+    def _move(self, call: Callable[..., int], place: _Place, memory: memoryview) -> None:
+        """Move all of `memory`; a transfer that makes no progress is an error, never silence."""
         moved = 0
         while moved < len(memory):
-            count = call(self._files[file], [memory[moved:]], position + moved)
+            count = call(self._files[place.file], [memory[moved:]], place.position + moved)
             if count <= 0:
                 raise OSError(errno.EIO, f"short transfer: {moved} of {len(memory)} bytes")
             moved += count

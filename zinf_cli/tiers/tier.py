@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from zinf_cli.tiers.checksums import Checksums
+
 
 class Transfer(Protocol):
     """Bytes on their way."""
@@ -36,6 +38,8 @@ class Extent:
     """uint8, where the tier keeps bytes in memory."""
     writes: list[Transfer] = field(default_factory=list, repr=False)
     """Writes that may be under way: a later read or write of the same bytes waits for them."""
+    checksums: Checksums = field(default_factory=Checksums, repr=False)
+    """Of what was written, where the tier keeps them."""
 
     def read(self, offset: int, into: torch.Tensor) -> Transfer:
         """Start filling `into` (contiguous uint8 on the compute device) from `offset` bytes into the extent."""

@@ -125,7 +125,11 @@ class CheckpointWriter:
         if any(self._ranks.all(int(problem is not None))):  # nobody writes into a folder that is about to be emptied
             return None, problem
         try:
-            return open_rank_file(folder, self._layout(), self._engine.trace, self._ranks.rank, self._background), None
+            engine = self._engine
+            file = open_rank_file(
+                folder, self._layout(), engine.trace, self._ranks.rank, self._background, verify=engine.verifies
+            )
+            return file, None
         except (CapacityError, TierError) as error:
             return None, error
 

@@ -8,18 +8,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from xxhash import xxh3_64_intdigest
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
 from zinf_cli.errors import CapacityError, PreflightError, TierError
+from zinf_cli.tiers.checksums import checksum
 from zinf_cli.tiers.nvme import NvmeTier, set_direct
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
 
 
-def open_rank_file(folder: Path, layout: Layout, trace: Trace, rank: int, background: Executor) -> RankFile:
-    """This rank's file, its space taken; nothing of it is left where that fails."""
+def open_rank_file(
+    folder: Path, layout: Layout, trace: Trace, rank: int, background: Executor, *, verify: bool
+) -> RankFile:
+    """This rank's file, its space taken; nothing of it is left where that fails. With `verify`, what the engine reads
+    of it is compared with what was written."""
     if not folder.is_dir():
         raise PreflightError(
             f"rank {rank} does not see the checkpoint's folder that rank 0 has made",
@@ -28,7 +31,7 @@ def open_rank_file(folder: Path, layout: Layout, trace: Trace, rank: int, backgr
         )
     path = folder / rank_file(rank)
     try:
-        return RankFile(path, layout, trace, rank, background)
+        return RankFile(path, layout, trace, rank, background, verify=verify)
     except BaseException:
         with suppress(OSError):
             path.unlink()
@@ -38,14 +41,16 @@ def open_rank_file(folder: Path, layout: Layout, trace: Trace, rank: int, backgr
 class RankFile:
     """One rank's file of a checkpoint, a StateSink; checksums are taken by the threads that write."""
 
-    def __init__(self, path: Path, layout: Layout, trace: Trace, rank: int, background: Executor) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, trace: Trace, rank: int, background: Executor, *, verify: bool
+    ) -> None:
         self.path = path
         self.checksums = torch.zeros(len(layout.pieces), dtype=torch.int64)
         """xxh3 of every piece, as signed 64-bit numbers."""
         self.closed = False
         self._pieces = {start: (number, length) for number, (start, length) in enumerate(layout.pieces)}
         self._descriptor = _create(path, layout, rank)
-        self._tier = NvmeTier([path], trace, rank=rank, file=self._descriptor, written=self._note)
+        self._tier = NvmeTier([path], trace, rank=rank, file=self._descriptor, written=self._note, verify=verify)
         self._background = background
         self._on_drive: Future[None] | None = None
         self._note(0, memoryview(layout.header))
@@ -101,7 +106,7 @@ class RankFile:
     def _note(self, position: int, content: memoryview) -> None:
         piece, length = self._pieces[position]
         assert len(content) == length, f"{len(content)} bytes at {position}, where {length} have one checksum"
-        unsigned = xxh3_64_intdigest(content)
+        unsigned = checksum(content)
         self.checksums[piece] = unsigned - (1 << 64) if unsigned >> 63 else unsigned
 
 

@@ -1,0 +1,61 @@
+"""Checksums of what a drive holds: taken as it is written, compared when it is read.
+
+A drive, its link or its memory may flip a bit and say nothing, and training goes on with it. So the thread that writes
+a block keeps its xxh3 in memory, and the thread that reads compares, before anybody computes with the bytes.
+
+What is read need not be cut as it was written: parameters are written by the chunk and read whole, gradients the other
+way round. Checksums are of spans that end at every multiple of SPAN in an extent, where chunks end, too. A span that
+lies whole in what a thread reads is compared; one of which a part is read is not, and the engine reads no such part.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from xxhash import xxh3_64
+
+SPAN = 4 * 2**20
+"""Bytes of an extent that have one checksum, at most."""
+
+
+def checksum(content: memoryview) -> int:
+    """xxh3 of 64 bits; large contents are read without the GIL, which the one-shot functions of xxhash hold."""
+    state = xxh3_64()
+    state.update(content)
+    return state.intdigest()
+
+
+class Checksums:
+    """Of one extent: by the first byte of each span that was written, its end and its checksum. Spans are disjoint."""
+
+    __slots__ = ("_lock", "_spans")
+
+    def __init__(self) -> None:
+        self._spans: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+
+    def note(self, begin: int, content: memoryview) -> None:
+        """`content` is about to be written from byte `begin` of the extent on; what was there is void."""
+        end = begin + len(content)
+        for first in (begin, *range(begin // SPAN * SPAN + SPAN, end, SPAN)):
+            last = min(first // SPAN * SPAN + SPAN, end)
+            self._replace(first, last, checksum(content[first - begin : last - begin]))
+
+    def _replace(self, begin: int, end: int, value: int) -> None:
+        with self._lock:
+            if self._spans.get(begin, (None, 0))[0] != end:
+                for first, (last, _) in list(self._spans.items()):
+                    if first < end and begin < last:
+                        del self._spans[first]
+            self._spans[begin] = end, value
+
+    def agree(self, begin: int, content: memoryview) -> bool:
+        """Whether `content`, read from byte `begin` on, is what was written there, as far as that is known."""
+        end = begin + len(content)
+        with self._lock:
+            exact = self._spans.get(begin)
+            if exact is not None and exact[0] == end:
+                whole = [(begin, *exact)]
+            else:
+                whole = [(first, *span) for first, span in self._spans.items() if begin <= first and span[0] <= end]
+        return all(checksum(content[first - begin : last - begin]) == value for first, last, value in whole)
