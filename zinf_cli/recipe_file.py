@@ -37,7 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree, places, problems = _read(path)
     for override in overrides:
         problems += _apply(override, tree, places)
-    tree.setdefault("output_dir", str(Path("runs") / path.stem))
+    tree.setdefault("output_dir", plain(Path("runs") / path.stem))
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

@@ -103,7 +103,7 @@ class Tree:
         """Of a mapping; what it merges (<<) first, so that its own win."""
         merged = [value for key, value in node.value if key.tag == _MERGE]
         for value in merged:
-            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            for part in reversed(value.value) if isinstance(value, yaml.SequenceNode) else [value]:  # the first wins
                 if isinstance(part, yaml.MappingNode) and part not in above:
                     yield from self._entries(part, prefix, (*above, part))
                 else:

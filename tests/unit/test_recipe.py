@@ -166,6 +166,9 @@ def test_variables_in_paths_are_expanded(tmp_path: Path, text: Path, monkeypatch
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_recipe(recipe))
     assert load_recipe(resolved) == recipe
+    odd = path.rename(tmp_path / "$DRIVE.yaml")  # the run's folder is named by the recipe's file
+    assert load_recipe(odd).output_dir == Path.cwd() / "runs" / "$DRIVE"
+    odd.rename(path)
     monkeypatch.setenv("DRIVE", "")
     assert "DRIVE is not set" in problems_of(path, "output_dir=$DRIVE/run")[0]
 
