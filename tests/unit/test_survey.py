@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from plain import engine_losses, everything_on, open_engine, plain_losses
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.engine.unsurveyed import guessed
@@ -63,3 +65,26 @@ def test_a_guess_is_generous(name: str) -> None:
     assert guess.glue_bytes >= seen.glue_bytes
     assert guess.loss_bytes >= seen.loss_bytes
     assert not guess.complete
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        "original_max_position_embeddings": 8, "factor": 2.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_the_dry_forward_leaves_nothing_in_the_model(rope: str, tmp_path: Path) -> None:
+    source = random_source("llama", rope_parameters=ROPES[rope], max_position_embeddings=8)
+    model = build_model(source)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
+    survey(model, partial(model_loss, model, ids, ids), 1)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
+    losses = engine_losses(open_engine(source, everything_on("nvme", tmp_path)), 3)
+    assert losses == plain_losses(source, 3)

@@ -6,6 +6,7 @@ from here, and so does the first prediction of the sweep's route.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import SMALL
+from zinf_cli.engine.carriers import Reach, opened
 from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.tiers.arena import PAGE, round_up
@@ -62,7 +64,7 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
         units = discover(model, world_size, demoted)
         watch = _Watch(model, units)
         try:
-            with _meta_buffers(model), watch.watching():
+            with _untouched(model), watch.watching():
                 forward()
         except Exception:  # a model may do on the meta device whatever it likes
             if watch.misused - demoted:
@@ -136,7 +138,8 @@ class _Watch(TorchFunctionMode):
                 self.misused.update(self._units[number].modules)
                 return forward(*args, **kwargs)
             use = self.uses.setdefault(number, UnitUse())
-            leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            reach = Reach(opened(args, kwargs)[0])
+            leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
             inputs = {id(t): t for t in leaves if t.requires_grad}.values()
             self._seen.update(_storage(t) for t in leaves if not t.requires_grad)
             sizes = {id(t): round_up(t.numel() * t.element_size(), PAGE) for t in inputs}
@@ -150,9 +153,15 @@ class _Watch(TorchFunctionMode):
                 outputs = forward(*args, **kwargs)
             finally:
                 self._active.pop()
-            leaves = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+            left = reach.again()
+            added = left.added_since(reach)
+            leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
             use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
-            return pytree.tree_map(_as_emitted, outputs) if torch.is_grad_enabled() else outputs
+            if not torch.is_grad_enabled():
+                return outputs
+            emitted = {id(tensor): _as_emitted(tensor) for tensor in added}
+            left.put(lambda value: emitted.get(id(value), value))
+            return pytree.tree_map(_as_emitted, outputs)
 
         module.forward = watched
         return module
@@ -194,18 +203,20 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 @contextmanager
-def _meta_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers are real; for the dry forward they have to lie where the parameters do."""
-    real = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """For a time, all tensors of the modules lie where the parameters do; then everything is as it was before.
+
+    A forward leaves things in modules: rotary frequencies for a longer text, the longest text so far, a state.
+    """
+    modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    held = Reach([tuple(attributes.values()) for _, attributes in modules], most=sys.maxsize)
     try:
-        for module, name, buffer in real:
-            module._buffers[name] = buffer.to("meta")
+        for module, _ in modules:
+            for owner in (module._buffers, module.__dict__):
+                owner.update({n: value.to("meta") for n, value in owner.items() if isinstance(value, torch.Tensor)})
         yield
     finally:
-        for module, name, buffer in real:
-            module._buffers[name] = buffer
+        for module, attributes in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        held.put()

@@ -25,6 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import Activations, Saved
+from zinf_cli.engine.carriers import Carrier, Reach, opened
 from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import UnitCall
 from zinf_cli.errors import ModelError
@@ -79,8 +80,12 @@ class Record:
     """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
     spec: pytree.TreeSpec
     rng: RngState
+    carriers: list[Carrier] = field(default_factory=list)
+    """Objects among the leaves and what they held before the call, glue tensors standing in for tensors."""
     output_grads: list[torch.Tensor | None] = field(default_factory=list)
     graph: Graph | None = None
+    added: list[torch.Tensor] = field(default_factory=list)
+    """What its forward has left in objects, until it enters the glue."""
     kept: list[Saved] = field(default_factory=list)
     """What the graph needs back on the device."""
 
@@ -91,7 +96,17 @@ class Record:
         return [glue.saved for glue in self.glue_inputs() if glue.saved is not None]
 
     def glue_inputs(self) -> list[GlueTensor]:
-        return list({id(leaf): leaf for leaf in self.leaves if isinstance(leaf, GlueTensor)}.values())
+        return list({id(leaf): leaf for leaf in self._taken() if isinstance(leaf, GlueTensor)}.values())
+
+    def plain_inputs(self) -> list[torch.Tensor]:
+        """What it keeps of tensors without a gradient."""
+        return [leaf for leaf in self._taken() if isinstance(leaf, torch.Tensor)]
+
+    def _taken(self) -> Iterator[Any]:
+        yield from self.leaves
+        for carrier in self.carriers:
+            for value in carrier.held.values():
+                yield from pytree.tree_leaves(value) if isinstance(value, tuple) else (value,)
 
     def let_go(self) -> None:
         """Of the graph, and what it saved."""
@@ -137,27 +152,27 @@ class Tape:
 
         `hot` keeps the graph as it is, for a backward in the same visit; with `keeper` it is kept for a later one.
         """
-        flat, spec = pytree.tree_flatten((call.args, call.kwargs))
-        needs_grad = call.grad_enabled and (call.unit in self._trainable or any(_differentiable(leaf) for leaf in flat))
+        flat, spec = opened(call.args, call.kwargs)
+        reach = Reach(flat)
+        tensors = [leaf for leaf in (*flat, *reach.tensors) if isinstance(leaf, torch.Tensor)]
+        needs_grad = call.grad_enabled and (call.unit in self._trainable or any(t.requires_grad for t in tensors))
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
         record = Record(len(self.records), call, [], spec, RngState(self._device))
-        versions = [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in flat]
+        versions = [tensor._version for tensor in tensors]
         recompute = not hot and keeper is None
-        record.leaves = [self._take(leaf, record.number, label, save=recompute) for leaf in flat]
+        taken = {id(tensor): self._take(tensor, record.number, label, save=recompute) for tensor in tensors}
+        record.leaves = [taken.get(id(leaf), leaf) for leaf in flat]
+        record.carriers = [carrier.with_each(lambda value: taken.get(id(value), value)) for carrier in reach.carriers]
         call.args, call.kwargs = (), {}
         self.records.append(record)
-        if not recompute:
-            outputs = self._run_once(record, flat, keeper)
-        else:
-            with torch.no_grad(), _autocast(call, self._device):
-                args, kwargs = pytree.tree_unflatten([_detached(leaf) for leaf in flat], spec)
-                outputs = call.forward(*args, **kwargs)
-        for leaf, version in zip(flat, versions, strict=True):
-            if isinstance(leaf, torch.Tensor) and leaf._version != version:
+        values = {id(taken[id(tensor)]): tensor for tensor in tensors}
+        outputs, left, given = self._run_once(record, values, keeper, grad=not recompute)
+        for tensor, version in zip(tensors, versions, strict=True):
+            if tensor._version != version:
                 raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
-        return self._emit(record, outputs)
+        return self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
 
     def backward(self, record: Record) -> None:
         """Backward of the newest record, into p.grad of the bound unit and into the glue before it."""
@@ -227,43 +242,61 @@ class Tape:
         for glue in record.glue_inputs():
             assert glue.saved is not None
             values[id(glue)] = glue.saved.get()
+        found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
         self._run(record, values)
+        found.put()
 
-    def _run_once(self, record: Record, flat: list[Any], keeper: Keeper | None) -> Any:
-        """The unit's only forward, on the arguments themselves; with a `keeper` its graph holds no device memory."""
-        values = {id(glue): leaf for glue, leaf in zip(record.leaves, flat, strict=True)}
+    def _run_once(
+        self, record: Record, values: dict[int, torch.Tensor], keeper: Keeper | None, *, grad: bool
+    ) -> tuple[Any, Reach, dict[int, torch.Tensor]]:
+        """The unit's forward on the arguments themselves; with a `keeper` its graph holds no device memory."""
         if keeper is None:
-            return self._run(record, values)
-        keeper.add_present(leaf for leaf in record.leaves if isinstance(leaf, torch.Tensor))
+            return self._run(record, values, grad=grad)
+        keeper.add_present(record.plain_inputs())
         with keeper.keeping():
-            outputs = self._run(record, values)
+            done = self._run(record, values)
         record.kept = keeper.saved
         assert record.graph is not None
         for _, leaf in record.graph.inputs:
             leaf.data = leaf.new_empty(1).expand(leaf.shape)
-        return outputs
+        return done
 
-    def _run(self, record: Record, values: dict[int, torch.Tensor]) -> Any:
-        """Forward with grad on detached inputs (`values` by id of their glue), giving the record its graph."""
-        inputs = [(glue, values[id(glue)].detach().requires_grad_()) for glue in record.glue_inputs()]
-        leaf_of = {id(glue): leaf for glue, leaf in inputs}
-        args, kwargs = pytree.tree_unflatten([leaf_of.get(id(leaf), leaf) for leaf in record.leaves], record.spec)
-        with torch.enable_grad(), _autocast(record.call, self._device):
+    def _run(
+        self, record: Record, values: dict[int, torch.Tensor], *, grad: bool = True
+    ) -> tuple[Any, Reach, dict[int, torch.Tensor]]:
+        """Forward on detached inputs (`values` by id of their glue); with `grad` it gives the record its graph.
+
+        Returns the outputs, what the objects among the arguments hold now, and what stood for each input.
+        """
+        inputs = [(glue, values[id(glue)].detach().requires_grad_(grad)) for glue in record.glue_inputs()]
+        given = {id(glue): leaf for glue, leaf in inputs}
+        for carrier in record.carriers:
+            carrier.with_each(lambda value: given.get(id(value), value)).put()
+        args, kwargs = pytree.tree_unflatten([given.get(id(leaf), leaf) for leaf in record.leaves], record.spec)
+        before = Reach([given.get(id(leaf), leaf) for leaf in record.leaves])
+        with torch.set_grad_enabled(grad), _autocast(record.call, self._device):
             outputs = record.call.forward(*args, **kwargs)
-        floating = [leaf for leaf in pytree.tree_leaves(outputs) if _floating(leaf)]
-        edges = [torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in floating]
-        record.graph = Graph(inputs, edges)
-        return outputs
+        left = before.again()
+        record.added = left.added_since(before)
+        if grad:
+            floating = [*filter(_floating, pytree.tree_leaves(outputs)), *record.added]
+            edges = [torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in floating]
+            record.graph = Graph(inputs, edges)
+        return outputs, left, {**given, **{id(leaf): leaf for leaf in record.plain_inputs()}}
 
-    def _emit(self, record: Record, outputs: Any) -> Any:
+    def _emit(self, record: Record, outputs: Any, left: Reach, back: dict[int, torch.Tensor]) -> Any:
+        """Outputs, and what the call has left in objects, enter the glue; inputs there become what they were again."""
         flat, spec = pytree.tree_flatten(outputs)
         places = [place for place, leaf in enumerate(flat) if _floating(leaf)]
         emitted: tuple[torch.Tensor, ...] = Emit.apply(  # type: ignore[no-untyped-call]
-            self._anchor, record, [flat[place].detach() for place in places]
+            self._anchor, record, [tensor.detach() for tensor in (*(flat[place] for place in places), *record.added)]
         )
-        record.output_grads = [None] * len(places)
-        for place, tensor in zip(places, emitted, strict=True):
+        record.output_grads = [None] * len(emitted)
+        for place, tensor in zip(places, emitted, strict=False):
             flat[place] = tensor
+        entered = {id(tensor): new for tensor, new in zip(record.added, emitted[len(places) :], strict=True)}
+        left.put(lambda value: entered.get(id(value), back.get(id(value), value)))
+        record.added = []
         return pytree.tree_unflatten(flat, spec)
 
     def _glue_backward(self, glue: GlueTensor) -> None:
