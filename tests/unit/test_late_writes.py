@@ -78,6 +78,15 @@ def test_nor_does_one_that_is_late_with_some(late: str, tmp_path: Path) -> None:
         assert train(tmp_path / "late", options, torch.float32, "speculative", save=False) == expected
 
 
+@pytest.mark.parametrize("state", ["params", "optimizer"])
+def test_state_in_memory_is_not_updated_ahead(state: str, tmp_path: Path) -> None:
+    """It has no second place that a clip could go back from."""
+    waiting = replace(everything_on("nvme", tmp_path), **{state: "cpu"})
+    expected = train(tmp_path / "a", waiting, torch.float32, "deferred", save=False)
+    ahead = replace(waiting, speculate=True)
+    assert train(tmp_path / "b", ahead, torch.float32, "speculative", save=False) == expected
+
+
 def page_aligned(num_bytes: int, value: int) -> torch.Tensor:
     buffer = Arena(num_bytes, torch.device("cpu")).allocate(num_bytes)
     assert buffer is not None

@@ -127,7 +127,13 @@ class CheckpointWriter:
         try:
             engine = self._engine
             file = open_rank_file(
-                folder, self._layout(), engine.trace, self._ranks.rank, self._background, verify=engine.verifies
+                folder,
+                self._layout(),
+                engine.trace,
+                self._ranks.rank,
+                self._background,
+                verify=engine.verifies,
+                notice=self._notice,
             )
             return file, None
         except (CapacityError, TierError) as error:

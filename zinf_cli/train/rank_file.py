@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,14 @@ from zinf_cli.trace import Trace
 
 
 def open_rank_file(
-    folder: Path, layout: Layout, trace: Trace, rank: int, background: Executor, *, verify: bool
+    folder: Path,
+    layout: Layout,
+    trace: Trace,
+    rank: int,
+    background: Executor,
+    *,
+    verify: bool = True,
+    notice: Callable[[str], None] | None = None,
 ) -> RankFile:
     """This rank's file, its space taken; nothing of it is left where that fails. With `verify`, what the engine reads
     of it is compared with what was written."""
@@ -31,7 +39,7 @@ def open_rank_file(
         )
     path = folder / rank_file(rank)
     try:
-        return RankFile(path, layout, trace, rank, background, verify=verify)
+        return RankFile(path, layout, trace, rank, background, verify=verify, notice=notice)
     except BaseException:
         with suppress(OSError):
             path.unlink()
@@ -42,7 +50,15 @@ class RankFile:
     """One rank's file of a checkpoint, a StateSink; checksums are taken by the threads that write."""
 
     def __init__(
-        self, path: Path, layout: Layout, trace: Trace, rank: int, background: Executor, *, verify: bool
+        self,
+        path: Path,
+        layout: Layout,
+        trace: Trace,
+        rank: int,
+        background: Executor,
+        *,
+        verify: bool,
+        notice: Callable[[str], None] | None,
     ) -> None:
         self.path = path
         self.checksums = torch.zeros(len(layout.pieces), dtype=torch.int64)
@@ -50,7 +66,9 @@ class RankFile:
         self.closed = False
         self._pieces = {start: (number, length) for number, (start, length) in enumerate(layout.pieces)}
         self._descriptor = _create(path, layout, rank)
-        self._tier = NvmeTier([path], trace, rank=rank, file=self._descriptor, written=self._note, verify=verify)
+        self._tier = NvmeTier(
+            [path], trace, rank=rank, file=self._descriptor, written=self._note, verify=verify, notice=notice
+        )
         self._background = background
         self._on_drive: Future[None] | None = None
         self._note(0, memoryview(layout.header))
