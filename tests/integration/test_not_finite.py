@@ -10,9 +10,10 @@ from test_launch import Workshop
 def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> None:
     """Steps that are not finite write none, let none go, and end the run when there are many in a row."""
     workshop = Workshop(tmp_path)
+    workshop.content["train"]["gradient_accumulation_steps"] = 2
     workshop.content["checkpoint"] = {"interval": 1, "keep_latest_k": 2}
     assert workshop.launch("train.max_steps=3").code == 0
-    ended = workshop.launch("train.max_steps=40", "optimizer.lr=1e30", "train.non_finite=skip")
+    ended = workshop.launch("train.max_steps=40", "optimizer.lr=1e30", "train.non_finite=skip", "--slots", "2")
     assert ended.code == 1
     assert [line["step"] for line in ended.metrics][-1] == 13
     assert "step 14: loss " in ended.message
@@ -20,6 +21,7 @@ def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> N
     good = ended.run_dir / "checkpoints" / "step-00000003"
     assert f"the last good checkpoint: checkpoint.resume={good})" in ended.message
     assert ended.err.count("note: skipped step") == 9
+    assert "note: no checkpoint step-00000005: its step changes nothing" in ended.err
     there = sorted(path.name for path in good.parent.iterdir() if path.name.startswith("step-"))
     assert there == ["step-00000002", "step-00000003", "step-00000004"]
     again = workshop.launch(

@@ -161,7 +161,9 @@ class CheckpointWriter:
         """What `begin` made room for will not be a checkpoint; the engine may still keep state in its file."""
         if self._begun:
             self._begun = False
-            self._forget(self._coming.pop().folder)
+            folder = self._coming.pop().folder
+            self._forget(folder)
+            self._notice(f"no checkpoint {folder.name}: its step changes nothing")
 
     def write(self, position: Position) -> None:
         """A whole checkpoint of the state as it is now, with pending updates made."""
