@@ -73,6 +73,22 @@ def test_pages_of_an_arena_that_were_never_used_cost_nothing() -> None:
     assert resident() - before < 3 * MIB
 
 
+@pytest.mark.parametrize("num_bytes", [PAGE, 4 * MIB])
+def test_an_arena_stays_out_of_forks(num_bytes: int) -> None:
+    """The kernel says so of the mapping: "dc" among its flags is "do not copy on fork"."""
+    taken = buffer(num_bytes, 1)
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= taken.data_ptr() < end
+        elif inside and first == "VmFlags:":
+            flags = line.split()[1:]
+    assert "dc" in flags
+
+
 def round_trip(tier: Tier, num_bytes: int) -> None:
     """Write two extents, read pieces of them back."""
     extents: list[Extent] = [tier.allocate(num_bytes, f"extent {n}") for n in range(2)]

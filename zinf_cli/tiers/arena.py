@@ -4,7 +4,8 @@ The region is mapped once, with the capacity the plan allows; pages that were ne
 first-fit from the low end, so the peak of resident memory is the peak of what was in use, and freed ranges merge
 with their neighbours. torch's own CPU allocator is not used for streamed bytes: it aligns to 64 bytes, which O_DIRECT
 refuses, and what it returns to malloc may stay resident. Huge pages halve the CPU time of direct I/O (the kernel
-pins pages one by one) and spare compute its TLB misses.
+pins pages one by one) and spare compute its TLB misses. A process that is forked does not get the region: pages that
+a child shares are copied when they are next written, and btrfs writes out of them by way of the page cache.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Arena:
             if self.capacity >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
                     self._map.madvise(mmap.MADV_HUGEPAGE)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                self._map.madvise(mmap.MADV_DONTFORK)
             self._region = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
             self._region = torch.empty(self.capacity, dtype=torch.uint8, device=device)
