@@ -32,6 +32,7 @@ from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
 from zinf_cli.train.describe import GUESSED, describe
 from zinf_cli.train.model import build_model
+from zoo.shrink import configs
 
 CLASSES = ("params", "grads", "optimizer", "activations")
 FLOPS = 1e13
@@ -271,3 +272,21 @@ def test_a_model_that_needs_data_is_planned_and_says_so(tmp_path: Path, monkeypa
     assert GUESSED not in known.model.notes
     plan = make_plan(recipe, unknown)
     assert [line["loss"] for line in run(recipe, plan)] == [line["loss"] for line in whole]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
+    """A vision tower is neither held in memory nor read again and again; its parameters are what they were."""
+    recipe = recipe_of(tmp_path, "llama", max_steps=8)
+    config = next(iter(configs("llava")))
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = describe(recipe, 1)
+    called = {unit.name: unit.calls for unit in figures.model.units}
+    assert called["model.vision_tower.encoder.layers.0"] == 0
+    assert called["model.language_model.layers.0"] == 1
+    plan = make_plan(recipe, figures)
+    assert plan.working.resident_bytes < sum(unit.param_bytes for unit in figures.model.units if not unit.calls)
+    lines = run(recipe, plan)
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes

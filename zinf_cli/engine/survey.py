@@ -57,7 +57,8 @@ class Survey:
 def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: int) -> Survey:
     """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
 
-    Modules whose parameters are used outside of their own call become resident, and the units are found again.
+    Modules whose parameters are used outside of their own call become resident, and the units are found again. A unit
+    that is neither called nor read, such as a part for images, stays where it is.
     """
     demoted: frozenset[str] = frozenset()
     while True:
@@ -72,15 +73,9 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
                 continue
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, complete=False)
-        misused = watch.misused | {
-            path
-            for number, unit in enumerate(units)
-            if not unit.resident and number not in watch.uses
-            for path in unit.modules
-        }
-        if not misused:
+        if not watch.misused:
             return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes)
-        demoted |= misused
+        demoted |= watch.misused
 
 
 class _Watch(TorchFunctionMode):
@@ -101,7 +96,7 @@ class _Watch(TorchFunctionMode):
         names = dict(model.named_parameters())
         for number, unit in enumerate(units):
             if not unit.resident:
-                self._owner.update((id(names[place.name]), number) for place in unit.params())
+                self._owner.update((_storage(names[place.name]), number) for place in unit.params())
         self._seen: set[int] = set()
         self._inputs: dict[tuple[int, int], Any] = {}
 
@@ -111,8 +106,8 @@ class _Watch(TorchFunctionMode):
         if answer is not NotImplemented:
             return answer
         if name != "__get__":  # reading weight.dtype uses no data
-            for leaf in pytree.tree_leaves((args, kwargs)):
-                owner = self._owner.get(id(leaf))
+            for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
+                owner = self._owner.get(_storage(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
         return func(*args, **(kwargs or {}))

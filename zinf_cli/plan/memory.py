@@ -190,7 +190,7 @@ def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     cached = []
     for number in sorted(range(len(figures.model.units)), key=lambda number: number * GOLDEN % 1):
         cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
-        if 0 < cost <= room:
+        if 0 < cost <= room and figures.model.units[number].calls:
             cached.append(number)
             room -= cost
     return frozenset(cached)
@@ -210,7 +210,7 @@ def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int
 
 def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     units = figures.model.units
-    blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if not unit.resident)
+    blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
     widest = max(unit.trainable_numel // figures.world_size for unit in units)

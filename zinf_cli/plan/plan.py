@@ -357,9 +357,10 @@ def _plan(
 
 def _recompute(figures: Figures, choice: Choice) -> float:
     """FLOPs with recomputation, by those without: a unit's second forward is a third on top."""
-    units = figures.model.units
-    again = sum(u.numel for n, u in enumerate(units) if n not in choice.kept and n != figures.model.turn)
-    return 1 + again / max(1, sum(unit.numel for unit in units)) / 3
+    units = dict(enumerate(figures.model.units))
+    called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
+    again = sum(numel for n, numel in called.items() if n not in choice.kept and n != figures.model.turn)
+    return 1 + again / max(1, sum(called.values())) / 3
 
 
 def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> Iterator[Line]:

@@ -78,8 +78,8 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
     figures, working = plan.figures, plan.working
     accelerator = bool(figures.machine.accelerators)
     choice = plan.choice
-    blocks = sorted(unit.numel for unit in figures.model.units if not unit.resident)
-    typical = max(1, blocks[len(blocks) // 2] * 8)  # parameters and gradient
+    blocks = sorted(unit.numel for unit in figures.model.units if unit.calls and not unit.resident)
+    typical = max(1, blocks[len(blocks) // 2] * 8) if blocks else 1  # parameters and gradient
     fields = max(1, working.num_chunks // 8)
     placement = dict(plan.placement)
     if not accelerator:

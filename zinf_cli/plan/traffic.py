@@ -16,6 +16,8 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
     model, ranks = figures.model, figures.world_size
     total = 0
     for number, unit in enumerate(model.units):
+        if not unit.resident and not unit.calls:
+            continue
         away = {state for state in CLASSES if choice.tier(state, number) == "nvme"}
         calls = 1 if unit.resident else sweeps * unit.calls
         turns = calls if unit.resident else sweeps if number == model.turn else 0
