@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from zinf_cli.train.model import ModelSource
 
@@ -64,3 +69,20 @@ def batch() -> dict[str, torch.Tensor]:
     """Two sequences of 12 tokens with labels, for any of CONFIGS."""
     ids = torch.arange(24).reshape(2, 12) % 90 + 3
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def dataset_for(name: str, folder: Path) -> dict[str, Any]:
+    """A recipe's `dataset` that an architecture of CONFIGS learns from, written into `folder`: some 4000 tokens."""
+    words = [f"w{number * 7 % 91}" for number in range(4000)]
+    if name not in ("t5", "bert"):
+        np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
+        return {"path": str(folder / "tokens.npy")}
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "[MASK]", "unk_token": "[MASK]"}
+    vocabulary = ["<pad>", "</s>", "[MASK]", *sorted(set(words))]
+    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[MASK]"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder / "tokenizer")
+    lines = [" ".join(words[start : start + 16]) for start in range(0, 4000, 16)]
+    path = folder / ("pairs.jsonl" if name == "t5" else "text.txt")
+    path.write_text("\n".join(json.dumps({"source": line, "target": line}) if name == "t5" else line for line in lines))
+    return {"path": str(path), "tokenizer": str(folder / "tokenizer")}

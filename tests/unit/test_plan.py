@@ -8,14 +8,13 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, dataset_for, random_source
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.console import plan_screen
 from zinf_cli.engine.engine import Engine
@@ -40,11 +39,10 @@ FLOPS = 1e13
 
 
 def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Recipe:
-    np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
     return Recipe.model_validate(
         {
             "model": {"config": random_source(name).config},
-            "dataset": {"path": str(folder / "tokens.npy")},
+            "dataset": dataset_for(name, folder),
             "train": {
                 "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3, **train
             },
