@@ -136,7 +136,8 @@ def open_engine(
         kept_units=frozenset(seen.order if keep else ()),
     )
     weights = open_weights(model, source)
-    engine = Engine(model, seen.units, options, ranks, order=seen.order, side_outputs=CapturedOutputs(), **more)
+    more = {"order": seen.order, "written": seen.written, "side_outputs": CapturedOutputs(), **more}
+    engine = Engine(model, seen.units, options, ranks, **more)
     engine.load(weights.read)
     return engine
 

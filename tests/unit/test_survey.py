@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from plain import engine_losses, everything_on, open_engine, plain_losses
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.engine.unsurveyed import guessed
+from zinf_cli.errors import ModelError
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss
 from zoo.shrink import configs
@@ -88,3 +90,43 @@ def test_the_dry_forward_leaves_nothing_in_the_model(rope: str, tmp_path: Path) 
     assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
     losses = engine_losses(open_engine(source, everything_on("nvme", tmp_path)), 3)
     assert losses == plain_losses(source, 3)
+
+
+GEMMA3N = {**next(iter(configs("gemma3n_text"))), "altup_active_idx": 0}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_that_a_forward_changes_is_not_lost_in_silence(tmp_path: Path) -> None:
+    """Gemma 3n clamps one of its weights: as long as that changes nothing it trains, then it is an error."""
+    engine = open_engine(ModelSource(None, GEMMA3N, "random", 0), everything_on("nvme", tmp_path))
+    engine_losses(engine, 2)
+    clipped = ModelSource(None, {**GEMMA3N, "altup_coef_clip": 1e-4}, "random", 0)
+    engine = open_engine(clipped, everything_on("nvme", tmp_path))
+    with pytest.raises(ModelError, match=r"changes its weight .*prediction_coefs\.weight"):
+        engine_losses(engine, 1, close=False)
+    engine.close()
+
+
+@pytest.mark.parametrize("write", ["data.clamp_", "no_grad", "data ="])
+def test_writes_to_weights_are_seen(write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = LlamaMLP.forward
+
+    def writing(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        weight = self.up_proj.weight
+        if write == "data.clamp_":
+            weight.data.clamp_(-1e-3, 1e-3)
+        elif write == "no_grad":
+            with torch.no_grad():
+                weight[0] = 0.0
+        else:
+            weight.data = weight.data * 0.5
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", writing)
+    assert {name.rpartition("layers.")[2] for name in surveyed(random_source("llama")).written} >= {
+        "0.mlp.up_proj.weight", "1.mlp.up_proj.weight"
+    }  # fmt: skip
+    engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path))
+    with pytest.raises(ModelError, match="changes its weight"):
+        engine_losses(engine, 1, close=False)
+    engine.close()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import nn
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.capture import FROZEN, StateSink
+from zinf_cli.engine.constant_weights import hold_constant
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.pipeline import Pipeline
@@ -120,10 +121,12 @@ class Engine:
         trace: Trace | None = None,
         *,
         order: Sequence[int] | None = None,
+        written: Collection[str] = (),
         side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
-        """`order` is the expected order of units in a forward (by index); without it, the first sweep finds out."""
+        """`order` is the expected order of units in a forward (by index); without it, the first sweep finds out.
+        `written` names parameters that the forward writes to: a write that changes one is an error."""
         self.model = model
         self._options = options
         self._ranks = ranks or Ranks()
@@ -143,6 +146,7 @@ class Engine:
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
         self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
+        hold_constant(model, layouts, written)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
         self._left: list[StateSink] = []
@@ -263,6 +267,7 @@ class Engine:
     def close(self) -> None:
         """Give back threads, files and memory; the model's forwards are its own again."""
         self._restore()
+        self.model.__dict__.pop("forward", None)
         self._sweep.close()
         for left in self._left:
             left.close()

@@ -49,6 +49,8 @@ class Survey:
     """What autograd saves between units, the part after the last unit (the loss) excepted."""
     loss_bytes: int = 0
     """What autograd saves after the last unit."""
+    written: frozenset[str] = frozenset()
+    """Parameters that the forward itself writes to, by name: see constant_weights.py."""
     complete: bool = True
     """False where the model could not be run on the meta device: sizes are missing (see unsurveyed.py), the order is
     module order."""
@@ -74,7 +76,8 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, complete=False)
         if not watch.misused:
-            return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes)
+            written = frozenset(watch.written)
+            return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written)
         demoted |= watch.misused
 
 
@@ -94,6 +97,8 @@ class _Watch(TorchFunctionMode):
         self._params = {id(param) for param in model.parameters()}
         self._owner: dict[int, int] = {}
         names = dict(model.named_parameters())
+        self.written: set[str] = set()
+        self._names = {_storage(param): (name,) for name, param in names.items()}
         for number, unit in enumerate(units):
             if not unit.resident:
                 self._owner.update((_storage(names[place.name]), number) for place in unit.params())
@@ -102,14 +107,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        answer = answer_of(name, func, args, kwargs or {})
-        if answer is not NotImplemented:
-            return answer
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
                 owner = self._owner.get(_storage(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
+        if args and isinstance(args[0], torch.Tensor) and _writes(func, name):
+            self.written.update(self._names.get(_storage(args[0]), ()))
+        answer = answer_of(name, func, args, kwargs or {})
+        if answer is not NotImplemented:
+            return answer
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -195,6 +202,13 @@ def _as_emitted(leaf: Any) -> Any:
 
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def _writes(func: Any, name: str) -> bool:
+    """Whether a torch function changes its first argument in place."""
+    if func == torch.Tensor.data.__set__ or name in ("__setitem__", "copy_"):  # type: ignore[attr-defined]
+        return True
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
 
 
 @contextmanager

@@ -127,6 +127,7 @@ def _open_engine(
         ranks,
         trace,
         order=seen.order if seen.complete else None,
+        written=seen.written,
         side_outputs=CapturedOutputs(),
         notice=note,
     )

@@ -1,0 +1,41 @@
+"""Weights that a forward writes to. What it writes into a slot is gone after the visit, and plain PyTorch keeps it.
+
+Most such writes change nothing: a clamp, say, of values that are far from its limits. So they are let be as long as
+they don't, and the first that does ends the run before anything wrong is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.units import UnitLayout
+from zinf_cli.errors import ModelError
+
+
+def hold_constant(model: nn.Module, layouts: Sequence[UnitLayout], written: Collection[str]) -> None:
+    """Let a forward raise ModelError where it changes one of the parameters `written`."""
+    for layout in layouts:
+        params = {place.name: model.get_parameter(place.name) for place in layout.params() if place.name in written}
+        for path in layout.modules or ("",):
+            if params:
+                module = model.get_submodule(path)
+                module.forward = _checked(module.forward, params)
+
+
+def _checked(forward: Callable[..., Any], params: dict[str, nn.Parameter]) -> Callable[..., Any]:
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        before = {name: param.detach().clone() for name, param in params.items()}
+        outputs = forward(*args, **kwargs)
+        for name, param in params.items():
+            if not torch.equal(param.detach(), before[name]):
+                raise ModelError(
+                    f"the model's forward changes its weight {name}, which is lost where weights are streamed",
+                    hint="switch that off in the model's configuration (a clip of weights, say)",
+                )
+        return outputs
+
+    return checked
