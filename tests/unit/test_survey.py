@@ -92,29 +92,14 @@ def test_the_dry_forward_leaves_nothing_in_the_model(rope: str, tmp_path: Path) 
     assert losses == plain_losses(source, 3)
 
 
-GEMMA3N = {**next(iter(configs("gemma3n_text"))), "altup_active_idx": 0}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_weight_that_a_forward_changes_is_not_lost_in_silence(tmp_path: Path) -> None:
-    """Gemma 3n clamps one of its weights: as long as that changes nothing it trains, then it is an error."""
-    engine = open_engine(ModelSource(None, GEMMA3N, "random", 0), everything_on("nvme", tmp_path))
-    engine_losses(engine, 2)
-    clipped = ModelSource(None, {**GEMMA3N, "altup_coef_clip": 1e-4}, "random", 0)
-    engine = open_engine(clipped, everything_on("nvme", tmp_path))
-    with pytest.raises(ModelError, match=r"changes its weight .*prediction_coefs\.weight"):
-        engine_losses(engine, 1, close=False)
-    engine.close()
-
-
-@pytest.mark.parametrize("write", ["data.clamp_", "no_grad", "data ="])
+@pytest.mark.parametrize("write", ["part", "no_grad", "data ="])
 def test_writes_to_weights_are_seen(write: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LlamaMLP.forward
 
     def writing(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
         weight = self.up_proj.weight
-        if write == "data.clamp_":
-            weight.data.clamp_(-1e-3, 1e-3)
+        if write == "part":
+            weight.data[:4].clamp_(-1e-3, 1e-3)
         elif write == "no_grad":
             with torch.no_grad():
                 weight[0] = 0.0

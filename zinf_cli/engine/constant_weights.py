@@ -1,7 +1,7 @@
 """Weights that a forward writes to. What it writes into a slot is gone after the visit, and plain PyTorch keeps it.
 
-Most such writes change nothing: a clamp, say, of values that are far from its limits. So they are let be as long as
-they don't, and the first that does ends the run before anything wrong is learned.
+Most such writes change nothing: a padding row, say, is set to what it is. So they are let be as long as they don't,
+and the first that does ends the run before anything wrong is learned. (Clamps are kept: see written_weights.py.)
 """
 
 from __future__ import annotations

@@ -200,6 +200,8 @@ class Fetch:
 
     def bind(self) -> None:
         self.unit.bind(self.flats)
+        if self.visit.kind is Kind.BACKWARD:
+            self.unit.hold_to_bounds()
         if self.grads:
             if not self.visit.accumulate:
                 self.unit.touched = [False] * len(self.unit.touched)

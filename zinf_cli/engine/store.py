@@ -107,6 +107,12 @@ class Flat:
         for place, param in zip(self.layout.params, self.params, strict=True):
             param.data = place.view(flat)
 
+    def hold_to_bounds(self) -> None:
+        """As the forward before this backward has done, to another copy (written_weights.py)."""
+        for place, param in zip(self.layout.params, self.params, strict=True):
+            if place.bounds is not None:
+                param.data.clamp_(*place.bounds)
+
     def bind_grads(self, flat: torch.Tensor) -> None:
         """Let `p.grad` of the parameters be views of `flat` (fp32, 1-D); needs bound parameters."""
         for place, param in zip(self.layout.params, self.params, strict=True):
@@ -250,6 +256,11 @@ class Unit:
         """Let the model's parameters be views of `flats`, one per flat."""
         for flat, values in zip(self.flats, flats, strict=True):
             flat.bind(values)
+
+    def hold_to_bounds(self) -> None:
+        """Of parameters that a forward clamps."""
+        for flat in self.flats:
+            flat.hold_to_bounds()
 
     def bind_grads(self, grads: Sequence[torch.Tensor]) -> None:
         """Let `p.grad` of the trainable parameters be views of `grads`, one per trainable flat."""

@@ -21,6 +21,7 @@ from zinf_cli.engine.activations import SMALL
 from zinf_cli.engine.carriers import Reach, opened
 from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
+from zinf_cli.engine.written_weights import WrittenWeights
 from zinf_cli.tiers.arena import PAGE, round_up
 
 
@@ -50,7 +51,7 @@ class Survey:
     loss_bytes: int = 0
     """What autograd saves after the last unit."""
     written: frozenset[str] = frozenset()
-    """Parameters that the forward itself writes to, by name: see constant_weights.py."""
+    """Parameters that the forward itself writes to, by name, but for clamps: see constant_weights.py."""
     complete: bool = True
     """False where the model could not be run on the meta device: sizes are missing (see unsurveyed.py), the order is
     module order."""
@@ -74,9 +75,9 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
                 demoted |= watch.misused
                 continue
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
-            return Survey(units, order, complete=False)
+            return Survey(watch.writes.bounds_in(units), order, written=watch.writes.names, complete=False)
         if not watch.misused:
-            written = frozenset(watch.written)
+            units, written = watch.writes.bounds_in(units), watch.writes.names
             return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written)
         demoted |= watch.misused
 
@@ -97,8 +98,7 @@ class _Watch(TorchFunctionMode):
         self._params = {id(param) for param in model.parameters()}
         self._owner: dict[int, int] = {}
         names = dict(model.named_parameters())
-        self.written: set[str] = set()
-        self._names = {_storage(param): (name,) for name, param in names.items()}
+        self.writes = WrittenWeights(model)
         for number, unit in enumerate(units):
             if not unit.resident:
                 self._owner.update((_storage(names[place.name]), number) for place in unit.params())
@@ -112,8 +112,7 @@ class _Watch(TorchFunctionMode):
                 owner = self._owner.get(_storage(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
-        if args and isinstance(args[0], torch.Tensor) and _writes(func, name):
-            self.written.update(self._names.get(_storage(args[0]), ()))
+        self.writes.see(func, args, kwargs or {})
         answer = answer_of(name, func, args, kwargs or {})
         if answer is not NotImplemented:
             return answer
@@ -202,13 +201,6 @@ def _as_emitted(leaf: Any) -> Any:
 
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _writes(func: Any, name: str) -> bool:
-    """Whether a torch function changes its first argument in place."""
-    if func == torch.Tensor.data.__set__ or name in ("__setitem__", "copy_"):  # type: ignore[attr-defined]
-        return True
-    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class ParamLayout:
     """Its place in model.parameters(), which orders the gradient norms as clip_grad_norm_ does."""
     shape: torch.Size
     offset: int
+    bounds: tuple[float | None, float | None] | None = None
+    """Least and most that the model's own forward lets it be (written_weights.py)."""
 
     @property
     def numel(self) -> int:

@@ -79,6 +79,8 @@ class ChunkUpdate:
         """Compute, start the write-back; returns the parameter writes, which hold the slot until they are done."""
         with self._trace.span("update", self._flat.unit, self._param.numel() * 4):
             target = self._fields.get("master", self._param)
+            if target is self._param:
+                self._hold_to_bounds()
             for start, end, step in self._segments():
                 grad, exp_avg, exp_avg_sq = (
                     self._fields[name][start:end] for name in ("grad", "exp_avg", "exp_avg_sq")
@@ -105,6 +107,15 @@ class ChunkUpdate:
     def trailing(self) -> tuple[list[Transfer], list[Buffer]]:
         """The write-backs, and the buffers they free."""
         return self._writes, self._buffers
+
+    def _hold_to_bounds(self) -> None:
+        """As the forward has done before it computed the gradient, to a copy."""
+        layout = self._flat.layout
+        base = self._flat.rank * layout.slice_numel + self._begin
+        for place, touched in zip(layout.params, self._flat.touched, strict=True):
+            first, last = overlap(place, base, base + self._param.numel())
+            if place.bounds is not None and touched and first < last:
+                self._param[first - base : last - base].clamp_(*place.bounds)
 
     def _segments(self) -> Iterator[tuple[int, int, int]]:
         """(start, end, step) of ranges that share an update count; parameters without a gradient are left out."""

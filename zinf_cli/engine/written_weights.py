@@ -1,0 +1,92 @@
+"""Weights that a model's own forward writes to, as the dry forward shows them.
+
+What a forward writes goes to a copy in a slot and is lost with it. One kind of write needs no copy: Gemma 3n clamps
+whole weights to fixed bounds, `weight.data.clamp_(-c, c)`. The bounds are kept with the parameter, and a backward and
+its update begin by holding to them; nothing but a forward reads a weight before, so that comes to the same. All other
+writes are only named, and constant_weights.py sees to it that they change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.units import UnitLayout
+
+Bounds = tuple[float | None, float | None]
+
+_CLAMPS = {"clamp_": ("min", "max"), "clip_": ("min", "max"), "clamp_min_": ("min",), "clamp_max_": ("max",)}
+_NO_WRITE = {"requires_grad_", "detach_", "share_memory_"}
+"""They end as writes in place do."""
+_SET_DATA = vars(torch._C.TensorBase)["data"].__set__
+
+
+class WrittenWeights:
+    """Watches for functions that write to parameters of `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._params = {_storage(param): (name, param) for name, param in model.named_parameters()}
+        self._bounds: dict[str, Bounds] = {}
+        self._otherwise: set[str] = set()
+
+    def see(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A function is about to run."""
+        name = getattr(func, "__name__", "")
+        written = args[0] if func == _SET_DATA else _written(name, args, kwargs)
+        for tensor in written if isinstance(written, list | tuple) else (written,):
+            if isinstance(tensor, torch.Tensor) and _storage(tensor) in self._params:
+                parameter, whole = self._params[_storage(tensor)]
+                bounds = _bounds(name, args[1:], kwargs) if tensor.numel() == whole.numel() else None
+                if bounds is None or self._bounds.setdefault(parameter, bounds) != bounds:
+                    self._otherwise.add(parameter)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Parameters that are written to in a way that can't be kept."""
+        return frozenset(self._otherwise)
+
+    def bounds_in(self, units: Sequence[UnitLayout]) -> tuple[UnitLayout, ...]:
+        """The same units, whose parameters know their bounds."""
+        bounds = {name: bounds for name, bounds in self._bounds.items() if name not in self._otherwise}
+        if not bounds:
+            return tuple(units)
+        return tuple(
+            replace(
+                unit,
+                flats=tuple(
+                    replace(flat, params=tuple(replace(p, bounds=bounds.get(p.name)) for p in flat.params))
+                    for flat in unit.flats
+                ),
+            )
+            for unit in units
+        )
+
+
+def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a function of that name writes to, if it does."""
+    if kwargs.get("out") is not None:
+        return kwargs["out"]
+    if name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
+        return args[1] if len(args) > 1 else kwargs.get("weight")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITE
+    operator = name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"))
+    return args[0] if args and (in_place or operator) else None
+
+
+def _bounds(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Bounds | None:
+    """Of a clamp to numbers."""
+    if name not in _CLAMPS:
+        return None
+    found = {**dict(zip(_CLAMPS[name], given, strict=False)), **kwargs}
+    low, high = found.get("min"), found.get("max")
+    if any(isinstance(bound, torch.Tensor) for bound in (low, high)):
+        return None
+    return low, high
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
