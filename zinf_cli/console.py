@@ -27,6 +27,7 @@ STATE_NAMES = {
     "optimizer": "optimizer states",
     "activations": "activations",
     "second": "second places for updates",
+    "tmpfs": "drives in memory (tmpfs)",
     "cached": "state of cached units",
     "buffers": "buffers",
     "compute": "compute, at its peak",

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from zinf_cli.drive_files import file_system_of, open_nameless
 from zinf_cli.errors import PreflightError
 
 ASSUMED_DRIVE_BANDWIDTH = 2e9
 """Bytes per second of one drive, read and write, where nothing was measured."""
 
 
+METADATA_SHARE = 0.01
+"""Of what a file system calls free, it may take for itself as files grow."""
+
+
 @dataclass(frozen=True)
 class Space:
-    """Free bytes on the file system of `folder`; folders with one `device` share them."""
+    """What can lie in `folder`: folders with one `device` share a file system, and its `free_bytes`."""
 
-    folder: Path
-    device: int
+    folder: str
+    device: str
     free_bytes: int
+    direct: bool
+    """Whether files here are read and written past the page cache."""
+    in_memory: bool
+    """Whether the file system is memory: tmpfs."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,26 @@ class Room:
     drives: int
     memory_of: str = "this machine"
     drives_of: str = "this machine"
+    drives_in_memory: float = 0.0
+    """Which share of the drives' bytes lies in memory: in folders on tmpfs."""
 
 
 def room_here(nvme_folders: Sequence[Path]) -> Room:
     """Of this machine."""
-    spaces = {space.device: space.free_bytes for space in map(drive_space, nvme_folders)}
-    return Room(available_memory(), sum(spaces.values()))
+    spaces = [drive_space(folder) for folder in nvme_folders]
+    return Room(available_memory(), room_of(spaces), drives_in_memory=share_in_memory(spaces))
+
+
+def room_of(spaces: Sequence[Space]) -> int:
+    """Bytes that can be laid evenly over folders: as many times the one with the least as there are folders."""
+    sharing = Counter(space.device for space in spaces)
+    least = min((space.free_bytes // sharing[space.device] for space in spaces), default=0)
+    return int(len(spaces) * least * (1 - METADATA_SHARE))
+
+
+def share_in_memory(spaces: Sequence[Space]) -> float:
+    """Of bytes that are laid evenly over folders."""
+    return sum(space.in_memory for space in spaces) / max(1, len(spaces))
 
 
 def accelerators_here() -> int:
@@ -83,19 +107,27 @@ def _page_cache(group: Path) -> int:
 
 
 def drive_space(folder: Path, key: str = "offload.nvme_path") -> Space:
-    """The free space where `folder` (the recipe's `key`) is or will be; PreflightError where nothing can be written."""
+    """What can lie where `folder` (the recipe's `key`) is or will be; PreflightError where nothing can be written.
+
+    Where a rewrite takes new space before the old is free, that is half of what is free.
+    """
     existing = folder
     while not existing.exists():
         if existing.is_symlink():
             what = f"{existing} is a link to {existing.readlink()}, which is not there"
             raise PreflightError(what, where=str(folder), hint=f"mount its drive, or choose another {key}")
         existing = existing.parent
-    status = os.statvfs(existing)
-    problem = "no drive" if status.f_blocks == 0 else "read-only" if status.f_flag & os.ST_RDONLY else None
+    problem = "no drive" if os.statvfs(existing).f_blocks == 0 else None
     if problem is not None or not existing.is_dir():
         raise PreflightError(
             f"can't create files here: {problem or f'{existing} is a file'}",
             where=str(folder),
             hint=f"choose another {key}",
         )
-    return Space(folder, existing.stat().st_dev, status.f_bavail * status.f_frsize)
+    file = open_nameless(existing, key, folder)
+    try:
+        status = os.fstatvfs(file.descriptor)
+        free = status.f_bavail * status.f_frsize // (1 if file.in_place else 2)
+        return Space(str(folder), file_system_of(file.descriptor), free, file.direct, file.in_memory)
+    finally:
+        os.close(file.descriptor)

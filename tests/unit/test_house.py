@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
     {"errors", "amounts", "durable", "file_names", "trace", "version"},
-    {"recipe", "recipe_file", "recipe_yaml", "hosts", "hardware", "profiles", "profile_file", "checkpoint"},
+    {
+        "recipe",
+        "recipe_file",
+        "recipe_yaml",
+        "hosts",
+        "drive_files",
+        "hardware",
+        "profiles",
+        "profile_file",
+        "checkpoint",
+    },
     {"plan"},
     {"console", "estimate_screen", "tiers"},
     {"engine"},

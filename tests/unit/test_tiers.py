@@ -141,6 +141,26 @@ def test_files_have_no_name_and_their_space_comes_back(tmp_path: Path) -> None:
         assert tier.allocate(PAGE, "b").start == start
 
 
+@pytest.mark.parametrize("num_bytes", [PAGE, STRIPE, 4 * STRIPE + 3 * PAGE, 6 * STRIPE])
+def test_what_is_reserved_is_what_is_asked_for(num_bytes: int, tmp_path: Path) -> None:
+    with nvme(*(tmp_path / name for name in "abc")) as tier:
+        tier.reserve(num_bytes)
+        assert sum(os.fstat(file).st_size for file in tier._files) == num_bytes
+        extent = tier.allocate(num_bytes, "all of it")
+        extent.write(0, buffer(num_bytes, 7)).wait()
+        assert sum(os.fstat(file).st_size for file in tier._files) == num_bytes
+
+
+def test_a_quota_is_called_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with nvme(tmp_path) as tier:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(CapacityError, match=r"needs 8\.00 MiB on this drive, more than the quota there allows"):
+            tier.reserve(8 * MIB)
+
+
 def test_the_page_cache_is_not_used(tmp_path: Path) -> None:
     import fcntl
 
@@ -221,7 +241,7 @@ def test_tmpfs_is_buffered_and_told() -> None:
         tier.close()
         folder.rmdir()
     assert len(notes) == 1
-    assert "no O_DIRECT" in notes[0]
+    assert "this is memory (tmpfs), not a drive" in notes[0]
 
 
 def test_a_folder_that_can_not_be_is_named() -> None:

@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.drive_files import open_nameless
 from zinf_cli.errors import CapacityError, PreflightError, TierError, UsageError
-from zinf_cli.hardware import drive_space
+from zinf_cli.hardware import drive_space, room_of
 from zinf_cli.tiers.arena import PAGE, Arena
-from zinf_cli.tiers.nvme import as_memory, is_tmpfs, open_nameless
+from zinf_cli.tiers.nvme import as_memory
 
 BLOCK_SIZES = (2**20, 4 * 2**20, 8 * 2**20)
 THREADS = (1, 2, 4, 8, 16)
@@ -90,21 +91,24 @@ Report = Callable[[str, int], None]
 
 
 def check_folders(folders: Sequence[Path], size: int) -> int:
-    """The free bytes of the file systems together; an error names the folder that is no drive to bench."""
+    """What the folders hold together, evenly; an error names the folder that is no drive to bench."""
     for folder in folders:
         if not folder.is_dir():
             what = "no such directory" if not folder.exists() else "not a directory"
             raise UsageError(what, where=str(folder), hint="name a folder on the drive")
-        if is_tmpfs(folder):
-            raise PreflightError("this is memory (tmpfs), not a drive", where=str(folder), hint="name another folder")
-    spaces = {space.device: space.free_bytes for space in map(drive_space, folders)}
-    if sum(spaces.values()) < size:
+    spaces = [drive_space(folder, "folder") for folder in folders]
+    for space in spaces:
+        if not space.direct:
+            what = "this is memory (tmpfs), not a drive" if space.in_memory else "the page cache can't be bypassed here"
+            raise PreflightError(what, where=space.folder, hint="name another folder")
+    room = room_of(spaces)
+    if room < size:
         raise CapacityError(
-            f"{format_bytes(size)} do not fit, {format_bytes(sum(spaces.values()))} are free",
+            f"{format_bytes(size)} do not fit, {format_bytes(room)} are free",
             where=", ".join(map(str, folders)),
             hint="give a smaller --size, or free space",
         )
-    return sum(spaces.values())
+    return room
 
 
 def steps_of(size: int, block_sizes: Sequence[int], threads: Sequence[int]) -> int:
@@ -144,12 +148,8 @@ def open_files(folders: Sequence[Path], size: int) -> Iterator[Files]:
     descriptors: list[int] = []
     try:
         for folder in folders:
-            descriptor, direct = open_nameless(folder)
+            descriptor = open_nameless(folder, "folder").descriptor  # check_folders saw that it is direct
             descriptors.append(descriptor)
-            if not direct:
-                raise PreflightError(
-                    "no O_DIRECT here, so the cache can't be bypassed", where=str(folder), hint="name another folder"
-                )
             try:
                 os.posix_fallocate(descriptor, 0, part)
             except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import HostError, PreflightError
+from zinf_cli.hardware import Space, room_of
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
@@ -176,13 +177,19 @@ def _judge_drive(row: Row, folder: str, drive: dict[str, Any]) -> None:
     if drive["problem"] is not None:
         row.note("nvme", "no", f"offload.nvme_path {folder}: {drive['problem']}")
     elif "nvme" not in row.problems:
-        row.note("nvme", format_bytes(free_on_drives(row.facts)) + ("" if drive["direct"] else ", buffered"))
+        spaces = drives_of(row.facts)
+        how = "memory" if any(space.in_memory for space in spaces) else "buffered"
+        direct = all(space.direct for space in spaces)
+        row.note("nvme", format_bytes(room_of(spaces)) + ("" if direct else f", {how}"))
 
 
-def free_on_drives(facts: dict[str, Any]) -> int:
-    """Bytes free below all folders of a host; folders of one file system share them."""
-    spaces = {drive["device"]: drive["free"] for drive in facts["drives"].values() if drive["problem"] is None}
-    return sum(spaces.values())
+def drives_of(facts: dict[str, Any]) -> list[Space]:
+    """What a host's folders can hold, but for those with a problem."""
+    return [
+        Space(**{name: value for name, value in drive.items() if name != "problem"})
+        for drive in facts["drives"].values()
+        if drive["problem"] is None
+    ]
 
 
 def _compare(path: str, answered: Sequence[Row]) -> None:

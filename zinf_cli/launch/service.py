@@ -20,13 +20,13 @@ from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, fi
 from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
-from zinf_cli.hardware import Room, room_here
+from zinf_cli.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.description import ReportedError, describe, overheard, question
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
-from zinf_cli.launch.preflight import Preflight, check_hosts, free_on_drives
+from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
 from zinf_cli.launch.run_folder import locked, run_folder
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
@@ -217,8 +217,9 @@ def _paths(recipe: Recipe) -> list[str]:
 def _least_room(preflight: Preflight) -> Room:
     """Of the host with the least: each has to hold as much as the others."""
     memory = min(preflight.rows, key=lambda row: int(row.facts["memory"]))
-    drives = min(preflight.rows, key=lambda row: free_on_drives(row.facts))
-    return Room(memory.facts["memory"], free_on_drives(drives.facts), memory.host.name, drives.host.name)
+    drives = min(preflight.rows, key=lambda row: room_of(drives_of(row.facts)))
+    in_memory = max(share_in_memory(drives_of(row.facts)) for row in preflight.rows)
+    return Room(memory.facts["memory"], room_of(drives_of(drives.facts)), memory.host.name, drives.host.name, in_memory)
 
 
 _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}

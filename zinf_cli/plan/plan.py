@@ -17,6 +17,7 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.reading import patiently
+from zinf_cli.drive_files import GROWTH
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
@@ -309,12 +310,12 @@ def _plan(
     states = state_bytes(figures, choice)
     working = working_buffers(figures, choice, sweeps)
     budgets = _budgets(recipe, figures, room)
-    over = _needed(figures, choice, states, working)[choice.compute_tier] - budgets[choice.compute_tier][0]
+    over = _needed(figures, choice, states, working, room)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
         working = working.shrunk(-(-over // figures.ranks_per_host))
-    needed = _needed(figures, choice, states, working)
+    needed = _needed(figures, choice, states, working, room)
     folders = nvme_folders(recipe)
-    lines = tuple(_lines(figures, choice, states, working))
+    lines = tuple(_lines(figures, choice, states, working, room))
     nvme_bytes = sum(line.num_bytes for line in lines if line.tier == "nvme")
     limits = [
         Limit(tier, needed[tier], allowed, origin)
@@ -363,14 +364,19 @@ def _recompute(figures: Figures, choice: Choice) -> float:
     return 1 + again / max(1, sum(called.values())) / 3
 
 
-def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> Iterator[Line]:
+def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> Iterator[Line]:
     cached = cached_bytes(figures, choice)
+    on_drives = states["second"]
     for state in CLASSES:
         tier = choice.placement[state]
         tier = "cpu" if tier == "device" and choice.compute_tier == "cpu" else tier
-        yield Line(tier, state, states[state] - cached.get(state, 0))
+        line = Line(tier, state, states[state] - cached.get(state, 0))
+        on_drives += line.num_bytes if tier == "nvme" else 0
+        yield line
     if states["second"]:
         yield Line("nvme", "second", states["second"])
+    if on_drives and room.drives_in_memory:
+        yield Line("cpu", "tmpfs", int(on_drives * room.drives_in_memory))
     if choice.cached:
         yield Line("cpu", "cached", sum(cached.values()))
     yield Line(choice.compute_tier, "buffers", working.total)
@@ -378,10 +384,12 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
     yield Line("cpu", "framework", framework_bytes(figures, choice))
 
 
-def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working) -> dict[str, int]:
+def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> dict[str, int]:
     needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host, figures.machine.shared_bytes), "nvme": 0}
-    for line in _lines(figures, choice, states, working):
+    for line in _lines(figures, choice, states, working, room):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
+    if needed["nvme"]:
+        needed["nvme"] += GROWTH * figures.ranks_per_host  # extents are whole pages: the states' exact bytes and a bit
     return needed
 
 

@@ -12,11 +12,9 @@ never written read as zeros, which is how optimizer states begin.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -28,8 +26,9 @@ from typing import NamedTuple
 import torch
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.errors import CapacityError, PreflightError, TierError
-from zinf_cli.tiers.arena import PAGE, Arena, round_up
+from zinf_cli.drive_files import FULL, GROWTH, file_system_of, open_nameless
+from zinf_cli.errors import CapacityError, TierError
+from zinf_cli.tiers.arena import PAGE, round_up
 from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
@@ -37,69 +36,9 @@ from zinf_cli.trace import Trace
 STRIPE = 4 * 2**20
 
 
-def open_nameless(folder: Path) -> tuple[int, bool]:
-    """A new file in `folder` that no name leads to: (descriptor, whether O_DIRECT works there).
-
-    PreflightError where the folder can't be created or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_nameless(folder)
-    except OSError as error:
-        raise PreflightError(
-            f"can't create a file: {error.strerror}",
-            where=str(folder),
-            hint="choose another offload.nvme_path",
-        ) from error
-    return descriptor, set_direct(descriptor, folder)
-
-
-def _open_nameless(folder: Path) -> int:
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)  # noqa: PTH108
-        return descriptor
-
-
-def set_direct(descriptor: int, folder: Path) -> bool:
-    """Switch to O_DIRECT if a read succeeds with it; tmpfs is memory, whatever it answers (since Linux 6.6)."""
-    if is_tmpfs(folder):
-        return False
-    import fcntl
-
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-        os.posix_fallocate(descriptor, 0, PAGE)
-        probe = Arena(PAGE, torch.device("cpu")).allocate(PAGE)
-        assert probe is not None
-        os.preadv(descriptor, [as_memory(probe.data)], 0)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return True  # `reserve` will say how much is missing
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
-        return False
-    return True
-
-
 def as_memory(data: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 CPU tensor, shared."""
     return memoryview(data.numpy())  # type: ignore[arg-type]
-
-
-def is_tmpfs(folder: Path) -> bool:
-    """Whether `folder` lies on tmpfs, by the longest mount point above it."""
-    best, kind = "", ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text().splitlines():
-            _, mount, fs_type, *_ = line.split(" ")
-            inside = str(folder.resolve()) == mount or str(folder.resolve()).startswith(mount.rstrip("/") + "/")
-            if inside and len(mount) >= len(best):
-                best, kind = mount, fs_type
-    return kind in ("tmpfs", "ramfs")
 
 
 class _Job:
@@ -183,11 +122,14 @@ class NvmeTier:
         if file is not None:
             self._files.append(file)
         for folder in self._folders if file is None else ():
-            descriptor, direct = open_nameless(folder)
-            self._files.append(descriptor)
-            if not direct and notice is not None:
-                notice(f"{folder}: no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)")
-        self.devices = {os.fstat(descriptor).st_dev for descriptor in self._files}
+            file_here = open_nameless(folder)
+            self._files.append(file_here.descriptor)
+            if notice is not None and not file_here.direct:
+                what = "this is memory (tmpfs), not a drive: what lies here counts as CPU memory"
+                if not file_here.in_memory:
+                    what = "no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
+                notice(f"{folder}: {what}")
+        self.devices = {file_system_of(descriptor) for descriptor in self._files}
         """The file systems its files lie on."""
         self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
             queue.SimpleQueue(),
@@ -205,20 +147,32 @@ class NvmeTier:
         """Take the space for `num_bytes` of extents now; CapacityError with the numbers where the drives are full."""
         if num_bytes <= self._reserved:
             return
-        stripes = -(-num_bytes // STRIPE)
-        per_file = -(-stripes // len(self._files)) * STRIPE
-        for descriptor, folder in zip(self._files, self._folders, strict=True):
-            status = os.statvfs(folder)
-            try:
-                os.posix_fallocate(descriptor, 0, per_file)
-            except OSError as error:
-                raise CapacityError(
-                    f"rank {self._rank} needs {format_bytes(per_file)} on this drive, "
-                    f"{format_bytes(status.f_bavail * status.f_frsize)} are left ({error.strerror})",
-                    where=str(folder),
-                    hint="free space, add a folder to offload.nvme_path, or keep a class of state in CPU memory",
-                ) from error
-        self._reserved = per_file * len(self._files)
+        for descriptor, folder, part in zip(self._files, self._folders, self._parts(num_bytes), strict=True):
+            if part:
+                self._reserve(descriptor, folder, part)
+        self._reserved = num_bytes
+
+    def _parts(self, num_bytes: int) -> list[int]:
+        """Of the tier's first bytes, how many lie in each file."""
+        stripes, rest = divmod(num_bytes, STRIPE)
+        rows, last = divmod(stripes, len(self._files))
+        return [(rows + (file < last)) * STRIPE + (rest if file == last else 0) for file in range(len(self._files))]
+
+    def _reserve(self, descriptor: int, folder: Path, num_bytes: int) -> None:
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        except OSError as error:
+            status = os.fstatvfs(descriptor)
+            held = os.fstat(descriptor).st_blocks * 512
+            left = f"{format_bytes(status.f_bavail * status.f_frsize + held)} are left"
+            hint = "free space"
+            if error.errno == errno.EDQUOT:
+                left, hint = "more than the quota there allows", "have the quota raised"
+            raise CapacityError(
+                f"rank {self._rank} needs {format_bytes(num_bytes)} on this drive, {left} ({error.strerror})",
+                where=str(folder),
+                hint=f"{hint}, add a folder to offload.nvme_path, or keep a class of state in CPU memory",
+            ) from error
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
         size = round_up(num_bytes, PAGE)
@@ -228,7 +182,7 @@ class NvmeTier:
             start = self._next
             self._next += size
             if self._next > self._reserved:
-                self.reserve(self._next + 16 * STRIPE)
+                self.reserve(self._next + GROWTH)
         self.used += size
         self.peak = max(self.peak, self.used)
         return Extent(self, size, label, start=start)
@@ -303,10 +257,13 @@ class NvmeTier:
                 self._trace.add(lane, place.extent.label, start, time.perf_counter(), data.numel())
             except OSError as failure:
                 what = f"{'write' if write else 'read'} of {data.numel()} bytes at offset {place.position}"
+                hint = "a run that has written a checkpoint can resume from it"
+                if failure.errno in FULL:
+                    hint = "free space there, or add a folder to offload.nvme_path"
                 error = TierError(
                     f"rank {self._rank}: {what} failed: {failure.strerror}",
                     where=str(self._folders[place.file]),
-                    hint=f"of {place.extent.label}; the run can resume from its last checkpoint",
+                    hint=f"of {place.extent.label}; {hint}",
                 )
             except Exception as failure:
                 error = failure

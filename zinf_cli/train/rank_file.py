@@ -12,9 +12,10 @@ import torch
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
+from zinf_cli.drive_files import set_direct
 from zinf_cli.errors import CapacityError, PreflightError, TierError
 from zinf_cli.tiers.checksums import checksum
-from zinf_cli.tiers.nvme import NvmeTier, set_direct
+from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
 
@@ -147,5 +148,5 @@ def _create(path: Path, layout: Layout, rank: int) -> int:
             where=str(path.parent),
             hint="free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were",
         ) from error
-    set_direct(descriptor, path)
+    set_direct(descriptor)
     return descriptor
