@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import subprocess
 import sys
@@ -63,6 +64,8 @@ class Simulated:
 
 
 class SimulatedChannel:
+    silence_s = math.inf
+
     def __init__(self, transport: Simulated, host: Host) -> None:
         self._transport, self._host = transport, host
         self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()

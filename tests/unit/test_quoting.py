@@ -32,7 +32,7 @@ def test_the_words_of_a_command_arrive_as_they_are(shell: str, name: str) -> Non
 
 def test_the_program_of_a_supervisor_stands_alone() -> None:
     """It runs in a Python that has nothing but the standard library, and ends when its lifeline does."""
-    program = supervisor_program("0" * 32)
+    program = supervisor_program("0" * 32, 10.0)
     command = supervisor_command("/usr/bin/env", program)[1:]
     done = subprocess.run(
         [str(shutil.which("python3", path="/usr/bin:/bin") or shutil.which("python3")), "-I", "-S", *command],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from zinf_cli.errors import HostError, ZinfError
 from zinf_cli.hosts import Host
-from zinf_cli.launch.transport import SILENCE_S, Channel, Transport
+from zinf_cli.launch.patience import Patience
+from zinf_cli.launch.transport import Channel, Transport
 
 _HEARTBEAT_S = 1.0
 _HELLO_S = 20.0
@@ -39,17 +40,17 @@ class Connection:
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._one_request = threading.Lock()
         self._sending = threading.Lock()
-        self._heard = time.monotonic()
+        self._patience = Patience(channel.silence_s)
         self._ended: str | None = None
-        self._reader = threading.Thread(target=self._read, name=f"reads {host.name}", daemon=True)
-        self._reader.start()
+        self._over = threading.Event()
+        for action in (self._read, self._beat):  # each may wait for this host, and for no other
+            threading.Thread(target=action, name=f"{action.__name__} {host.name}", daemon=True).start()
 
     def greet(self) -> None:
         """Wait for the supervisor's first word; HostError where none comes."""
-        try:
-            hello = self._answers.get(timeout=_HELLO_S)
-        except queue.Empty:
-            raise HostError(f"no answer within {_HELLO_S:.0f} s of login", where=self.host.name) from None
+        hello = self._next(self._answers, _HELLO_S if self._patience.has_end else math.inf)
+        if hello is None and self.lost is None:
+            raise HostError(f"no answer within {_HELLO_S:.0f} s of login", where=self.host.name)
         if hello is None:
             words = self._channel.last_words().strip().splitlines()
             raise HostError(words[-1] if words else "the login ended at once", where=self.host.name)
@@ -57,9 +58,12 @@ class Connection:
 
     @property
     def lost(self) -> str | None:
-        if self._ended is None and time.monotonic() - self._heard > SILENCE_S:
-            self._give_up(f"gave no sign of life for {SILENCE_S:.0f} s")
         return self._ended
+
+    def judge(self) -> None:
+        """Give the host up if it has been silent for too long. To be called about once a second."""
+        if self._ended is None and self._patience.is_over:
+            self._give_up(f"gave no sign of life for {self._channel.silence_s:.0f} s")
 
     def request(self, do: str, *, within: float = _ANSWER_S, **arguments: Any) -> Any:
         """Have the supervisor do something; HostError if it can't, is gone, or takes more than `within` seconds."""
@@ -68,7 +72,7 @@ class Connection:
                 self._send(json.dumps({"do": do, **arguments}).encode() + b"\n")
             except OSError as error:
                 raise HostError(self._ended or f"connection lost: {error}", where=self.host.name) from error
-            answer = self._answer(within)
+            answer = self._next(self._answers, within)
             if answer is None:  # a late answer would be taken for the next one's
                 if self.lost is None:
                     self._give_up(f"no answer to {do} within {within:.0f} s")
@@ -77,15 +81,20 @@ class Connection:
             raise HostError(answer["error"], where=self.host.name)
         return answer["answer"]
 
-    def _answer(self, within: float) -> dict[str, Any] | None:
-        """The next answer; None if the host is lost meanwhile, or takes too long."""
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
+    def hear(self, within: float) -> dict[str, Any] | None:
+        """The next event; None if the host is lost, and has left none, or takes too long."""
+        return self._next(self.events, within)
+
+    def _next(self, waiting: queue.SimpleQueue[Any], within: float) -> dict[str, Any] | None:
+        patience = Patience(within)
+        while True:
+            over = self.lost is not None or patience.is_over  # and then a last look: it may have come by now
             with suppress(queue.Empty):
-                return self._answers.get(timeout=0.5)
-            if self.lost is not None:
-                break
-        return None
+                message: dict[str, Any] | None = waiting.get(timeout=0 if over else 0.5)
+                if message is not None:
+                    return message
+            if over:
+                return None
 
     def capture(self, command: Sequence[str], *, within: float, text: str = "", opening: str = "") -> dict[str, Any]:
         """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads.
@@ -93,20 +102,14 @@ class Connection:
         `opening` comes before it, unless the command stands by and has read one.
         """
         self.request("run", command=command, text=text, opening=opening)
-        deadline = time.monotonic() + within
-        while self.lost is None and time.monotonic() < deadline:
-            with suppress(queue.Empty):
-                event = self.events.get(timeout=0.2)
-                if event["event"] == "ended":
-                    return event
+        while (event := self.hear(within)) is not None:
+            if event["event"] == "ended":
+                return event
         raise HostError(self.lost or f"{command[2]} took more than {within:.0f} s", where=self.host.name)
-
-    def beat(self) -> None:
-        with suppress(OSError):
-            self._send(b"\n")
 
     def close(self) -> None:
         """Close the lifeline; the supervisor ends what still runs."""
+        self._over.set()
         if self._ended is None:
             self._ended = "closed"
             self._channel.close()
@@ -115,22 +118,29 @@ class Connection:
 
     def _give_up(self, why: str) -> None:
         self._ended = why
-        self._channel.abort()
+        self._over.set()
+        threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
 
     def _send(self, data: bytes) -> None:
         with self._sending:
             self._channel.send(data)
 
+    def _beat(self) -> None:
+        while not self._over.wait(_HEARTBEAT_S):
+            with suppress(OSError):
+                self._send(b"\n")
+
     def _read(self) -> None:
         rest = b""
         with suppress(OSError):
             while data := self._channel.receive():
-                self._heard = time.monotonic()
+                self._patience.renew()
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     self._take(line)
         self._ended = self._ended or "the connection was lost, or its supervisor killed"
-        self._answers.put(None)
+        self._over.set()
+        self._answers.put(None)  # whoever waits for one looks up
 
     def _take(self, line: bytes) -> None:
         """One message; what a login shell prints before the first one is none."""
@@ -160,24 +170,24 @@ def at_all(action: Callable[[T], Any], to: Sequence[T]) -> list[Any]:
 
 
 class Lifelines:
-    """Connections to the hosts of one launch: kept alive while this is open, all closed at its end."""
+    """Connections to the hosts of one launch: watched while this is open, all closed at its end."""
 
     def __init__(self, transport: Transport) -> None:
         self.launch_id = uuid.uuid4().hex
         self._transport = transport
         self._connections: list[Connection] = []
         self._over = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+        self._watch = threading.Thread(target=self._judge, name="watches hosts", daemon=True)
 
     def __enter__(self) -> Lifelines:
-        self._heart.start()
+        self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._over.set()
-        self._heart.join()
+        self._watch.join()
         at_all(Connection.close, self._connections)
 
     def connect(self, host: Host) -> Connection:
@@ -187,7 +197,7 @@ class Lifelines:
         connection.greet()
         return connection
 
-    def _beat(self) -> None:
+    def _judge(self) -> None:
         while not self._over.wait(_HEARTBEAT_S):
             for connection in tuple(self._connections):
-                connection.beat()
+                connection.judge()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import queue
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from zinf_cli.errors import HostError, RankError, ZinfError
@@ -46,14 +44,12 @@ def describe(asked: str, connection: Connection) -> Figures:
 
 def overheard(connection: Connection) -> Figures:
     """The answer of the agent that stands by there, which was asked when it was started."""
-    while connection.lost is None:
-        with suppress(queue.Empty):
-            event = connection.events.get(timeout=0.2)
-            if event["event"] == "said":
-                return _figures(event["line"], "", 0)
-            if event["event"] == "fell":
-                return _figures("", event["errors"], event["code"])
-    raise HostError(connection.lost, where=connection.host.name)
+    while (event := connection.hear(_MOST_S)) is not None:
+        if event["event"] == "said":
+            return _figures(event["line"], "", 0)
+        if event["event"] == "fell":
+            return _figures("", event["errors"], event["code"])
+    raise HostError(connection.lost or "no answer about the recipe", where=connection.host.name)
 
 
 def _figures(output: str, errors: str, code: int) -> Figures:

@@ -27,6 +27,7 @@ from zinf_cli.console import Vitals
 from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
+from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.rendezvous import Rendezvous
 
 _POLL_S = 0.1
@@ -152,15 +153,17 @@ class _Part:
         self._on_vitals = on_vitals
         self._started = False
         self.code: int | None = None
+        self.lost: str | None = None
+        """Why the host is gone, of which it has not said how its part ended."""
         self.peak_memory = 0
 
     @property
     def over(self) -> bool:
-        return self.code is not None or self.connection.lost is not None
+        return self.code is not None or self.lost is not None
 
     @property
     def in_trouble(self) -> bool:
-        return self.connection.lost is not None or bool(self.code)
+        return self.lost is not None or bool(self.code)
 
     def prepare(self) -> None:
         """Open the run's folder there."""
@@ -191,7 +194,13 @@ class _Part:
         self._started = True
 
     def listen(self) -> None:
-        """Take in what the host has said: bytes of mirrored files, the end of its agent."""
+        """Take in what the host has said, and only then whether it is gone."""
+        lost = self.connection.lost
+        self._take_in()
+        self.lost = lost if self.code is None else None
+
+    def _take_in(self) -> None:
+        """Bytes of mirrored files, what the processes take, the end of the agent."""
         with suppress(queue.Empty):
             while True:
                 event = self.connection.events.get_nowait()
@@ -217,14 +226,14 @@ class _Part:
             os.close(descriptor)
 
     def ending(self) -> Ending:
-        return Ending(self.host, self._first_rank, self._log, self.code, self.connection.lost)
+        return Ending(self.host, self._first_rank, self._log, self.code, self.lost)
 
     def kill(self) -> None:
         """End what still runs there, and wait until its last words are here."""
         if self._started and not self.over:
             self.connection.request("kill")
-            deadline = time.monotonic() + _KILL_S
-            while not self.over and time.monotonic() < deadline:
+            patience = Patience(_KILL_S)
+            while not self.over and not patience.is_over:
                 time.sleep(0.02)
                 self.listen()
 
@@ -321,8 +330,8 @@ def _watch(
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
             teardown_due = time.monotonic() + _TEARDOWN_S
             for part in parts:
-                if part.connection.lost is not None:
-                    notify(f"{part.host.name}: {part.connection.lost}; ending the run")
+                if part.lost is not None:
+                    notify(f"{part.host.name}: {part.lost}; ending the run")
         if teardown_due is not None and time.monotonic() > teardown_due:
             break
     failure = first_failure(run_dir, [part.ending() for part in parts])
@@ -334,8 +343,8 @@ def _watch(
 def _fate_of_others(parts: Sequence[_Part], failure: Failure) -> str:
     """In the order of what a user has to look at."""
     others = [part for part in parts if part.host.name != failure.host]
-    lost = [part.host.name for part in others if part.connection.lost is not None]
-    ended = [part.host.name for part in others if part.connection.lost is None]
+    lost = [part.host.name for part in others if part.lost is not None]
+    ended = [part.host.name for part in others if part.lost is None]
     words = [f"{', '.join(lost)} lost as well"] if lost else []
     words += [f"ended on {', '.join(ended[:8])}{', ...' if len(ended) > 8 else ''}"] if ended else []
     return "; ".join(words)

@@ -89,7 +89,7 @@ def openssh_command(connection: Any) -> list[str]:
 
 def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
     session = connection.transport.open_session(timeout=_CONNECT_S)
-    program = supervisor_program(launch_id)
+    program = supervisor_program(launch_id, _SshChannel.silence_s)
     session.exec_command(remote_line(supervisor_command(python, program)))
     channel = _SshChannel(session, connection)
     channel.send(program)
@@ -102,6 +102,8 @@ def remote_line(command: Sequence[str]) -> str:
 
 
 class _SshChannel:
+    silence_s = SILENCE_S
+
     def __init__(self, session: paramiko.Channel, connection: Any) -> None:
         self._session = session
         self._connection = connection

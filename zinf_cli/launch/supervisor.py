@@ -31,15 +31,16 @@ from typing import Any, NoReturn
 
 from zinf_cli.launch.addresses import interface_of, own_address
 from zinf_cli.launch.mirror import STOP_FILE, RunFolder
+from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.process_tree import (
     ENDING_SIGNALS,
     LAUNCH_ID,
     Child,
+    Gauge,
     become_subreaper,
     end_descendants,
     end_marked,
     reap,
-    vitals_of_tree,
 )
 
 _HEARTBEAT_S = 1.0
@@ -57,10 +58,11 @@ class Supervisor:
 
     def __init__(self, launch_id: str, silence_s: float) -> None:
         self._launch_id = launch_id
-        self._silence_s = silence_s
+        self._patience = Patience(silence_s)
         self._incoming = b""
         self._outgoing = b""
-        self._heard = self._spoken = time.monotonic()
+        self._spoken = time.monotonic()
+        self._gauge = Gauge()
         self._folder: RunFolder | None = None
         self._child: Child | None = None
         self._standing_by: Child | None = None
@@ -78,11 +80,14 @@ class Supervisor:
             signal.signal(number, _raise_signalled)
         try:
             self._send({"event": "hello", "pid": os.getpid(), "python": sys.version.split()[0]})
-            while time.monotonic() - self._heard < self._silence_s:
+            while True:
                 ready, _, _ = select.select([0, wake], [1] if self._outgoing else [], [], _POLL_S)
                 if wake in ready:
                     os.read(wake, 4096)
-                if 0 in ready and not self._receive():
+                if 0 in ready:
+                    if not self._receive():
+                        break
+                elif self._patience.is_over:
                     break
                 self._watch()
                 if time.monotonic() - self._spoken >= _HEARTBEAT_S:
@@ -98,12 +103,9 @@ class Supervisor:
                 self._folder.leave()
 
     def _beat(self) -> None:
-        """Say that all is well and, while ranks run, what they take."""
+        """Say that all is well."""
         self._spoken = time.monotonic()
-        if self._folder is not None and self._child is not None:
-            self._send({"event": "vitals", **vitals_of_tree()})
-        else:
-            self._outgoing += b"\n"
+        self._outgoing += b"\n"
 
     def _receive(self) -> bool:
         """Take what has come in and do what it asks; False once the lifeline is closed."""
@@ -117,7 +119,7 @@ class Supervisor:
             except OSError as error:
                 place = f"{error.filename}: " if error.filename else ""
                 self._send({"error": f"{place}{error.strerror or error}"})
-        self._heard = time.monotonic()
+        self._patience.renew()
         return bool(data)
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -142,6 +144,8 @@ class Supervisor:
                 self._child.code = code
                 end_descendants(self._standing_by.pid if self._standing_by is not None else None)
         self._send_words()
+        if self._folder is not None and self._child is not None and (vitals := self._gauge.read()) is not None:
+            self._send({"event": "vitals", **vitals})
         behind = False
         if self._folder is not None and self._folder.mirrored:
             behind = len(self._outgoing) > _MOST_OUTGOING_BYTES or self._send_news()

@@ -6,6 +6,7 @@ Everything above knows neither.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from typing import Protocol
 from zinf_cli.hosts import Host
 
 SILENCE_S = 10.0
-"""An end of a lifeline that hears nothing for so long takes the other for lost."""
+"""An end of a lifeline to another machine that hears nothing for so long takes the other for lost."""
 
-_MODULES = ("process_tree", "made_folders", "mirror", "addresses", "supervisor")
+_MODULES = ("patience", "process_tree", "made_folders", "mirror", "addresses", "supervisor")
 """Of zinf_cli.launch: what a supervisor consists of, importers last."""
 
 _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
@@ -28,6 +29,9 @@ _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 
 class Channel(Protocol):
     """Bytes to and from a supervisor."""
+
+    silence_s: float
+    """How long both ends may be silent. Without a limit where the kernel itself tells an end that the other is gone."""
 
     def send(self, data: bytes) -> None:
         """All of it; OSError once the supervisor is gone."""
@@ -65,13 +69,15 @@ class Pipes:
     """To a supervisor on this machine."""
 
     def open(self, host: Host, launch_id: str) -> Channel:
-        program = supervisor_program(launch_id)
+        program = supervisor_program(launch_id, _PipeChannel.silence_s)
         channel = _PipeChannel(supervisor_command(sys.executable, program))
         channel.send(program)
         return channel
 
 
 class _PipeChannel:
+    silence_s = math.inf
+
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
             command,
@@ -87,19 +93,25 @@ class _PipeChannel:
     def send(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
+            if self._in.closed:
+                raise BrokenPipeError("given up")
             left = left[os.write(self._in.fileno(), left) :]
 
     def receive(self) -> bytes:
-        return os.read(self._out.fileno(), 1 << 16)
+        data = os.read(self._out.fileno(), 1 << 16)
+        if not data:
+            self._out.close()
+        return data
 
     def close(self) -> None:
         with suppress(OSError):
             self._in.close()
         self._process.wait()
-        self._out.close()
 
     def abort(self) -> None:
         self._process.kill()
+        self._process.wait()
+        self._in.close()
 
     def last_words(self) -> str:
         return ""  # its stderr is the launcher's
@@ -110,12 +122,12 @@ def supervisor_command(python: str, program: bytes) -> list[str]:
     return [python, "-c", _LOADER, str(len(program))]
 
 
-def supervisor_program(launch_id: str) -> bytes:
+def supervisor_program(launch_id: str, silence_s: float) -> bytes:
     """The Python text of a supervisor, whole: modules are made from their sources, then it serves."""
     folder = resources.files("zinf_cli.launch")
     sources = {f"zinf_cli.launch.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
     return _PROGRAM.format(
-        packages=["zinf_cli", "zinf_cli.launch"], sources=sources, launch_id=launch_id, silence_s=SILENCE_S
+        packages=["zinf_cli", "zinf_cli.launch"], sources=sources, launch_id=launch_id, silence_s=str(silence_s)
     ).encode()
 
 
@@ -126,5 +138,5 @@ for name in {packages!r}:
 for name, source in {sources!r}.items():
     sys.modules[name] = types.ModuleType(name)
     exec(compile(source, name, "exec"), sys.modules[name].__dict__)
-sys.modules["zinf_cli.launch.supervisor"].main({launch_id!r}, {silence_s!r})
+sys.modules["zinf_cli.launch.supervisor"].main({launch_id!r}, float({silence_s!r}))
 """
