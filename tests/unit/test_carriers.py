@@ -62,6 +62,11 @@ def appended(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     return x + sum(parts)
 
 
+def returned_in_object(_: Any, number: int, x: torch.Tensor) -> Any:
+    """The class of a result is the layer's own, too, and it may hold one tensor twice."""
+    return SimpleNamespace(hidden=x, states=[OwnDict(first=x, more=(x.cos(), number))])
+
+
 def in_object_within(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     """As a cache has it: an object of the layer, made by the call, which later layers read and replace parts of."""
     if number == 0:
@@ -82,6 +87,7 @@ CASES: dict[str, tuple[Callable[[], Any], Share]] = {
     "deque": (deque, appended),
     "list in a dataclass": (Layers, appended),
     "object within": (OwnDict, in_object_within),
+    "object returned": (dict, returned_in_object),
 }
 
 
@@ -105,6 +111,7 @@ class Model(nn.Module):
         shared = self.make()
         for layer in self.layers:
             x = layer(x, shared)
+            x = getattr(x, "hidden", x)
         return x.square().mean()
 
 

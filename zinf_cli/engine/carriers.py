@@ -94,9 +94,10 @@ class Reach:
                 if len(seen) > most:
                     raise ModelError(f"an argument of a layer holds more than {most} objects")
 
-    def again(self) -> Reach:
-        """From the same roots, as it is now."""
-        return Reach(self._roots)
+    def after(self, outputs: Any) -> Reach:
+        """From the same roots, as it is now that a call has returned `outputs`, and into objects among these."""
+        objects = [leaf for leaf in pytree.tree_leaves(outputs) if not isinstance(leaf, torch.Tensor)]
+        return Reach([*self._roots, *objects])
 
     def added_since(self, before: Reach) -> list[torch.Tensor]:
         """Floating tensors that were not there before."""

@@ -154,7 +154,7 @@ class _Watch(TorchFunctionMode):
                 outputs = forward(*args, **kwargs)
             finally:
                 self._active.pop()
-            left = reach.again()
+            left = reach.after(outputs)
             added = left.added_since(reach)
             leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
             use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)

@@ -276,7 +276,7 @@ class Tape:
         before = Reach([given.get(id(leaf), leaf) for leaf in record.leaves])
         with torch.set_grad_enabled(grad), _autocast(record.call, self._device):
             outputs = record.call.forward(*args, **kwargs)
-        left = before.again()
+        left = before.after(outputs)
         record.added = left.added_since(before)
         if grad:
             floating = [*filter(_floating, pytree.tree_leaves(outputs)), *record.added]
