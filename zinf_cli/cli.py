@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from zinf_cli.search_path import leave_out_working_directory
+
+leave_out_working_directory()  # before anything is imported that could be shadowed
+
 import os
 import re
 import sys

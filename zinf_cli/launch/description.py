@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from zinf_cli.launch.connection import Connection
 from zinf_cli.plan.layout import Figures
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.search_path import module_command
 
 _MOST_S = 24 * 3600.0
 """Tokenising may take long; Ctrl-C ends it."""
@@ -37,7 +37,7 @@ def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host]) -> str:
 
 def describe(asked: str, connection: Connection) -> Figures:
     """Ask a process of that host, which builds the model on the meta device, unless it has been asked before."""
-    command = [sys.executable, "-m", "zinf_cli.train.described"]
+    command = module_command("zinf_cli.train.described")
     done = connection.capture(command, within=_MOST_S, text=asked)
     return _figures(done["output"], done["errors"], done["code"])
 

@@ -16,6 +16,7 @@ from zinf_cli.hardware import Space, room_of
 from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
+from zinf_cli.search_path import module_command
 from zinf_cli.version import code_digest
 
 COLUMNS = ("ssh", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
@@ -114,7 +115,7 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
         return
     row.note("ssh", "ok")
     row.note("python", row.connection.python)
-    command = [sys.executable, "-m", "zinf_cli.launch.facts"]
+    command = module_command("zinf_cli.launch.facts")
     asked = time.time()
     try:
         done = row.connection.capture(command, within=_FACTS_S, text=question)

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.rendezvous import Rendezvous
+from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1
 
@@ -63,7 +63,7 @@ class Agent:
     def start(self, question: str = "null\n") -> dict[str, Any]:
         """A supervisor's request; the agent is asked a question about the recipe (description.py) at once."""
         return {
-            "command": [sys.executable, "-m", "zinf_cli.train.agent", self.module],
+            "command": module_command("zinf_cli.train.agent", self.module),
             "environment": dict(self.environment),
             "defaults": dict(self.defaults),
             "opening": question,

@@ -240,8 +240,12 @@ class Supervisor:
         return self._child.pid
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> Child:
-        """With `defaults` for what this host does not set itself."""
-        return Child(command, {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id})
+        """With `defaults` for what this host does not set itself; nothing is imported from the folder it is in."""
+        variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id, "PYTHONSAFEPATH": "1"}
+        entries = variables.pop("PYTHONPATH", "").split(os.pathsep)
+        if named := [entry for entry in entries if os.path.isabs(entry)]:  # noqa: PTH117
+            variables["PYTHONPATH"] = os.pathsep.join(named)
+        return Child(command, variables)
 
     def do_stop(self) -> None:
         """Ask the ranks to stop at the end of their step."""

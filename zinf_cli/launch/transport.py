@@ -118,8 +118,9 @@ class _PipeChannel:
 
 
 def supervisor_command(python: str, program: bytes) -> list[str]:
-    """What to run on the host, before `program` is sent to its stdin."""
-    return [python, "-c", _LOADER, str(len(program))]
+    """What to run on the host, before `program` is sent to its stdin. Isolated: nothing in its folder or on
+    a PYTHONPATH is run in place of the standard library."""
+    return [python, "-I", "-c", _LOADER, str(len(program))]
 
 
 def supervisor_program(launch_id: str, silence_s: float) -> bytes:

@@ -1,4 +1,4 @@
-"""`python -m zinf_cli.train.agent MODULE`: torchrun's agent on a host, whose ranks are forked from it.
+"""`zinf_cli.train.agent MODULE` (search_path.py): torchrun's agent on a host, whose ranks are forked from it.
 
 It imports MODULE, and with it torch, before it is told what to do, so that may happen while the plan is still being
 made; a rank then imports nothing, and shares with the others what has been imported. A fork takes over all that is in
