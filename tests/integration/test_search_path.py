@@ -45,7 +45,7 @@ def test_a_run_in_a_folder_of_modules(poisoned: Path) -> None:
 
 def test_relative_entries_of_a_python_path(poisoned: Path) -> None:
     (poisoned / "sitecustomize.py").unlink()  # which Python has run before zinf begins
-    done = run(poisoned, f".::{ROOT}", "-m", "zinf_cli.cli", "clean")
+    done = run(poisoned, f".::{ROOT}", "-m", "zinf_cli.cli", "clean", ".")
     assert done.returncode == 0, done.stderr
     assert not [mark for mark in poisoned.glob("ran-*") if mark.name != "ran-runpy"]  # Python's own -m
 
