@@ -23,11 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.hosts import Host
+from zinf_cli.launch.logs import last_lines
 
 _ROOT_CAUSE = re.compile(
     r"Root Cause.*?^\s*rank\s*:\s*(?P<rank>\d+).*?^\s*exitcode\s*:\s*(?P<code>-?\d+)",
     re.DOTALL | re.MULTILINE,
 )
+
+_REPORT_LINES = 1000
+"""Of torchrun's report, the last that its agent says."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _silent_failure(ending: Ending) -> Failure | None:
         return Failure(None, ending.host.name, None, "lost", ending.lost, ending.log, exit_code=1)
     if not ending.code:
         return None
-    report = _ROOT_CAUSE.search(ending.log.read_text(errors="replace")) if ending.log.exists() else None
+    report = _ROOT_CAUSE.search("\n".join(last_lines(ending.log, _REPORT_LINES)))
     rank = int(report["rank"]) if report else None
     code = int(report["code"]) if report else ending.code
     kind = signal.Signals(-code).name if code < 0 else "exit"

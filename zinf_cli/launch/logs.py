@@ -1,6 +1,7 @@
 """What the ranks say while they run, line by line, for the console: rank 0, and everyone's warnings.
 
-A traceback and what follows it are left to the screen that ends a failed run.
+A traceback and what follows it are left to the screen that ends a failed run. A rank may write faster than anybody can
+read: what is looked at, shown and remembered is bounded, and what is left out is said once in a while.
 """
 
 from __future__ import annotations
@@ -10,11 +11,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zinf_cli.amounts import format_bytes
 from zinf_cli.hosts import Host
 
 _WARNING = re.compile(r"warn|error|^note: ", re.IGNORECASE)
 _HEADER = "--- rank "
 _TRACEBACK = "Traceback (most recent call last):"
+_MOST_BYTES = 1 << 20
+"""Of all logs, looked at in one poll; of a rank that has written more than its share, the end."""
+_LEAST_BYTES = 1 << 13
+"""Of one log: the share of a rank among many."""
+_MOST_LINES = 40
+"""Shown in one poll."""
+_MOST_SAID = 10_000
+"""Lines remembered, so that they are said once."""
+_LONGEST = 2000
+"""Characters shown of a line."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +45,36 @@ class RankLogs:
         names = [host.name for host in hosts for _ in host.slots]
         self._places = {rank: (name, run_dir / "logs" / f"rank-{rank:05d}.log") for rank, name in enumerate(names)}
         logs = {rank: path for rank, (_, path) in self._places.items()}
-        self._offsets = {rank: path.stat().st_size for rank, path in logs.items() if path.exists()}
-        self._said: set[str] = set()
+        self._offsets = {rank: size for rank, path in logs.items() if (size := _size(path))}
+        self._share = max(_LEAST_BYTES, _MOST_BYTES // max(1, len(names)))
+        self._said: dict[str, None] = {}
         self._failed: set[int] = set()
+        self._left_out = 0
 
     def poll(self) -> Iterator[LogLine]:
-        """What is new, whole lines only."""
+        """What is new, whole lines only, as far as anybody can read it."""
+        shown = 0
         for rank, (host, path) in self._places.items():
             for text in self._new_lines(rank, path):
                 if text == _TRACEBACK:
                     self._failed.add(rank)
-                if rank not in self._failed and self._matters(rank, text):
-                    self._said.add(text)
-                    yield LogLine(host, rank, text)
+                if rank in self._failed or not self._matters(rank, text):
+                    continue
+                self._remember(text)
+                if shown < _MOST_LINES:
+                    shown += 1
+                    yield LogLine(host, rank, text[:_LONGEST])
+                else:
+                    self._left_out += len(text) + 1
+        if self._left_out and shown < _MOST_LINES:
+            note = f"note: {format_bytes(self._left_out)} of the ranks' output are not shown here; logs/ has all of it"
+            yield LogLine(self._places[0][0], 0, note)
+            self._left_out = 0
+
+    def _remember(self, text: str) -> None:
+        self._said[text] = None
+        if len(self._said) > _MOST_SAID:
+            del self._said[next(iter(self._said))]
 
     def _matters(self, rank: int, text: str) -> bool:
         if not text or text in self._said or text.startswith(_HEADER):
@@ -53,12 +82,41 @@ class RankLogs:
         return rank == 0 or _WARNING.search(text) is not None
 
     def _new_lines(self, rank: int, path: Path) -> list[str]:
-        size = path.stat().st_size if path.exists() else 0
+        size = _size(path)
         offset = self._offsets.get(rank, 0) if self._offsets.get(rank, 0) <= size else 0  # 0: written anew
+        skipped = max(0, size - offset - self._share)
         if size == offset:
             return []
-        with path.open("rb") as file:
-            file.seek(offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offsets[rank] = offset + len(whole) + len(newline)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset + skipped)
+                data = file.read(self._share)
+        except OSError:
+            return []
+        whole, newline, rest = data.rpartition(b"\n")
+        if len(rest) == self._share:  # no line at all
+            whole, newline = rest[:_LONGEST], b"\n"
+            self._left_out += len(rest) - _LONGEST if rank == 0 else 0
+            self._offsets[rank] = offset + skipped + len(data)
+        elif newline:
+            self._offsets[rank] = offset + skipped + len(whole) + 1
+        if skipped and rank == 0:
+            self._left_out += skipped
         return whole.decode(errors="replace").split("\n") if newline else []
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    """The end of a log, of whatever length it is; nothing where it can't be read."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, _size(log) - _MOST_BYTES))
+            return [line[:_LONGEST] for line in file.read(_MOST_BYTES).decode(errors="replace").splitlines()[-count:]]
+    except OSError:
+        return []
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

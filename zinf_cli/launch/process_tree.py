@@ -34,6 +34,8 @@ _MOST_TEXT = 1 << 20
 _MOST_VITALS = 4096
 _MOST_DESCRIPTORS = 1024
 _LOOK_S = 1.0
+_MOST_KEPT = 64 << 20
+"""Bytes of a child's output that are given, of as many as it printed."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -89,8 +91,10 @@ class Child:
         return self._text(1)
 
     def _text(self, number: int) -> str:
-        self._kept[number].seek(0)
-        return self._kept[number].read().decode(errors="replace")
+        """The end of it, where it is long."""
+        descriptor = self._kept[number].fileno()
+        size = os.fstat(descriptor).st_size
+        return os.pread(descriptor, _MOST_KEPT, max(0, size - _MOST_KEPT)).decode(errors="replace")
 
 
 def _become(

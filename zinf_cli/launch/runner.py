@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,6 +31,9 @@ from zinf_cli.launch.rendezvous import Rendezvous
 from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1
+
+_MOST_EVENTS = 32
+"""Messages of a host that are taken in at once."""
 
 _TEARDOWN_S = 4.0
 """From the first sign of a failure until what still runs is killed; torchrun alone would wait for 30 s."""
@@ -196,13 +199,16 @@ class _Part:
     def listen(self) -> None:
         """Take in what the host has said, and only then whether it is gone."""
         lost = self.connection.lost
-        self._take_in()
+        self._take_in(most=_MOST_EVENTS if lost is None else None)
         self.lost = lost if self.code is None else None
 
-    def _take_in(self) -> None:
-        """Bytes of mirrored files, what the processes take, the end of the agent."""
+    def _take_in(self, most: int | None) -> None:
+        """Bytes of mirrored files, what the processes take, the end of the agent.
+
+        Not more than `most` messages, so that hosts with much to say don't make the launcher deaf to its user.
+        """
         with suppress(queue.Empty):
-            while True:
+            for _ in count() if most is None else range(most):
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
@@ -244,7 +250,7 @@ class _Part:
             self.connection.request("sweep")
             self.prepare()
         self.connection.request("close_folder")
-        self.listen()
+        self._take_in(most=None)
 
 
 def _visible(connection: Connection) -> dict[str, str]:

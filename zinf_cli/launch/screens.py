@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.launch.failure import Failure
-from zinf_cli.launch.logs import LogLine
+from zinf_cli.launch.logs import LogLine, last_lines
 from zinf_cli.launch.preflight import COLUMNS, Preflight
 
 _LAST_LINES = 12
@@ -50,16 +50,10 @@ def failure_screen(failure: Failure, others: str) -> RenderableType:
         local = "" if failure.local_rank is None else f", local {failure.local_rank}"
         who = f"rank {failure.rank} ({failure.host}{local})"
     lines: list[RenderableType] = [Text(f"{who}: {failure.message}", style="bold")]
-    last = _last_lines(failure)
+    last = last_lines(failure.log, _LAST_LINES)
     if last:
         lines += [Text(), *(Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in last)]
     lines += [Text(), Text(f"log     {failure.log}", overflow="fold")]
     if others:
         lines.append(Text(f"others  {others}"))
     return Panel(Group(*lines), title="the first failure", border_style="red", expand=False)
-
-
-def _last_lines(failure: Failure) -> list[str]:
-    if not failure.log.exists():
-        return []
-    return failure.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
