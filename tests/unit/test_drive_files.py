@@ -19,6 +19,8 @@ from zinf_cli.errors import PreflightError
 from zinf_cli.hardware import Space, drive_space, room_of, share_in_memory
 from zinf_cli.launch.facts import facts
 from zinf_cli.launch.preflight import drives_of
+from zinf_cli.launch.run_folder import locked
+from zinf_cli.launch.runner import _marked
 
 MIB = 2**20
 Mount = Callable[..., Path]
@@ -165,6 +167,24 @@ def test_a_mount_that_turned_read_only_is_found_by_writing(mount: Mount) -> None
     with pytest.raises(PreflightError, match=r"a drive 0/x: can't create a file: .*choose another offload\.nvme_path"):
         drive_space(folder / "x")
     assert "can't create a file" in facts([], [str(folder / "x")])["drives"][str(folder / "x")]["problem"]
+
+
+def test_an_output_dir_that_is_or_turns_read_only_is_said(mount: Mount) -> None:
+    folder = mount("mkfs.ext4 -qF")
+
+    def fail() -> None:
+        run("mount", "-o", "remount,ro", folder)
+        raise ZeroDivisionError  # the first error, which no cleaning up hides
+
+    with pytest.raises(ZeroDivisionError), locked(folder), _marked(folder, "mark"):
+        fail()
+    with (
+        pytest.raises(
+            PreflightError, match=r"can't create a file: Read-only file system \(choose another output_dir\)"
+        ),
+        locked(folder),
+    ):
+        pass
 
 
 def test_without_nameless_files_a_name_is_taken_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,11 +119,11 @@ class RunFolder:
     def remove(self) -> None:
         """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
         if self.mirrored:
-            for name in (*self._delivered, *self._sent, "metrics.jsonl", _MARK):
-                (self.path / name).unlink(missing_ok=True)
-            for partial in (self.path / "logs").glob("*.partial"):
-                if _BEING_WRITTEN.fullmatch(partial.name):
-                    partial.unlink(missing_ok=True)
+            partials = (path.name for path in (self.path / "logs").glob("*.partial"))
+            half = [f"logs/{name}" for name in partials if _BEING_WRITTEN.fullmatch(name)]
+            for name in (*self._delivered, *self._sent, "metrics.jsonl", _MARK, *half):
+                with contextlib.suppress(OSError):  # what ended the run is to be told, not this
+                    (self.path / name).unlink()
         self.leave()
 
     def leave(self) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from zinf_cli.checkpoint.folder import (
     step_of,
     steps_done,
 )
+from zinf_cli.drive_files import open_nameless
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.leftovers import marks_in
@@ -36,7 +36,8 @@ RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace
 def locked(run_dir: Path) -> Iterator[None]:
     """Have the run's folder for this launch alone. What a launch decides by what is in there, it decides from here on.
 
-    PreflightError where another launch has it, or it can't be made. A folder in which nothing was done goes again.
+    PreflightError where another launch has it, or it can't be made or written. A folder in which nothing was done goes
+    again.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     lock = None
@@ -51,6 +52,7 @@ def locked(run_dir: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             raise _cant_write(run_dir, error) from error
+        os.close(open_nameless(run_dir, "output_dir").descriptor)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -100,14 +102,13 @@ def _check_nvme(plan: Plan, run_dir: Path) -> None:
         for folder in map(Path, plan.nvme_folders):
             try:
                 made.make(folder)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
             except OSError as error:
                 raise PreflightError(
                     f"can't create a file: {error.strerror}",
                     where=str(folder),
                     hint="choose another offload.nvme_path",
                 ) from error
+            os.close(open_nameless(folder).descriptor)
     finally:
         made.remove()
 

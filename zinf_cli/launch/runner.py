@@ -370,7 +370,8 @@ def _marked(run_dir: Path, launch_id: str) -> Iterator[None]:
     try:
         yield
     finally:
-        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # the next launch removes it, and what ended this one is to be told
+            mark.unlink()
 
 
 class _StopSignals:
