@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from zinf_cli import drive_files
 from zinf_cli.drive_files import file_system_of, open_nameless, set_direct
 from zinf_cli.errors import PreflightError
 from zinf_cli.hardware import Space, drive_space, room_of, share_in_memory
@@ -122,6 +123,17 @@ def test_what_fits_on_btrfs_can_be_written_again_and_again(mount: Mount) -> None
     num_bytes = room_of([drive_space(folder)]) // MIB * MIB
     assert num_bytes > 128 * MIB
     rewrite(folder, num_bytes, 2)
+
+
+def test_without_writing_in_place_half_of_what_is_free_is_planned(
+    mount: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mount("mkfs.btrfs -qf")
+    free = drive_space(folder).free_bytes
+    monkeypatch.setattr(drive_files, "_write_in_place", lambda descriptor: False)
+    space = drive_space(folder)
+    assert not space.direct  # what is checksummed goes through the page cache
+    assert 0.45 * free < space.free_bytes < 0.55 * free
 
 
 @pytest.mark.parametrize("make", ["mkfs.ext4 -qF", "mkfs.xfs -qf", "mkfs.btrfs -qf"])

@@ -19,6 +19,7 @@ from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.console import plan_screen
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
+from zinf_cli.hardware import Room, room_here
 from zinf_cli.plan import memory
 from zinf_cli.plan import plan as plans
 from zinf_cli.plan.checkpoints import checkpoint_bytes
@@ -86,6 +87,21 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path)
     assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
     assert max(line["nvme_bytes"] for line in ample) <= plan.nvme_bytes
     assert max(line["nvme_bytes"] for line in ample) > 0.97 * plan.nvme_bytes
+
+
+def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
+    assert room_here([Path("/dev/shm"), tmp_path]).drives_in_memory == 0.5
+    recipe = recipe_of(tmp_path, "llama")
+    figures = describe(recipe, 1)
+    for share in (0.0, 0.5, 1.0):
+        plan = make_plan(recipe, figures, room=Room(1 << 34, 1 << 34, drives_in_memory=share))
+        assert plan.nvme_bytes > 0
+        assert [line.num_bytes for line in plan.lines if line.what == "tmpfs"] == [int(plan.nvme_bytes * share)] * (
+            share > 0
+        )
+        cpu = next(limit for limit in plan.limits if limit.tier == "cpu")
+        assert cpu.needed > plan.cpu_bytes_per_rank >= plan.nvme_bytes * share
+        plan_screen(plan, "tiny", [])
 
 
 def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
