@@ -49,7 +49,7 @@ def verdict(model_type: str) -> Verdict:
 
 def _compare(source: ModelSource, expected: list[list[float]]) -> Verdict:
     num_params = sum(param.numel() for param in build_model(source).parameters())
-    room = max(8, num_params // PARAMS_PER_ROOM)
+    room = max(16, num_params // PARAMS_PER_ROOM)
     for keep in (False, True) if num_params < LARGE else (False,):
         with tempfile.TemporaryDirectory(dir=".") as folder:
             try:
