@@ -74,17 +74,16 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
     """Plan a run, show the plan, train."""
-    from rich.console import Console
-
     from zinf_cli.launch.service import Request
     from zinf_cli.launch.service import launch as run
+    from zinf_cli.screen import Screen
 
     world = _hosts(hosts, include, exclude, slots)
     if sync and not world:
         raise UsageError("--sync brings files to --hosts, which is missing")
     variables = _environment(env or ())
     request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
-    run(request, Console(stderr=True))
+    run(request, Screen(stderr=True))
 
 
 def _hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
@@ -129,11 +128,10 @@ def doctor(
     if checkpoint is not None:
         _check_checkpoint(checkpoint.absolute(), as_json=as_json)
         return
-    from rich.console import Console
-
     from zinf_cli.launch.doctor import doctor as look
+    from zinf_cli.screen import Screen
 
-    look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Console())
+    look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Screen())
 
 
 def _check_checkpoint(path: Path, *, as_json: bool) -> None:
@@ -149,11 +147,10 @@ def _check_checkpoint(path: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"checkpoint": str(folder), "files": [dataclasses.asdict(v) for v in verdicts]}, indent=2))
     else:
-        from rich.console import Console
-
         from zinf_cli.console import checkpoint_screen
+        from zinf_cli.screen import Screen
 
-        Console().print(checkpoint_screen(folder, verdicts))
+        Screen().print(checkpoint_screen(folder, verdicts))
     if damaged := [verdict for verdict in verdicts if verdict.problem]:
         what = "; ".join(f"{verdict.name} is {verdict.problem}" for verdict in damaged)
         raise DamagedError(what, where=str(folder), hint="resume and export want another checkpoint of this run")
@@ -221,9 +218,8 @@ def estimate(
 
     With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.
     """
-    from rich.console import Console
-
     from zinf_cli.launch.estimate import Flags, estimate_by_flags
+    from zinf_cli.screen import Screen
 
     if hosts is not None:
         if nodes > 1 or gpus_per_node:
@@ -236,13 +232,13 @@ def estimate(
         gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json, tuple(given),
     )  # fmt: skip
     if path is None:
-        estimate_by_flags(flags, Console())
+        estimate_by_flags(flags, Screen())
         return
     if params or layers or hidden:
         raise UsageError("give either a RECIPE or --params", hint=f"{path} is taken for the recipe")
     from zinf_cli.launch.estimate_recipe import estimate_recipe
 
-    estimate_recipe(path, given, flags, Console())
+    estimate_recipe(path, given, flags, Screen())
 
 
 def _counted(hostfile: str) -> tuple[int, int]:
@@ -272,12 +268,11 @@ def bench_nvme(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
     """How fast drives read and write, cache bypassed, by block size and threads; fio beside it where there is one."""
-    from rich.console import Console
-
     from zinf_cli.bench.command import NvmeRequest, run_bench_nvme
+    from zinf_cli.screen import Screen
 
     request = NvmeRequest(tuple(paths or ()), size, block_sizes, threads, out, as_json)
-    run_bench_nvme(request, Console(stderr=True))
+    run_bench_nvme(request, Screen(stderr=True))
 
 
 @bench.command("links")
@@ -291,11 +286,10 @@ def bench_links(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
     """How fast a machine computes, updates, and moves data: to its accelerators, between its ranks, between hosts."""
-    from rich.console import Console
-
     from zinf_cli.bench.command import run_bench_links
+    from zinf_cli.screen import Screen
 
-    run_bench_links(_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Console(stderr=True))
+    run_bench_links(_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Screen(stderr=True))
 
 
 @app.command()
@@ -306,16 +300,15 @@ def trace(
     """How busy each lane of a profiled run was, and its longest waits."""
     import json
 
-    from rich.console import Console
-
     from zinf_cli.console import trace_screen
+    from zinf_cli.screen import Screen
     from zinf_cli.trace import summarise_trace
 
     summary = summarise_trace(run / "trace.json" if run.is_dir() else run)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        Console().print(trace_screen(summary))
+        Screen().print(trace_screen(summary))
 
 
 @app.command()
@@ -332,6 +325,7 @@ def export(
     import json
 
     from zinf_cli.amounts import format_bytes
+    from zinf_cli.screen import printable
     from zinf_cli.train.export import export as write
 
     done = write(run.absolute(), out.absolute(), dtype)
@@ -339,7 +333,7 @@ def export(
         print(json.dumps(dataclasses.asdict(done), indent=2, default=str))
         return
     files = "1 file" if done.num_shards == 1 else f"{done.num_shards} files"
-    print(f"{done.folder}: step {done.step}, {format_bytes(done.num_bytes)} of {dtype} in {files}")
+    print(printable(f"{done.folder}: step {done.step}, {format_bytes(done.num_bytes)} of {dtype} in {files}"))
 
 
 @app.command()
@@ -355,14 +349,15 @@ def clean(
     from zinf_cli.amounts import format_bytes
     from zinf_cli.checkpoint.folder import kept_back
     from zinf_cli.launch.leftovers import leftovers_of, remove
+    from zinf_cli.screen import printable
 
     found = [leftover for path in paths or [Path("runs")] for leftover in leftovers_of(path.absolute(), damaged)]
     for leftover in found:
-        print(f"{leftover.path}: {leftover.what}, {format_bytes(leftover.num_bytes)}")
+        print(printable(f"{leftover.path}: {leftover.what}, {format_bytes(leftover.num_bytes)}"))
     going = [leftover for leftover in found if not leftover.keep]
     left = [path for leftover in going for path in remove(leftover)]
     if left:
-        print(kept_back(left))
+        print(printable(kept_back(left)))
     total = format_bytes(sum(leftover.num_bytes for leftover in going))
     print(f"{len(going)} removed, {total}" if going else "nothing removed" if found else "nothing left behind")
 
@@ -383,21 +378,32 @@ def main() -> None:
     except Exception as error:  # click's usage errors, or a bug
         show = getattr(error, "show", None)
         if show is None:
-            raise
+            _print_traceback(error)
+            raise SystemExit(1) from None
+        from zinf_cli.screen import printable
+
+        error.message = printable(error.message)  # type: ignore[attr-defined]
         show()
         raise SystemExit(getattr(error, "exit_code", 2)) from None
 
 
+def _print_traceback(error: Exception) -> None:
+    from zinf_cli.screen import printable
+
+    print(printable("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _report(error: ZinfError) -> None:
-    from rich.console import Console
     from rich.text import Text
 
+    from zinf_cli.screen import Screen, outside
+
     if _debug:
-        traceback.print_exception(error)
+        _print_traceback(error)
     lines = error.problems if isinstance(error, FileError) else [error.describe()]
-    console = Console(file=sys.stderr)
+    console = Screen(stderr=True)
     for line in lines:
-        console.print(Text("error: ", style="bold red") + Text(line), soft_wrap=True)
+        console.print(Text("error: ", style="bold red") + outside(line), soft_wrap=True)
 
 
 if __name__ == "__main__":

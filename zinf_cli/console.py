@@ -20,6 +20,7 @@ from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.hosts import this_machine
 from zinf_cli.plan.memory import STATES
 from zinf_cli.plan.plan import Plan
+from zinf_cli.screen import outside
 
 STATE_NAMES = {
     "params": "parameters",
@@ -61,7 +62,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
             "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
         )
     for line in plan.figures.data.texts:
-        head.add_row("text", Text(line))
+        head.add_row("text", outside(line))
     if plan.resume is not None:
         head.add_row("resume", plan.resume)
     head.add_row("expected", _expectation(plan))
@@ -70,12 +71,12 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
     for line in (*model.notes, *plan.figures.data.notes):
-        head.add_row("note", Text(line))
+        head.add_row("note", outside(line))
     if defaults:
-        head.add_row("defaults", Text(", ".join(defaults), style="dim"))
+        head.add_row("defaults", outside(", ".join(defaults), "dim"))
     return Panel(
         Group(head, Text(), _bytes_table(plan), Text(), _limits_table(plan)),
-        title=f"zinf · {name}",
+        title=outside(f"zinf · {name}"),
         expand=False,
     )
 
@@ -174,7 +175,8 @@ class RunView:
 
     def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        shown = outside(line) if isinstance(line, str) else line
+        self._console.print(shown, highlight=False, soft_wrap=True)
 
     def host(self, vitals: Vitals) -> None:
         """News of a host."""
@@ -298,7 +300,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     if summary["skipped_steps"]:
         title += f", {summary['skipped_steps']} of them skipped"
-    return Panel(Group(*lines), title=title, expand=False)
+    return Panel(Group(*lines), title=outside(title), expand=False)
 
 
 def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableType:
@@ -308,7 +310,7 @@ def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableTy
     table.add_column("", justify="right")
     table.add_column("")
     for verdict in verdicts:
-        state = Text("whole", style="green") if verdict.problem is None else Text(verdict.problem, style="bold red")
+        state = Text("whole", style="green") if verdict.problem is None else outside(verdict.problem, "bold red")
         table.add_row(verdict.name, format_bytes(verdict.num_bytes), state)
     return table
 

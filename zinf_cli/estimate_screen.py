@@ -16,6 +16,7 @@ from zinf_cli.plan.needs import USABLE, capacity
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation
 from zinf_cli.plan.sizes import BYTES_PER_PARAM
+from zinf_cli.screen import outside
 
 if TYPE_CHECKING:
     from zinf_cli.plan.plan import Plan
@@ -54,7 +55,7 @@ def estimate_screen(answer: Estimate, *, explain: bool = False) -> RenderableTyp
     if explain:
         parts += [Text(), _terms(answer), Text(), _formulas(answer)]
     title = f"zinf estimate · {format_count(model.params)} on {hosts}"
-    return Panel(Group(*parts), title=title, expand=False)
+    return Panel(Group(*parts), title=outside(title), expand=False)
 
 
 def _strategy(answer: Estimate) -> str:

@@ -21,6 +21,7 @@ from zinf_cli.errors import UsageError
 from zinf_cli.profiles import BUILT_IN, Drives, Profile
 from zinf_cli.recipe import Number, Paths, Section, Size
 from zinf_cli.recipe_file import plain
+from zinf_cli.screen import printable
 
 FILE_NAME = "hardware.yaml"
 Bandwidth = Annotated[Number, Field(ge=1e6, le=1e13)]
@@ -143,7 +144,7 @@ def user_file() -> Path:
 
 
 def _say(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    print(printable(f"note: {line}"), file=sys.stderr)
 
 
 def find_measured(hardware: Path | None, recipe: Path | None, notice: Callable[[str], None] = _say) -> Measured | None:

@@ -28,6 +28,7 @@ from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
+from zinf_cli.screen import Screen
 from zinf_cli.tiers.arena import PAGE
 
 
@@ -70,7 +71,7 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
     if request.as_json:
         print(json.dumps({**result.to_json(), **({"fio": fio} if fio else {})}, indent=2))
     else:
-        Console().print(nvme_screen(result, fio, out))
+        Screen().print(nvme_screen(result, fio, out))
 
 
 def run_bench_links(hosts: Sequence[Host], out: Path | None, *, as_json: bool, console: Console) -> None:
@@ -101,7 +102,7 @@ def run_bench_links(hosts: Sequence[Host], out: Path | None, *, as_json: bool, c
     if as_json:
         print(json.dumps(links.model_dump(mode="json", exclude_none=True), indent=2))
     else:
-        Console().print(links_screen(links, path))
+        Screen().print(links_screen(links, path))
 
 
 def _measured(part: str, world: World, console: Console) -> dict[str, Any]:

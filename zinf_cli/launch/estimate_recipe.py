@@ -29,6 +29,7 @@ from zinf_cli.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.profiles import BUILT_IN, Profile
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import load_recipe
+from zinf_cli.screen import Screen
 
 
 def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console: Console) -> None:
@@ -44,7 +45,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
         with (
-            Console(stderr=True).status("reading the model, its checkpoint and the text ..."),
+            Screen(stderr=True).status("reading the model, its checkpoint and the text ..."),
             Lifelines(transport_to(())) as lifelines,
         ):
             figures = describe(question(recipe, ranks, hosts), lifelines.connect(this_machine(1)))

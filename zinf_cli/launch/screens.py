@@ -10,6 +10,7 @@ from rich.text import Text
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import LogLine, last_lines
 from zinf_cli.launch.preflight import COLUMNS, Preflight
+from zinf_cli.screen import outside, printable
 
 _LAST_LINES = 12
 _COLOURS = ("cyan", "magenta", "green", "blue", "yellow", "bright_cyan", "bright_magenta", "bright_green")
@@ -24,13 +25,11 @@ def preflight_screen(preflight: Preflight) -> RenderableType:
     for column in columns:
         table.add_column(column)
     for row in rows:
-        cells = [
-            Text(row.cells.get(column, ""), style="bold red" if column in row.problems else "") for column in columns
-        ]
+        cells = [outside(row.cells.get(column, ""), "bold red" if column in row.problems else "") for column in columns]
         table.add_row(row.host.name, *cells)
-    problems = [Text(f"✗ {problem}", style="red") for problem in preflight.problems]
+    problems = [outside(f"✗ {problem}", "red") for problem in preflight.problems]
     problems += [
-        Text(f"- {row.host.name}: left out: {problem}", style="yellow")
+        outside(f"- {row.host.name}: left out: {problem}", "yellow")
         for row in preflight.absent
         for problem in row.problems.values()
     ]
@@ -39,8 +38,8 @@ def preflight_screen(preflight: Preflight) -> RenderableType:
 
 def log_line(line: LogLine) -> Text:
     """`host:rank │ text`, each rank in a colour that stays the same."""
-    prefix = Text(f"{line.host}:{line.rank} │ ", style=_COLOURS[line.rank % len(_COLOURS)])
-    return prefix.append(line.text, style="default")
+    prefix = outside(f"{line.host}:{line.rank} │ ", _COLOURS[line.rank % len(_COLOURS)])
+    return prefix.append(printable(line.text), style="default")
 
 
 def failure_screen(failure: Failure, others: str) -> RenderableType:
@@ -49,11 +48,11 @@ def failure_screen(failure: Failure, others: str) -> RenderableType:
     if failure.rank is not None:
         local = "" if failure.local_rank is None else f", local {failure.local_rank}"
         who = f"rank {failure.rank} ({failure.host}{local})"
-    lines: list[RenderableType] = [Text(f"{who}: {failure.message}", style="bold")]
+    lines: list[RenderableType] = [outside(f"{who}: {failure.message}", "bold")]
     last = last_lines(failure.log, _LAST_LINES)
     if last:
-        lines += [Text(), *(Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in last)]
-    lines += [Text(), Text(f"log     {failure.log}", overflow="fold")]
+        lines += [Text(), *(Text(printable(line), style="dim", overflow="ellipsis", no_wrap=True) for line in last)]
+    lines += [Text(), Text(printable(f"log     {failure.log}"), overflow="fold")]
     if others:
-        lines.append(Text(f"others  {others}"))
+        lines.append(outside(f"others  {others}"))
     return Panel(Group(*lines), title="the first failure", border_style="red", expand=False)
