@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import PreflightError
 
 ALIGNMENT = 4096
@@ -97,6 +98,15 @@ def set_direct(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, buffered)
         return False
     return True
+
+
+def what_is_left(descriptor: int, error: OSError) -> str:
+    """Why a file can't be as large as it should: what it may grow to, or a quota, of which nobody says what is left."""
+    if error.errno == errno.EDQUOT:
+        return f"more than the quota there allows ({error.strerror})"
+    status = os.fstatvfs(descriptor)
+    taken = os.fstat(descriptor).st_blocks * 512
+    return f"{format_bytes(status.f_bavail * status.f_frsize + taken)} are left ({error.strerror})"
 
 
 def file_system_of(descriptor: int) -> str:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.drive_files import FULL, GROWTH, file_system_of, open_nameless
+from zinf_cli.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left
 from zinf_cli.errors import CapacityError, TierError
 from zinf_cli.tiers.arena import PAGE, round_up
 from zinf_cli.tiers.bounce import Moment
@@ -162,14 +162,10 @@ class NvmeTier:
         try:
             os.posix_fallocate(descriptor, 0, num_bytes)
         except OSError as error:
-            status = os.fstatvfs(descriptor)
-            held = os.fstat(descriptor).st_blocks * 512
-            left = f"{format_bytes(status.f_bavail * status.f_frsize + held)} are left"
-            hint = "free space"
-            if error.errno == errno.EDQUOT:
-                left, hint = "more than the quota there allows", "have the quota raised"
+            left = what_is_left(descriptor, error)
+            hint = "have the quota raised" if error.errno == errno.EDQUOT else "free space"
             raise CapacityError(
-                f"rank {self._rank} needs {format_bytes(num_bytes)} on this drive, {left} ({error.strerror})",
+                f"rank {self._rank} needs {format_bytes(num_bytes)} on this drive, {left}",
                 where=str(folder),
                 hint=f"{hint}, add a folder to offload.nvme_path, or keep a class of state in CPU memory",
             ) from error

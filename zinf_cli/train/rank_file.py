@@ -12,7 +12,7 @@ import torch
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
-from zinf_cli.drive_files import set_direct
+from zinf_cli.drive_files import set_direct, what_is_left
 from zinf_cli.errors import CapacityError, PreflightError, TierError
 from zinf_cli.tiers.checksums import checksum
 from zinf_cli.tiers.nvme import NvmeTier
@@ -139,12 +139,10 @@ def _create(path: Path, layout: Layout, rank: int) -> int:
         os.posix_fallocate(descriptor, 0, layout.num_bytes)
         os.pwrite(descriptor, layout.header, 0)
     except OSError as error:
+        left = what_is_left(descriptor, error)
         os.close(descriptor)
-        status = os.statvfs(path.parent)
-        left = format_bytes(status.f_bavail * status.f_frsize)
         raise CapacityError(
-            f"no room for a checkpoint: rank {rank} needs {format_bytes(layout.num_bytes)}, {left} are left "
-            f"({error.strerror})",
+            f"no room for a checkpoint: rank {rank} needs {format_bytes(layout.num_bytes)}, {left}",
             where=str(path.parent),
             hint="free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were",
         ) from error
