@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 # ruff: noqa: E402
+from zinf_cli.command_line import hide_values
 from zinf_cli.search_path import leave_out_working_directory
 
 leave_out_working_directory()  # before anything is imported that could be shadowed
+hide_values("--env")  # before what takes time
 
 import os
 import re

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
-    {"errors", "amounts", "durable", "file_names", "screen", "search_path", "trace", "version"},
+    {"errors", "amounts", "command_line", "durable", "file_names", "screen", "search_path", "trace", "version"},
     {
         "recipe",
         "recipe_file",

@@ -1,0 +1,69 @@
+"""What `ps` shows of a launch, here and on its hosts: no value of a variable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zinf_cli.command_line import without_values
+from zinf_cli.hosts import this_machine
+from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.runner import Agent
+from zinf_cli.launch.transport import Pipes
+
+SECRET = "s3cret-of-the-test"
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from zinf_cli import cli
+shown = Path("/proc/self/cmdline").read_bytes().rstrip(b"\\0").split(b"\\0")
+print(json.dumps({"shown": [word.decode() for word in shown[2:]], "given": sys.argv[1:]}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["launch", "--env", f"A={SECRET}", "a.yaml"], ["launch", "--env", "A=*", "a.yaml"]),
+        (["launch", f"--env=A={SECRET}", "train.lr=1"], ["launch", "--env=A=*", "train.lr=1"]),
+        (["launch", "--env", f"A=b={SECRET} x\n", "--env", "HOME"], ["launch", "--env", "A=*", "--env", "HOME"]),
+        (["launch", "--env", "A=1", "--env", f"B={SECRET}"], ["launch", "--env", "A=*", "--env", "B=*"]),
+    ],
+)
+def test_the_launcher_hides_values_and_still_has_them(tmp_path: Path, given: list[str], shown: list[str]) -> None:
+    script = tmp_path / "launcher.py"
+    script.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, str(script), *given], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"shown": shown, "given": given}
+
+
+@given(st.lists(st.sampled_from([b"--env", b"--env=", b"--env=A=1", b"A=12", b"A=", b"=", b"", b"A", b"--env=A"])))
+def test_words_never_grow(words: list[bytes]) -> None:
+    hidden = without_values(words, b"--env")
+    assert len(hidden) == len(words)
+    assert all(len(after) <= len(before) for after, before in zip(hidden, words, strict=True))
+
+
+def test_no_process_of_a_host_is_started_with_one() -> None:
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        told = Agent("zinf_cli.train.loop", {"LAB_SECRET": SECRET}).start()
+        command = [
+            sys.executable,
+            "-c",
+            "import os, sys; print(os.environ['LAB_SECRET'], flush=True); sys.stdin.read()",
+        ]
+        connection.request("stand_by", **{**told, "command": command})
+        assert connection.hear(20) == {"event": "said", "line": SECRET}  # it runs, and has it
+        assert SECRET not in " ".join(told["command"])
+        for process in Path("/proc").iterdir():
+            with suppress(OSError):
+                assert SECRET.encode() not in (process / "cmdline").read_bytes()
