@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from plain import engine_losses, everything_on, open_engine, plain_losses
@@ -115,3 +116,38 @@ def test_writes_to_weights_are_seen(write: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ModelError, match="changes its weight"):
         engine_losses(engine, 1, close=False)
     engine.close()
+
+
+class Stashing(nn.Module):
+    def __init__(self, *, returned: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.returned = returned
+        self.extra: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.extra = self.inner(x).square().mean()
+        return x + self.inner(x), self.extra if self.returned else x.mean()
+
+
+class Stashes(nn.Module):
+    def __init__(self, *, returned: bool, read: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Stashing(returned=returned) for _ in range(2))
+        self.read = read
+
+    def forward(self) -> torch.Tensor:
+        x, loss = torch.zeros((2, 8), device="meta"), torch.zeros((), device="meta")
+        for layer in self.layers:
+            x, extra = layer(x)
+            loss = loss + (layer.extra if self.read else extra)
+        return x.mean() + loss
+
+
+def test_what_a_layer_leaves_in_itself_for_others_is_refused() -> None:
+    """Its gradient would be lost, and another micro-batch may put its own there meanwhile."""
+    model = Stashes(returned=False, read=True).to("meta")
+    with pytest.raises(ModelError, match=r"layers\.0\.extra"):
+        survey(model, model, 1)
+    for fine in (Stashes(returned=False, read=False).to("meta"), Stashes(returned=True, read=False).to("meta")):
+        assert survey(fine, fine, 1).complete

@@ -22,6 +22,7 @@ from zinf_cli.engine.carriers import Reach, opened
 from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.engine.written_weights import WrittenWeights
+from zinf_cli.errors import ModelError
 from zinf_cli.tiers.arena import PAGE, round_up
 
 
@@ -70,6 +71,8 @@ def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: in
         try:
             with _untouched(model), watch.watching():
                 forward()
+        except ModelError:
+            raise
         except Exception:  # a model may do on the meta device whatever it likes
             if watch.misused - demoted:
                 demoted |= watch.misused
@@ -104,11 +107,18 @@ class _Watch(TorchFunctionMode):
                 self._owner.update((_storage(names[place.name]), number) for place in unit.params())
         self._seen: set[int] = set()
         self._inputs: dict[tuple[int, int], Any] = {}
+        self._stashed: dict[int, tuple[torch.Tensor, str]] = {}
+        """By id: what a unit's call has left in attributes of its modules, and where."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
+                if id(leaf) in self._stashed:
+                    raise ModelError(
+                        f"a layer leaves a tensor in {self._stashed[id(leaf)][1]}, and the model goes on with it there",
+                        hint="a layer that hands it on as a return value, or in an argument, can be trained",
+                    )
                 owner = self._owner.get(_storage(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
@@ -156,7 +166,9 @@ class _Watch(TorchFunctionMode):
                 self._active.pop()
             left = reach.after(outputs)
             added = left.added_since(reach)
+            taken = {id(t) for t in leaves}
             leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
+            self._note_stashed(path, taken | {id(t) for t in leaves})
             use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
             if not torch.is_grad_enabled():
                 return outputs
@@ -166,6 +178,13 @@ class _Watch(TorchFunctionMode):
 
         module.forward = watched
         return module
+
+    def _note_stashed(self, path: str, known: set[int]) -> None:
+        """A unit's call is over. What its modules hold is no output: no gradient would come back through it."""
+        for name, module in self._model.get_submodule(path).named_modules(prefix=path):
+            for attribute, value in vars(module).items():
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None and id(value) not in known:
+                    self._stashed[id(value)] = (value, f"{name}.{attribute}")
 
     def _is_new(self, tensor: torch.Tensor) -> bool:
         """Whether no unit has taken this tensor before: the tape keeps it once."""
