@@ -53,17 +53,14 @@ def test_words_never_grow(words: list[bytes]) -> None:
 
 
 def test_no_process_of_a_host_is_started_with_one() -> None:
+    secret = f"{SECRET}-on-a-host"
+    says = "import os, sys; print(os.environ['LAB_SECRET'], flush=True); sys.stdin.read()"
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
-        told = Agent("zinf_cli.train.loop", {"LAB_SECRET": SECRET}).start()
-        command = [
-            sys.executable,
-            "-c",
-            "import os, sys; print(os.environ['LAB_SECRET'], flush=True); sys.stdin.read()",
-        ]
-        connection.request("stand_by", **{**told, "command": command})
-        assert connection.hear(20) == {"event": "said", "line": SECRET}  # it runs, and has it
-        assert SECRET not in " ".join(told["command"])
+        told = Agent("zinf_cli.train.loop", {"LAB_SECRET": secret}).start()
+        connection.request("stand_by", **{**told, "command": [sys.executable, "-c", says]})
+        assert connection.hear(20) == {"event": "said", "line": secret}  # it runs, and has it
+        assert secret not in " ".join(told["command"])
         for process in Path("/proc").iterdir():
             with suppress(OSError):
-                assert SECRET.encode() not in (process / "cmdline").read_bytes()
+                assert secret.encode() not in (process / "cmdline").read_bytes()
