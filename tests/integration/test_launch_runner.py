@@ -42,18 +42,25 @@ print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes
 """
 
 RANKS = """
-import os, signal, subprocess, time, torch
+import os, psutil, signal, subprocess, time, torch
 import torch.distributed as dist
 from pathlib import Path
+from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CapacityError
 from zinf_cli.train.rank_process import stop_requested
 
 def meet(rank):
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        Ranks.join(torch.device("cpu"))
     total = torch.full((1,), float(rank + 1))
     dist.all_reduce(total)
     return total.item()
+
+def listeners():
+    guard, agent, supervisor, launcher = psutil.Process().parents()[:4]
+    tree = [launcher, *launcher.children(recursive=True)]
+    found = [one for process in tree for one in process.net_connections("inet")]
+    return sorted({one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN})
 
 def stand_still(run_dir, rank):
     (run_dir / f"standing-{rank}").touch()
@@ -64,6 +71,9 @@ def life(run_dir, scenario):
     if scenario == "success":
         subprocess.Popen(["sleep", "300"], start_new_session=True)  # an orphan in the end
         print("sum", meet(rank), "threads", torch.get_num_threads())
+        if rank == 0:
+            print("listeners", listeners())
+        meet(rank)
     elif scenario == "capacity":
         if rank == 1:
             raise CapacityError("needs 9 GiB of 8", where="host:1")
@@ -81,7 +91,6 @@ def life(run_dir, scenario):
             os.kill(os.getpid(), signal.SIGKILL)
         meet(rank)
     elif scenario == "frozen":
-        from zinf_cli.engine.ranks import Ranks
         ranks = Ranks.join(torch.device("cpu"), timeout_s=3)
         if rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -158,7 +167,8 @@ def run_scenario(folder: Path, scenario: str, disturb: Callable[[subprocess.Pope
     """Launch two ranks in a launcher of their own, disturb them, and see how it ends."""
     mark = f"ZINF_TEST_MARK={uuid.uuid4().hex}"
     name, value = mark.split("=")
-    environment = {**os.environ, name: value, "PYTHONPATH": f"{folder}:{ROOT}"}
+    cluster = {"GLOO_SOCKET_IFNAME": "ib7"}  # as a profile may say for what runs on many hosts
+    environment = {**os.environ, **cluster, name: value, "PYTHONPATH": f"{folder}:{ROOT}"}
     run_dir = folder / f"run-{value}"
     command = [sys.executable, str(folder / "launcher.py"), scenario, str(run_dir)]
     started = time.monotonic()
@@ -271,6 +281,10 @@ def test_ranks_meet_and_end(run: Run, name: str) -> None:
         assert "sum 3.0 threads 1" in ended.log(f"rank-{rank:05d}.log")
     assert ended.polls > 0.5 * ended.seconds / 0.2
     assert sorted(path.name for path in ended.run_dir.iterdir()) == ["logs"]
+
+
+def test_ranks_of_one_host_listen_where_no_other_host_reaches_them(run: Run) -> None:
+    assert "listeners ['127.0.0.1']\n" in run("success").log("rank-00000.log")
 
 
 def test_zinf_error_decides_the_exit_code(run: Run) -> None:

@@ -10,6 +10,7 @@ slice does not, and sends the same bytes over every link: a third, and 0.4 to 0.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from zinf_cli.engine import meeting
 from zinf_cli.tiers.tier import DONE, Transfer
 from zinf_cli.trace import Trace
 
@@ -39,16 +41,19 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device, timeout_s: float = 600.0) -> Ranks:
-        """Join the ranks torchrun started (RANK and WORLD_SIZE in the environment), over NCCL or gloo.
+        """Join the other ranks (RANK and WORLD_SIZE in the environment), over NCCL or gloo.
 
-        A collective that waits for a peer longer than `timeout_s` fails.
+        They meet where meeting.py says, or else where torchrun's variables do. A collective that waits for a peer
+        longer than `timeout_s` fails.
         """
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, timeout=timeout)
-        world_size = dist.get_world_size()
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend, timeout=timeout, store=meeting.store(timeout), rank=rank, world_size=world_size
+        )
         gather, reduce = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
-        return cls(dist.get_rank(), world_size, gather, reduce, dist.group.WORLD)
+        return cls(rank, world_size, gather, reduce, dist.group.WORLD)
 
     def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:
         """Fill `flat` with every rank's slice; `own_slice` may be this rank's range of `flat`."""

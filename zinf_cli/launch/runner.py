@@ -11,9 +11,9 @@ import base64
 import json
 import os
 import queue
+import secrets
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -37,6 +37,9 @@ _MOST_EVENTS = 32
 
 _TEARDOWN_S = 4.0
 """From the first sign of a failure until what still runs is killed; torchrun alone would wait for 30 s."""
+
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""For ranks of one host, whatever it is set to there: nobody else is to reach what they listen on."""
 
 _KILL_S = 12.0
 """For a host to end what runs there and report it, before it counts as lost."""
@@ -181,15 +184,16 @@ class _Part:
                 hint="set output_dir to a folder that all hosts share, or checkpoint.interval=null",
             )
 
-    def start(self, agent_options: Mapping[str, str], way: str | None) -> None:
-        """Start torchrun's agent there; `way` is the network interface to the other hosts."""
+    def start(self, number: int, num_hosts: int, meeting: Mapping[str, Any] | None, way: str | None) -> None:
+        """Start torchrun's agent there; `way` is the network interface to the other hosts, if there are any."""
         interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
+        own = _LOOPBACK if meeting is None else {}
         order = {
-            "options": [word for option in agent_options.items() for word in option],
+            "part": {"ranks": len(self.host.slots), "number": number, "hosts": num_hosts, "meeting": meeting},
             "function": self._program.function,
             "run_dir": str(self._program.run_dir),
             "arguments": list(self._program.arguments),
-            "environment": {**_visible(self.connection), **self._program.environment},
+            "environment": {**_visible(self.connection), **own, **self._program.environment},
             "defaults": interface,
             "log": str(self._log),
         }
@@ -266,51 +270,22 @@ def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
     _all_or_none(at_all(_Part.prepare, parts))
     if rendezvous is None:
         (part,) = parts
-        part.start(_agent_options_alone(len(part.host.slots)), None)
+        part.start(0, 1, None, None)
         return
     ways = [way if isinstance(way, str) else None for way in rendezvous.ways]
-    options = [_agent_options(part, number, len(parts), rendezvous) for number, part in enumerate(parts)]
-    # the first one first: it gives the port of the rendezvous back, which its agent takes
-    parts[0].start(options[0], ways[0])
-    rest = list(zip(parts, options, ways, strict=True))[1:]
-    _all_or_none(at_all(lambda one: one[0].start(one[1], one[2]), rest))
+    meeting = {"address": rendezvous.address, "port": rendezvous.port, "word": secrets.token_hex(16)}
+
+    def start(number: int) -> None:
+        parts[number].start(number, len(parts), meeting, ways[number])
+
+    start(0)  # it gives the port of the rendezvous back, which its agent takes
+    _all_or_none(at_all(start, range(1, len(parts))))
 
 
 def _all_or_none(results: Sequence[Any]) -> None:
     problems = [result.describe() for result in results if isinstance(result, HostError)]
     if problems:
         raise PreflightError("; ".join(problems))
-
-
-def _agent_options_alone(ranks: int) -> dict[str, str]:
-    """Port 0 lets the kernel pick a free one, which the ranks then share, so two runs never want the same.
-
-    The addresses are loopback because a host's own name need not resolve. Without --log-dir torchrun would
-    leave a folder in /tmp.
-    """
-    return {
-        "--nnodes": "1",
-        "--nproc-per-node": str(ranks),
-        "--rdzv-backend": "c10d",
-        "--rdzv-endpoint": "127.0.0.1:0",
-        "--rdzv-id": uuid.uuid4().hex,
-        "--local-addr": "127.0.0.1",
-        "--max-restarts": "0",
-        "--log-dir": os.devnull,
-    }
-
-
-def _agent_options(part: _Part, number: int, num_hosts: int, rendezvous: Rendezvous) -> dict[str, str]:
-    """A static rendezvous: who has which ranks is known, and it is up a second sooner than c10d's."""
-    return {
-        "--nnodes": str(num_hosts),
-        "--nproc-per-node": str(len(part.host.slots)),
-        "--node-rank": str(number),
-        "--master-addr": rendezvous.address,
-        "--master-port": str(rendezvous.port),
-        "--max-restarts": "0",
-        "--log-dir": os.devnull,
-    }
 
 
 def _watch(

@@ -168,11 +168,10 @@ class Supervisor:
 
     def do_listen(self, peer: str | None) -> dict[str, Any]:
         """Open a port for other hosts to try, and keep it; the address by which `peer` reaches it."""
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self._listener = socket.create_server(
-            ("", 0), family=family, backlog=1024, dualstack_ipv6=family == socket.AF_INET6
-        )
-        return {"address": own_address(peer), "port": self._listener.getsockname()[1]}
+        address = own_address(peer)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener = socket.create_server((address, 0), family=family, backlog=1024)
+        return {"address": address, "port": self._listener.getsockname()[1]}
 
     def do_unlisten(self) -> None:
         if self._listener is not None:

@@ -5,9 +5,9 @@ made; a rank then imports nothing, and shares with the others what has been impo
 memory but no thread but its own, so nothing here may use the device or start torch's threads.
 
 Two lines of JSON come on stdin. The first is null or a question about the recipe (described.py), answered on stdout.
-The second is the order: torchrun's "options", the "function" of MODULE that is a rank's life, the "run_dir" and
-"arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set itself, and the "log"
-that all output of the agent goes to.
+The second is the order: the "part" this host has of the run (elastic.py), the "function" of MODULE that is a rank's
+life, the "run_dir" and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set
+itself, and the "log" that all output of the agent goes to.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from zinf_cli.errors import ZinfError
 from zinf_cli.train.described import Question, answers_to
 from zinf_cli.train.rank_process import run_rank
 
@@ -33,8 +34,7 @@ def main() -> None:
     if question is not None and question.answered_at_once():
         question = None
     module = import_module(sys.argv[1])
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
+    from zinf_cli.train.elastic import launch_ranks
 
     gc.collect()
     gc.freeze()  # else the ranks' garbage collector touches, and so copies, all of it
@@ -47,10 +47,11 @@ def main() -> None:
     for name, value in order["defaults"].items():
         os.environ.setdefault(name, value)
     os.environ.update(order["environment"])
-    config, _, _ = config_from_args(parse_args([*order["options"], module.__name__]))
-    config.start_method = "fork"
     life = partial(getattr(module, order["function"]), Path(order["run_dir"]), *order["arguments"])
-    elastic_launch(config, _rank)(life, Path(order["run_dir"]))
+    try:
+        launch_ranks(order["part"], _rank, life, Path(order["run_dir"]))
+    except ZinfError as error:
+        sys.exit(f"error: {error.describe()}")
 
 
 def _rank(life: partial[int], run_dir: Path) -> None:

@@ -40,7 +40,8 @@ that failed first may still be on its way to recording why."""
 
 _PEER_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _PEER_MESSAGE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|socket closed|gloo/transport|ncclRemoteError|got 0 bytes",
+    r"closed by peer|reset by peer|broken pipe|socket closed|gloo/transport|ncclRemoteError|got 0 bytes"
+    r"|timeout waiting for key",
     re.IGNORECASE,
 )
 
