@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_launch import Ended, Workshop, wait_for_steps
 
-from lab import ROOT, Lab, loopback_lab, namespace_lab
+from lab import IP, ROOT, Lab, loopback_lab, namespace_lab
 
 
 class FarWorkshop(Workshop):
@@ -194,3 +195,22 @@ def test_variables_that_make_no_sense(near: FarWorkshop, variable: str, said: st
     ended = near.launch("--hosts", near.lab.hostfile(), "--env", variable)
     assert ended.code == 2
     assert said in ended.message
+
+
+LISTENERS = """
+import psutil
+print(*{one.laddr.ip for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port != 22})
+"""
+
+
+def test_ranks_listen_on_the_address_of_their_host_alone(apart: ApartWorkshop) -> None:
+    hosts = apart.lab.hosts[:2]
+    process = apart.start("--hosts", apart.lab.hostfile(hosts=hosts), "train.max_steps=100000")
+    wait_for_steps(apart.run_dir, 1)
+    for number, host in enumerate(hosts, 1):
+        inside = [str(IP), "netns", "exec", str(host.namespace), sys.executable, "-c", LISTENERS]
+        found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
+        assert found.split() == [f"10.77.0.{number}"]
+    os.killpg(process.pid, signal.SIGINT)
+    assert apart.end(process).code == 130
+    assert apart.left_behind() == []

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+from pathlib import Path
 
 _SIOCGIFADDR = 0x8915
 
@@ -21,12 +22,23 @@ def own_address(peer: str | None) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address; None where there is none."""
+    """The network interface with this address; None where there is none."""
     if address.startswith("127."):
         return "lo"
+    if ":" in address:
+        return _interface_of_v6(address)
     for _, name in socket.if_nameindex():
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             answer = fcntl.ioctl(probe, _SIOCGIFADDR, name.encode().ljust(256, b"\0"))
             if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def _interface_of_v6(address: str) -> str | None:
+    packed = socket.inet_pton(socket.AF_INET6, address.split("%")[0]).hex()
+    with contextlib.suppress(OSError), Path("/proc/net/if_inet6").open() as table:
+        for own, *_, name in map(str.split, table):
+            if own == packed and address.partition("%")[2] in ("", name):
                 return name
     return None
