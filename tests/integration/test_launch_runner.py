@@ -108,7 +108,7 @@ def life(run_dir, scenario):
         return 7
     elif scenario == "stop":
         (run_dir / f"standing-{rank}").touch()
-        while not stop_requested(run_dir):
+        while not stop_requested():
             time.sleep(0.05)
         print("stopped in an orderly way")
     elif scenario == "still":
@@ -214,8 +214,16 @@ def interrupt(launcher: subprocess.Popen[str], run_dir: Path) -> None:
 
 def interrupt_twice(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     interrupt(launcher, run_dir)
-    wait_until((run_dir / "stop").exists, 5)
+    time.sleep(0.5)
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+
+
+def hang_up(launcher: subprocess.Popen[str], run_dir: Path) -> None:
+    await_ranks(run_dir)
+    (run_dir / "stop").mkdir()  # a folder in which nothing can be made would do as well
+    for _ in range(2):  # the kernel's and the shell's
+        os.killpg(launcher.pid, signal.SIGHUP)
+        time.sleep(0.3)
 
 
 def kill_launcher(launcher: subprocess.Popen[str], run_dir: Path) -> None:
@@ -250,6 +258,7 @@ SCENARIOS = {
     "guard_killed": ("guard_killed", leave_alone),
     "deaf": ("deaf", leave_alone),
     "interrupt": ("stop", interrupt),
+    "hang_up": ("stop", hang_up),
     "interrupt_twice": ("still", interrupt_twice),
     "kill_launcher": ("still", kill_launcher),
     "kill_agent": ("still", kill_agent),
@@ -348,13 +357,18 @@ def test_ctrl_c_lets_the_ranks_end_their_step(run: Run) -> None:
     for rank in (0, 1):
         assert "stopped in an orderly way" in ended.log(f"rank-{rank:05d}.log")
     assert len(ended.notes) == 1
-    assert not (ended.run_dir / "stop").exists()
 
 
 def test_second_ctrl_c_kills(run: Run) -> None:
     ended = run("interrupt_twice")
     assert (ended.exit_code, ended.failure, ended.interrupted) == (130, None, True)
-    assert not (ended.run_dir / "stop").exists()
+
+
+def test_a_terminal_that_closes_lets_the_ranks_end_their_step(run: Run) -> None:
+    ended = run("hang_up")
+    assert (ended.exit_code, ended.failure, ended.interrupted) == (130, None, True)
+    for rank in (0, 1):
+        assert "stopped in an orderly way" in ended.log(f"rank-{rank:05d}.log")
 
 
 def test_a_lost_agent_is_a_failure(run: Run) -> None:

@@ -21,7 +21,6 @@ def path(tmp_path: Path) -> Path:
 def opened(path: Path, launch_id: str = "this") -> RunFolder:
     folder = RunFolder(str(path), [str(path / "nvme")], launch_id)
     folder.open({"recipe.yaml": "seed: 0\n"})
-    folder.begin()
     return folder
 
 
@@ -82,10 +81,10 @@ def test_a_folder_that_was_there_stays_and_one_that_was_made_goes_with_its_paren
 
 def test_two_launches_do_not_share_a_folder(path: Path) -> None:
     folder = opened(path)
-    (path / "stop").touch()
+    (path / "notes").touch()
     with pytest.raises(OSError, match="another run is using this folder"):
         opened(path, "other")
-    assert (path / "stop").exists()
+    (path / "notes").unlink()
     folder.remove()
     assert not path.exists()
     opened(path, "other").remove()

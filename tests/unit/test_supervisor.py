@@ -108,3 +108,22 @@ def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytes
         defaults = {"LAB_HERE": "default", "LAB_MORE": "more"}
         connection.request("run", command=command, environment={"LAB_TOLD": "told"}, defaults=defaults)
         assert connection.events.get(timeout=20)["output"] == "['here', 'more', 'told']\n"
+
+
+ASKED = """
+import time
+from zinf_cli.train.rank_process import stop_requested
+while not stop_requested():
+    time.sleep(0.01)
+print("asked")
+"""
+
+
+def test_a_wish_to_stop_is_heard_without_a_file() -> None:
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        connection.request("run", command=[sys.executable, "-c", ASKED])
+        time.sleep(0.2)
+        assert connection.events.empty()
+        connection.request("stop")
+        assert connection.events.get(timeout=20)["output"] == "asked\n"

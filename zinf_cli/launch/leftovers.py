@@ -16,7 +16,6 @@ from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import UsageError
 from zinf_cli.launch.made_folders import abandoned_in, remove_empty
-from zinf_cli.launch.mirror import STOP_FILE
 
 _BEING_WRITTEN = re.compile(
     r"(recipe\.yaml|plan\.json|metrics\.jsonl|summary\.json|trace\.json|report\.html|start\.json|(error|trace)-\d+\.json)"
@@ -89,8 +88,7 @@ def _leftovers(run_dir: Path) -> Iterator[Leftover]:
         what = "a checkpoint that was not finished" if path.is_dir() else "a file that was not finished"
         yield Leftover(run_dir, path, what, _size(path))
     for path in _files(run_dir):
-        what = "a request to stop" if path.name == STOP_FILE else "a file that was not finished"
-        what = "a launch's mark" if _MARK.fullmatch(path.name) else what
+        what = "a launch's mark" if _MARK.fullmatch(path.name) else "a file that was not finished"
         yield Leftover(run_dir, path, what, _size(path))
     for record, folders in abandoned_in(run_dir):
         names = ", ".join(str(folder) for folder in folders if folder.is_dir())
@@ -115,7 +113,7 @@ def _set_aside(run_dir: Path, folder: Path, damaged: bool) -> Leftover:
 def _files(run_dir: Path) -> list[Path]:
     """Files of a run that is over, which nobody will read."""
     names = [*names_in(run_dir), *(f"logs/{name}" for name in names_in(run_dir / "logs"))]
-    paths = [run_dir / name for name in names if name == STOP_FILE or _BEING_WRITTEN.fullmatch(Path(name).name)]
+    paths = [run_dir / name for name in names if _BEING_WRITTEN.fullmatch(Path(name).name)]
     return [path for path in paths if path.is_file() or path.is_symlink()] + marks_in(run_dir)
 
 

@@ -16,9 +16,6 @@ from pathlib import Path
 
 from zinf_cli.launch.made_folders import MadeFolders, remove_empty
 
-STOP_FILE = "stop"
-"""In the run's folder: asks the ranks to stop at the end of their step."""
-
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
 _RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
@@ -98,10 +95,6 @@ class RunFolder:
             entry.rename(self.path / "earlier" / str(number) / entry.name)
         mark.write_text("\n".join([self._launch_id, *map(str, self._own)]), encoding="utf-8")
 
-    def begin(self) -> None:
-        """Ranks are about to start."""
-        (self.path / STOP_FILE).unlink(missing_ok=True)
-
     def news(self) -> Iterator[tuple[str, int, bytes]]:
         """(name, offset, bytes) of what was appended since the last call, at most a chunk of each file."""
         self.behind = False
@@ -128,8 +121,6 @@ class RunFolder:
 
     def leave(self) -> None:
         """Give the folder up; empty ones that were made for this run go."""
-        with contextlib.suppress(OSError):
-            (self.path / STOP_FILE).unlink()
         self._made.remove()
         if self.mirrored:
             remove_empty([*self._own, *(self.path / part for part in _PARTS if part)])

@@ -20,6 +20,8 @@ from typing import IO, NoReturn
 
 LAUNCH_ID = "ZINF_LAUNCH_ID"
 """In the environment of every process of a launch."""
+STOP = "ZINF_STOP"
+"""In the environment of every rank: a descriptor, of a file without a name that is empty until the run is to stop."""
 AGENT_PID = "ZINF_AGENT_PID"
 """In the environment of every rank: the process a rank is tethered to."""
 
@@ -60,6 +62,8 @@ class Child:
         self.code: int | None = None
         self._kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self._said = 0
+        self._wish = os.fdopen(os.memfd_create("zinf-stop", 0), "wb", buffering=0)  # inherited, and on no drive
+        environment = {**environment, STOP: str(self._wish.fileno())}
         stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, _MOST_TEXT)
@@ -74,6 +78,10 @@ class Child:
         data = memoryview(text.encode())
         while data:
             data = data[os.write(self._stdin, data) :]
+
+    def ask_to_stop(self) -> None:
+        """Its ranks see it at the end of their step (train/rank_process.py)."""
+        self._wish.write(b"1")
 
     def tell_no_more(self) -> None:
         os.close(self._stdin)

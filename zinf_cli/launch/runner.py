@@ -13,6 +13,7 @@ import os
 import queue
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -118,8 +119,8 @@ def run_ranks(
     """Run `program` as a rank for every slot of `world` until they end, one fails, or the user stops them.
 
     `on_poll` is called about every 0.1 s and once after the end; `notify` gets a line for the user when Ctrl-C is
-    first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT or SIGTERM
-    once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is what
+    first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT, SIGTERM or
+    SIGHUP once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is what
     may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
     logs = program.run_dir / "logs"
@@ -235,6 +236,9 @@ class _Part:
         finally:
             os.close(descriptor)
 
+    def ask_to_stop(self) -> None:
+        self.connection.request("stop")
+
     def ending(self) -> Ending:
         return Ending(self.host, self._first_rank, self._log, self.code, self.lost)
 
@@ -306,7 +310,8 @@ def _watch(
             return Outcome(Interrupted.exit_code, None, interrupted=True)
         if stop_signals.received and not asked_to_stop:
             asked_to_stop = True
-            at_all(lambda part: part.connection.request("stop"), parts)
+            # not waited for: a host that does not answer must not keep a second Ctrl-C from being heard
+            threading.Thread(target=at_all, args=(_Part.ask_to_stop, parts), daemon=True).start()
             notify("stopping after this step; press Ctrl-C again to kill the ranks now")
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
             teardown_due = time.monotonic() + _TEARDOWN_S
@@ -350,13 +355,17 @@ def _marked(run_dir: Path, launch_id: str) -> Iterator[None]:
 
 
 class _StopSignals:
-    """Counts SIGINT and SIGTERM while it is open, in place of what they did before."""
+    """Counts SIGINT and SIGTERM while it is open, in place of what they did before.
+
+    SIGHUP counts too, but once, since a terminal that closes may send several; under nohup it stays ignored.
+    """
 
     def __enter__(self) -> _StopSignals:
         self.received = 0
-        self._previous: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._count) for number in numbers}
         return self
 
     def __exit__(
@@ -366,4 +375,4 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
-        self.received += 1
+        self.received = max(1, self.received) if number == signal.SIGHUP else self.received + 1

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from zinf_cli.launch.addresses import interface_of, own_address
-from zinf_cli.launch.mirror import STOP_FILE, RunFolder
+from zinf_cli.launch.mirror import RunFolder
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.process_tree import (
     ENDING_SIGNALS,
@@ -226,8 +226,6 @@ class Supervisor:
         Its end is an event, with its output. Its pid.
         """
         self.do_unlisten()
-        if self._folder is not None:
-            self._folder.begin()
         if self._standing_by is not None and self._standing_by.command == list(command):
             self._child, self._standing_by = self._standing_by, None
         else:
@@ -248,8 +246,8 @@ class Supervisor:
 
     def do_stop(self) -> None:
         """Ask the ranks to stop at the end of their step."""
-        if self._folder is not None:
-            (self._folder.path / STOP_FILE).touch()
+        if self._child is not None:
+            self._child.ask_to_stop()
 
     def do_kill(self) -> None:
         end_descendants()

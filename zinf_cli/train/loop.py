@@ -374,7 +374,7 @@ class Run:
         return [float(value) for value in summed]
 
     def _stop_requested(self) -> bool:
-        asked = stop_requested(self.run_dir) if self.ranks.rank == 0 else False
+        asked = stop_requested() if self.ranks.rank == 0 else False
         return self._sum([float(asked)])[0] > 0
 
     def _traffic(self) -> tuple[int, int]:

@@ -97,9 +97,13 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
 
 
-def stop_requested(run_dir: Path) -> bool:
-    """Whether the user asked the run to stop at the end of the step. One rank asks and tells the others."""
-    return (run_dir / "stop").exists()
+def stop_requested() -> bool:
+    """Whether the user asked the run to stop at the end of the step. One rank asks and tells the others.
+
+    The descriptor is the supervisor's (launch/process_tree.py): a request needs no drive that takes a file.
+    """
+    descriptor = os.environ.get("ZINF_STOP")
+    return descriptor is not None and os.fstat(int(descriptor)).st_size > 0
 
 
 def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
