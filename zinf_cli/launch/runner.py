@@ -120,8 +120,8 @@ def run_ranks(
 
     `on_poll` is called about every 0.1 s and once after the end; `notify` gets a line for the user when Ctrl-C is
     first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT, SIGTERM or
-    SIGHUP once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is what
-    may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
+    SIGHUP once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is
+    what may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
     logs = program.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
