@@ -55,7 +55,7 @@ class NamelessFile:
 
 
 def open_nameless(folder: Path, key: str = "offload.nvme_path", shown: Path | None = None) -> NamelessFile:
-    """A new file in `folder`, made if need be, that can be written; PreflightError where there is none to be had.
+    """A new, empty file in `folder`, made if need be, that can be written; PreflightError where that is not to be had.
 
     The error names `shown`, by default the folder, and the recipe's `key`.
     """
@@ -70,6 +70,7 @@ def open_nameless(folder: Path, key: str = "offload.nvme_path", shown: Path | No
         direct = set_direct(descriptor)
         if not direct:
             _write(descriptor)
+        os.ftruncate(descriptor, 0)
     except OSError as error:
         os.close(descriptor)
         raise _refusal(f"can't write a file: {error.strerror}", shown or folder, key) from error
