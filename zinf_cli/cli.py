@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zinf_cli.errors import DamagedError, FileError, UsageError, ZinfError
+from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
 if TYPE_CHECKING:
     from zinf_cli.hosts import Host
@@ -366,6 +367,7 @@ def clean(
 
 def main() -> None:
     """The entry point: run the app, turn errors into one red line and an exit code."""
+    stand_on_open_descriptors()
     try:
         code = app(standalone_mode=False)
         if code:  # typer makes 130 of Ctrl-C

@@ -329,6 +329,15 @@ def test_two_runs_do_not_share_a_folder(workshop: Workshop) -> None:
     assert workshop.end(process).code == 130
 
 
+def test_a_run_is_not_its_screens(workshop: Workshop) -> None:
+    command = workshop.command("--json", "train.max_steps=2", "checkpoint.interval=1", "profiler.enabled=true")
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run(command, env=workshop.environment(), stdout=full, stderr=full, check=False)
+    assert done.returncode == 0
+    assert Ended(0, "", "", workshop.folder / "run").summary["status"] == "done"
+    assert (workshop.folder / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
 def test_help_imports_no_torch() -> None:
     program = "import sys; from zinf_cli.cli import main; sys.argv = ['zinf', '--help']\n"
     program += "try: main()\nfinally: assert not {'torch', 'transformers', 'pydantic'} & sys.modules.keys()"

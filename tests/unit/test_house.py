@@ -10,7 +10,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "zinf_cli"
 
 FLOORS = (
-    {"errors", "amounts", "command_line", "durable", "file_names", "screen", "search_path", "trace", "version"},
+    {
+        "errors",
+        "amounts",
+        "command_line",
+        "durable",
+        "file_names",
+        "screen",
+        "search_path",
+        "trace",
+        "unfailing_stream",
+        "version",
+    },
     {
         "recipe",
         "recipe_file",

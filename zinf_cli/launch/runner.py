@@ -33,6 +33,9 @@ from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1
 
+_MOST_LATE = 64 << 20
+"""Bytes of a host's files that wait for room here."""
+
 _MOST_EVENTS = 32
 """Messages of a host that are taken in at once."""
 
@@ -163,6 +166,8 @@ class _Part:
         self.lost: str | None = None
         """Why the host is gone, of which it has not said how its part ended."""
         self.peak_memory = 0
+        self._late: list[tuple[str, int, bytes]] = []
+        """Parts of files that the launcher's drive has not taken yet."""
 
     @property
     def over(self) -> bool:
@@ -217,13 +222,24 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
-                    if not self._log.exists():  # it never got to know of it
-                        self._log.write_text(event["errors"])
+                    with suppress(OSError):
+                        if not self._log.exists():  # it never got to know of it
+                            self._log.write_text(event["errors"])
                 elif event["event"] == "vitals":
                     self.peak_memory = max(self.peak_memory, event["memory"])
                     self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))
                 elif event["event"] == "file":
-                    self._write(event["path"], event["offset"], base64.b64decode(event["data"]))
+                    self._late.append((event["path"], event["offset"], base64.b64decode(event["data"])))
+                    self._write_late()
+
+    def _write_late(self) -> None:
+        """What the launcher's drive takes now; the rest later, as far as it can be kept: no run ends for it."""
+        with suppress(OSError):
+            while self._late:
+                self._write(*self._late[0])
+                del self._late[0]
+        while sum(len(data) for _, _, data in self._late) > _MOST_LATE:
+            del self._late[0]
 
     def _write(self, name: str, offset: int, data: bytes) -> None:
         path = (self._program.run_dir / name).resolve()

@@ -191,11 +191,21 @@ def _report(ended: Ended, request: Request, console: Console) -> None:
         console.print(failure_screen(outcome.failure, outcome.others))
     console.print(f"the run is in {ended.run_dir}", highlight=False, soft_wrap=True)
     if request.as_json:
-        print(json.dumps(ended.summary, indent=2))
+        _print_summary(ended, console)
     if outcome.interrupted:
         raise Interrupted(f"interrupted after {ended.summary['steps']} steps")
     if outcome.failure is not None:
         raise _error_of(outcome.failure)
+
+
+def _print_summary(ended: Ended, console: Console) -> None:
+    """On stdout; where that is full or closed, the run is done all the same."""
+    try:
+        print(json.dumps(ended.summary, indent=2), flush=True)
+    except OSError as error:
+        console.print(f"stdout: can't be written: {error.strerror}; the run's folder has summary.json", soft_wrap=True)
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123 (for what is still in the buffer)
+            os.dup2(nothing.fileno(), 1)
 
 
 def _bring_files(request: Request, console: Console) -> None:
@@ -278,13 +288,16 @@ def _run(
         )
     finally:
         view.stop()
-    if recipe.profiler.enabled:
-        merge_traces(run_dir)
     if not request.hosts:  # the launcher is on the ranks' host
         own_bytes = int(psutil.Process().memory_full_info().pss)
         outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
     summary = summarise(plan, watch, outcome)
-    write_durably(run_dir / "summary.json", json.dumps(summary, indent=2))
+    try:
+        write_durably(run_dir / "summary.json", json.dumps(summary, indent=2))
+        if recipe.profiler.enabled:
+            merge_traces(run_dir)
+    except OSError as error:
+        view.say(f"{run_dir}: not all of the summary and the trace can be written: {error.strerror}")
     return summary, outcome
 
 

@@ -36,7 +36,7 @@ class Watch:
                 self.first_step = json.loads((self.run_dir / START_FILE).read_text())["step"]
         path = self.run_dir / "metrics.jsonl"
         if self.first_step is not None and path.exists():
-            with path.open("rb") as file:
+            with suppress(OSError), path.open("rb") as file:  # later, if the drive does not give it now
                 file.seek(self._offset)
                 for line in file:
                     if not line.endswith(b"\n"):

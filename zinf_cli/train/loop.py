@@ -74,7 +74,10 @@ def train(run_dir: Path) -> int:
         Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
     finally:
         if recipe.profiler.enabled:
-            trace.write(run_dir / "logs" / f"trace-{ranks.rank:05d}.json")
+            try:
+                trace.write(run_dir / "logs" / f"trace-{ranks.rank:05d}.json")
+            except OSError as error:
+                note(f"the trace can't be written: {error.strerror}; the run is none the worse for it")
         if metrics is not None:
             metrics.close()
         engine.close()

@@ -22,11 +22,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import ZinfError
+from zinf_cli.unfailing_stream import make_unfailing
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -219,9 +219,8 @@ def _redirect_output(log: Path, rank: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
     os.close(descriptor)
+    sys.stdout, sys.stderr = make_unfailing(sys.stdout), make_unfailing(sys.stderr)
     faulthandler.enable()
     print(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
 
