@@ -110,6 +110,43 @@ def test_a_launcher_that_was_stopped_counts_anew() -> None:
         assert launcher.wait(timeout=20) == 0
 
 
+CTRL_Z = """
+import sys
+from test_pauses import Impatient
+from zinf_cli.hosts import this_machine
+from zinf_cli.launch.connection import Lifelines
+
+with Lifelines(Impatient(60.0, 2.0)) as lifelines:
+    connection = lifelines.connect(this_machine(1))
+    print("here", flush=True)
+    sys.stdin.readline()
+    connection.request("own_address")
+    print("answered", flush=True)
+"""
+
+
+def test_hosts_go_on_while_the_launcher_is_stopped_by_ctrl_z() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CTRL_Z],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "here\n"
+        launcher.send_signal(signal.SIGTSTP)
+        while psutil.Process(launcher.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        time.sleep(PAUSE_S)
+        launcher.send_signal(signal.SIGCONT)
+        launcher.stdin.write("go\n")
+        launcher.stdin.flush()
+        assert launcher.stdout.readline() == "answered\n"
+        assert launcher.wait(timeout=20) == 0
+
+
 def test_a_silent_host_is_given_up_but_not_at_the_other_end_of_a_pipe() -> None:
     assert math.isinf(_PipeChannel.silence_s)
     with Lifelines(Impatient(2.0, math.inf)) as lifelines:

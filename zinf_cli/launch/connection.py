@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
+import signal
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from types import TracebackType
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from zinf_cli.errors import HostError, ZinfError
@@ -21,6 +23,8 @@ from zinf_cli.launch.transport import Channel, Transport
 _HEARTBEAT_S = 1.0
 _HELLO_S = 20.0
 _ANSWER_S = 60.0
+_HOLD_S = 0.5
+"""For what is just being sent to a host, before it can be told of Ctrl-Z."""
 _MOST_AT_ONCE = 32
 """Hosts that are being connected to, or asked something, at the same time."""
 
@@ -107,6 +111,19 @@ class Connection:
                 return event
         raise HostError(self.lost or f"{command[2]} took more than {within:.0f} s", where=self.host.name)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Tell the supervisor of another machine that this process will be stopped, and nothing else meanwhile."""
+        if not self._patience.has_end or self.lost is not None or not self._sending.acquire(timeout=_HOLD_S):
+            yield
+            return
+        try:
+            with suppress(OSError):
+                self._channel.send(b'{"event": "stopping"}\n')
+            yield
+        finally:
+            self._sending.release()
+
     def close(self) -> None:
         """Close the lifeline; the supervisor ends what still runs."""
         self._over.set()
@@ -177,10 +194,14 @@ class Lifelines:
         self._transport = transport
         self._connections: list[Connection] = []
         self._over = threading.Event()
+        self._obeys_terminal = False
         self._watch = threading.Thread(target=self._judge, name="watches hosts", daemon=True)
 
     def __enter__(self) -> Lifelines:
         self._watch.start()
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._be_stopped)
+            self._obeys_terminal = True
         return self
 
     def __exit__(
@@ -188,6 +209,8 @@ class Lifelines:
     ) -> None:
         self._over.set()
         self._watch.join()
+        if self._obeys_terminal:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         at_all(Connection.close, self._connections)
 
     def connect(self, host: Host) -> Connection:
@@ -196,6 +219,13 @@ class Lifelines:
         self._connections.append(connection)
         connection.greet()
         return connection
+
+    def _be_stopped(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the hosts are told before, and go on without the launcher until it is continued."""
+        with ExitStack() as held:
+            for connection in tuple(self._connections):
+                held.enter_context(connection.held())
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def _judge(self) -> None:
         while not self._over.wait(_HEARTBEAT_S):

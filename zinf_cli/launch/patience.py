@@ -25,17 +25,22 @@ class Patience:
 
     def renew(self) -> None:
         """Start the count anew: the other side was heard."""
+        self._held = False
         self._looked = time.monotonic()
         self._until = self._looked + self._seconds
+
+    def hold(self) -> None:
+        """Wait however long, until the other side is heard again: it has said that it will be stopped."""
+        self._held = True
 
     @property
     def is_over(self) -> bool:
         """Whether it is used up. To be asked after a look at what has come in."""
         now = time.monotonic()
-        if now - self._looked > _OVERSLEPT_S:
+        if now - self._looked > _OVERSLEPT_S and not self._held:
             self.renew()
         self._looked = now
-        return now >= self._until
+        return now >= self._until and not self._held
 
     @property
     def has_end(self) -> bool:

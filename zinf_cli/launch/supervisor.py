@@ -110,16 +110,19 @@ class Supervisor:
     def _receive(self) -> bool:
         """Take what has come in and do what it asks; False once the lifeline is closed."""
         data = os.read(0, 1 << 16)
+        self._patience.renew()
         *lines, self._incoming = (self._incoming + data).split(b"\n")
         for line in filter(None, lines):
             request = json.loads(line)
+            if "event" in request:  # the one that there is: the launcher will be stopped (Ctrl-Z)
+                self._patience.hold()
+                continue
             try:
                 answer = getattr(self, "do_" + request.pop("do"))(**request)
                 self._send({"answer": answer})
             except OSError as error:
                 place = f"{error.filename}: " if error.filename else ""
                 self._send({"error": f"{place}{error.strerror or error}"})
-        self._patience.renew()
         return bool(data)
 
     def _send(self, message: Mapping[str, Any]) -> None:
