@@ -161,7 +161,10 @@ class Fetch:
             self.unit.updating = self.unit.undecided
         if self._gathers is None:
             self._gathers = self._start_gathers()
-        return self._settle(self._gathers, wait)
+        if not self._settle(self._gathers, wait):
+            return False
+        # what a forward clamps must be on its way no more: writes read the slot
+        return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks

@@ -257,6 +257,11 @@ class Unit:
         for flat, values in zip(self.flats, flats, strict=True):
             flat.bind(values)
 
+    @property
+    def clamped(self) -> bool:
+        """Whether a forward clamps one of its parameters."""
+        return any(place.bounds is not None for flat in self.flats for place in flat.layout.params)
+
     def hold_to_bounds(self) -> None:
         """Of parameters that a forward clamps."""
         for flat in self.flats:
