@@ -127,14 +127,19 @@ def run_ranks(
     what may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
     logs = program.run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    forget_errors(program.run_dir)
+    mark = program.run_dir / f".{world.lifelines.launch_id}"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        forget_errors(program.run_dir)
+        mark.touch()
+    except OSError as error:
+        raise PreflightError(f"can't be written: {error.strerror}", where=str(error.filename)) from error
     firsts = accumulate((len(connection.host.slots) for connection in world.connections), initial=0)
     parts = [
         _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
         for number, (connection, first) in enumerate(zip(world.connections, firsts, strict=False))
     ]
-    with _StopSignals() as stop_signals, _marked(program.run_dir, world.lifelines.launch_id):
+    with _StopSignals() as stop_signals, _marked(mark):
         try:
             _start(parts, world.rendezvous)
             outcome = _watch(parts, stop_signals, program.run_dir, on_poll, notify)
@@ -248,7 +253,9 @@ class _Part:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0), 0o644)
         try:
-            os.pwrite(descriptor, data, offset)
+            while data:  # a drive that is nearly full takes a part
+                taken = os.pwrite(descriptor, data, offset)
+                data, offset = data[taken:], offset + taken
         finally:
             os.close(descriptor)
 
@@ -359,10 +366,8 @@ def _end(parts: Sequence[_Part], lifelines: Lifelines) -> None:
 
 
 @contextmanager
-def _marked(run_dir: Path, launch_id: str) -> Iterator[None]:
-    """A mark in the run's folder, by which a host knows that it sees the launcher's own."""
-    mark = run_dir / f".{launch_id}"
-    mark.touch()
+def _marked(mark: Path) -> Iterator[None]:
+    """While `mark` is in the run's folder, a host knows by it that it sees the launcher's own."""
     try:
         yield
     finally:
