@@ -127,3 +127,13 @@ def test_a_wish_to_stop_is_heard_without_a_file() -> None:
         assert connection.events.empty()
         connection.request("stop")
         assert connection.events.get(timeout=20)["output"] == "asked\n"
+
+
+def test_the_port_that_other_hosts_try_is_open_at_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)  # which names the address
+    with Lifelines(Pipes()) as lifelines:
+        connection = lifelines.connect(this_machine(1))
+        port = connection.request("listen", peer=None)
+        found = [one for child in psutil.Process().children() for one in child.net_connections("inet")]
+        assert [one.laddr for one in found if one.status == psutil.CONN_LISTEN] == [("127.0.0.1", port["port"])]
+        assert connection.request("reach", address=port["address"], port=port["port"], timeout_s=5) == "lo"
