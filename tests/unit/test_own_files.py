@@ -55,6 +55,21 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("name", ["step-00000003", "damaged-step-00000003"])
+def test_a_file_named_as_a_checkpoint_is_the_users(run_dir: Path, name: str) -> None:
+    file = run_dir / "checkpoints" / name
+    file.write_text("mine")
+    assert file not in folders.remains_of(run_dir) + folders.set_aside_in(run_dir) + folders.made_by_runs(run_dir)
+    assert folders.remove_remains(run_dir) == []
+    assert folders.keep_latest(step(run_dir, 6), 1) == []
+    assert file.read_text() == "mine"
+    if name == step(run_dir, 3).name:
+        with pytest.raises(CheckpointError, match="a file, where a checkpoint"):
+            folders.begin(file)
+    assert folders.remove(file) == []
+    assert file.read_text() == "mine"
+
+
 def test_a_checkpoint_that_was_renamed_is_the_users(run_dir: Path) -> None:
     best = run_dir / "checkpoints" / "best-model"
     for number in (2, 4):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
 from zinf_cli.checkpoint.own_files import own_files, remove
-from zinf_cli.checkpoint.reading import exists, names_in
+from zinf_cli.checkpoint.reading import exists, is_folder, names_in
 from zinf_cli.durable import PARTIAL, sync_folder, write_durably
 from zinf_cli.errors import CheckpointError
 
@@ -58,7 +58,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 def set_aside_in(run_dir: Path) -> list[Path]:
     """The checkpoints of a run that were found damaged."""
-    return [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if _SET_ASIDE.fullmatch(name)]
+    return _folders(run_dir, _SET_ASIDE)
 
 
 def made_by_runs(run_dir: Path) -> list[Path]:
@@ -129,8 +129,11 @@ def checkpoints_to_resume(output_dir: Path, resume: str | Path) -> list[Path]:
 
 def begin(folder: Path) -> None:
     """A folder for a new checkpoint; one of the same name is removed first."""
-    if folder.is_symlink():
-        raise CheckpointError("a link, where a checkpoint is to be written", where=str(folder), hint="rename the link")
+    if folder.is_symlink() or folder.is_file():
+        what = "link" if folder.is_symlink() else "file"
+        raise CheckpointError(
+            f"a {what}, where a checkpoint is to be written", where=str(folder), hint=f"rename the {what}"
+        )
     remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -205,4 +208,10 @@ def _is_latest(link: Path) -> bool:
 
 
 def _step_folders(run_dir: Path) -> list[Path]:
-    return [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if _STEP.fullmatch(name)]
+    return _folders(run_dir, _STEP)
+
+
+def _folders(run_dir: Path, named: re.Pattern[str]) -> list[Path]:
+    """Folders in checkpoints/ and links to such; a file of such a name is a user's."""
+    paths = [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if named.fullmatch(name)]
+    return [path for path in paths if is_folder(path)]

@@ -34,9 +34,9 @@ def remove(folder: Path) -> list[Path]:
     """Remove a checkpoint, or what is left of one; what is not a run's stays, in its folder, and is returned.
 
     The manifest is the first to go, since without one there is no checkpoint; as long as files that it lists are there
-    it stays under another name. A link is a user's: neither it nor what it leads to is touched.
+    it stays under another name. A link is a user's: neither it nor what it leads to is touched; so is a file.
     """
-    if folder.is_symlink():
+    if folder.is_symlink() or folder.is_file():
         return []
     own = own_files(folder)
     manifest, unfinished = folder / MANIFEST, folder / UNFINISHED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -53,6 +54,14 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder, or a link to one; UnreadableError where that can't be known."""
+    try:
+        return stat.S_ISDIR(patiently(path.stat, path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def names_in(folder: Path) -> list[str]:

@@ -34,7 +34,7 @@ from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.store import Unit
-from zinf_cli.errors import CapacityError, TierError, UnreadableError, ZinfError
+from zinf_cli.errors import CapacityError, CheckpointError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, open_rank_file
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -120,7 +120,7 @@ class CheckpointWriter:
             try:
                 with _disk_errors(folder):
                     folders.begin(folder)
-            except TierError as error:
+            except (CheckpointError, TierError) as error:
                 problem = error
         if any(self._ranks.all(int(problem is not None))):  # nobody writes into a folder that is about to be emptied
             return None, problem
