@@ -30,6 +30,10 @@ class OwnDict(dict):  # type: ignore[type-arg]
     """pytree opens dict, and no class made of it."""
 
 
+class Pair(tuple):  # type: ignore[type-arg]
+    """No tuple to pytree."""
+
+
 class Slots:
     __slots__ = ("first", "later")
 
@@ -77,6 +81,25 @@ def in_object_within(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     return x + layer.keys * layer.count
 
 
+def in_dict_in_tuple(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    shared.append(Pair((x.sin(), {"factor": x.cos()})))
+    return x + sum(value * beside["factor"] for value, beside in shared)
+
+
+class Sum:
+    def __init__(self) -> None:
+        self.total: torch.Tensor | None = None
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        self.total = x.sin() if self.total is None else self.total + x
+        return self.total
+
+
+def in_bound_method(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    add = shared.setdefault("add", Sum().add)
+    return x + add(x)
+
+
 CASES: dict[str, tuple[Callable[[], Any], Share]] = {
     "dict": (dict, in_dict),
     "a class of dict": (OwnDict, in_dict),
@@ -87,6 +110,8 @@ CASES: dict[str, tuple[Callable[[], Any], Share]] = {
     "deque": (deque, appended),
     "list in a dataclass": (Layers, appended),
     "object within": (OwnDict, in_object_within),
+    "dict in a tuple": (list, in_dict_in_tuple),
+    "bound method": (dict, in_bound_method),
     "object returned": (dict, returned_in_object),
 }
 

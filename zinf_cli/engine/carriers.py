@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,6 @@ _ENDS = (
     enum.Enum,
     types.FunctionType,
     types.BuiltinFunctionType,
-    types.MethodType,
     types.ModuleType,
     nn.Module,
     torch.Size,
@@ -82,6 +81,8 @@ class Reach:
             value = ahead.pop()
             if isinstance(value, tuple):
                 ahead.extend(reversed(value))
+            elif isinstance(value, types.MethodType):
+                ahead.append(value.__self__)
             elif isinstance(value, _ENDS) or id(value) in seen:
                 continue
             elif isinstance(value, torch.Tensor):
@@ -126,6 +127,15 @@ def mapped(value: Any, replace: Callable[[Any], Any]) -> Any:
     if hasattr(value, "_make"):  # a named tuple
         return value._make(values)
     return tuple(values) if type(value) is tuple else type(value)(values)
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """`value`, or what a tuple holds; not what is in objects, which are carriers of their own."""
+    if type(value) is torch.Size or not isinstance(value, tuple):
+        yield value
+    else:
+        for part in value:
+            yield from parts_of(part)
 
 
 def _is_carrier(value: Any) -> bool:

@@ -25,7 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import Activations, Saved
-from zinf_cli.engine.carriers import Carrier, Reach, opened
+from zinf_cli.engine.carriers import Carrier, Reach, opened, parts_of
 from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import UnitCall
 from zinf_cli.errors import ModelError
@@ -106,7 +106,7 @@ class Record:
         yield from self.leaves
         for carrier in self.carriers:
             for value in carrier.held.values():
-                yield from pytree.tree_leaves(value) if isinstance(value, tuple) else (value,)
+                yield from parts_of(value)
 
     def let_go(self) -> None:
         """Of the graph, and what it saved."""
