@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ from zinf_cli.train.data import TextSource, open_token_stream
 from zinf_cli.train.objective import Objective
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.token_stream import split_held_out
+from zinf_cli.train.tokens import TOKENIZER_FILES
 
 WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
 TEMPLATE = (
@@ -382,3 +384,14 @@ def test_a_python_tokenizer_in_chats_is_refused(tmp_path: Path) -> None:
     source = TextSource((tmp_path / "a.jsonl",), messages_field="messages", tokenizer=tmp_path / "byt5")
     with pytest.raises(DatasetError, match="ByT5Tokenizer is written in Python"):
         open_token_stream(source, tmp_path / "cache")
+
+
+def test_every_file_that_tokenizers_read_decides_the_tokens() -> None:
+    """Otherwise tokens of an earlier one would come from the cache."""
+    import transformers
+
+    wanted = set()
+    for source in Path(transformers.__file__).parent.glob("models/*/tokenization*.py"):
+        for table in re.findall(r"^VOCAB_FILES_NAMES = \{(.*?)\}", source.read_text(), re.DOTALL | re.MULTILINE):
+            wanted |= set(re.findall(r':\s*"([^"]+)"', table))
+    assert {"source.spm", "vocab.json"} <= wanted <= set(TOKENIZER_FILES)

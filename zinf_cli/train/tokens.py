@@ -18,18 +18,15 @@ from zinf_cli.train.stand_ins import stand_in
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "spm_char.model",
+    "source.spm", "target.spm", "tekken.json", "prophetnet.tokenizer",
+    "vocab.txt", "vocab.json", "vocab.bpe", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json",
+    "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "byte_maps.json",
+    "word_shape.json", "word_pronunciation.json",
+)  # fmt: skip
+"""What tokenizers of transformers read; a test compares."""
 
 
 class Tokenizer:
