@@ -100,6 +100,22 @@ def in_bound_method(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     return x + add(x)
 
 
+def in_closure(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    if number == 0:
+        first = x.sin()
+        shared["apply"] = lambda z: z * first
+        return x
+    return x + shared["apply"](x)
+
+
+def in_partial(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    if number == 0:
+        shared["apply"] = partial(torch.add, x.sin(), alpha=2)
+        shared["named"] = partial(torch.where, x.detach() > 0, other=x.cos())
+        return x
+    return shared["apply"](x) + shared["named"](x)
+
+
 CASES: dict[str, tuple[Callable[[], Any], Share]] = {
     "dict": (dict, in_dict),
     "a class of dict": (OwnDict, in_dict),
@@ -112,6 +128,8 @@ CASES: dict[str, tuple[Callable[[], Any], Share]] = {
     "object within": (OwnDict, in_object_within),
     "dict in a tuple": (list, in_dict_in_tuple),
     "bound method": (dict, in_bound_method),
+    "closure": (dict, in_closure),
+    "partial": (dict, in_partial),
     "object returned": (dict, returned_in_object),
 }
 

@@ -4,7 +4,8 @@ Layers leave keys and values in a dict for later layers, append to a list they w
 `Reach` walks all of that, whatever its class, and remembers what each object holds. So the tape can hand a unit objects
 that hold other tensors, see which of them a call has replaced or added, and put the objects back as they were.
 
-Modules, classes, functions and values such as strings or dtypes end the walk. So does what hides its state from Python.
+A function holds what it has closed over, a partial its arguments. Modules, classes and values such as strings or dtypes
+end the walk. So does what hides its state from Python.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ MOST_OBJECTS = 100_000
 """In the arguments of one call; what holds more is no argument but the whole program."""
 
 _Place = tuple[str, Any]
-"""Where a value stands in an object: ("item", key or index), ("attribute", name) or ("slot", its descriptor)."""
+"""Where a value stands: ("item", key or index), ("attribute", name), ("slot", its descriptor), ("cell", its
+number in a closure) or ("partial", 0 to 2: function, arguments, named arguments)."""
 
 _ENDS = (
     type(None),
@@ -40,7 +43,6 @@ _ENDS = (
     slice,
     type,
     enum.Enum,
-    types.FunctionType,
     types.BuiltinFunctionType,
     types.ModuleType,
     nn.Module,
@@ -149,6 +151,13 @@ def _read(owner: Any) -> dict[_Place, Any]:
         held.update((("item", key), dict.__getitem__(owner, key)) for key in keys)
     elif isinstance(owner, list | set | deque):
         held.update((("item", index), value) for index, value in enumerate(iter(owner)))
+    elif isinstance(owner, partial):
+        held.update(
+            (("partial", number), value) for number, value in enumerate((owner.func, owner.args, owner.keywords))
+        )
+    elif isinstance(owner, types.FunctionType):
+        cells = enumerate(owner.__closure__ or ())
+        held.update((("cell", number), cell.cell_contents) for number, cell in cells if _filled(cell))
     held.update((("attribute", name), value) for name, value in getattr(owner, "__dict__", {}).items())
     for slot in _slots(owner):
         try:
@@ -177,6 +186,12 @@ def _write(owner: Any, held: dict[_Place, Any]) -> None:
     elif isinstance(owner, set):
         set.clear(owner)
         set.update(owner, items.values())
+    elif isinstance(owner, partial):
+        owner.__setstate__((*(held["partial", number] for number in range(3)), owner.__dict__))  # type: ignore[attr-defined]
+    elif isinstance(owner, types.FunctionType):
+        for number, cell in enumerate(owner.__closure__ or ()):
+            if ("cell", number) in held:
+                cell.cell_contents = held["cell", number]
     if hasattr(owner, "__dict__"):
         owner.__dict__.clear()
         owner.__dict__.update(attributes)
@@ -185,6 +200,13 @@ def _write(owner: Any, held: dict[_Place, Any]) -> None:
             slot.__set__(owner, held["slot", slot])
         elif ("slot", slot) in before:
             slot.__delete__(owner)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _fill_dict(kind: Any, owner: Any, items: dict[Any, Any]) -> None:
