@@ -101,14 +101,17 @@ def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     with ForkedRanks() as forked:
         for _ in range(kills):
+            before = checkpoints_of(broken.run_dir)
             codes = forked.run(broken.recipe, ranks, random_kill(rng, ranks))
             assert codes == [-9] * ranks, broken.log
+            assert not before or checkpoints_of(broken.run_dir), "a kill costs no checkpoint"
         assert_ends_unharmed(broken, lambda run: forked.run(run.recipe, ranks) == [0] * ranks)
 
 
 def assert_ends_unharmed(broken: TinyRun, runs: Callable[[TinyRun], bool]) -> None:
     """From its newest checkpoint a run ends with the bits of one that was never killed; `runs` runs it to its end."""
-    steps = broken.newest.step + 3
+    reached = broken.newest.step if checkpoints_of(broken.run_dir) else 0  # all kills may have come before the first
+    steps = reached + 3
     folder = broken.folder.parent
     assert runs(TinyRun.write(broken.folder, steps, lr_scheduler=WARMUP))
     assert runs(unbroken := TinyRun.write(folder / "unbroken", steps, lr_scheduler=WARMUP))

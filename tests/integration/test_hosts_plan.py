@@ -7,6 +7,8 @@ import json
 import pytest
 from test_launch import Workshop, workshop
 
+from zinf_cli.drive_files import GROWTH
+
 __all__ = ["workshop"]
 
 
@@ -24,7 +26,7 @@ def test_a_dry_run_plans_for_every_host_and_opens_no_connection(workshop: Worksh
     assert "2 (no-such-host.invalid:2222, other.invalid), 3 CPU ranks" in ended.err
     # what a host must have is what its own two ranks need, not all three
     (nvme,) = (limit["needed"] for limit in plan["limits"] if limit["tier"] == "nvme")
-    assert nvme == 2 * plan["nvme_bytes"]
+    assert nvme == 2 * (plan["nvme_bytes"] + GROWTH)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_an_output_dir_that_is_or_turns_read_only_is_said(mount: Mount) -> None:
         run("mount", "-o", "remount,ro", folder)
         raise ZeroDivisionError  # the first error, which no cleaning up hides
 
-    with pytest.raises(ZeroDivisionError), locked(folder), _marked(folder, "mark"):
+    with pytest.raises(ZeroDivisionError), locked(folder), _marked(folder / "mark"):
         fail()
     with (
         pytest.raises(

@@ -126,7 +126,10 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
         return
     if done["code"] != 0:
         last = done["errors"].strip().splitlines()[-1:] or [f"exit code {done['code']}"]
-        row.note("zinf", "no", f"zinf does not run there by {sys.executable}: {last[0]}")
+        why = f"zinf does not run there by {sys.executable}: {last[0]}"
+        if "can't open file" in last[0]:
+            why = f"what is there is not the launcher's zinf: no {command[1]} (install the same there, or --sync)"
+        row.note("zinf", "no", why)
         return
     row.facts = json.loads(done["output"])
     there = row.facts.pop("time")
