@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,10 +111,14 @@ def test_zinf_itself_is_brought_to_hosts_that_have_another(tmp_path: Path) -> No
         shutil.copytree(ROOT / "zinf_cli", own / "zinf_cli", ignore=shutil.ignore_patterns("__pycache__"))
         with (own / "zinf_cli" / "errors.py").open("a") as file:
             file.write("# another version\n")
+        there = lab.hosts[1].local / "zinf" / "zinf_cli"  # the first has none
+        shutil.copytree(ROOT / "zinf_cli", there, ignore=shutil.ignore_patterns("__pycache__"))
         arguments = ("--hosts", lab.hostfile())
         refused = apart.launch(*arguments)
         assert refused.code == 3, refused.err
-        assert "is not the launcher's" in refused.err
+        said = " ".join(refused.err.split())
+        assert "is not the launcher's zinf: no " in said
+        assert re.search(r"zinf [0-9a-f. ()]+ is not the launcher's", said), said
         brought = apart.launch(*arguments, "--sync", str(apart.recipe))
         assert brought.code == 0, brought.err
         for host in lab.hosts:

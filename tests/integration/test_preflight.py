@@ -111,24 +111,19 @@ def test_ssh_that_does_not_come_through(lab: Lab) -> None:
 
 
 def test_everything_that_is_wrong_is_told_at_once(lab: Lab) -> None:
+    """A host runs the zinf that lies where the launcher's does, whatever else its PYTHONPATH leads to."""
     first, second, third = lab.hosts
     other = lab.folder / "other"
-    shutil.copytree(ROOT / "zinf_cli", other / "zinf_cli", ignore=shutil.ignore_patterns("__pycache__"))
-    with (other / "zinf_cli" / "errors.py").open("a") as file:
-        file.write("# another version\n")
-    none = lab.folder / "none" / "zinf_cli"
-    none.mkdir(parents=True)
-    (none / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'zinf_cli'\")\n")
+    (other / "zinf_cli").mkdir(parents=True)
+    (other / "zinf_cli" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'zinf_cli'\")\n")
     environment = (second.folder / "sshd_config").read_text().split("SetEnv ")[1]
     restart(lab, second, f"SetEnv {environment.replace(f'PYTHONPATH={ROOT}', f'PYTHONPATH={other}').strip()}")
-    restart(lab, third, f"SetEnv {environment.replace(f'PYTHONPATH={ROOT}', f'PYTHONPATH={none.parent}').strip()}")
-    code, reports, said = doctor(lab, write_hostfile(lab, *(host.address for host in lab.hosts), "127.0.0.1:1"))
+    hosts = (first.address, second.address, f"{third.address.rpartition(':')[0]}:1", "127.0.0.1:2")
+    code, reports, said = doctor(lab, write_hostfile(lab, *hosts))
     assert code == 3
-    assert "3 of 4 hosts are not ready" in said
-    assert reports[0]["problems"] == {}
-    assert "is not the launcher's" in reports[1]["problems"]["zinf"]
-    assert "No module named 'zinf_cli'" in reports[2]["problems"]["zinf"]
-    assert "refused" in reports[3]["problems"]["ssh"]
+    assert "2 of 4 hosts are not ready" in said
+    assert [report["problems"] for report in reports[:2]] == [{}, {}]
+    assert all("refused" in report["problems"]["ssh"] for report in reports[2:])
     assert first.address == reports[0]["host"]
 
 
