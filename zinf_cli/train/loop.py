@@ -109,7 +109,7 @@ def _open_engine(
         nvme_readers=plan.io.readers,
         nvme_writers=plan.io.writers,
         nvme_block_bytes=plan.io.block_bytes,
-        nvme_verify=recipe.offload.verify is not False,
+        nvme_verify=device.type != "cpu" if recipe.offload.verify == "auto" else recipe.offload.verify,
         slot_bytes=plan.working.slot_bytes,
         resident_bytes=plan.working.resident_bytes,
         chunk_numel=plan.working.chunk_numel,
