@@ -21,7 +21,7 @@ from zinf_cli.engine.activations import SMALL
 from zinf_cli.engine.carriers import Reach, opened
 from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
-from zinf_cli.engine.written_weights import WrittenWeights
+from zinf_cli.engine.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.tiers.arena import PAGE, round_up
 
@@ -104,7 +104,7 @@ class _Watch(TorchFunctionMode):
         self.writes = WrittenWeights(model)
         for number, unit in enumerate(units):
             if not unit.resident:
-                self._owner.update((_storage(names[place.name]), number) for place in unit.params())
+                self._owner.update((storage_of(names[place.name]), number) for place in unit.params())
         self._seen: set[int] = set()
         self._inputs: dict[tuple[int, int], Any] = {}
         self._stashed: dict[int, tuple[torch.Tensor, str]] = {}
@@ -119,7 +119,7 @@ class _Watch(TorchFunctionMode):
                         f"a layer leaves a tensor in {self._stashed[id(leaf)][1]}, and the model goes on with it there",
                         hint="a layer that hands it on as a return value, or in an argument, can be trained",
                     )
-                owner = self._owner.get(_storage(leaf)) if isinstance(leaf, torch.Tensor) else None
+                owner = self._owner.get(storage_of(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
         self.writes.see(func, args, kwargs or {})
@@ -131,7 +131,7 @@ class _Watch(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
-        self._seen.update(_storage(buffer) for buffer in self._model.buffers())
+        self._seen.update(storage_of(buffer) for buffer in self._model.buffers())
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
                 yield
@@ -152,7 +152,7 @@ class _Watch(TorchFunctionMode):
             reach = Reach(opened(args, kwargs)[0])
             leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
             inputs = {id(t): t for t in leaves if t.requires_grad}.values()
-            self._seen.update(_storage(t) for t in leaves if not t.requires_grad)
+            self._seen.update(storage_of(t) for t in leaves if not t.requires_grad)
             sizes = {id(t): round_up(t.numel() * t.element_size(), PAGE) for t in inputs}
             use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
             use.call_bytes = max(use.call_bytes, sum(sizes.values()))
@@ -195,7 +195,7 @@ class _Watch(TorchFunctionMode):
         return new
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if (
             id(tensor) in self._params
             or storage in self._seen
@@ -216,10 +216,6 @@ def _as_emitted(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.requires_grad:
         return leaf.detach().requires_grad_()
     return leaf
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

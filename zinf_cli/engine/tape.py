@@ -225,15 +225,15 @@ class Tape:
         self._glue.clear()
         self.records.clear()
 
-    def _take(self, leaf: Any, record: int, label: str, *, save: bool) -> Any:
-        """What a record keeps of one argument."""
-        if not _differentiable(leaf):
-            return _detached(leaf)
-        edge = torch.autograd.graph.get_gradient_edge(leaf)
+    def _take(self, tensor: torch.Tensor, record: int, label: str, *, save: bool) -> GlueTensor | torch.Tensor:
+        """What a record keeps of one tensor that a call is given."""
+        if not tensor.requires_grad:
+            return tensor.detach()
+        edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
         glue = self._glue.setdefault(key, GlueTensor(edge, record))
         if save and glue.saved is None:
-            glue.saved = self._activations.save(leaf.detach(), label)
+            glue.saved = self._activations.save(tensor.detach(), label)
         return glue
 
     def _recompute(self, record: Record) -> None:
@@ -272,8 +272,9 @@ class Tape:
         given = {id(glue): leaf for glue, leaf in inputs}
         for carrier in record.carriers:
             carrier.with_each(lambda value: given.get(id(value), value)).put()
-        args, kwargs = pytree.tree_unflatten([given.get(id(leaf), leaf) for leaf in record.leaves], record.spec)
-        before = Reach([given.get(id(leaf), leaf) for leaf in record.leaves])
+        leaves = [given.get(id(leaf), leaf) for leaf in record.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, record.spec)
+        before = Reach(leaves)
         with torch.set_grad_enabled(grad), _autocast(record.call, self._device):
             outputs = record.call.forward(*args, **kwargs)
         left = before.after(outputs)
@@ -315,14 +316,6 @@ class Tape:
 
 def _floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class WrittenWeights:
     """Watches for functions that write to parameters of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._params = {_storage(param): (name, param) for name, param in model.named_parameters()}
+        self._params = {storage_of(param): (name, param) for name, param in model.named_parameters()}
         self._bounds: dict[str, Bounds] = {}
         self._otherwise: set[str] = set()
 
@@ -38,8 +38,8 @@ class WrittenWeights:
         name = getattr(func, "__name__", "")
         written = args[0] if func == _SET_DATA else _written(name, args, kwargs)
         for tensor in written if isinstance(written, list | tuple) else (written,):
-            if isinstance(tensor, torch.Tensor) and _storage(tensor) in self._params:
-                parameter, whole = self._params[_storage(tensor)]
+            if isinstance(tensor, torch.Tensor) and storage_of(tensor) in self._params:
+                parameter, whole = self._params[storage_of(tensor)]
                 bounds = _bounds(name, args[1:], kwargs) if tensor.numel() == whole.numel() else None
                 if bounds is None or self._bounds.setdefault(parameter, bounds) != bounds:
                     self._otherwise.add(parameter)
@@ -88,5 +88,6 @@ def _bounds(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound
     return low, high
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """What a tensor shares with its views, and with nothing else."""
     return int(tensor.untyped_storage()._cdata)

@@ -34,12 +34,18 @@ class Checksums:
         self._spans: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
-    def note(self, begin: int, content: memoryview) -> None:
-        """`content` is about to be written from byte `begin` of the extent on; what was there is void."""
+    def note(self, begin: int, content: memoryview) -> list[tuple[int, int, int]]:
+        """`content` is about to be written from byte `begin` of the extent on; what was there is void.
+
+        Returns the first byte, the end and the checksum of each span of it.
+        """
         end = begin + len(content)
+        spans = []
         for first in (begin, *range(begin // SPAN * SPAN + SPAN, end, SPAN)):
             last = min(first // SPAN * SPAN + SPAN, end)
-            self._replace(first, last, checksum(content[first - begin : last - begin]))
+            spans.append((first, last, checksum(content[first - begin : last - begin])))
+            self._replace(*spans[-1])
+        return spans
 
     def _replace(self, begin: int, end: int, value: int) -> None:
         with self._lock:

@@ -93,15 +93,16 @@ class NvmeTier:
         block_bytes: int = STRIPE,
         notice: Callable[[str], None] | None = None,
         file: int | None = None,
-        written: Callable[[int, memoryview], None] | None = None,
+        written: Callable[[int, int, int], None] | None = None,
         verify: bool = True,
     ) -> None:
         """`readers` and `writers` are threads for each folder; `block_bytes`, a part of STRIPE, are moved at once.
         With more, a drive may be faster, and compute has less of the cores.
 
         With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
-        the tier is the same range of the file. `written` is told (position in the file, bytes) of what is written,
-        by the thread that is about to. With `verify`, what is read is compared with what was written."""
+        the tier is the same range of the file. `written` is told (position in the file, length, checksum) of each
+        span, by the thread that is about to write it. With `verify`, what is read is compared with what was
+        written."""
         self.name = "nvme"
         self.in_place = False
         self.used = self.peak = 0
@@ -270,10 +271,10 @@ class NvmeTier:
     def _put(self, place: _Place, data: torch.Tensor) -> None:
         """Write, with the checksum known before."""
         memory = as_memory(data)
-        if self._verify:
-            place.extent.checksums.note(place.begin, memory)
+        spans = place.extent.checksums.note(place.begin, memory) if self._verify or self._written is not None else []
         if self._written is not None:
-            self._written(place.position, memory)
+            for first, last, value in spans:
+                self._written(place.position + first - place.begin, last - first, value)
         self._move(os.pwritev, place, memory)
 
     def _get(self, place: _Place, data: torch.Tensor) -> None:

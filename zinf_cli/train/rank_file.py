@@ -72,7 +72,7 @@ class RankFile:
         )
         self._background = background
         self._on_drive: Future[None] | None = None
-        self._note(0, memoryview(layout.header))
+        self._note(0, len(layout.header), checksum(memoryview(layout.header)))
         self._regions = {
             region.key: Extent(
                 self._tier, region.num_bytes, f"checkpoint {region.name}", start=len(layout.header) + region.start
@@ -122,10 +122,9 @@ class RankFile:
                 write.wait()
         os.fsync(self._descriptor)
 
-    def _note(self, position: int, content: memoryview) -> None:
+    def _note(self, position: int, num_bytes: int, unsigned: int) -> None:
         piece, length = self._pieces[position]
-        assert len(content) == length, f"{len(content)} bytes at {position}, where {length} have one checksum"
-        unsigned = checksum(content)
+        assert num_bytes == length, f"{num_bytes} bytes at {position}, where {length} have one checksum"
         self.checksums[piece] = unsigned - (1 << 64) if unsigned >> 63 else unsigned
 
 
