@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from zinf_cli.train.model import ModelSource
@@ -71,6 +72,32 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.clone()}
 
 
+def save_word_tokenizer(
+    folder: Path,
+    words: Sequence[str],
+    *,
+    unk_token: str = "[UNK]",
+    template: str | None = None,
+    end: str = "",
+    **special: str,
+) -> None:
+    """A tokenizer with a word a token, saved as checkpoints have it; `end` is a token that is put behind each text."""
+    numbers = {word: number for number, word in enumerate(words)}
+    raw = Tokenizer(models.WordLevel(numbers, unk_token=unk_token))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if end:
+        raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, numbers[end])])
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token=unk_token, **special)
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+
+
+def dialog_template(end: str) -> str:
+    """A chat template for words: each turn between who speaks and `end`."""
+    turns = "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} END {% endfor %}"
+    return turns.replace("END", end) + "{% if add_generation_prompt %}<bot> {% endif %}"
+
+
 def dataset_for(name: str, folder: Path) -> dict[str, Any]:
     """A recipe's `dataset` that an architecture of CONFIGS learns from, written into `folder`: some 4000 tokens."""
     words = [f"w{number * 7 % 91}" for number in range(4000)]
@@ -78,10 +105,7 @@ def dataset_for(name: str, folder: Path) -> dict[str, Any]:
         np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
         return {"path": str(folder / "tokens.npy")}
     special = {"pad_token": "<pad>", "eos_token": "</s>", "mask_token": "[MASK]", "unk_token": "[MASK]"}
-    vocabulary = ["<pad>", "</s>", "[MASK]", *sorted(set(words))]
-    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[MASK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder / "tokenizer")
+    save_word_tokenizer(folder / "tokenizer", ["<pad>", "</s>", "[MASK]", *sorted(set(words))], **special)
     lines = [" ".join(words[start : start + 16]) for start in range(0, 4000, 16)]
     path = folder / ("pairs.jsonl" if name == "t5" else "text.txt")
     path.write_text("\n".join(json.dumps({"source": line, "target": line}) if name == "t5" else line for line in lines))

@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 from test_launch import Ended, Workshop
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
 
 WORDS = ["<end>", "<user>", "<bot>", "[UNK]", "[MASK]", *(f"w{number}" for number in range(60))]
 SEQ_LEN = 16
@@ -25,20 +22,9 @@ def chat(seed: int, *, answered: bool) -> str:
     return json.dumps({"messages": [{"role": role, "content": " ".join(part)} for role, part in said]}) + "\n"
 
 
-def save_tokenizer(folder: Path) -> None:
-    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", mask_token="[MASK]")
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end> {% endfor %}"
-        "{% if add_generation_prompt %}<bot> {% endif %}"
-    )
-    fast.save_pretrained(folder)
-
-
 def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
     folder.mkdir()
-    save_tokenizer(folder / "tokenizer")
+    save_word_tokenizer(folder / "tokenizer", WORDS, mask_token="[MASK]", template=dialog_template("<end>"))
     workshop = Workshop(folder)
     (folder / "chats.jsonl").write_text("".join(chats))
     workshop.content["model"] = {"config": {"model_type": "llama", **CONFIGS["llama"]}}
@@ -90,7 +76,7 @@ BART |= {"max_position_embeddings": 64, "pad_token_id": 0, "decoder_start_token_
 def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path: Path) -> None:
     """Rows have unlike numbers of targets; held-out text as well."""
     workshop = Workshop(tmp_path)
-    save_tokenizer(tmp_path / "tokenizer")
+    save_word_tokenizer(tmp_path / "tokenizer", WORDS, mask_token="[MASK]", template=dialog_template("<end>"))
     rows = [
         {"source": "w1 w2 w3", "target": " ".join(f"w{(n * i) % 60}" for i in range(1 + n * 3 % 14))} for n in range(11)
     ]

@@ -15,10 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import TEMPLATE, WORDS
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from tiny_models import save_word_tokenizer
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.data import TextSource, open_token_stream
 
@@ -34,12 +32,8 @@ TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]) | V
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="[UNK]")
-    fast.chat_template = TEMPLATE
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS, eos_token="<end>", template=TEMPLATE)
     return folder
 
 

@@ -19,10 +19,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from tiny_models import dialog_template, save_word_tokenizer
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe import LrScheduler, Optimizer, Recipe
 from zinf_cli.train.batches import BatchOrder, deal
@@ -34,21 +32,14 @@ from zinf_cli.train.token_stream import split_held_out
 from zinf_cli.train.tokens import TOKENIZER_FILES
 
 WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end> {% endfor %}"
-    "{% if add_generation_prompt %}<bot> {% endif %}"
-)
+TEMPLATE = dialog_template("<end>")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer with a word a token, saved as checkpoints have it."""
-    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="[UNK]")
-    fast.chat_template = TEMPLATE
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS, eos_token="<end>", template=TEMPLATE)
     return folder
 
 

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, dialog_template, random_source, save_word_tokenizer
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe import Recipe
 from zinf_cli.train.batches import deal
@@ -185,17 +183,9 @@ WORDS = ["<pad>", "</s>", "[MASK]", "[UNK]", *(f"w{number}" for number in range(
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A word a token, an end after each text, and a chat template."""
-    raw = RawTokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"eos_token": "</s>", "pad_token": "<pad>", "mask_token": "[MASK]", "unk_token": "[UNK]"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
-    fast.chat_template = (
-        "{% for m in messages %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} </s> {% endfor %}"
-        "{% if add_generation_prompt %}<bot> {% endif %}"
-    )
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "mask_token": "[MASK]"}
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast.save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS, template=dialog_template("</s>"), end="</s>", **special)
     return folder
 
 

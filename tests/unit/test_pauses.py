@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -71,6 +72,21 @@ def test_a_supervisor_that_was_stopped_counts_anew_and_one_that_was_not_ends() -
         assert process.wait(timeout=20) == 0  # nobody speaks to it now
 
 
+@contextmanager
+def launched(program: str) -> Iterator[tuple[subprocess.Popen[str], TextIO, TextIO]]:
+    """A launcher of its own, what it is told and what it says."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        yield launcher, launcher.stdin, launcher.stdout
+
+
 LAUNCHER = """
 import sys
 from test_pauses import Impatient
@@ -88,25 +104,17 @@ with Lifelines(Impatient(2.0, float("inf"))) as lifelines:
 
 
 def test_a_launcher_that_was_stopped_counts_anew() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER],
-        cwd=Path(__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as launcher:
-        assert launcher.stdin is not None
-        assert launcher.stdout is not None
-        supervisor = int(launcher.stdout.readline())
+    with launched(LAUNCHER) as (launcher, told, heard):
+        supervisor = int(heard.readline())
         for pid in (supervisor, launcher.pid):  # the whole machine sleeps
             os.kill(pid, signal.SIGSTOP)
         time.sleep(PAUSE_S)
         os.kill(launcher.pid, signal.SIGCONT)
         time.sleep(0.5)
         os.kill(supervisor, signal.SIGCONT)
-        launcher.stdin.write("go\n")
-        launcher.stdin.flush()
-        assert launcher.stdout.readline() == "answered\n"
+        told.write("go\n")
+        told.flush()
+        assert heard.readline() == "answered\n"
         assert launcher.wait(timeout=20) == 0
 
 
@@ -126,24 +134,16 @@ with Lifelines(Impatient(60.0, 2.0)) as lifelines:
 
 
 def test_hosts_go_on_while_the_launcher_is_stopped_by_ctrl_z() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", CTRL_Z],
-        cwd=Path(__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as launcher:
-        assert launcher.stdin is not None
-        assert launcher.stdout is not None
-        assert launcher.stdout.readline() == "here\n"
+    with launched(CTRL_Z) as (launcher, told, heard):
+        assert heard.readline() == "here\n"
         launcher.send_signal(signal.SIGTSTP)
         while psutil.Process(launcher.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)
         time.sleep(PAUSE_S)
         launcher.send_signal(signal.SIGCONT)
-        launcher.stdin.write("go\n")
-        launcher.stdin.flush()
-        assert launcher.stdout.readline() == "answered\n"
+        told.write("go\n")
+        told.flush()
+        assert heard.readline() == "answered\n"
         assert launcher.wait(timeout=20) == 0
 
 
