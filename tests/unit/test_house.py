@@ -13,6 +13,7 @@ FLOORS = (
     {
         "errors",
         "amounts",
+        "checksum",
         "command_line",
         "durable",
         "file_names",

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from xxhash import xxh3_64_hexdigest
-
+from zinf_cli.checksum import checksum
 from zinf_cli.errors import UnreadableError
 
 ATTEMPTS = 3
@@ -77,7 +76,7 @@ def read_checked(descriptor: int, into: memoryview, offset: int, xxh3: str, path
     for _ in range(ATTEMPTS):
         read = patiently(lambda: _read(descriptor, into, offset), path)
         os.posix_fadvise(descriptor, offset, len(into), os.POSIX_FADV_DONTNEED)  # if read again, then from the drive
-        if read == len(into) and xxh3_64_hexdigest(into) == xxh3:
+        if read == len(into) and f"{checksum(into):016x}" == xxh3:
             return True
     return False
 

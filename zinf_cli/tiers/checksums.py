@@ -12,17 +12,10 @@ from __future__ import annotations
 
 import threading
 
-from xxhash import xxh3_64
+from zinf_cli.checksum import checksum
 
 SPAN = 4 * 2**20
 """Bytes of an extent that have one checksum, at most."""
-
-
-def checksum(content: memoryview) -> int:
-    """xxh3 of 64 bits; large contents are read without the GIL, which the one-shot functions of xxhash hold."""
-    state = xxh3_64()
-    state.update(content)
-    return state.intdigest()
 
 
 class Checksums:
