@@ -25,10 +25,10 @@ class MadeFolders:
 
     def make(self, folder: Path) -> None:
         """With its parents; OSError."""
-        missing = [part for part in (folder, *folder.parents) if not os.path.lexists(part)][::-1]
-        if missing:
-            self._note([*self._made, *missing])
-        for part in missing:
+        absent = missing(folder)
+        if absent:
+            self._note([*self._made, *absent])
+        for part in absent:
             with contextlib.suppress(FileExistsError):  # made by another since then, and not ours
                 part.mkdir()
                 self._made.append(part)
@@ -58,6 +58,11 @@ class MadeFolders:
         os.pwrite(self._lock, text, 0)
         os.ftruncate(self._lock, len(text))
         os.fsync(self._lock)
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they are not there; the highest first."""
+    return [part for part in (folder, *folder.parents) if not os.path.lexists(part)][::-1]
 
 
 def abandoned_in(run_dir: Path) -> list[tuple[Path, list[Path]]]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zinf_cli.launch.made_folders import MadeFolders, remove_empty
+from zinf_cli.launch.made_folders import MadeFolders, missing, remove_empty
 
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
@@ -57,7 +57,7 @@ class RunFolder:
             raise
 
     def _open(self, files: Mapping[str, str]) -> None:
-        made = [part for part in (self.path, *self.path.parents) if not os.path.lexists(part)][::-1]
+        made = missing(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / f".{self._launch_id}").exists():
             lock = os.open(self.path, os.O_RDONLY)
