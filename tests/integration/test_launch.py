@@ -294,7 +294,10 @@ def wait_for_steps(run: Path, count: int) -> None:
 def test_a_rank_that_is_killed_is_named(workshop: Workshop) -> None:
     process = workshop.start("train.max_steps=100000", "--slots", "2")
     wait_for_steps(workshop.folder / "run", 3)
-    (victim,) = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "zinf rank 1"]
+    below = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    (victim,) = [
+        found for found in psutil.process_iter(["name"]) if found.pid in below and found.info["name"] == "zinf rank 1"
+    ]
     victim.kill()
     ended = workshop.end(process)
     assert ended.code == 1

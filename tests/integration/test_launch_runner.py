@@ -56,10 +56,16 @@ def meet(rank):
     dist.all_reduce(total)
     return total.item()
 
+def connections_of(process):
+    try:
+        return process.net_connections("inet")
+    except psutil.NoSuchProcess:  # one that the supervisor had started to measure
+        return []
+
 def listeners():
     guard, agent, supervisor, launcher = psutil.Process().parents()[:4]
     tree = [launcher, *launcher.children(recursive=True)]
-    found = [one for process in tree for one in process.net_connections("inet")]
+    found = [one for process in tree for one in connections_of(process)]
     return sorted({one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN})
 
 def stand_still(run_dir, rank):
@@ -231,19 +237,28 @@ def kill_launcher(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     launcher.kill()
 
 
-def only_child(pid: int) -> int:
-    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(child)
+def the_child(pid: int) -> int:
+    """The one that leads a session of its own: a supervisor also has, for a moment each second, one that measures."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    (child,) = [child for child in children if session_of(child) == child]
+    return child
+
+
+def session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def kill_supervisor(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     await_ranks(run_dir)
-    os.kill(only_child(launcher.pid), signal.SIGKILL)
+    os.kill(the_child(launcher.pid), signal.SIGKILL)
 
 
 def kill_agent(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     await_ranks(run_dir)
-    os.kill(only_child(only_child(launcher.pid)), signal.SIGKILL)
+    os.kill(the_child(the_child(launcher.pid)), signal.SIGKILL)
 
 
 ROOT = Path(__file__).parents[2]
