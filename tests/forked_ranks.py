@@ -108,7 +108,7 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
 
 
 def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
-    from zinf_cli.plan.plan import make_plan
+    from zinf_cli.plan.search import make_plan
     from zinf_cli.recipe_file import dump_recipe, load_recipe
     from zinf_cli.train.describe import describe
 

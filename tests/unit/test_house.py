@@ -70,7 +70,7 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    modules = "zinf_cli.cli, zinf_cli.launch.service, zinf_cli.launch.estimate, zinf_cli.plan.plan, zinf_cli.console"
+    modules = "zinf_cli.cli, zinf_cli.launch.service, zinf_cli.launch.estimate, zinf_cli.plan.search, zinf_cli.console"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

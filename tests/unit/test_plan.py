@@ -20,12 +20,12 @@ from zinf_cli.console import plan_screen
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.hardware import Room, room_here
-from zinf_cli.plan import memory
-from zinf_cli.plan import plan as plans
+from zinf_cli.plan import memory, search
 from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
-from zinf_cli.plan.plan import Plan, make_plan
+from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe import Checkpoint, Recipe
 from zinf_cli.recipe_file import dump_recipe
 from zinf_cli.train import describe as describing
@@ -183,7 +183,7 @@ def test_memory_that_is_left_holds_units(
     recipe = recipe_of(tmp_path, "llama", precision=precision, max_grad_norm=clip, max_steps=12)
     config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": 5}
     monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
-    monkeypatch.setattr(plans, "UNSURE", 0.0)  # which is more than they take, of what Python does
+    monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
     figures = describe(recipe, 1)
     streamed = make_plan(recipe, figures)

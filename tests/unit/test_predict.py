@@ -18,8 +18,8 @@ from zinf_cli.launch.estimate_recipe import estimate_recipe
 from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.placement import placements, undominated
-from zinf_cli.plan.plan import make_plan
 from zinf_cli.plan.predict import profile_here
+from zinf_cli.plan.search import make_plan
 from zinf_cli.profile_file import Best, Links, Measured, Nvme
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import dump_recipe

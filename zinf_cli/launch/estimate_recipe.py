@@ -23,8 +23,8 @@ from zinf_cli.launch.estimate import Flags, save_timeline
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import best_plan, does_not_fit, nvme_folders
 from zinf_cli.plan.predict import predict, profile_here
+from zinf_cli.plan.search import best_plan, does_not_fit, nvme_folders
 from zinf_cli.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.profiles import BUILT_IN, Profile
 from zinf_cli.recipe import Recipe

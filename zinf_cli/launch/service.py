@@ -33,8 +33,9 @@ from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
 from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.plan import Plan, make_plan, nvme_folders
+from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
+from zinf_cli.plan.search import make_plan, nvme_folders
 from zinf_cli.profile_file import find_measured
 from zinf_cli.recipe import Recipe
 from zinf_cli.recipe_file import filled_in, load_recipe

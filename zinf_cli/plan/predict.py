@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import CHUNK_NUMEL, Choice, activation_bytes
+from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
 from zinf_cli.profile_file import Measured
 from zinf_cli.profiles import GB, Drives, Profile
-
-if TYPE_CHECKING:
-    from zinf_cli.plan.plan import Plan
 
 ASSUMED_ADAMW = 0.5e9
 """Parameters per second of a host's CPU, where nothing was measured: two cores, measured once."""

@@ -1,0 +1,320 @@
+"""The search for a plan: the fastest placement that fits.
+
+`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine and takes the
+fastest; classes the recipe pins stay where it says. What does not fit is refused with the numbers before anything is
+loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.drive_files import GROWTH
+from zinf_cli.errors import CapacityError, UsageError
+from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
+from zinf_cli.hosts import Host, this_machine
+from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
+from zinf_cli.plan.io import choose_io
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import (
+    CLASSES,
+    STATES,
+    Choice,
+    Working,
+    cacheable,
+    cached_bytes,
+    compute_bytes,
+    framework_bytes,
+    host_bytes,
+    keepable,
+    state_bytes,
+    working_buffers,
+)
+from zinf_cli.plan.placement import placements, undominated
+from zinf_cli.plan.plan import Limit, Line, Plan
+from zinf_cli.plan.predict import cluster_of, predict, profile_here
+from zinf_cli.plan.simulate import rates_of
+from zinf_cli.plan.traffic import nvme_traffic
+from zinf_cli.profiles import Profile
+from zinf_cli.recipe import Recipe
+
+CHECKPOINTS = "checkpoints"
+"""A limit's tier that is none: the file system of the run's folder."""
+UNSURE = 0.03
+"""By how much a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
+MEMORY_SHARE = 0.9
+"""Of what is available, where the recipe sets no budget."""
+
+
+def make_plan(
+    recipe: Recipe,
+    figures: Figures,
+    profile: Profile | None = None,
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> Plan:
+    """The fastest placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+
+    `profile`: the machine it is to run on; without one, this machine as far as it is known. Without `hosts`, all ranks
+    are on one; without `room`, each host has what the profile's machine has.
+    """
+    plan = best_plan(recipe, figures, profile, hosts, room)
+    if not plan.fits:
+        raise does_not_fit(plan)
+    return plan
+
+
+def best_plan(
+    recipe: Recipe,
+    figures: Figures,
+    profile: Profile | None = None,
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> Plan:
+    """The fastest placement that fits; where none does, the most frugal one."""
+    sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
+    if sequences < figures.world_size:
+        raise UsageError(
+            f"{sequences} sequences per step can't be dealt to {figures.world_size} ranks",
+            hint="raise train.gradient_accumulation_steps, or use fewer --slots",
+        )
+    per_rank = -(-sequences // figures.world_size)
+    micro_batches = -(-per_rank // recipe.train.micro_batch_size)
+    hosts = tuple(hosts) or (this_machine(figures.world_size),)
+    machine = figures.machine
+    if room is None and machine.cpu_bytes:
+        room = Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
+    room = room or room_here(nvme_folders(recipe))
+    judge = partial(_plan, recipe, figures, hosts, room, micro_batches, sequences)
+    profile = profile or profile_here(figures, nvme_folders(recipe), None)
+    frugal = None
+    for choices in _choices(recipe, figures, micro_batches):
+        plans = [judge(choice) for choice in choices]
+        fitting = [(plan.placement, plan) for plan in plans if plan.fits]
+        if fitting:
+            ways = [way for plan in undominated(fitting) for way in _improvements(recipe, plan, judge)]
+            timed = (_with_time(plan, recipe, profile) for plan in ways)
+            return min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
+        frugal = plans[-1]
+    assert frugal is not None
+    return _with_time(frugal, recipe, profile)
+
+
+def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:
+    """What the room that is left may buy: second places for updates, activations that need no recompute, units whose
+    state stays in memory. Only the time of a step tells which is worth most."""
+
+    def keeping(plan: Plan) -> Plan:
+        choice = plan.choice
+        if recipe.activation_checkpointing != "auto" or not choice.in_place("activations"):
+            return plan
+        return judge(replace(choice, kept=keepable(plan.figures, choice, plan.room(choice.compute_tier))))
+
+    def caching(plan: Plan) -> Plan:
+        choice = replace(plan.choice, cacheable=auto)
+        return judge(replace(choice, cached=cacheable(plan.figures, choice, plan.room("cpu", UNSURE))))
+
+    def both(plan: Plan) -> Iterator[Plan]:
+        yield (first := caching(keeping(plan)))
+        if (second := keeping(caching(plan))) != first:
+            yield second
+
+    auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
+    streamed = plan.placement["params"] == plan.placement["optimizer"] == "nvme"
+    if streamed and plan.update == "deferred" and plan.precision != "fp16":
+        speculative = judge(replace(plan.choice, update="speculative"))
+        if speculative.fits:
+            yield from both(speculative)
+            # without second places memory holds more units
+            yield from (way for way in both(plan) if way.cached_units)
+            return
+    yield from both(plan)
+
+
+def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
+    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    played = predict(plan, tokens, profile)
+    calm = predict(plan, tokens, profile, calm=True) if plan.update == "speculative" else played
+    rates = rates_of(profile, cluster_of(plan, tokens))
+    figures = plan.figures
+    cores = 0 if figures.machine.accelerators else plan.threads_per_rank
+    return replace(
+        plan,
+        io=choose_io(profile.drives, len(plan.nvme_folders), figures.ranks_per_host, cores),
+        compute_s=plan.compute_s * figures.machine.flops / rates["matmul"],
+        nvme_s=plan.nvme_traffic_clipped / rates["both"],
+        step_s=played.step_s,
+        calm_step_s=calm.step_s,
+        bottleneck=played.bottleneck,
+        busy=dict(played.busy),
+        drives_measured=profile.drives.measured,
+    )
+
+
+def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
+    """All placements with as many micro-batches in a sweep as there are, then with fewer; the most frugal ends each."""
+    fixed = recipe.train.micro_batches_per_sweep
+    sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
+    compute_tier = "device" if figures.machine.accelerators else "cpu"
+    asked = {state: getattr(recipe.offload, state) for state in CLASSES}
+    kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
+    train = recipe.train
+    eager = train.max_grad_norm is None and train.non_finite == "stop" and figures.precision != "fp16"
+    update = "eager" if eager else "deferred"
+    for per_sweep in sweeps:
+        yield [Choice(placed, per_sweep, compute_tier, kept, update) for placed in placements(asked, compute_tier)]
+
+
+def _halvings(count: int) -> list[int]:
+    halvings = [count]
+    while halvings[-1] > 1:
+        halvings.append(-(-halvings[-1] // 2))
+    return halvings
+
+
+def _plan(
+    recipe: Recipe,
+    figures: Figures,
+    hosts: tuple[Host, ...],
+    room: Room,
+    micro_batches: int,
+    sequences: int,
+    choice: Choice,
+) -> Plan:
+    sweeps = -(-micro_batches // choice.per_sweep)
+    states = state_bytes(figures, choice)
+    working = working_buffers(figures, choice, sweeps)
+    budgets = _budgets(recipe, figures, room)
+    over = _needed(figures, choice, states, working, room)[choice.compute_tier] - budgets[choice.compute_tier][0]
+    if over > 0:
+        working = working.shrunk(-(-over // figures.ranks_per_host))
+    needed = _needed(figures, choice, states, working, room)
+    folders = nvme_folders(recipe)
+    lines = tuple(_lines(figures, choice, states, working, room))
+    nvme_bytes = sum(line.num_bytes for line in lines if line.tier == "nvme")
+    limits = [
+        Limit(tier, needed[tier], allowed, origin)
+        for tier, (allowed, origin) in budgets.items()
+        if needed[tier] or tier == choice.compute_tier
+    ]
+    if count := checkpoints_to_come(recipe, figures.data.max_steps):
+        left = space_left(recipe, folders, needed["nvme"])
+        limits.append(Limit(CHECKPOINTS, count * checkpoint_bytes(figures), left, "this machine"))
+    traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
+    waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
+    most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches)
+    tokens = sequences * recipe.train.seq_len / figures.world_size
+    return Plan(
+        hosts=hosts,
+        world_size=figures.world_size,
+        threads_per_rank=max(1, figures.machine.cores // figures.ranks_per_host),
+        precision=figures.precision,
+        placement=dict(choice.placement),
+        micro_batches=micro_batches,
+        per_sweep=choice.per_sweep,
+        update=choice.update,
+        kept_units=tuple(sorted(choice.kept)),
+        cached_units=tuple(sorted(choice.cached)),
+        cached_states=tuple(sorted(choice.cached_states)) if choice.cached else (),
+        sequences_per_step=sequences,
+        max_steps=figures.data.max_steps,
+        working=working,
+        nvme_bytes=nvme_bytes,
+        nvme_folders=tuple(str(folder) for folder in folders) if "nvme" in choice.placement.values() else (),
+        lines=lines,
+        limits=tuple(limits),
+        compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
+        nvme_s=most_traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
+        nvme_traffic=traffic,
+        nvme_traffic_clipped=most_traffic,
+        figures=figures,
+    )
+
+
+def _recompute(figures: Figures, choice: Choice) -> float:
+    """FLOPs with recomputation, by those without: a unit's second forward is a third on top."""
+    units = dict(enumerate(figures.model.units))
+    called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
+    again = sum(numel for n, numel in called.items() if n not in choice.kept and n != figures.model.turn)
+    return 1 + again / max(1, sum(called.values())) / 3
+
+
+def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> Iterator[Line]:
+    cached = cached_bytes(figures, choice)
+    on_drives = states["second"]
+    for state in CLASSES:
+        tier = choice.placement[state]
+        tier = "cpu" if tier == "device" and choice.compute_tier == "cpu" else tier
+        line = Line(tier, state, states[state] - cached.get(state, 0))
+        on_drives += line.num_bytes if tier == "nvme" else 0
+        yield line
+    if states["second"]:
+        yield Line("nvme", "second", states["second"])
+    if on_drives and room.drives_in_memory:
+        yield Line("cpu", "tmpfs", int(on_drives * room.drives_in_memory))
+    if choice.cached:
+        yield Line("cpu", "cached", sum(cached.values()))
+    yield Line(choice.compute_tier, "buffers", working.total)
+    yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
+    yield Line("cpu", "framework", framework_bytes(figures, choice))
+
+
+def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> dict[str, int]:
+    needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host, figures.machine.shared_bytes), "nvme": 0}
+    for line in _lines(figures, choice, states, working, room):
+        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
+    if needed["nvme"]:
+        needed["nvme"] += GROWTH * figures.ranks_per_host  # extents are whole pages: the states' exact bytes and a bit
+    return needed
+
+
+def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[int, str]]:
+    """(bytes, origin) per tier: the recipe's budget, and never more than there is room for."""
+    offload = recipe.offload
+    machine = {
+        "cpu": (int(room.memory * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
+        "nvme": (room.drives, offload.nvme_space),
+    }
+    if figures.machine.accelerators:
+        machine["device"] = (int(figures.machine.device_bytes * MEMORY_SHARE), offload.device_memory)
+    origins = {"cpu": room.memory_of, "nvme": room.drives_of, "device": figures.machine.name}
+    budgets = {}
+    for tier, (there, asked) in machine.items():
+        key = "offload.nvme_space" if tier == "nvme" else f"offload.{tier}_memory"
+        asked_less = asked is not None and asked <= there
+        budgets[tier] = (asked, key) if asked_less and asked is not None else (there, origins[tier])
+    return budgets
+
+
+def nvme_folders(recipe: Recipe) -> Sequence[Path]:
+    """Where offload to NVMe goes: the recipe's folders, or one inside the run's."""
+    return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
+
+
+def does_not_fit(plan: Plan) -> CapacityError:
+    """What is too much, where, and what to do."""
+    problems = []
+    for limit in plan.limits:
+        if limit.needed > limit.allowed:
+            parts = ", ".join(
+                f"{line.what} {format_bytes(line.num_bytes)}"
+                for line in plan.lines
+                if line.tier == limit.tier and line.num_bytes
+            )
+            count = plan.figures.ranks_per_host
+            ranks = f" on each of {count} ranks" if parts and count > 1 else ""
+            problems.append(
+                f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
+                f"{limit.origin} allows {format_bytes(limit.allowed)}{': ' if parts else ''}{parts}{ranks}"
+            )
+    tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
+    hint = "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
+    if tiers == {"nvme"}:
+        hint = "free space on the drive or add a folder to offload.nvme_path"
+    elif tiers == {CHECKPOINTS}:
+        hint = "free space on the drive of output_dir, set checkpoint.keep_latest_k or raise checkpoint.interval"
+    return CapacityError("does not fit: " + "; ".join(problems), hint=hint)
