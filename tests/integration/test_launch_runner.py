@@ -30,7 +30,7 @@ from pathlib import Path
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
-from zinf_cli.launch.transport import Pipes
+from zinf_cli.launch.pipes import Pipes
 
 polls, notes = [], []
 scenario, run_dir = sys.argv[1], Path(sys.argv[2])

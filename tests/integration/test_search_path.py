@@ -57,7 +57,7 @@ from zinf_cli.search_path import leave_out_working_directory
 leave_out_working_directory()
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.transport import Pipes
+from zinf_cli.launch.pipes import Pipes
 from zinf_cli.search_path import module_command
 with Lifelines(Pipes()) as lifelines:
     connection = lifelines.connect(this_machine(1))

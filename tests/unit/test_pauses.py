@@ -22,8 +22,9 @@ import pytest
 from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch import process_tree
 from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.pipes import Pipes, _PipeChannel
 from zinf_cli.launch.process_tree import Gauge
-from zinf_cli.launch.transport import Channel, Pipes, _PipeChannel, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
 
 PAUSE_S = 4.0
 """Longer than any limit here."""

@@ -13,7 +13,7 @@ import pytest
 
 from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Connection, Lifelines
-from zinf_cli.launch.transport import Pipes
+from zinf_cli.launch.pipes import Pipes
 
 STANDS_BY = """
 import os, sys

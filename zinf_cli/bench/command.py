@@ -22,11 +22,10 @@ from zinf_cli.bench.fio import beside_fio
 from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
 from zinf_cli.errors import Interrupted, RankError, UsageError
 from zinf_cli.hosts import Host, this_machine
-from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
-from zinf_cli.launch.transport import transport_to
 from zinf_cli.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.screen import Screen
 from zinf_cli.tiers.arena import PAGE

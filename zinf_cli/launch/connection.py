@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import signal
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from zinf_cli.errors import HostError, ZinfError
 from zinf_cli.hosts import Host
 from zinf_cli.launch.patience import Patience
+from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.transport import Channel, Transport
 
 _HEARTBEAT_S = 1.0
@@ -29,6 +31,15 @@ _MOST_AT_ONCE = 32
 """Hosts that are being connected to, or asked something, at the same time."""
 
 T = TypeVar("T")
+
+
+def transport_to(hosts: Sequence[Host]) -> Transport:
+    """SSH to the hosts of a hostfile, pipes where there are none."""
+    if not hosts:
+        return Pipes()
+    from zinf_cli.launch.ssh import Ssh  # a local run needs no SSH library
+
+    return Ssh(sys.executable)
 
 
 class Connection:

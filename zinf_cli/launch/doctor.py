@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from zinf_cli.hosts import Host, this_machine
-from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.screens import preflight_screen
-from zinf_cli.launch.transport import transport_to
 
 
 def doctor(hosts: Sequence[Host], *, as_json: bool, console: Console) -> None:

@@ -17,10 +17,9 @@ from rich.console import Console
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.hardware import accelerators_here
 from zinf_cli.hosts import Host, this_machine
-from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.description import describe, question
 from zinf_cli.launch.estimate import Flags, save_timeline
-from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.predict import predict, profile_here

@@ -22,7 +22,7 @@ from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
 from zinf_cli.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.hosts import Host, this_machine
-from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.description import ReportedError, describe, overheard, question
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import RankLogs
@@ -31,7 +31,6 @@ from zinf_cli.launch.run_folder import locked, run_folder
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
-from zinf_cli.launch.transport import transport_to
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here

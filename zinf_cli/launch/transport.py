@@ -1,17 +1,11 @@
 """The seam between the launcher and a host: how its supervisor is started, and how bytes go to and fro.
 
-A Transport opens a Channel to a host; there is one for this machine (a pair of pipes) and one for any other (ssh.py).
+A Transport opens a Channel to a host; there is one for this machine (pipes.py) and one for any other (ssh.py).
 Everything above knows neither.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from contextlib import suppress
 from importlib import resources
 from typing import Protocol
 
@@ -54,67 +48,6 @@ class Transport(Protocol):
 
     def open(self, host: Host, launch_id: str) -> Channel:
         """Start the supervisor of `host`; HostError says why that can't be."""
-
-
-def transport_to(hosts: Sequence[Host]) -> Transport:
-    """SSH to the hosts of a hostfile, pipes where there are none."""
-    if not hosts:
-        return Pipes()
-    from zinf_cli.launch.ssh import Ssh  # a local run needs no SSH library
-
-    return Ssh(sys.executable)
-
-
-class Pipes:
-    """To a supervisor on this machine."""
-
-    def open(self, host: Host, launch_id: str) -> Channel:
-        program = supervisor_program(launch_id, _PipeChannel.silence_s)
-        channel = _PipeChannel(supervisor_command(sys.executable, program))
-        channel.send(program)
-        return channel
-
-
-class _PipeChannel:
-    silence_s = math.inf
-
-    def __init__(self, command: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout
-
-    def send(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            if self._in.closed:
-                raise BrokenPipeError("given up")
-            left = left[os.write(self._in.fileno(), left) :]
-
-    def receive(self) -> bytes:
-        data = os.read(self._out.fileno(), 1 << 16)
-        if not data:
-            self._out.close()
-        return data
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._in.close()
-        self._process.wait()
-
-    def abort(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._in.close()
-
-    def last_words(self) -> str:
-        return ""  # its stderr is the launcher's
 
 
 def supervisor_command(python: str, program: bytes) -> list[str]:

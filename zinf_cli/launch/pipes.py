@@ -1,0 +1,65 @@
+"""Channels to a supervisor on this machine: a pair of pipes."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from zinf_cli.hosts import Host
+from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
+
+
+class Pipes:
+    """To a supervisor on this machine."""
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        program = supervisor_program(launch_id, _PipeChannel.silence_s)
+        channel = _PipeChannel(supervisor_command(sys.executable, program))
+        channel.send(program)
+        return channel
+
+
+class _PipeChannel:
+    silence_s = math.inf
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+
+    def send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            if self._in.closed:
+                raise BrokenPipeError("given up")
+            left = left[os.write(self._in.fileno(), left) :]
+
+    def receive(self) -> bytes:
+        data = os.read(self._out.fileno(), 1 << 16)
+        if not data:
+            self._out.close()
+        return data
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._in.close()
+        self._process.wait()
+
+    def abort(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._in.close()
+
+    def last_words(self) -> str:
+        return ""  # its stderr is the launcher's
