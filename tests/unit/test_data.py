@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,19 @@ def test_a_changed_text_is_tokenised_again(tokenizer: Path, tmp_path: Path) -> N
     assert len(open_token_stream(source, tmp_path / "cache")) == 3
     path.write_text("one two three")
     assert len(open_token_stream(source, tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "transformers", "jinja2"])
+def test_another_version_of_a_library_cuts_its_own_tokens(
+    library: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    source, cache = TextSource((tmp_path / "a.txt",), tokenizer=tokenizer), tmp_path / "cache"
+    version = metadata.version
+    open_token_stream(source, cache)
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0" if name == library else version(name))
+    open_token_stream(source, cache)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
 
 
 def _cut(path: Path) -> None:

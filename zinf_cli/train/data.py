@@ -69,7 +69,7 @@ def open_token_stream(
 
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
-    """What decides the tokens: the files as they are now, the fields, the tokenizer's files."""
+    """What decides the tokens: the files as they are now, the fields, the tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":

@@ -27,6 +27,8 @@ TOKENIZER_FILES = (
     "word_shape.json", "word_pronunciation.json",
 )  # fmt: skip
 """What tokenizers of transformers read; a test compares."""
+TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "jinja2")
+"""What reads them: another version may cut other tokens from the same text."""
 
 
 class Tokenizer:
@@ -56,15 +58,16 @@ class Tokenizer:
 
     @staticmethod
     def fingerprint(directory: Path) -> list[str]:
-        """Hashes of the files that decide its tokens."""
+        """What decides its tokens: hashes of the files, versions of the libraries."""
         try:
-            return [
+            files = [
                 f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
                 for name in TOKENIZER_FILES
                 if (directory / name).is_file()
             ]
         except OSError as error:
             raise DatasetError(f"can't read the tokenizer: {error.strerror}", where=str(error.filename)) from error
+        return files + [f"{name} {_version_of(name)}" for name in TOKENIZER_LIBRARIES]
 
     def masking(self, vocabulary: int, seed: int) -> Masking:
         """How a masked language model's text is masked: by the tokenizer's mask token and special tokens."""
@@ -147,6 +150,14 @@ class Tokenizer:
             return self._tokenizer(**{name: text, "add_special_tokens": False, "verbose": False, **options})
         except Exception as error:  # foreign code
             raise DatasetError(f"the tokenizer fails: {_first_line(error)}", where=document.where) from error
+
+
+def _version_of(library: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _first_line(error: Exception) -> str:
