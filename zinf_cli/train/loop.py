@@ -38,6 +38,7 @@ from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.schedule import learning_rate
+from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import (
     Text,
     model_loss,
@@ -317,7 +318,7 @@ class Run:
         return [self.text.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
 
     def _work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
-        seed = hash((self.recipe.seed, step, batch.index)) & 0x7FFF_FFFF_FFFF_FFFF
+        seed = derived_seed(self.recipe.seed, step, batch.index)
         given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
         return MicroBatch(partial(model_loss, self.model, *(tensor.to(self.device) for tensor in given)), weight, seed)
 

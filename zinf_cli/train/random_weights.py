@@ -13,7 +13,6 @@ drawing costs nothing and moves no generator.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zinf_cli.train.model import parameters_as_built, skeleton
+from zinf_cli.train.seeds import derived_seed
 
 
 class RandomWeights:
@@ -56,8 +56,7 @@ class RandomWeights:
         return {name: drawn[source] for name, source in sources.items()}
 
     def _draw(self, subtree: str) -> dict[str, torch.Tensor]:
-        digest = hashlib.sha256(f"{self._seed}:{subtree}".encode()).digest()
-        seed = int.from_bytes(digest[:8], "little") >> 1
+        seed = derived_seed(self._seed, subtree)
         above = list(_path(self._skeleton, subtree))
         module, model = above.pop()
         with (
