@@ -6,13 +6,11 @@ agent and the default keys are tried as well. Nothing ever asks for a password o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pwd
 import shlex
 import socket
-from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -193,7 +191,7 @@ def _explained(error: Exception, host: Host, connection: Any) -> HostError:
         known_hosts = _known_hosts_files(connection)[0]
         line = f"{error.name} {error.key.get_name()} {error.key.get_base64()}"
         return HostError(
-            f"its host key {_fingerprint(error.key)} is not known",
+            f"its host key {error.key.get_name()} {error.key.fingerprint} is not known",
             where=where,
             hint=f"if it is the right one, add this line to {known_hosts}: {line}",
         )
@@ -201,8 +199,8 @@ def _explained(error: Exception, host: Host, connection: Any) -> HostError:
         port = next((hop.port for hop in _route(connection) if hop.host == error.hostname), 22)
         name = error.hostname if port == 22 else f"[{error.hostname}]:{port}"
         return HostError(
-            f"its host key has changed: it shows {_fingerprint(error.key)}, known is "
-            f"{_fingerprint(error.expected_key)}",
+            f"its host key has changed: it shows {error.key.get_name()} {error.key.fingerprint}, known is "
+            f"{error.expected_key.get_name()} {error.expected_key.fingerprint}",
             where=where,
             hint=f"another machine may be listening in; if the host was set up anew: ssh-keygen -R '{name}', "
             f"then add this line: {name} {error.key.get_name()} {error.key.get_base64()}",
@@ -225,8 +223,3 @@ def _explained(error: Exception, host: Host, connection: Any) -> HostError:
     if isinstance(error, HostError):
         return error
     return HostError(f"SSH: {error or type(error).__name__}", where=where)
-
-
-def _fingerprint(key: paramiko.PKey) -> str:
-    digest = b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
-    return f"{key.get_name()} SHA256:{digest}"
