@@ -15,6 +15,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+import torch.distributed as dist
+
+from zinf_cli.bench.block import Block, pass_over
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.precision import DTYPES
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.trace import Trace
+
 ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}
 """Tokens of a micro-batch."""
 HIDDEN = {"cpu": 1024, "cuda": 4096}
@@ -34,9 +44,6 @@ ENOUGH_S = 0.3
 
 def measure_alone() -> dict[str, Any]:
     """Of one rank with the machine to itself."""
-    import psutil
-    import torch
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "accelerators": torch.cuda.device_count(),
@@ -55,7 +62,7 @@ def _mean(found: Sequence[Any]) -> Any:
     return statistics.harmonic_mean(found)
 
 
-def _rates(device: Any) -> dict[str, Any]:
+def _rates(device: torch.device) -> dict[str, Any]:
     """A round."""
     kinds = {"matmul": _linear_rate, "block": _rate_of_blocks}
     found: dict[str, Any] = {
@@ -74,12 +81,6 @@ def _rates(device: Any) -> dict[str, Any]:
 
 def measure_together() -> dict[str, Any]:
     """Of all ranks at once."""
-    import torch
-    import torch.distributed as dist
-
-    from zinf_cli.engine.ranks import Ranks
-    from zinf_cli.trace import Trace
-
     cuda = torch.cuda.is_available()
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -104,12 +105,8 @@ def measure_together() -> dict[str, Any]:
     return found
 
 
-def _linear_rate(rows: int, precision: str, device: Any) -> float:
+def _linear_rate(rows: int, precision: str, device: torch.device) -> float:
     """FLOP/s of a linear layer: forward, and the gradients of its input and of its weight."""
-    import torch
-
-    from zinf_cli.train.setup import DTYPES
-
     hidden = HIDDEN[device.type]
     weight = torch.randn(hidden, 4 * hidden, device=device, dtype=DTYPES[precision])
     x = torch.randn(rows, hidden, device=device, dtype=DTYPES[precision])
@@ -123,63 +120,49 @@ def _linear_rate(rows: int, precision: str, device: Any) -> float:
     return 3 * 2 * rows * weight.numel() / _seconds(products, device)
 
 
-def _rate_of_blocks(rows: int, precision: str, device: Any) -> float:
+def _rate_of_blocks(rows: int, precision: str, device: torch.device) -> float:
     """FLOP/s of a transformer block's forward, recomputed forward and backward."""
     return block_rate(_blocks(precision, device), rows, MICRO_BATCHES)
 
 
 @lru_cache(maxsize=1)
-def _blocks(precision: str, device: Any) -> list[Any]:
-    from zinf_cli.bench.block import Block
-    from zinf_cli.train.setup import DTYPES
-
+def _blocks(precision: str, device: torch.device) -> list[Block]:
     kind = device.type
     return [Block(HIDDEN[kind], max(ROWS[kind]), device=device, dtype=DTYPES[precision]) for _ in range(BLOCKS)]
 
 
-def block_rate(blocks: Sequence[Any], rows: int, micro_batches: int) -> float:
+def block_rate(blocks: Sequence[Block], rows: int, micro_batches: int) -> float:
     """FLOP/s of `micro_batches` of `rows` tokens on each of `blocks` in turn, with recomputation."""
-    import torch
-
-    from zinf_cli.bench.block import pass_over
-
     weight = blocks[0].down.weight  # hidden x inner
-    where = {"device": weight.device, "dtype": weight.dtype}
-    batches = [torch.randn(1, rows, len(weight), requires_grad=True, **where) for _ in range(micro_batches)]
+    batches = [
+        torch.randn(1, rows, len(weight), requires_grad=True, device=weight.device, dtype=weight.dtype)
+        for _ in range(micro_batches)
+    ]
     flops: float = 4 * len(blocks) * micro_batches * blocks[0].flops(rows)
     return flops / _seconds(lambda: pass_over(blocks, batches), weight.device)
 
 
 def _adamw_rate() -> float:
     """Parameters per second of the engine's AdamW on all cores of the CPU."""
-    import torch
-
-    from zinf_cli.engine.adamw import AdamW
-
     adamw = AdamW(lr=1e-3, clip=torch.tensor(1.0))
     param, grad, exp_avg, exp_avg_sq = (torch.rand(UPDATE_NUMEL) for _ in range(4))
     return UPDATE_NUMEL / _seconds(lambda: adamw.update(param, grad, exp_avg, exp_avg_sq, 2), torch.device("cpu"))
 
 
-def _copy_rate(device: Any) -> float:
-    import torch
-
+def _copy_rate(device: torch.device) -> float:
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     into = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
 
 
-def _device_bandwidth(device: Any) -> float:
+def _device_bandwidth(device: torch.device) -> float:
     """Read and written bytes per second."""
-    import torch
-
     a, b = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * COPY_BYTES / _seconds(lambda: a.copy_(b), device)
 
 
-def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = None) -> float:
     """What one call takes; `times` fixes the number of calls, which ranks have to agree on."""
-    import torch
 
     def timed(count: int) -> float:
         start = time.perf_counter()
@@ -197,8 +180,6 @@ def _seconds(work: Callable[[], Any], device: Any, times: int | None = None) -> 
 
 def measure(run_dir: Path, part: str) -> int:
     """The life of a rank: measure "alone" or "together", and have rank 0 print what was found."""
-    import torch
-
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     found = measure_alone() if part == "alone" else measure_together()
     if os.environ["RANK"] == "0":

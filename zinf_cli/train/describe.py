@@ -13,6 +13,7 @@ from torch import nn
 
 from zinf_cli.bench.block import Block
 from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
+from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
@@ -22,7 +23,6 @@ from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
-    DTYPES,
     model_source,
     open_model,
     open_text,

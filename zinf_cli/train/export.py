@@ -22,6 +22,7 @@ from zinf_cli.checkpoint.folder import find_checkpoint
 from zinf_cli.checkpoint.manifest import MANIFEST
 from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.durable import PARTIAL, publish
+from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import TierError, UsageError
 from zinf_cli.tiers.nvme import as_memory
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -29,7 +30,6 @@ from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.model_files import CONFIG
 from zinf_cli.train.weights import tied_names
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SHARD = 5 * 10**9
 """Bytes of a shard, unless a single tensor has more."""
 _NAMES = {

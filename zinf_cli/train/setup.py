@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.engine.unsurveyed import guessed
 from zinf_cli.errors import DatasetError
@@ -23,8 +24,6 @@ from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import split_held_out
 from zinf_cli.train.tokens import Tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
