@@ -23,9 +23,8 @@ from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import PreflightError
+from zinf_cli.model_state import PAGE
 
-ALIGNMENT = 4096
-"""Of every transfer, in the file and in memory."""
 GROWTH = 4 * 2**20
 """Of state on drives, where it takes more than was reserved for it."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -89,7 +88,7 @@ def set_direct(descriptor: int) -> bool:
         return (
             False  # the file system below is tmpfs, which accepts O_DIRECT since then, or one of those that do not say
         )
-    if alignment is not None and not 0 < alignment <= ALIGNMENT:
+    if alignment is not None and not 0 < alignment <= PAGE:
         return False
     buffered = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
     try:
@@ -136,8 +135,8 @@ def _create(folder: Path) -> int:
 
 
 def _write(descriptor: int) -> None:
-    """Write the first ALIGNMENT bytes as they are: unlike a read of what was never written, this is checked."""
-    with mmap.mmap(-1, ALIGNMENT) as page, memoryview(page) as memory:
+    """Write the first page as they are: unlike a read of what was never written, this is checked."""
+    with mmap.mmap(-1, PAGE) as page, memoryview(page) as memory:
         try:
             os.preadv(descriptor, [memory], 0)
             os.pwritev(descriptor, [memory], 0)

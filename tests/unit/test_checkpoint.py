@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from plain import LR, batches, engine_losses, every_other_unit_cached, everything_on, open_engine
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
-from zinf_cli.checkpoint.manifest import MANIFEST, PAGE, Manifest
+from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
+from zinf_cli.model_state import PAGE
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.setup import model_loss

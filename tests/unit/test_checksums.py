@@ -15,7 +15,8 @@ from plain import engine_losses, everything_on, open_engine
 from tiny_models import random_source
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.errors import TierError
-from zinf_cli.tiers.arena import PAGE, Arena
+from zinf_cli.model_state import PAGE
+from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.checksums import Checksums
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
 from zinf_cli.trace import Trace

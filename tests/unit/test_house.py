@@ -17,6 +17,7 @@ FLOORS = (
         "command_line",
         "durable",
         "file_names",
+        "model_state",
         "screen",
         "search_path",
         "trace",

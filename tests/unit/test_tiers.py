@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import CapacityError, PreflightError, TierError
-from zinf_cli.tiers.arena import PAGE, Arena, Buffer
+from zinf_cli.model_state import PAGE
+from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
 from zinf_cli.tiers.tier import Extent, Tier

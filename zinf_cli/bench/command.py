@@ -26,9 +26,9 @@ from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.screens import preflight_screen
+from zinf_cli.model_state import PAGE
 from zinf_cli.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.screen import Screen
-from zinf_cli.tiers.arena import PAGE
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _size(flag: str, text: str) -> int:
     except ValueError as error:
         raise UsageError(f"{flag}: {error}") from error
     if size < PAGE or size % PAGE:
-        raise UsageError(f"{flag}: expected a multiple of 4096 bytes, got {text}")
+        raise UsageError(f"{flag}: expected a multiple of {PAGE} bytes, got {text}")
     return size
 
 

@@ -28,7 +28,8 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.drive_files import open_nameless
 from zinf_cli.errors import CapacityError, PreflightError, TierError, UsageError
 from zinf_cli.hardware import drive_space, room_of
-from zinf_cli.tiers.arena import PAGE, Arena
+from zinf_cli.model_state import PAGE
+from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import as_memory
 
 BLOCK_SIZES = (2**20, 4 * 2**20, 8 * 2**20)

@@ -31,10 +31,9 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint.reading import read_whole
 from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
+from zinf_cli.model_state import ITEM_BYTES, PIECE, round_up
 
 VERSION = 1
-PAGE = 4096
-PIECE = 4 * 2**20
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder in a model's, as transformers has it."""
@@ -43,7 +42,6 @@ UNFINISHED = "manifest.json.partial"
 FIELDS = ("param", "exp_avg", "exp_avg_sq")
 """Of a trainable flat, fp32; "param" is the master where the compute is 16-bit."""
 FROZEN = "frozen"
-_ITEMSIZE = {"F32": 4, "BF16": 2, "F16": 2}
 _HEAD, _DIGITS = b'{"xxh3": "', 16
 
 
@@ -99,7 +97,7 @@ class Region:
 
     @property
     def num_bytes(self) -> int:
-        return self.numel * _ITEMSIZE[self.dtype]
+        return self.numel * ITEM_BYTES[self.dtype]
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -135,7 +133,7 @@ class Layout:
             offsets = [region.start, region.start + region.num_bytes]
             entries[region.name] = {"dtype": region.dtype, "shape": [region.numel], "data_offsets": offsets}
         text = json.dumps(entries, separators=(",", ":")).encode()
-        size = -(-(8 + len(text)) // PAGE) * PAGE - 8
+        size = round_up(8 + len(text)) - 8
         return size.to_bytes(8, "little") + text.ljust(size)
 
     @property

@@ -10,10 +10,10 @@ import torch
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, ModelError
-from zinf_cli.tiers.arena import Arena, Buffer, round_up
+from zinf_cli.model_state import PAGE, round_up
+from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
-PAGE = 4096
 SMALL = PAGE // 2
 """Bytes below which a tensor is kept: its page on the tier would be larger than it is."""
 
@@ -84,7 +84,7 @@ class Activations:
         """Several tensors in one transfer; they are at home on the tier from now on."""
         starts = [0]
         for tensor in tensors:
-            starts.append(starts[-1] + round_up(tensor.numel() * tensor.element_size(), PAGE))
+            starts.append(starts[-1] + round_up(tensor.numel() * tensor.element_size()))
         buffer = self.take(starts[-1])
         for tensor, start in zip(tensors, starts, strict=False):
             _part(buffer.data, start, tensor.shape, tensor.dtype).copy_(tensor)

@@ -20,7 +20,7 @@ from zinf_cli.tiers.tier import Extent
 
 class StateSink(Protocol):
     """Where the state after one step goes: a region for each field of each flat, which is written once, from its start
-    on in pieces of PIECE bytes (state.py), and may be read from then on."""
+    on in pieces of PIECE bytes, and may be read from then on."""
 
     def region(self, unit: str, flat: int, field: str) -> Extent:
         """Of the flat by its place in the unit, and the field by its name in a checkpoint."""

@@ -36,6 +36,7 @@ from zinf_cli.engine.sweep import Disagreement, Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Memory, Visit
 from zinf_cli.errors import ZinfError
+from zinf_cli.model_state import CHUNK_NUMEL
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
@@ -72,8 +73,8 @@ class EngineOptions:
     """Compare what drives give with what was written to them."""
     slot_bytes: int = 0
     resident_bytes: int = 0
-    chunk_numel: int = 1 << 20
-    """Elements of an update's chunk: what makes a PIECE of state (state.py), or no fewer than the widest slice has."""
+    chunk_numel: int = CHUNK_NUMEL
+    """Elements of an update's chunk: CHUNK_NUMEL, which is a piece of state, or no fewer than the widest slice has."""
     num_chunks: int = 8
     staging_bytes: int = 0
     """Memory through which activations go to another tier than the compute device's."""

@@ -17,11 +17,10 @@ from zinf_cli.engine.capture import FROZEN, stored_fields
 from zinf_cli.engine.store import Flat, Unit, overlap
 from zinf_cli.engine.units import FlatLayout
 from zinf_cli.engine.visit import Memory
+from zinf_cli.model_state import PIECE
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 
-PIECE = 4 * 2**20
-"""Bytes that are moved at once."""
 AHEAD = 8
 """Pieces under way at once, where there is room for them."""
 

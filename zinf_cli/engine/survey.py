@@ -23,7 +23,7 @@ from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.engine.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
-from zinf_cli.tiers.arena import PAGE, round_up
+from zinf_cli.model_state import round_up
 
 
 @dataclass
@@ -153,7 +153,7 @@ class _Watch(TorchFunctionMode):
             leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
             inputs = {id(t): t for t in leaves if t.requires_grad}.values()
             self._seen.update(storage_of(t) for t in leaves if not t.requires_grad)
-            sizes = {id(t): round_up(t.numel() * t.element_size(), PAGE) for t in inputs}
+            sizes = {id(t): round_up(t.numel() * t.element_size()) for t in inputs}
             use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
             use.call_bytes = max(use.call_bytes, sum(sizes.values()))
             self.order.append(number)
@@ -205,7 +205,7 @@ class _Watch(TorchFunctionMode):
         self._seen.add(storage)
         num_bytes = tensor.untyped_storage().nbytes()
         if self._active:
-            self.uses[self._active[-1]].saved_bytes += round_up(num_bytes, PAGE) if num_bytes >= SMALL else 0
+            self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
         else:
             self.tail_bytes += num_bytes
         return tensor

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zinf_cli.model_state import ITEM_BYTES, PAGE
+
 ALIGN = 128
-SLICE_MULTIPLE = 2048
+SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
 RESIDENT = "resident"
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
-from zinf_cli.tiers.arena import PAGE, round_up
+from zinf_cli.model_state import round_up
 
 PER_PRODUCT = 4
 """Tensors as large as a product's result that autograd saves: what activations, gates and scans make of it."""
@@ -29,7 +29,7 @@ def guessed(
     tokens = sequences * seq_len
     hidden = getattr(text, "hidden_size", 0) or _widest(units)
     heads = getattr(text, "num_attention_heads", 0) or 0
-    state = round_up(tokens * hidden * 4, PAGE)
+    state = round_up(tokens * hidden * 4)
     scores = SCORES * sequences * heads * seq_len * seq_len * 4
     uses = {}
     for number, unit in enumerate(units):

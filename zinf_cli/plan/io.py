@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zinf_cli.model_state import PIECE
 from zinf_cli.profiles import Drives
-
-LARGEST_BLOCK = 4 * 2**20
-"""A stripe of the NVMe tier: no transfer is larger."""
 
 
 @dataclass(frozen=True)
 class Io:
-    """Threads of one rank for each folder, and bytes of one transfer."""
+    """Threads of one rank for each folder, and bytes of one transfer: a piece at most."""
 
     readers: int = 2
     writers: int = 2
-    block_bytes: int = LARGEST_BLOCK
+    block_bytes: int = PIECE
 
 
 def choose_io(drives: Drives, folders: int, ranks: int, cores: int) -> Io:
@@ -32,5 +30,5 @@ def choose_io(drives: Drives, folders: int, ranks: int, cores: int) -> Io:
         each = max(2, -(-under_way // max(1, folders * ranks)))
         return min(each, max(2, cores)) if cores else each
 
-    block = 2 ** (min(drives.block_bytes, LARGEST_BLOCK).bit_length() - 1)
+    block = 2 ** (min(drives.block_bytes, PIECE).bit_length() - 1)
     return Io(threads(drives.reads), threads(drives.writes), block)

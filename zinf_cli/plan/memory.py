@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from zinf_cli.model_state import CHUNK_NUMEL, PAGE, round_up
 from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
-PAGE = 4096
 CHURN_BYTES = 50 * MIB
 """What malloc and the libraries of matrix multiplication hold beside what is in use, as temporaries of many sizes come
 and go."""
@@ -27,7 +27,6 @@ TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
 STATES = ("params", "grads", "optimizer")
 CLASSES = (*STATES, "activations")
-CHUNK_NUMEL = 1 << 20
 GOLDEN = 0.618034
 """Multiples of the golden ratio, modulo 1, are spread evenly however many there are."""
 DEPTH = 2
@@ -104,10 +103,6 @@ class Choice:
     def in_place(self, state: str) -> bool:
         tier = self.placement[state]
         return tier in (self.compute_tier, "device") or (tier == "cpu" and self.compute_tier == "cpu")
-
-
-def round_up(amount: int, multiple: int = PAGE) -> int:
-    return -(-amount // multiple) * multiple
 
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:

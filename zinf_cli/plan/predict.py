@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH
+from zinf_cli.model_state import CHUNK_NUMEL
 from zinf_cli.plan.layout import Figures, ModelFigures
-from zinf_cli.plan.memory import CHUNK_NUMEL, Choice, activation_bytes
+from zinf_cli.plan.memory import Choice, activation_bytes
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate

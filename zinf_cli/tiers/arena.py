@@ -16,13 +16,9 @@ from bisect import bisect_left, insort
 
 import torch
 
-PAGE = 4096
+from zinf_cli.model_state import round_up
+
 HUGE_PAGE = 2**21
-
-
-def round_up(amount: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `amount`."""
-    return -(-amount // multiple) * multiple
 
 
 class Buffer:
@@ -41,7 +37,7 @@ class Buffer:
 
     def free(self) -> None:
         """Give the range back; the tensor must not be used afterwards."""
-        self._arena.give_back(self._offset, round_up(self.data.numel(), PAGE))
+        self._arena.give_back(self._offset, round_up(self.data.numel()))
 
     def split(self, first_bytes: int) -> tuple[Buffer, Buffer]:
         """Two buffers in place of this one, each freed by itself; `first_bytes` is a multiple of PAGE."""
@@ -59,7 +55,7 @@ class Arena:
     """
 
     def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
-        self.capacity = round_up(max(1, capacity), PAGE)
+        self.capacity = round_up(max(1, capacity))
         self.device = device
         self.used = 0
         self.peak = 0
@@ -78,7 +74,7 @@ class Arena:
 
     def allocate(self, num_bytes: int) -> Buffer | None:
         """A buffer of `num_bytes`, or None when no hole is large enough now."""
-        size = round_up(num_bytes, PAGE)
+        size = round_up(num_bytes)
         for index, (offset, hole) in enumerate(self._holes):
             if hole >= size:
                 if hole == size:

@@ -4,7 +4,7 @@ A drive, its link or its memory may flip a bit and say nothing, and training goe
 a block keeps its xxh3 in memory, and the thread that reads compares, before anybody computes with the bytes.
 
 What is read need not be cut as it was written: parameters are written by the chunk and read whole, gradients the other
-way round. Checksums are of spans that end at every multiple of SPAN in an extent, where chunks end, too. A span that
+way round. Checksums are of spans that end at every multiple of PIECE in an extent, where chunks end, too. A span that
 lies whole in what a thread reads is compared; one of which a part is read is not, and the engine reads no such part.
 """
 
@@ -13,9 +13,7 @@ from __future__ import annotations
 import threading
 
 from zinf_cli.checksum import checksum
-
-SPAN = 4 * 2**20
-"""Bytes of an extent that have one checksum, at most."""
+from zinf_cli.model_state import PIECE
 
 
 class Checksums:
@@ -34,8 +32,8 @@ class Checksums:
         """
         end = begin + len(content)
         spans = []
-        for first in (begin, *range(begin // SPAN * SPAN + SPAN, end, SPAN)):
-            last = min(first // SPAN * SPAN + SPAN, end)
+        for first in (begin, *range(begin // PIECE * PIECE + PIECE, end, PIECE)):
+            last = min(first // PIECE * PIECE + PIECE, end)
             spans.append((first, last, checksum(content[first - begin : last - begin])))
             self._replace(*spans[-1])
         return spans

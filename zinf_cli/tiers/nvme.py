@@ -28,12 +28,13 @@ import torch
 from zinf_cli.amounts import format_bytes
 from zinf_cli.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left
 from zinf_cli.errors import CapacityError, TierError
-from zinf_cli.tiers.arena import PAGE, round_up
+from zinf_cli.model_state import PIECE, round_up
 from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
-STRIPE = 4 * 2**20
+STRIPE = PIECE
+"""Bytes; so that a piece that is written at once lies on one drive."""
 
 
 def as_memory(data: torch.Tensor) -> memoryview:
@@ -172,7 +173,7 @@ class NvmeTier:
             ) from error
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
-        size = round_up(num_bytes, PAGE)
+        size = round_up(num_bytes)
         if self._freed[size]:
             start = self._freed[size].pop()
         else:

@@ -26,7 +26,7 @@ class Transfer(Protocol):
 
 @dataclass
 class Extent:
-    """A range of `num_bytes` (a multiple of 4096) that a tier keeps."""
+    """A range of `num_bytes` (whole pages) that a tier keeps."""
 
     tier: Tier
     num_bytes: int

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from zinf_cli.checkpoint.manifest import BUFFERS, FROZEN, PIECE, Manifest, Region, StoredFlat, StoredParam, rank_file
+from zinf_cli.checkpoint.manifest import BUFFERS, FROZEN, Manifest, Region, StoredFlat, StoredParam, rank_file
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
+from zinf_cli.model_state import PIECE
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
