@@ -18,7 +18,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.hosts import this_machine
-from zinf_cli.plan.memory import STATES
+from zinf_cli.model_state import STATES
 from zinf_cli.plan.plan import Plan
 from zinf_cli.screen import outside
 

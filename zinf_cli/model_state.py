@@ -1,6 +1,14 @@
-"""What the state of a model is made of, said once and without torch; plan, checkpoint, engine and tiers read it."""
+"""What the state of a model is made of, said once and without torch; plan, checkpoint, engine and tiers read it.
+
+A parameter that is trained has a gradient, the fields of its optimizer and, where it is 16-bit, an fp32 master that the
+optimizer works on. Another optimizer is another `OptimizerState` here, and a kernel in the engine (engine/kernel.py).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 PAGE = 4096
 """Bytes. Buffers, extents and regions of files begin at a multiple, as direct I/O asks."""
@@ -8,10 +16,90 @@ PIECE = 4 * 2**20
 """Bytes of a field that are moved at once, and that have one checksum. The cuts are at multiples from its start."""
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element, by dtype as safetensors writes it."""
-CHUNK_NUMEL = PIECE // ITEM_BYTES["F32"]
-"""Elements of an update's chunk, a piece of each fp32 field."""
+FP32_BYTES = ITEM_BYTES["F32"]
+CHUNK_NUMEL = PIECE // FP32_BYTES
+"""Elements of an update's chunk: a piece of each fp32 field."""
+
+Grain = Literal["element", "parameter"]
+STATES = ("params", "grads", "optimizer")
+"""The classes of state; each has a tier."""
 
 
 def round_up(amount: int, multiple: int = PAGE) -> int:
     """The smallest multiple of `multiple` that is at least `amount`."""
     return -(-amount // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Field:
+    """A part of a parameter's state: one value for each of its elements, in a flat beside the parameter's own."""
+
+    name: str
+    stored: str | None = None
+    """What a checkpoint calls it; None: it is no state between two steps."""
+    state: str = "optimizer"
+    """Its class, one of STATES."""
+    dtype: str | None = "F32"
+    """None: the parameter's own."""
+    shape: Literal["parameter"] = "parameter"
+    """The parameter's own is the only one so far."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a field with a dtype of its own."""
+        assert self.dtype is not None
+        return ITEM_BYTES[self.dtype]
+
+
+PARAM = Field("params", "param", "params", dtype=None)
+FROZEN = Field("params", "frozen", "params", dtype=None)
+"""A parameter that is not trained."""
+MASTER = Field("master", "param")
+"""Of a 16-bit parameter that is trained; a checkpoint has it in place of the parameter, its rounding."""
+GRAD = Field("grad", state="grads")
+VALUES = (PARAM.stored, FROZEN.stored)
+"""Names in a checkpoint under which the parameter itself is stored."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an optimizer keeps of a parameter; before the first update it is zero."""
+
+    name: str
+    fields: tuple[Field, ...]
+    grain: Grain = "element"
+    """What an update needs at once: any element by itself, or a whole parameter."""
+
+    def beside(self, *, narrow: bool) -> tuple[Field, ...]:
+        """The fields of the class "optimizer"; `narrow`: of a 16-bit parameter."""
+        return (*self.fields, MASTER) if narrow else self.fields
+
+    def stored(self, *, narrow: bool) -> tuple[Field, ...]:
+        """The fields of a checkpoint, in its order."""
+        return (MASTER if narrow else PARAM, *self.fields)
+
+    def bytes_per_param(self, *, narrow: bool) -> int:
+        """Of the class "optimizer"."""
+        return sum(field.item_bytes for field in self.beside(narrow=narrow))
+
+    def num_bytes(self, trainable: int, narrow: int) -> int:
+        """Of the class "optimizer", for `trainable` parameters, `narrow` of which are 16-bit."""
+        return trainable * self.bytes_per_param(narrow=False) + narrow * MASTER.item_bytes
+
+    @property
+    def stored_bytes_per_param(self) -> int:
+        """In a checkpoint."""
+        return sum(field.item_bytes for field in self.stored(narrow=True))
+
+    @property
+    def moved_bytes_per_param(self) -> int:
+        """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out."""
+        return GRAD.item_bytes + 2 * self.bytes_per_param(narrow=True)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> OptimizerState:
+        """From `dataclasses.asdict`, by way of JSON."""
+        return cls(**{**document, "fields": tuple(Field(**field) for field in document["fields"])})
+
+
+ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq", "exp_avg_sq")))

@@ -12,8 +12,9 @@ from zinf_cli.recipe import Recipe
 
 
 def checkpoint_bytes(figures: Figures) -> int:
-    """One checkpoint, all ranks: fp32 {parameter, exp_avg, exp_avg_sq} of what is trained, the rest as it computes."""
-    return sum(unit.trainable_numel * 12 + unit.frozen_bytes for unit in figures.model.units)
+    """One checkpoint, all ranks: all that it stores of what is trained, and the rest as the model computes with it."""
+    stored = figures.optimizer.stored_bytes_per_param
+    return sum(unit.trainable_numel * stored + unit.frozen_bytes for unit in figures.model.units)
 
 
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:

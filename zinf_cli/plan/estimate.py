@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.model_state import GRAD
 from zinf_cli.plan.classic import classic_steps
 from zinf_cli.plan.needs import STRATEGIES, Needs, Question, capacity, class_bytes, needs_of
 from zinf_cli.plan.placement import TIERS
-from zinf_cli.plan.schedule import GRAD_BYTES, Step, UnitLoad, sweep_steps
+from zinf_cli.plan.schedule import Step, UnitLoad, sweep_steps
 from zinf_cli.plan.simulate import RESOURCES, Cluster, Simulation, play, rates_of
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, SHAPES, Transformer, efficiency, shape_of
 
@@ -50,7 +51,7 @@ class Estimate:
     @property
     def block_bytes(self) -> float:
         """A block's parameters and gradient, which a rank holds while it computes it whole, as the engine does."""
-        return self.question.model.block_params * (BYTES_PER_PARAM["params"] + GRAD_BYTES)
+        return self.question.model.block_params * (BYTES_PER_PARAM["params"] + GRAD.item_bytes)
 
     @property
     def block_fits(self) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.plan.memory import STATES, block_bytes, state_bytes
+from zinf_cli.model_state import STATES
+from zinf_cli.plan.memory import block_bytes, state_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import cluster_of

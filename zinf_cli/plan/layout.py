@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zinf_cli.model_state import ADAMW, OptimizerState
+
 
 @dataclass(frozen=True)
 class UnitFigures:
@@ -39,11 +41,6 @@ class UnitFigures:
     @property
     def param_bytes(self) -> int:
         return self.trainable_bytes + self.frozen_bytes
-
-    @property
-    def optimizer_bytes(self) -> int:
-        """{exp_avg, exp_avg_sq} and the masters, fp32."""
-        return (2 * self.trainable_numel + self.master_numel) * 4
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ class Figures:
     ranks_per_host: int
     """Of the host with most."""
     precision: str
+    optimizer: OptimizerState = ADAMW
 
     @classmethod
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
@@ -128,6 +126,7 @@ class Figures:
             document["world_size"],
             document["ranks_per_host"],
             document["precision"],
+            OptimizerState.from_json(document["optimizer"]),
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zinf_cli.model_state import CHUNK_NUMEL, PAGE, round_up
+from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, MASTER, PAGE, PARAM, STATES, round_up
 from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
@@ -25,7 +25,6 @@ KEPT_MORE = 1.2
 """Activations that are kept in memory are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
-STATES = ("params", "grads", "optimizer")
 CLASSES = (*STATES, "activations")
 GOLDEN = 0.618034
 """Multiples of the golden ratio, modulo 1, are spread evenly however many there are."""
@@ -47,14 +46,18 @@ class Working:
 
     @property
     def total(self) -> int:
-        return self.slot_bytes + self.resident_bytes + self.num_chunks * self.chunk_numel * 4 + self.staging_bytes
+        return self.slot_bytes + self.resident_bytes + self.num_chunks * self.chunk_bytes + self.staging_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of one chunk buffer, which holds a chunk of any field."""
+        return self.chunk_numel * FP32_BYTES
 
     def shrunk(self, num_bytes: int) -> Working:
         """The same with up to `num_bytes` less of read-ahead, never below what a run needs."""
-        chunk_bytes = self.chunk_numel * 4
         least_chunks = min(self.num_chunks, 8)
-        fewer = min(max(0, -(-num_bytes // chunk_bytes)), self.num_chunks - least_chunks)
-        num_bytes -= fewer * chunk_bytes
+        fewer = min(max(0, -(-num_bytes // self.chunk_bytes)), self.num_chunks - least_chunks)
+        num_bytes -= fewer * self.chunk_bytes
         staging = max(self.least_staging_bytes, self.staging_bytes - max(0, num_bytes))
         num_bytes -= self.staging_bytes - staging
         slots = max(self.least_slot_bytes, self.slot_bytes - max(0, num_bytes))
@@ -129,10 +132,12 @@ def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 
 def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
     """Of `units`, on one rank."""
+    optimizer = figures.optimizer
     return {
         "params": sum(unit.param_bytes for unit in units) // figures.world_size,
-        "grads": sum(unit.trainable_numel for unit in units) // figures.world_size * 4,
-        "optimizer": sum(unit.optimizer_bytes for unit in units) // figures.world_size,
+        "grads": sum(unit.trainable_numel for unit in units) // figures.world_size * GRAD.item_bytes,
+        "optimizer": sum(optimizer.num_bytes(unit.trainable_numel, unit.master_numel) for unit in units)
+        // figures.world_size,
     }
 
 
@@ -197,9 +202,9 @@ def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int
     size = 0 if alone and choice.in_place("params") else unit.param_bytes
     again = sweeps > 1 or unit.calls > 1
     if not (alone and choice.in_place("grads")) or again:
-        size += unit.trainable_numel * 4
+        size += unit.trainable_numel * GRAD.item_bytes
     if again and not choice.in_place("grads"):
-        size += unit.trainable_numel // figures.world_size * 4
+        size += unit.trainable_numel // figures.world_size * GRAD.item_bytes
     return round_up(size)
 
 
@@ -210,7 +215,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
     chunk_numel = max(2048, min(CHUNK_NUMEL, widest))
-    away = {"grads": 1, "optimizer": 2 if figures.precision == "fp32" else 3}
+    narrow = figures.precision != "fp32"
+    away = {"grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
     if choice.update == "eager":  # with the gradient as compute left it
         del away["grads"]
     fields = sum(count for state, count in away.items() if not choice.in_place(state))
@@ -221,8 +227,9 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
             for number, unit in enumerate(units)
         )
     # loading writes one slice of one flat through the slots
-    loaded = ("params",) if figures.precision == "fp32" else ("params", "optimizer")
-    load = 0 if all(map(choice.in_place, loaded)) else max(unit.numel * 4 // figures.world_size for unit in units)
+    loaded = (PARAM, MASTER) if narrow else (PARAM,)
+    away_from_compute = not all(choice.in_place(field.state) for field in loaded)
+    load = max(unit.numel * FP32_BYTES // figures.world_size for unit in units) if away_from_compute else 0
     least = max(largest + typical, round_up(load))
     return Working(
         slot_bytes=max(least, largest + DEPTH * typical),
@@ -237,14 +244,14 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 
 def compute_bytes(figures: Figures, choice: Choice) -> int:
     """What the compute itself needs at its peak, on the compute device: one unit of one micro-batch, and the glue."""
-    model = figures.model
+    model, grad = figures.model, GRAD.item_bytes
     inside = max(
-        (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + 4 * u.largest_param_numel for u in model.units),
+        (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + grad * u.largest_param_numel for u in model.units),
         default=0,
     )
     last = None if model.turn is None else model.units[model.turn]
     turn = 0
     if last is not None:
-        turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + 4 * last.largest_param_numel
+        turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + grad * last.largest_param_numel
     between = model.glue_bytes + max((unit.call_bytes for unit in model.units), default=0)
     return int(max(inside, turn) * TEMPORARIES_MORE) + between * choice.per_sweep

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH
-from zinf_cli.model_state import CHUNK_NUMEL
+from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import Choice, activation_bytes
 from zinf_cli.plan.plan import Plan
@@ -77,7 +77,8 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
     accelerator = bool(figures.machine.accelerators)
     choice = plan.choice
     blocks = sorted(unit.numel for unit in figures.model.units if unit.calls and not unit.resident)
-    typical = max(1, blocks[len(blocks) // 2] * 8) if blocks else 1  # parameters and gradient
+    both = FP32_BYTES + GRAD.item_bytes  # of a parameter with its gradient
+    typical = max(1, blocks[len(blocks) // 2] * both) if blocks else 1
     fields = max(1, working.num_chunks // 8)
     placement = dict(plan.placement)
     if not accelerator:
@@ -89,7 +90,8 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         plan.world_size,
         placement,
         accelerator,
-        param_bytes=4 if plan.precision == "fp32" else 2,
+        param_bytes=FP32_BYTES if plan.precision == "fp32" else ITEM_BYTES["BF16"],
+        optimizer=figures.optimizer,
         update=plan.update,
         depth=max(2, min(8, working.slot_bytes // typical)),
         chunk_params=working.num_chunks * working.chunk_numel / fields or IN_PLACE_CHUNK,

@@ -4,8 +4,8 @@ All ranks do the same at the same time, so one stands for all, with its share of
 is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"); classic.py states ZeRO-Infinity's
 schedule in the same words, and simulate.py plays both.
 
-Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of an update ("adamw"). Of a gradient, to
-clear, to add and to take the norm is bound by memory as AdamW is, so these are its bytes, in parameters of an update.
+Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of AdamW ("adamw"). Another update is
+bound by memory as AdamW is, and so is to clear, add and measure a gradient: these are bytes, in parameters of AdamW.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from zinf_cli.model_state import ADAMW, FP32_BYTES, GRAD, ITEM_BYTES, OptimizerState
+
 LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
 """In the sweep updates run on the compute lane; the lane "update" is the CPU of the paper's schedule."""
-GRAD_BYTES = 4
-"""A gradient is fp32 in zinf."""
-ADAMW_BYTES = 28
-"""Bytes AdamW moves per fp32 parameter: gradient, momentum, variance and parameter in, all but the gradient out."""
+ADAMW_BYTES = ADAMW.moved_bytes_per_param
+"""By which the speed of AdamW, which is measured, tells that of other work that memory bounds."""
 PIECES = 4
 """Into how many pieces an update is cut here at most; the engine's chunks are finer."""
 
@@ -62,8 +62,9 @@ class Step:
     world_size: int
     placement: Mapping[str, str]
     accelerator: bool
-    param_bytes: int = 2
-    """Of one parameter as it is computed with; with 4 it is its own master."""
+    param_bytes: int = ITEM_BYTES["BF16"]
+    """Of one parameter as it is computed with; an fp32 one is its own master."""
+    optimizer: OptimizerState = ADAMW
     update: str = "deferred"
     """When a unit is updated: see Choice. A speculative step is one whose gradient is not clipped."""
     depth: int = 4
@@ -162,7 +163,7 @@ class _Sweeps:
         if kind == "backward":
             ready += ops.bring("activations", unit, unit.kept_bytes * batches, [*room, *self._kept[number]])
         if kind != "forward" and unit.trainable:
-            ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * GRAD_BYTES, ready)]
+            ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * GRAD.item_bytes, ready)]
         passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
@@ -176,8 +177,8 @@ class _Sweeps:
 
     def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
-        own = unit.trainable / step.world_size * GRAD_BYTES
-        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD_BYTES, after)
+        own = unit.trainable / step.world_size * GRAD.item_bytes
+        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD.item_bytes, after)
         if not first:
             earlier = ops.bring("grads", unit, own, [*room, *self._grads[number]])
             if earlier or step.world_size > 1:  # else compute has added to it in place
@@ -193,7 +194,7 @@ class _Sweeps:
         return "deferred" if self.step.update == "speculative" and unit.cached else self.step.update
 
     def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
-        """AdamW on this rank's slice, piece by piece; what the slot's next use waits for."""
+        """Update this rank's slice, piece by piece; what the slot's next use waits for."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
         own = unit.trainable / step.world_size
         if not own:
@@ -201,14 +202,15 @@ class _Sweeps:
         pieces = max(1, min(PIECES, round(own / step.chunk_params * PIECES)))
         piece = own / pieces
         ahead = max(1, round(step.chunk_params / piece))
-        states = 8 if step.param_bytes == 4 else 12
+        states = step.optimizer.bytes_per_param(narrow=step.param_bytes < FP32_BYTES)
+        cost = step.optimizer.moved_bytes_per_param / ADAMW_BYTES
         writes: list[int] = []
         for _ in range(pieces):
             buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
             reads = ops.bring("optimizer", unit, piece * states, [*after, *buffers])
             if with_grad:
-                reads = reads + ops.bring("grads", unit, piece * GRAD_BYTES, [*after, *buffers])
-            done = [ops.add("compute", f"{unit.name} update", piece, [*reads, *ready], "adamw")]
+                reads = reads + ops.bring("grads", unit, piece * GRAD.item_bytes, [*after, *buffers])
+            done = [ops.add("compute", f"{unit.name} update", piece * cost, [*reads, *ready], "adamw")]
             self._pieces += ops.send("optimizer", unit, piece * states, done)
             writes += ops.send("params", unit, piece * step.param_bytes, done)
             ready = done

@@ -17,12 +17,12 @@ from zinf_cli.drive_files import GROWTH
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
 from zinf_cli.hosts import Host, this_machine
+from zinf_cli.model_state import STATES
 from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
-    STATES,
     Choice,
     Working,
     cacheable,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zinf_cli.model_state import GRAD
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes
 
@@ -26,9 +27,9 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
             total += (unit.param_bytes * (2 * calls - turns) + unit.trainable_bytes) // ranks
         if "grads" in away:
             spared = {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)]
-            total += trainable * 4 * (2 * calls - spared)
+            total += trainable * GRAD.item_bytes * (2 * calls - spared)
         if "optimizer" in away:
-            total += 2 * unit.optimizer_bytes // ranks
+            total += 2 * figures.optimizer.num_bytes(unit.trainable_numel, unit.master_numel) // ranks
     if choice.placement["activations"] == "nvme":
         total += 2 * micro_batches * sum(activation_bytes(figures, choice))
     return total
