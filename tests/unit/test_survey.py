@@ -27,6 +27,7 @@ ASKING = {
     "led": "whether some token sees all others, and where they are",
     "longcat_flash": "the positions of the experts that were chosen",
     "switch_transformers": "an expert by its number in a name",
+    "t5gemma2": "a mask that vmap makes of a function",
     "umt5": "attention with a bias of positions that is learned",
     "xmod": "the rows of a language",
 }

@@ -89,5 +89,7 @@ def _bounds(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What a tensor shares with its views, and with nothing else."""
+    """What a tensor shares with its views, and with nothing else; vmap's wrappers have what they wrap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
