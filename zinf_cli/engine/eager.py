@@ -53,7 +53,6 @@ class EagerUpdates:
         writes: list[Transfer] = []
         if self.speculative:
             writes = fetch.unit.write_grads(own)
-            fetch.unit.grad_ready = True
         fetch.update_now(own, speculative=self.speculative)
         self._under_way.append((fetch, writes))
 
@@ -79,23 +78,18 @@ class EagerUpdates:
 
     def commit(self) -> None:
         """The updates of this step hold; those under way will be finished in their time."""
-        under_way = {id(fetch.unit) for fetch, _ in self._under_way}
         for unit in self._undecided():
-            unit.decide(holds=True)
-            unit.updating = id(unit) in under_way
+            unit.life.commit()
 
     def discard(self) -> None:
         """They do not hold: each unit gets its deferred update instead."""
         self.finish()
         for unit in self._undecided():
-            unit.decide(holds=False)
-            unit.updating = False
-            unit.update_due = True
-            unit.count_update(-1)
+            unit.life.discard()
 
     def _undecided(self) -> list[Unit]:
         """Each unit with an update that is yet to be confirmed."""
-        return [unit for unit in self._units if unit.undecided]
+        return [unit for unit in self._units if unit.life.undecided]
 
     def _let_go(self) -> None:
         fetch, writes = self._under_way.popleft()

@@ -329,7 +329,7 @@ class Engine:
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):
-            if unit.update_due and self._pipeline.adamw is not None:
+            if unit.life.update_due and self._pipeline.adamw is not None:
                 self._pipeline.flush(number)
 
     def _grad_norm(self) -> torch.Tensor:
@@ -349,9 +349,10 @@ class Engine:
     def _set_update(self, units: Sequence[Unit], update: AdamW, *, finite: bool) -> None:
         """Let the pending updates of `units` begin: the norm is known."""
         for unit in units:
-            if not finite:
-                unit.touched = [False] * len(unit.touched)  # an update of nothing
-            unit.count_update()
+            if finite:
+                unit.life.count_update()
+            else:
+                unit.life.update_nothing()
         if units:
             self._pipeline.adamw = update
             self._pipeline.advance()

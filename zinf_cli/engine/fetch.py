@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zinf_cli.engine.capture import Destination, destination
+from zinf_cli.engine.capture import destination
 from zinf_cli.engine.update import SliceUpdate
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.tiers.arena import Buffer
-from zinf_cli.tiers.tier import Transfer
+from zinf_cli.tiers.tier import Extent, Transfer
 
 if TYPE_CHECKING:
     from zinf_cli.engine.pipeline import Pipeline
@@ -24,7 +24,6 @@ class Fetch:
     def __init__(self, pipeline: Pipeline, visit: Visit) -> None:
         self.visit = visit
         self.unit = pipeline.units[visit.unit]
-        self.update = self.unit.take_update()
         self.gather = visit.kind is not Kind.FLUSH
         self._pipeline = pipeline
         self._memory = pipeline.memory
@@ -62,20 +61,12 @@ class Fetch:
 
     def issue(self) -> bool:
         """Start as many reads as memory allows; True when all of them are under way."""
-        if not self.placed and not self._settled():
-            return False
-        if not self.placed and not self._place():
+        if not self.placed and not (self.unit.life.settled(self.visit.nth) and self._place()):
             return False
         return self._update is None or self._update.read_ahead()
 
-    def _settled(self) -> bool:
-        """Whether the gradient and the parameters that this visit reads have been handed to their tiers."""
-        if self.update:
-            return self.unit.grad_ready
-        return not self.unit.updating and (not self.visit.has_grads or self.unit.backwards >= self.visit.nth)
-
     def _place(self) -> bool:
-        """Find room for the slot, the gradient and its carry, in one block; start the parameter reads."""
+        """Find room for the slot, the gradient and its carry, in one block; start the reads and the update."""
         unit, layout = self.unit, self.unit.layout
         in_place = unit.in_place()
         sizes = [0, 0, 0]
@@ -98,9 +89,8 @@ class Fetch:
         if in_place is not None:
             self.flats = in_place
         self._read_params()
-        if self.update:
-            for flat, goes in zip(unit.trained, self._start_update(None, keep=False), strict=True):
-                flat.at = goes.into
+        if unit.life.update_due:
+            unit.life.start_update(self._start_update(None, keep=False))
         self.placed = True
         return True
 
@@ -158,7 +148,7 @@ class Fetch:
             settle = partial(self._settle, wait=wait)
             if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
                 return False
-            self.unit.updating = self.unit.undecided
+            self.unit.life.finish_update()
         if self._gathers is None:
             self._gathers = self._start_gathers()
         if not self._settle(self._gathers, wait):
@@ -187,19 +177,20 @@ class Fetch:
     def update_now(self, grads: Sequence[torch.Tensor], *, speculative: bool) -> None:
         """The eager update, with gradient slices in memory; slot and gradient are kept until `progress` is True."""
         self._eager = True
-        for flat, goes in zip(self.unit.trained, self._start_update(grads, keep=speculative), strict=True):
-            if speculative:
-                flat.proposed = goes.into
-            else:
-                flat.at = goes.into
-        self.unit.count_update()
+        into = self._start_update(grads, keep=speculative)
+        if speculative:
+            self.unit.life.speculate(into)
+        else:
+            self.unit.life.start_update(into)
+            self.unit.life.count_update()
 
-    def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[Destination]:
+    def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[dict[str, Extent]]:
+        """The update of the trained flats, with their gradients unless these are on their tier; where each will lie."""
         goes = [destination(flat, self._pipeline.sink, keep=keep) for flat in self.unit.trained]
         own = self.own_slices()[: len(goes)]
         before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
         self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grads, before)
-        return goes
+        return [flat.into for flat in goes]
 
     def bind(self) -> None:
         self.unit.bind(self.flats)
@@ -207,7 +198,7 @@ class Fetch:
             self.unit.hold_to_bounds()
         if self.grads:
             if not self.visit.accumulate:
-                self.unit.touched = [False] * len(self.unit.touched)
+                self.unit.life.clear_gradient()
             for grad in self.grads:
                 grad.zero_()
             self.unit.bind_grads(self.grads)
@@ -217,8 +208,6 @@ class Fetch:
         if self.placed:
             self.let_go_of_slot()
             self.let_go_of_grad([])
-        elif self.update:
-            self.unit.update_due, self.unit.updating = True, False
 
     def let_go_of_slot(self) -> None:
         if self._slot is not None:

@@ -95,7 +95,7 @@ class Pipeline:
         self.norms.clear()
         self.completed.clear()
         for unit in self.units:
-            unit.backwards = 0
+            unit.life.begin_step()
 
     def advance(self) -> None:
         """Move everything that can move without waiting. Called between pieces of compute."""
@@ -163,14 +163,14 @@ class Pipeline:
         fetch = self._held.pop(visit.unit)
         fetch.unit.release()
         if fetch.grads:
-            fetch.unit.grad_ready = False
             reduced = [self.ranks.reduce_scatter(grad, self.trace, fetch.unit.name) for grad in fetch.grads]
-            touched = self.ranks.any(fetch.unit.touched) if visit.final else None
+            touched = self.ranks.any(fetch.unit.life.touched) if visit.final else None
             self._reducing.append(Reduction(fetch, reduced, touched))
             if visit.final:
                 self.completed.add(visit.unit)
-                fetch.unit.update_due = not self.eager.takes(fetch.unit)
-                fetch.unit.updating = not fetch.unit.update_due
+                fetch.unit.life.complete()
+            else:
+                fetch.unit.life.accumulate()
         if not (self.eager.takes(fetch.unit) and visit.final):
             fetch.let_go_of_slot()
         self.advance()
@@ -299,15 +299,14 @@ class Pipeline:
         elif homes is not None and fetch.grad_in_buffer:
             for home, values in zip(homes, own, strict=True):
                 home.copy_(values)
-        unit.backwards += 1
-        if reduction.touched is not None:
-            unit.touched = reduction.touched.wait()
-            unit.backwards = 0
+        if reduction.touched is None:
+            unit.life.count_backward()
+        else:
+            unit.life.gradient_reduced(reduction.touched.wait())
             self._note_norms(unit, own)
             if self.eager.takes(unit):
                 self.eager.start(fetch, own)
                 return
-            unit.grad_ready = True
         fetch.let_go_of_grad(unit.write_grads(own))
 
     def _note_norms(self, unit: Unit, own: Sequence[torch.Tensor]) -> None:

@@ -102,8 +102,7 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
     """Fill every unit's slices from `source`; nothing of the engine is in use."""
     writes: deque[tuple[Transfer, Buffer]] = deque()
     for unit in units:
-        for flat in unit.trained:
-            flat.steps = [source.updates(place.name) for place in flat.layout.params]
+        unit.life.resume([source.updates(place.name) for flat in unit.trained for place in flat.layout.params])
         for flat, field, extent in fields_of(unit):
             dtype = flat.dtype if field == FROZEN else torch.float32
             rounded = flat.slice if field == "param" and extent is not flat.slice else None

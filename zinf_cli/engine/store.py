@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
+from zinf_cli.engine.life import FlatLife, Life
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.tiers.arena import Arena
@@ -57,19 +59,12 @@ class Flat:
         """Places of its own for each field. With speculative updates (eager.py) a trainable flat has two, for two
         versions."""
         self.add_home()
-        self.at = dict(self.homes[0])
-        """Where each field lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
-        self.proposed: dict[str, Extent] | None = None
-        """Where an update has put them of which nobody knows yet whether it holds (eager.py)."""
+        self.life = FlatLife(self.homes[0], len(self.params))
         self.grad: Extent | None = None
-        self.steps = [0] * len(self.params)
-        """Updates of each parameter so far."""
-        self.touched = [False] * len(self.params)
-        """Which of them got a gradient in this step; the others are not updated."""
         if layout.trainable:
             self.grad = tiers.grads.allocate(layout.slice_numel * 4, f"{unit} grads")
             for place, param in enumerate(self.params):
-                param.register_post_accumulate_grad_hook(self._touch(place))
+                param.register_post_accumulate_grad_hook(partial(self._touch, place))
 
     def add_home(self) -> None:
         """Room for one version of all fields."""
@@ -91,6 +86,21 @@ class Flat:
             others = [home for home in homes if home is not now]
             places[name] = now if not keep and len(others) < len(homes) else others[0]
         return places
+
+    @property
+    def at(self) -> Mapping[str, Extent]:
+        """Where each field lies now."""
+        return self.life.at
+
+    @property
+    def steps(self) -> Sequence[int]:
+        """Updates of each parameter so far."""
+        return self.life.steps
+
+    @property
+    def touched(self) -> Sequence[bool]:
+        """Which parameters got a gradient in this step; the others are not updated."""
+        return self.life.touched
 
     @property
     def slice(self) -> Extent:
@@ -150,15 +160,12 @@ class Flat:
             extent.write(0, buffer.data).wait()
             buffer.free()
 
-    def _touch(self, place: int) -> Callable[[torch.Tensor], None]:
-        def touch(_: torch.Tensor) -> None:
-            self.touched[place] = True
-
-        return touch
+    def _touch(self, place: int, _: torch.Tensor) -> None:
+        self.life.touch(place)
 
 
 class Unit:
-    """A unit at run time: its flats, and how far its gradient and its update of this step are."""
+    """A unit at run time: its flats and its life."""
 
     def __init__(self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks) -> None:
         self.layout = layout
@@ -167,15 +174,8 @@ class Unit:
         self.flats = [Flat(layout.name, n, flat, model, tiers, ranks) for n, flat in enumerate(layout.flats)]
         self.trained = [flat for flat in self.flats if flat.layout.trainable]
         """The first of them."""
+        self.life = Life(layout.name, [flat.life for flat in self.trained])
         self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
-        self.backwards = 0
-        """Backward visits of this step whose gradient has been handed to its tier."""
-        self.grad_ready = False
-        """The gradient of a whole step is on its tier, or on its way there."""
-        self.update_due = False
-        """The gradient of a whole step is computed (if not yet ready), and no fetch has taken its update on."""
-        self.updating = False
-        """A fetch has taken the update on, and the parameters on the tier are still the old ones."""
         self.release()
 
     @property
@@ -191,41 +191,6 @@ class Unit:
     @property
     def has_second_home(self) -> bool:
         return any(len(flat.homes) > 1 for flat in self.trained)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether it has an update of which nobody knows yet whether it holds."""
-        return any(flat.proposed is not None for flat in self.trained)
-
-    def decide(self, *, holds: bool) -> None:
-        """Move to where that update went, or forget it."""
-        for flat in self.trained:
-            if holds and flat.proposed is not None:
-                flat.at = flat.proposed
-            flat.proposed = None
-
-    def take_update(self) -> bool:
-        """Whether an update is due; the caller does it."""
-        due, self.update_due = self.update_due, False
-        self.updating |= due
-        return due
-
-    def count_update(self, by: int = 1) -> None:
-        """One more update of each parameter that got a gradient (or one less, where it did not hold)."""
-        for flat in self.trained:
-            flat.steps = [step + by * touched for step, touched in zip(flat.steps, flat.touched, strict=True)]
-
-    @property
-    def touched(self) -> list[bool]:
-        """Of every trainable parameter, whether it got a gradient in this step."""
-        return [touched for flat in self.trained for touched in flat.touched]
-
-    @touched.setter
-    def touched(self, touched: Sequence[bool]) -> None:
-        first = 0
-        for flat in self.trained:
-            flat.touched = list(touched[first : first + len(flat.params)])
-            first += len(flat.params)
 
     def in_place(self) -> list[torch.Tensor] | None:
         """The flats themselves, where they lie whole in memory the compute device can use."""
