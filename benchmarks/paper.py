@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from zinf_cli.machine.profiles import BUILT_IN
 from zinf_cli.plan.estimate import estimate, largest_model, paper_simulation, step_of
 from zinf_cli.plan.needs import Question, needs_of
 from zinf_cli.plan.schedule import sweep_steps
 from zinf_cli.plan.simulate import Cluster, play, rates_of
 from zinf_cli.plan.sizes import Transformer, shape_of
-from zinf_cli.profiles import BUILT_IN
 
 DGX2 = BUILT_IN["dgx2"]
 

@@ -62,7 +62,7 @@ def _serve() -> None:
 
 
 def _run(recipe: str, ranks: int, kill: dict[str, Any] | None) -> list[int]:
-    from zinf_cli.recipe_file import load_recipe
+    from zinf_cli.recipe.recipe_file import load_recipe
 
     run_dir = load_recipe(Path(recipe)).output_dir
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
 
 def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
     from zinf_cli.plan.search import make_plan
-    from zinf_cli.recipe_file import dump_recipe, load_recipe
+    from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
     from zinf_cli.train.describe import describe
 
     loaded = load_recipe(Path(recipe))

@@ -25,7 +25,7 @@ from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import ZinfError
 from zinf_cli.plan.search import make_plan
-from zinf_cli.recipe_file import dump_recipe, load_recipe
+from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
 from zinf_cli.train.describe import describe
 from zinf_cli.train.export import export
 from zinf_cli.train.loop import train

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zinf_cli.errors import DamagedError, FileError, UsageError, ZinfError
+from zinf_cli.errors import FileError, UsageError, ZinfError
 from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
 if TYPE_CHECKING:
-    from zinf_cli.hosts import Host
+    from zinf_cli.recipe.hosts import Host
 
 app = typer.Typer(
     name="zinf",
@@ -77,8 +77,8 @@ def launch(
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
     """Plan a run, show the plan, train."""
-    from zinf_cli.launch.service import Request
-    from zinf_cli.launch.service import launch as run
+    from zinf_cli.commands.launch import Request
+    from zinf_cli.commands.launch import launch as run
     from zinf_cli.screen import Screen
 
     world = _hosts(hosts, include, exclude, slots)
@@ -91,7 +91,7 @@ def launch(
 
 def _hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
     """The hosts of a run; none stands for this machine."""
-    from zinf_cli.hosts import load_hosts
+    from zinf_cli.recipe.hosts import load_hosts
 
     if source is None:
         if include is not None or exclude is not None:
@@ -128,35 +128,14 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
     """What this machine, every host or a checkpoint has and lacks."""
-    if checkpoint is not None:
-        _check_checkpoint(checkpoint.absolute(), as_json=as_json)
-        return
-    from zinf_cli.launch.doctor import doctor as look
+    from zinf_cli.commands.doctor import check_checkpoint
+    from zinf_cli.commands.doctor import doctor as look
     from zinf_cli.screen import Screen
 
+    if checkpoint is not None:
+        check_checkpoint(checkpoint.absolute(), as_json=as_json, console=Screen())
+        return
     look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Screen())
-
-
-def _check_checkpoint(path: Path, *, as_json: bool) -> None:
-    """A verdict on every file; DamagedError unless all are whole."""
-    import dataclasses
-    import json
-
-    from zinf_cli.checkpoint.folder import find_checkpoint
-    from zinf_cli.checkpoint.verify import verify
-
-    folder = find_checkpoint(path)
-    verdicts = verify(folder)
-    if as_json:
-        print(json.dumps({"checkpoint": str(folder), "files": [dataclasses.asdict(v) for v in verdicts]}, indent=2))
-    else:
-        from zinf_cli.console import checkpoint_screen
-        from zinf_cli.screen import Screen
-
-        Screen().print(checkpoint_screen(folder, verdicts))
-    if damaged := [verdict for verdict in verdicts if verdict.problem]:
-        what = "; ".join(f"{verdict.name} is {verdict.problem}" for verdict in damaged)
-        raise DamagedError(what, where=str(folder), hint="resume and export want another checkpoint of this run")
 
 
 @app.command()
@@ -221,7 +200,7 @@ def estimate(
 
     With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.
     """
-    from zinf_cli.launch.estimate import Flags, estimate_by_flags
+    from zinf_cli.commands.estimate import Flags, estimate_by_flags
     from zinf_cli.screen import Screen
 
     if hosts is not None:
@@ -239,14 +218,14 @@ def estimate(
         return
     if params or layers or hidden:
         raise UsageError("give either a RECIPE or --params", hint=f"{path} is taken for the recipe")
-    from zinf_cli.launch.estimate_recipe import estimate_recipe
+    from zinf_cli.commands.estimate_recipe import estimate_recipe
 
     estimate_recipe(path, given, flags, Screen())
 
 
 def _counted(hostfile: str) -> tuple[int, int]:
     """Hosts, and the slots of each."""
-    from zinf_cli.hosts import load_hosts
+    from zinf_cli.recipe.hosts import load_hosts
 
     hosts = load_hosts(hostfile)
     slots = {len(host.slots) for host in hosts}
@@ -271,7 +250,7 @@ def bench_nvme(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
     """How fast drives read and write, cache bypassed, by block size and threads; fio beside it where there is one."""
-    from zinf_cli.bench.command import NvmeRequest, run_bench_nvme
+    from zinf_cli.commands.bench import NvmeRequest, run_bench_nvme
     from zinf_cli.screen import Screen
 
     request = NvmeRequest(tuple(paths or ()), size, block_sizes, threads, out, as_json)
@@ -289,7 +268,7 @@ def bench_links(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
 ) -> None:
     """How fast a machine computes, updates, and moves data: to its accelerators, between its ranks, between hosts."""
-    from zinf_cli.bench.command import run_bench_links
+    from zinf_cli.commands.bench import run_bench_links
     from zinf_cli.screen import Screen
 
     run_bench_links(_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Screen(stderr=True))
@@ -303,8 +282,8 @@ def trace(
     """How busy each lane of a profiled run was, and its longest waits."""
     import json
 
-    from zinf_cli.console import trace_screen
     from zinf_cli.screen import Screen
+    from zinf_cli.screens.run import trace_screen
     from zinf_cli.trace import summarise_trace
 
     summary = summarise_trace(run / "trace.json" if run.is_dir() else run)

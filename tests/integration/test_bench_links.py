@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lab import namespace_lab
-from zinf_cli.profile_file import load_measured, load_profile
+from zinf_cli.machine.profile_file import load_measured, load_profile
 
 
 def test_both_benches_make_a_profile(tmp_path: Path) -> None:

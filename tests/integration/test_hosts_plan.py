@@ -7,7 +7,7 @@ import json
 import pytest
 from test_launch import Workshop, workshop
 
-from zinf_cli.drive_files import GROWTH
+from zinf_cli.machine.drive_files import GROWTH
 
 __all__ = ["workshop"]
 

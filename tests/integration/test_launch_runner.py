@@ -21,13 +21,13 @@ from typing import Any
 
 import pytest
 
-from zinf_cli.hosts import Host
 from zinf_cli.launch.failure import Ending, first_failure
+from zinf_cli.recipe.hosts import Host
 
 LAUNCHER = """
 import json, sys, dataclasses
 from pathlib import Path
-from zinf_cli.hosts import this_machine
+from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.launch.pipes import Pipes

@@ -55,7 +55,7 @@ import sys
 sys.path.append({home!r})
 from zinf_cli.search_path import leave_out_working_directory
 leave_out_working_directory()
-from zinf_cli.hosts import this_machine
+from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.search_path import module_command

@@ -30,7 +30,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 def sync(lab: Lab, path: Path) -> subprocess.CompletedProcess[str]:
     """As the launcher does it."""
     program = (
-        "import sys; from pathlib import Path; from zinf_cli.hosts import load_hosts\n"
+        "import sys; from pathlib import Path; from zinf_cli.recipe.hosts import load_hosts\n"
         "from zinf_cli.launch.sync import sync\n"
         "print(sync([Path(sys.argv[2])], load_hosts(sys.argv[1])))"
     )

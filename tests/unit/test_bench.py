@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from zinf_cli.bench.command import NvmeRequest, run_bench_nvme
 from zinf_cli.bench.nvme import steps_of
+from zinf_cli.commands.bench import NvmeRequest, run_bench_nvme
 from zinf_cli.errors import CapacityError, PreflightError, UsageError, ZinfError
-from zinf_cli.profile_file import load_measured
+from zinf_cli.machine.profile_file import load_measured
 
 MIB = 2**20
 

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.recipe import Model
+from zinf_cli.recipe.recipe import Model
 from zinf_cli.train.data import TextSource, open_token_stream
 
 CALLS = (

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.command_line import without_values
-from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.runner import Agent
+from zinf_cli.recipe.hosts import this_machine
 
 SECRET = "s3cret-of-the-test"
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tiny_models import dialog_template, save_word_tokenizer
 from zinf_cli.errors import DatasetError
-from zinf_cli.recipe import LrScheduler, Optimizer, Recipe
+from zinf_cli.recipe.recipe import LrScheduler, Optimizer, Recipe
 from zinf_cli.train.batches import BatchOrder, deal
 from zinf_cli.train.collator import Collator, Sample
 from zinf_cli.train.data import TextSource, open_token_stream

@@ -13,9 +13,9 @@ import pytest
 from test_plan import recipe_of
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.description import question
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.hosts import Host
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train import describe, described
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from zinf_cli.commands.estimate import Flags, estimate_by_flags, question_of
 from zinf_cli.errors import CapacityError, UsageError
-from zinf_cli.estimate_screen import seconds
-from zinf_cli.launch.estimate import Flags, estimate_by_flags, question_of
 from zinf_cli.plan.estimate import estimate
+from zinf_cli.screens.estimate import seconds
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_the_answer_needs_nothing_heavy() -> None:
     program = (
         "import atexit, sys; from zinf_cli.cli import main\n"
         "sys.argv[1:] = ['estimate', '--params', '1T', '--hardware', 'dgx2']\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'fabric', 'zinf_cli.recipe'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'fabric', 'zinf_cli.recipe.recipe'}\n"
         "atexit.register(lambda: print('heavy:', heavy & set(sys.modules)))\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

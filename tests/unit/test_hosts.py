@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import HostfileError, UsageError
-from zinf_cli.hosts import Host, load_hosts, parse_hostfile
+from zinf_cli.recipe.hosts import Host, load_hosts, parse_hostfile
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from zinf_cli.errors import PreflightError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.transport import Channel
+from zinf_cli.recipe.hosts import Host
 from zinf_cli.version import code_digest
 
 AGENT = Agent("ranks")
@@ -157,7 +157,7 @@ def test_none_is_started_when_one_can_not_be(tmp_path: Path) -> None:
 def test_the_launcher_stays_small(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; import test_hundred_hosts as t\n"
-        "from zinf_cli.launch import service, ssh\n"
+        "from zinf_cli.commands import launch\nfrom zinf_cli.launch import ssh\n"
         "assert t.launch(t.Simulated(), Path(sys.argv[1])).exit_code == 0\n"
         "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
     )

@@ -19,12 +19,12 @@ from typing import TextIO
 import psutil
 import pytest
 
-from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch import process_tree
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes, _PipeChannel
 from zinf_cli.launch.process_tree import Gauge
 from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import Host, this_machine
 
 PAUSE_S = 4.0
 """Longer than any limit here."""
@@ -91,7 +91,7 @@ def launched(program: str) -> Iterator[tuple[subprocess.Popen[str], TextIO, Text
 LAUNCHER = """
 import sys
 from test_pauses import Impatient
-from zinf_cli.hosts import this_machine
+from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 
 with Lifelines(Impatient(2.0, float("inf"))) as lifelines:
@@ -122,7 +122,7 @@ def test_a_launcher_that_was_stopped_counts_anew() -> None:
 CTRL_Z = """
 import sys
 from test_pauses import Impatient
-from zinf_cli.hosts import this_machine
+from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 
 with Lifelines(Impatient(60.0, 2.0)) as lifelines:

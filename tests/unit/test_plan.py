@@ -16,18 +16,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tiny_models import CONFIGS, dataset_for, random_source
 from zinf_cli.checkpoint.manifest import Manifest
-from zinf_cli.console import plan_screen
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
-from zinf_cli.hardware import Room, room_here
+from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.plan import memory, search
 from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import make_plan
-from zinf_cli.recipe import Checkpoint, Recipe
-from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.recipe.recipe import Checkpoint, Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe
+from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
 from zinf_cli.train.describe import GUESSED, describe

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from tiny_models import CONFIGS
 from zinf_cli.errors import ModelError
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.describe import describe
 from zinf_cli.train.positions import check_seq_len
 

@@ -11,18 +11,18 @@ from rich.console import Console
 from test_plan import recipe_of
 
 from tiny_models import CONFIGS
-from zinf_cli.drive_files import GROWTH
+from zinf_cli.commands.estimate import Flags
+from zinf_cli.commands.estimate_recipe import estimate_recipe
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError
-from zinf_cli.launch.estimate import Flags
-from zinf_cli.launch.estimate_recipe import estimate_recipe
+from zinf_cli.machine.drive_files import GROWTH
+from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme
 from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
-from zinf_cli.profile_file import Best, Links, Measured, Nvme
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.describe import describe
 
 MIB = 2**20

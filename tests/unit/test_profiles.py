@@ -13,9 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import UsageError
+from zinf_cli.machine.profile_file import (
+    Best,
+    Links,
+    Measured,
+    Nvme,
+    find_measured,
+    load_measured,
+    load_profile,
+    save_measured,
+)
+from zinf_cli.machine.profiles import BUILT_IN
 from zinf_cli.plan.io import Io, choose_io
-from zinf_cli.profile_file import Best, Links, Measured, Nvme, find_measured, load_measured, load_profile, save_measured
-from zinf_cli.profiles import BUILT_IN
 
 BEST = Best(bytes_per_s=2.5e9, block_size=4 << 20, threads=4)
 LINKS = Links(

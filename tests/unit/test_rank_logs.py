@@ -7,8 +7,8 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-from zinf_cli.hosts import Host
 from zinf_cli.launch.logs import RankLogs, last_lines
+from zinf_cli.recipe.hosts import Host
 
 HOSTS = (Host("node1", (0, 1)), Host("node2", (0,)))
 

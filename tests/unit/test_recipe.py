@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from zinf_cli.amounts import format_bytes, format_count, parse_bytes, parse_count
 from zinf_cli.errors import RecipeError
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe, filled_in, load_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe, filled_in, load_recipe
 
 MINIMAL = """\
 model:

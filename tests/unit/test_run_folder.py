@@ -11,13 +11,13 @@ from rich.console import Console
 
 from tiny_models import CONFIGS
 from zinf_cli.checkpoint.folder import step_folder
+from zinf_cli.commands import launch as service
+from zinf_cli.commands.launch import Ended, Request
 from zinf_cli.errors import PreflightError
-from zinf_cli.launch import service
 from zinf_cli.launch.run_folder import _set_aside, locked
 from zinf_cli.launch.runner import Outcome
-from zinf_cli.launch.service import Ended, Request
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import load_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from zinf_cli.errors import PreflightError
-from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.runner import Agent, Program, World, _Part, run_ranks
+from zinf_cli.recipe.hosts import this_machine
 
 
 def program(run_dir: Path) -> Program:

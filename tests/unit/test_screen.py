@@ -17,12 +17,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.hosts import Host
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.preflight import Preflight, Row
-from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
+from zinf_cli.recipe.hosts import Host
 from zinf_cli.screen import Screen, outside, printable
+from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
 
 EVIL = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x1b]0;title\x9c\x9b31m\x08\x7f\r\u202e\u2066[bold]x[/nothing]"
 CONTROLS = {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}

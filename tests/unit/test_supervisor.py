@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zinf_cli.hosts import this_machine
 from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.pipes import Pipes
+from zinf_cli.recipe.hosts import this_machine
 
 STANDS_BY = """
 import os, sys

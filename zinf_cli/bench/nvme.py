@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.drive_files import open_nameless
 from zinf_cli.errors import CapacityError, PreflightError, TierError, UsageError
-from zinf_cli.hardware import drive_space, room_of
+from zinf_cli.machine.drive_files import open_nameless
+from zinf_cli.machine.hardware import drive_space, room_of
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import as_memory

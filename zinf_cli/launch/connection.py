@@ -17,10 +17,10 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from zinf_cli.errors import HostError, ZinfError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.transport import Channel, Transport
+from zinf_cli.recipe.hosts import Host
 
 _HEARTBEAT_S = 1.0
 _HELLO_S = 20.0

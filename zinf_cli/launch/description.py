@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from zinf_cli.errors import HostError, RankError, ZinfError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Connection
 from zinf_cli.plan.layout import Figures
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.recipe.hosts import Host
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.search_path import module_command
 
 _MOST_S = 24 * 3600.0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import PreflightError
-from zinf_cli.hardware import accelerators_here, available_memory, drive_space
+from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space
 from zinf_cli.version import code_digest
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.hosts import Host
+from zinf_cli.recipe.hosts import Host
 
 _WARNING = re.compile(r"warn|error|^note: ", re.IGNORECASE)
 _HEADER = "--- rank "

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from zinf_cli.hosts import Host
 from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import Host
 
 
 class Pipes:

@@ -12,10 +12,10 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import HostError, PreflightError
-from zinf_cli.hardware import Space, room_of
-from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
+from zinf_cli.machine.hardware import Space, room_of
+from zinf_cli.recipe.hosts import Host
 from zinf_cli.search_path import module_command
 from zinf_cli.version import code_digest
 

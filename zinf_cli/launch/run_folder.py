@@ -20,14 +20,14 @@ from zinf_cli.checkpoint.folder import (
     step_of,
     steps_done,
 )
-from zinf_cli.drive_files import open_nameless
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.leftovers import marks_in
 from zinf_cli.launch.made_folders import MadeFolders
+from zinf_cli.machine.drive_files import open_nameless
 from zinf_cli.plan.plan import Plan
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe
 
 RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
 

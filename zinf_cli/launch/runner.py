@@ -23,12 +23,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from zinf_cli.console import Vitals
 from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.rendezvous import Rendezvous
+from zinf_cli.launch.vitals import Vitals
 from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1

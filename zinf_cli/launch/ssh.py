@@ -22,8 +22,8 @@ from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
 from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, NoValidConnectionsError, SSHException
 
 from zinf_cli.errors import HostError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.transport import SILENCE_S, Channel, supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import Host
 
 _CONNECT_S = 10
 _KEEPALIVE_S = 5

@@ -20,9 +20,9 @@ from paramiko.ssh_exception import SSHException
 
 import zinf_cli
 from zinf_cli.errors import HostError, PreflightError
-from zinf_cli.hosts import Host
 from zinf_cli.launch.connection import at_all
 from zinf_cli.launch.ssh import connect, openssh_command
+from zinf_cli.recipe.hosts import Host
 
 OWN = Path(zinf_cli.__file__).parent
 """zinf itself: a host has to have the same."""

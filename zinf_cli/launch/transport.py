@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Protocol
 
-from zinf_cli.hosts import Host
+from zinf_cli.recipe.hosts import Host
 
 SILENCE_S = 10.0
 """An end of a lifeline to another machine that hears nothing for so long takes the other for lost."""

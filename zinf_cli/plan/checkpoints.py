@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, steps_done
-from zinf_cli.hardware import drive_space
+from zinf_cli.machine.hardware import drive_space
 from zinf_cli.plan.layout import Figures
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.recipe import Recipe
 
 
 def checkpoint_bytes(figures: Figures) -> int:

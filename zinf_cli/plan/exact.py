@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.machine.profiles import Profile
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.memory import block_bytes, state_bytes
 from zinf_cli.plan.placement import TIERS
@@ -12,8 +13,7 @@ from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import cluster_of
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.sizes import efficiency
-from zinf_cli.profiles import Profile
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.recipe import Recipe
 
 
 def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:

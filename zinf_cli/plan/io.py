@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zinf_cli.machine.profiles import Drives
 from zinf_cli.model_state import PIECE
-from zinf_cli.profiles import Drives
 
 
 @dataclass(frozen=True)

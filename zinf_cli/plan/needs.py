@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from zinf_cli.machine.profiles import GIB, Profile
 from zinf_cli.plan.memory import CLASSES, MIB, churn_bytes, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
-from zinf_cli.profiles import GIB, Profile
 
 PROCESS_BYTES = 430 * MIB
 """A process that has imported torch and transformers, and has built a model without weights."""

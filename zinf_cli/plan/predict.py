@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH
+from zinf_cli.machine.hardware import ASSUMED_DRIVE_BANDWIDTH
+from zinf_cli.machine.profile_file import Measured
+from zinf_cli.machine.profiles import GB, Drives, Profile
 from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import Choice, activation_bytes
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
-from zinf_cli.profile_file import Measured
-from zinf_cli.profiles import GB, Drives, Profile
 
 ASSUMED_ADAMW = 0.5e9
 """Parameters per second of a host's CPU, where nothing was measured: two cores, measured once."""

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.drive_files import GROWTH
 from zinf_cli.errors import CapacityError, UsageError
-from zinf_cli.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
-from zinf_cli.hosts import Host, this_machine
+from zinf_cli.machine.drive_files import GROWTH
+from zinf_cli.machine.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
+from zinf_cli.machine.profiles import Profile
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
 from zinf_cli.plan.io import choose_io
@@ -39,8 +39,8 @@ from zinf_cli.plan.plan import Limit, Line, Plan
 from zinf_cli.plan.predict import cluster_of, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.traffic import nvme_traffic
-from zinf_cli.profiles import Profile
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.recipe.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """A limit's tier that is none: the file system of the run's folder."""

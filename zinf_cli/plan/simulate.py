@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zinf_cli.durable import write_durably
+from zinf_cli.machine.profiles import Profile
 from zinf_cli.plan.schedule import ADAMW_BYTES, LANES, Op, Step, sweep_steps
-from zinf_cli.profiles import Profile
 
 RESOURCES = {
     "compute": ("compute",),

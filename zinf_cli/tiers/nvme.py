@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left
 from zinf_cli.errors import CapacityError, TierError
+from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left
 from zinf_cli.model_state import PIECE, round_up
 from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer

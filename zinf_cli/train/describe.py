@@ -17,7 +17,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.survey import Survey, UnitUse
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.metrics import process_memory
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.positions import check_seq_len

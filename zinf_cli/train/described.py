@@ -32,9 +32,9 @@ from xxhash import xxh3_128_hexdigest
 from zinf_cli.checkpoint.folder import checkpoints_to_resume
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import RankError, ZinfError
-from zinf_cli.hardware import accelerators_here
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe, load_recipe
+from zinf_cli.machine.hardware import accelerators_here
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
 from zinf_cli.train.cache import cache_folder, identity, private_folder
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.version import code_digest

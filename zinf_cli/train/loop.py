@@ -24,8 +24,8 @@ from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import NonFiniteError, ZinfError
 from zinf_cli.plan.plan import Plan
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import load_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train.batches import deal

@@ -13,8 +13,8 @@ import torch
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
 from zinf_cli.checksum import checksum
-from zinf_cli.drive_files import set_direct, what_is_left
 from zinf_cli.errors import CapacityError, PreflightError, TierError
+from zinf_cli.machine.drive_files import set_direct, what_is_left
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace

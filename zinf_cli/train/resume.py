@@ -18,8 +18,8 @@ from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, TierError, UnreadableError, ZinfError
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import dump_recipe
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.model_files import CONFIG, config_of
 from zinf_cli.train.setup import Text, model_source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zinf_cli.recipe import Recipe
+from zinf_cli.recipe.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, step: int, max_steps: int) -> float:

@@ -13,7 +13,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.survey import Survey, survey
 from zinf_cli.engine.unsurveyed import guessed
 from zinf_cli.errors import DatasetError
-from zinf_cli.recipe import Recipe, Train
+from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream

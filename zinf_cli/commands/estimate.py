@@ -12,13 +12,13 @@ from rich.console import Console
 
 from zinf_cli.amounts import format_bytes, format_count, parse_count
 from zinf_cli.errors import CapacityError, UsageError
+from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.estimate import Estimate, estimate, hosts_needed, largest_model
 from zinf_cli.plan.memory import CLASSES
 from zinf_cli.plan.needs import STRATEGIES, Question
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation, write_timeline
 from zinf_cli.plan.sizes import Transformer, shape_of
-from zinf_cli.profiles import BUILT_IN, Profile
 
 DEFAULT_PROFILE = "dgx2"
 FEWEST_PARAMS = 100_000
@@ -66,7 +66,7 @@ def estimate_by_flags(flags: Flags, console: Console) -> None:
     if flags.as_json:
         print(json.dumps(answer.to_json(), indent=2))
     else:
-        from zinf_cli.estimate_screen import estimate_screen
+        from zinf_cli.screens.estimate import estimate_screen
 
         console.print(estimate_screen(answer, explain=flags.explain))
     if not answer.fits:
@@ -135,7 +135,7 @@ def _profile(name: str | None) -> Profile:
     """The one that was named; else this machine's, if it was measured whole; else DEFAULT_PROFILE."""
     if name is not None and name in BUILT_IN:
         return BUILT_IN[name]
-    from zinf_cli.profile_file import find_measured, load_profile, to_profile
+    from zinf_cli.machine.profile_file import find_measured, load_profile, to_profile
 
     if name is not None:
         return load_profile(name)

@@ -18,9 +18,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
-from zinf_cli.profiles import BUILT_IN, Drives, Profile
-from zinf_cli.recipe import Number, Paths, Section, Size
-from zinf_cli.recipe_file import plain
+from zinf_cli.machine.profiles import BUILT_IN, Drives, Profile
+from zinf_cli.recipe.recipe import Number, Paths, Section, Size
+from zinf_cli.recipe.recipe_file import plain
 from zinf_cli.screen import printable
 
 FILE_NAME = "hardware.yaml"

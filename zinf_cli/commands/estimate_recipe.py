@@ -14,20 +14,20 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from zinf_cli.commands.estimate import Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
-from zinf_cli.hardware import accelerators_here
-from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.description import describe, question
-from zinf_cli.launch.estimate import Flags, save_timeline
+from zinf_cli.machine.hardware import accelerators_here
+from zinf_cli.machine.profile_file import find_measured, load_measured, load_profile
+from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.predict import predict, profile_here
 from zinf_cli.plan.search import best_plan, does_not_fit, nvme_folders
-from zinf_cli.profile_file import find_measured, load_measured, load_profile
-from zinf_cli.profiles import BUILT_IN, Profile
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import load_recipe
+from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.screen import Screen
 
 
@@ -62,8 +62,8 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
     if flags.as_json:
         print(json.dumps(plan_document(plan, tokens, profile), indent=2))
     else:
-        from zinf_cli.console import plan_screen
-        from zinf_cli.estimate_screen import time_screen
+        from zinf_cli.screens.estimate import time_screen
+        from zinf_cli.screens.plan import plan_screen
 
         console.print(plan_screen(plan, path.stem, ()))
         known = elsewhere is not None or (profile.measured and profile.drives.measured)

@@ -6,29 +6,26 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
-from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, Report, Result, bench_nvme, check_folders, steps_of
+from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, bench_nvme, check_folders, steps_of
 from zinf_cli.errors import Interrupted, RankError, UsageError
-from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
-from zinf_cli.launch.screens import preflight_screen
+from zinf_cli.machine.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.model_state import PAGE
-from zinf_cli.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
+from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.screen import Screen
+from zinf_cli.screens.bench import links_screen, nvme_screen, progress
+from zinf_cli.screens.launch import preflight_screen
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
             hint="give at least four blocks for each folder",
         )
     check_folders(folders, size)
-    with _progress(steps_of(size, blocks, threads), console) as report:
+    with progress(steps_of(size, blocks, threads), console) as report:
         result = bench_nvme(folders, size, blocks, threads, report)
     with console.status("the same with fio, in turn ..."):
         fio = beside_fio(result)
@@ -126,77 +123,8 @@ def _whole_rows(matmul: dict[str, dict[str, float]]) -> dict[str, dict[int, floa
     return {precision: {int(rows): rate for rows, rate in rates.items()} for precision, rates in matmul.items()}
 
 
-def links_screen(links: Links, out: Path) -> RenderableType:
-    """Rates of compute, update, copies and collectives."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("by rows")
-    counts = sorted({rows for rates in links.matmul.values() for rows in rates})
-    for count in counts:
-        table.add_column(str(count), justify="right")
-    for name, measured in (("matrix products", links.matmul), ("a block's pass", links.block)):
-        for precision, rates in measured.items():
-            cells = (_flops(rates[count]) if count in rates else "" for count in counts)
-            table.add_row(f"{name}, {precision}", *cells)
-    lines = Table.grid(padding=(0, 2))
-    lines.add_row("AdamW on the CPU", f"{links.adamw / 1e9:.2f} billion parameters/s")
-    for name, rate in (
-        ("CPU memory to one accelerator", links.copy_alone),
-        ("to all of them", links.copy_host),
-        ("all-gather within the host, into one rank", links.collective),
-        ("all-gather across hosts, into one rank", links.across),
-    ):
-        if rate is not None:
-            lines.add_row(name, f"{rate / 1e9:.3g} GB/s")
-    return Group(table, Text(), lines, Text(), Text(f"kept in {out}, where launch and estimate look for it"))
-
-
-def _flops(rate: float) -> str:
-    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
-
-
-def nvme_screen(result: Result, fio: dict[str, object] | None, out: Path) -> RenderableType:
-    """The sweep, the best of it, fio beside it, and a block to paste into a recipe."""
-    counts = sorted({point.threads for point in result.sweep})
-    parts: list[RenderableType] = []
-    for direction, best in (("read", result.read), ("write", result.write)):
-        table = Table(title=f"{direction}, by block size and threads", title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
-        for count in counts:
-            table.add_column(str(count), justify="right")
-        rates = {(p.block_size, p.threads): p for p in result.sweep if p.direction == direction}
-        for block in sorted({point.block_size for point in result.sweep}):
-            cells = [f"{rates[block, count].bytes_per_s / 1e9:.2f} GB/s" for count in counts]
-            table.add_row(format_bytes(block), *cells)
-        parts += [table, Text(_line(direction, best, fio), style="bold"), Text()]
-    parts.append(Text(f"read and write at once: {result.both / 1e9:.2f} GB/s in sum"))
-    drives, compute = result.beside
-    parts.append(Text(f"while all cores compute: {drives:.0%} of that, and {compute:.0%} of their compute"))
-    parts.append(Text(f"kept in {out}, where launch and estimate look for it"))
-    folders = ", ".join(str(folder) for folder in result.folders)
-    parts.append(Text(f"\nfor a recipe:\n\noffload:\n  nvme_path: [{folders}]"))
-    return Group(*parts)
-
-
-def _line(direction: str, best: Point, fio: dict[str, object] | None) -> str:
-    text = f"{direction}: {best.bytes_per_s / 1e9:.2f} GB/s with {best.threads} × {format_bytes(best.block_size)}"
-    if fio is not None:
-        theirs, share = fio[direction], fio["zinf_of_fio"]
-        assert isinstance(theirs, dict)
-        assert isinstance(share, dict)
-        text += f"; fio ({fio['engine']}) {theirs['bytes_per_s'] / 1e9:.2f} GB/s, in turn: {share[direction]:.2f} of it"
-    return text
-
-
 def _best(point: Point) -> Best:
     return Best(bytes_per_s=point.bytes_per_s, block_size=point.block_size, threads=point.threads)
-
-
-@contextmanager
-def _progress(total: int, console: Console) -> Iterator[Report]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda doing, moved: progress.update(task, advance=moved, description=doing)
 
 
 def _several(flag: str, text: str | None, default: Sequence[int], parse: Callable[[str, str], int]) -> Sequence[int]:

@@ -6,9 +6,10 @@ import io
 
 from rich.console import Console
 
-from zinf_cli.console import Vitals, hosts_table
 from zinf_cli.launch.logs import LogLine
-from zinf_cli.launch.screens import log_line
+from zinf_cli.launch.vitals import Vitals
+from zinf_cli.screens.launch import log_line
+from zinf_cli.screens.run import hosts_table
 from zinf_cli.train.metrics import straggler_of
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from zinf_cli.drive_files import file_system_of, open_nameless
 from zinf_cli.errors import PreflightError
+from zinf_cli.machine.drive_files import file_system_of, open_nameless
 
 ASSUMED_DRIVE_BANDWIDTH = 2e9
 """Bytes per second of one drive, read and write, where nothing was measured."""

@@ -17,11 +17,8 @@ from rich.console import Console
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, find_checkpoint, step_of, steps_done
-from zinf_cli.console import RunView, plan_screen, summary_screen
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
-from zinf_cli.hardware import Room, room_here, room_of, share_in_memory
-from zinf_cli.hosts import Host, this_machine
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.description import ReportedError, describe, overheard, question
 from zinf_cli.launch.failure import Failure
@@ -29,15 +26,19 @@ from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
 from zinf_cli.launch.run_folder import locked, run_folder
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
-from zinf_cli.launch.screens import failure_screen, log_line, preflight_screen
 from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
+from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
+from zinf_cli.machine.profile_file import find_measured
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan, nvme_folders
-from zinf_cli.profile_file import find_measured
-from zinf_cli.recipe import Recipe
-from zinf_cli.recipe_file import filled_in, load_recipe
+from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import filled_in, load_recipe
+from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
+from zinf_cli.screens.plan import plan_screen
+from zinf_cli.screens.run import RunView, summary_screen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a command does, from its flags to its last line."""

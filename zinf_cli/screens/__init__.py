@@ -1,0 +1,1 @@
+"""What a user sees. Everything goes to stderr; stdout is for --json."""

@@ -1,0 +1,129 @@
+"""The plan: where the bytes will lie, what that leaves, and what a step is expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.model_state import STATES
+from zinf_cli.plan.plan import Plan
+from zinf_cli.recipe.hosts import this_machine
+from zinf_cli.screen import outside
+
+STATE_NAMES = {
+    "params": "parameters",
+    "grads": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "second": "second places for updates",
+    "tmpfs": "drives in memory (tmpfs)",
+    "cached": "state of cached units",
+    "buffers": "buffers",
+    "compute": "compute, at its peak",
+    "framework": "Python and torch",
+}
+
+
+def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
+    """The plan as two tables: where the bytes lie per rank, and what that leaves on this machine."""
+    model = plan.figures.model
+    streamed = [unit for unit in model.units if not unit.resident]
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="dim")
+    head.add_column()
+    head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
+    head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}")
+    sweeps = -(-plan.micro_batches // plan.per_sweep)
+    head.add_row(
+        "step",
+        f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
+        f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
+    )
+    head.add_row("backward", _recomputed(plan))
+    if plan.cached_units:
+        names = ", ".join(STATE_NAMES[state] for state in STATES if state in plan.cached_states)
+        head.add_row(
+            "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
+        )
+    for line in plan.figures.data.texts:
+        head.add_row("text", outside(line))
+    if plan.resume is not None:
+        head.add_row("resume", plan.resume)
+    head.add_row("expected", _expectation(plan))
+    if plan.nvme_folders:
+        io = plan.io
+        threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
+        head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
+    for line in (*model.notes, *plan.figures.data.notes):
+        head.add_row("note", outside(line))
+    if defaults:
+        head.add_row("defaults", outside(", ".join(defaults), "dim"))
+    return Panel(
+        Group(head, Text(), _bytes_table(plan), Text(), _limits_table(plan)),
+        title=outside(f"zinf · {name}"),
+        expand=False,
+    )
+
+
+def _is_here(plan: Plan) -> bool:
+    return plan.hosts == (this_machine(plan.world_size),)
+
+
+def _places(plan: Plan) -> str:
+    if _is_here(plan):
+        return f"this machine, {plan.world_size} {_ranks(plan)}"
+    names = ", ".join(host.name for host in plan.hosts[:4]) + (", ..." if len(plan.hosts) > 4 else "")
+    return f"{len(plan.hosts)} ({names}), {plan.world_size} {_ranks(plan)}"
+
+
+def _ranks(plan: Plan) -> str:
+    kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
+    threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
+    return f"{kind} {'rank' if plan.world_size == 1 else 'ranks'}{threads}"
+
+
+def _recomputed(plan: Plan) -> str:
+    units = [n for n in plan.figures.model.order if n != plan.figures.model.turn]
+    kept = len(set(units) & set(plan.kept_units))
+    if not kept:
+        return "recomputes the activations of every unit but the last"
+    return f"keeps the activations of {'all' if kept == len(set(units)) else kept} units"
+
+
+def _expectation(plan: Plan) -> str:
+    calm = f" ({plan.calm_step_s:.2g} s where nothing is clipped)" if plan.update == "speculative" else ""
+    text = f"{plan.step_s:.2g} s a step{calm}, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
+    if plan.nvme_traffic:
+        rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
+        known = "the measured" if plan.drives_measured else "an assumed"
+        traffic = format_bytes(plan.nvme_traffic_clipped)
+        text += f", {traffic} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
+    return text
+
+
+def _bytes_table(plan: Plan) -> Table:
+    tiers = ["device", "cpu", "nvme"] if plan.figures.machine.accelerators else ["cpu", "nvme"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("bytes per rank")
+    for tier in tiers:
+        table.add_column(tier, justify="right")
+    for line in plan.lines:
+        cells = [format_bytes(line.num_bytes) if tier == line.tier else "" for tier in tiers]
+        table.add_row(STATE_NAMES[line.what], *cells)
+    return table
+
+
+def _limits_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"on {plan.figures.machine.name}" if len(plan.hosts) == 1 and _is_here(plan) else "on each host")
+    table.add_column("needs", justify="right")
+    table.add_column("may use", justify="right")
+    table.add_column("limit set by", style="dim")
+    for limit in plan.limits:
+        table.add_row(limit.tier, format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
+    return table
