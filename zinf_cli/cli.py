@@ -19,6 +19,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from zinf_cli.commands.options import (
+    AsJson,
+    EstimateHosts,
+    Exclude,
+    Explain,
+    GpusPerNode,
+    GradientAccumulationSteps,
+    Hardware,
+    Heads,
+    Hidden,
+    Hosts,
+    Include,
+    Layers,
+    MaxModel,
+    MicroBatchSize,
+    Nodes,
+    Out,
+    Params,
+    Recipe,
+    SeqLen,
+    Strategy,
+    Timeline,
+    Vocab,
+)
 from zinf_cli.errors import FileError, UsageError, ZinfError
 from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
@@ -35,7 +59,6 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
 _debug = False
 
 
@@ -53,13 +76,11 @@ def launch(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE ...]", help="Keys of the recipe, e.g. train.max_steps=20."),
     ] = None,
-    hosts: Annotated[
-        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
-    ] = None,
+    hosts: Hosts = None,
     include: Annotated[
         str | None, typer.Option(metavar="FILTER", help='Only these hosts and slots, e.g. "node1@node2:0,2".')
     ] = None,
-    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
+    exclude: Exclude = None,
     slots: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
@@ -120,12 +141,10 @@ def doctor(
     checkpoint: Annotated[
         Path | None, typer.Argument(help="A run's folder or one of its checkpoints, read and checked in full.")
     ] = None,
-    hosts: Annotated[
-        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
-    ] = None,
-    include: Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")] = None,
-    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    hosts: Hosts = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    as_json: AsJson = False,
 ) -> None:
     """What this machine, every host or a checkpoint has and lacks."""
     from zinf_cli.commands.doctor import check_checkpoint
@@ -140,58 +159,24 @@ def doctor(
 
 @app.command()
 def estimate(
-    recipe: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Parameters, e.g. 7B or 1T; a usual shape is chosen.", rich_help_panel=MODEL)
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Or: transformer blocks,", rich_help_panel=MODEL)] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="their hidden size,", rich_help_panel=MODEL)] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="attention heads (default: hidden / 128).", rich_help_panel=MODEL)
-    ] = None,
-    vocab: Annotated[int, typer.Option(min=0, help="Rows of a tied embedding.", rich_help_panel=MODEL)] = 0,
-    max_model: Annotated[
-        bool, typer.Option("--max-model", help="Or: find the largest model that fits.", rich_help_panel=MODEL)
-    ] = False,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=STEP)] = 1024,
-    micro_batch_size: Annotated[
-        int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)
-    ] = 1,
-    gradient_accumulation_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP
-        ),
-    ] = None,
-    hosts: Annotated[
-        str | None,
-        typer.Option(metavar="HOSTFILE", help="Count the hosts in a file, or --nodes.", rich_help_panel=MACHINE),
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)] = 1,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of a host (default: the profile's).", rich_help_panel=MACHINE)
-    ] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PROFILE",
-            help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench "
-            "(default: this machine's, where it was measured, or dgx2).",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    strategy: Annotated[
-        str,
-        typer.Option(
-            help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.", rich_help_panel=MACHINE
-        ),
-    ] = "infinity",
-    explain: Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")] = False,
-    timeline: Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    recipe: Recipe = None,
+    params: Params = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    heads: Heads = None,
+    vocab: Vocab = 0,
+    max_model: MaxModel = False,
+    seq_len: SeqLen = 1024,
+    micro_batch_size: MicroBatchSize = 1,
+    gradient_accumulation_steps: GradientAccumulationSteps = None,
+    hosts: EstimateHosts = None,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    hardware: Hardware = None,
+    strategy: Strategy = "infinity",
+    explain: Explain = False,
+    timeline: Timeline = None,
+    as_json: AsJson = False,
 ) -> None:
     """Will it fit, and how fast will it be? Nothing is loaded and nothing is run.
 
@@ -246,8 +231,8 @@ def bench_nvme(
     size: Annotated[str, typer.Option(help="Bytes of the files, all together; free again afterwards.")] = "4GiB",
     block_sizes: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1MiB,4MiB,8MiB.")] = None,
     threads: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1,2,4,8,16.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """How fast drives read and write, cache bypassed, by block size and threads; fio beside it where there is one."""
     from zinf_cli.commands.bench import NvmeRequest, run_bench_nvme
@@ -259,13 +244,11 @@ def bench_nvme(
 
 @bench.command("links")
 def bench_links(
-    hosts: Annotated[
-        str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")
-    ] = None,
-    include: Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")] = None,
-    exclude: Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    hosts: Hosts = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """How fast a machine computes, updates, and moves data: to its accelerators, between its ranks, between hosts."""
     from zinf_cli.commands.bench import run_bench_links
@@ -277,7 +260,7 @@ def bench_links(
 @app.command()
 def trace(
     run: Annotated[Path, typer.Argument(help="The folder of a run with profiler.enabled, or its trace.json.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """How busy each lane of a profiled run was, and its longest waits."""
     import json

@@ -124,13 +124,7 @@ class NvmeTier:
         if file is not None:
             self._files.append(file)
         for folder in self._folders if file is None else ():
-            file_here = open_nameless(folder)
-            self._files.append(file_here.descriptor)
-            if notice is not None and not file_here.direct:
-                what = "this is memory (tmpfs), not a drive: what lies here counts as CPU memory"
-                if not file_here.in_memory:
-                    what = "no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
-                notice(f"{folder}: {what}")
+            self._files.append(_opened(folder, notice))
         self.devices = {file_system_of(descriptor) for descriptor in self._files}
         """The file systems its files lie on."""
         self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
@@ -311,6 +305,17 @@ def _overlap(earlier: Transfer, span: tuple[int, int]) -> bool:
     """Whether a write under way touches bytes of `span`: what comes after it, be it a read or a write, waits."""
     assert isinstance(earlier, _Job)
     return earlier.span[0] < span[1] and span[0] < earlier.span[1]
+
+
+def _opened(folder: Path, notice: Callable[[str], None] | None) -> int:
+    """The descriptor of a nameless file there; what is said of one that no drive, or no direct I/O, stands behind."""
+    file = open_nameless(folder)
+    if notice is not None and not file.direct:
+        what = "this is memory (tmpfs), not a drive: what lies here counts as CPU memory"
+        if not file.in_memory:
+            what = "no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
+        notice(f"{folder}: {what}")
+    return file.descriptor
 
 
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

@@ -16,40 +16,34 @@ from typing import Any
 
 import torch
 
-from zinf_cli.checkpoint.folder import checkpoints_of, step_of
 from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.engine import Engine, EngineOptions, StepResult
+from zinf_cli.engine.engine import Engine, StepResult
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import NonFiniteError, ZinfError
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train.batches import deal
+from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import MicroBatch as Batch
 from zinf_cli.train.collator import Sample, Stream
 from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, straggler_of
 from zinf_cli.train.model_files import model_files
+from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
-from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import (
     Text,
     model_loss,
     model_source,
-    open_model,
     open_text,
-    place_buffers,
-    survey_model,
 )
-from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
 def train(run_dir: Path) -> int:
@@ -59,7 +53,7 @@ def train(run_dir: Path) -> int:
     device = _device(plan)
     ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
-    engine, model, weights = _open_engine(recipe, plan, device, ranks, trace)
+    engine, model, weights = open_engine(recipe, plan, device, ranks, trace, note)
     metrics = None
     try:
         text = open_text(recipe, model, note)
@@ -94,58 +88,10 @@ def _device(plan: Plan) -> torch.device:
     return device
 
 
-def _open_engine(
-    recipe: Recipe, plan: Plan, device: torch.device, ranks: Ranks, trace: Trace
-) -> tuple[Engine, torch.nn.Module, WeightSource]:
-    """The model with room for its state on the plan's tiers, and where its first weights come from."""
-    model = open_model(recipe, plan.precision)
-    weights = open_weights(model, model_source(recipe))
-    load_buffers(model, model_source(recipe))
-    seen = survey_model(model, recipe, ranks.world_size)
-    place_buffers(model, device)
-    options = EngineOptions(
-        **plan.placement,
-        nvme_folders=tuple(Path(folder) for folder in plan.nvme_folders),
-        nvme_bytes=plan.nvme_bytes,
-        nvme_readers=plan.io.readers,
-        nvme_writers=plan.io.writers,
-        nvme_block_bytes=plan.io.block_bytes,
-        nvme_verify=device.type != "cpu" if recipe.offload.verify == "auto" else recipe.offload.verify,
-        slot_bytes=plan.working.slot_bytes,
-        resident_bytes=plan.working.resident_bytes,
-        chunk_numel=plan.working.chunk_numel,
-        num_chunks=plan.working.num_chunks,
-        staging_bytes=plan.working.staging_bytes,
-        pin_memory=recipe.offload.pin_memory is not False,
-        device=device,
-        micro_batches_per_sweep=plan.per_sweep,
-        kept_units=frozenset(plan.kept_units),
-        cached_units=frozenset(plan.cached_units),
-        cached_states=frozenset(plan.cached_states),
-        speculate=plan.update == "speculative",
-    )
-    engine = Engine(
-        model,
-        seen.units,
-        options,
-        ranks,
-        trace,
-        order=seen.order if seen.complete else None,
-        written=seen.written,
-        side_outputs=CapturedOutputs(),
-        notice=note,
-    )
-    return engine, model, weights
-
-
 def note(line: str) -> None:
     """Say something to the user, if the log takes it: the launcher shows what rank 0 notes."""
     with suppress(OSError):
         print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-MAX_SKIPS = 10
-"""Steps in a row that are not finite, after which there is no hope that the next will be."""
 
 
 @dataclass
@@ -180,7 +126,7 @@ class Run:
             if self.start.loss_scale is not None:
                 self._loss_scale.scale, self._loss_scale.finite_steps = self.start.loss_scale
         self.text.order.start_at(self.start.step, self.start.sequences)
-        self._skips, self._last_finite = 0, self.start.step
+        self._blow_ups = BlowUps(self.recipe, self.run_dir, self.start.step, note)
         self._drives = [tier for tier in self.engine.opened.values() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
@@ -200,7 +146,7 @@ class Run:
             if evaluate:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
-            if save and values.get("skipped") and not self._skips:
+            if save and values.get("skipped") and not self._blow_ups.skips:
                 self._writer.write(self._position(step))
                 saved = step
             elif save and self._writer.describe(self._position(step)):
@@ -273,11 +219,17 @@ class Run:
         if self._loss_scale is not None and math.isfinite(loss) and self._loss_scale.scale > 1:
             self._loss_scale.note(finite=result.finite)
         elif not result.finite:
-            self._non_finite(step, loss, result, windows)
+            self._blow_ups.judge(f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} {_windows(windows)}")
         if result.finite:
-            self._skips, self._last_finite = 0, step + 1
+            self._blow_ups.over(step + 1)
+        return self._line(step, len(windows), lr, loss, result, start)
+
+    def _line(
+        self, step: int, sequences: int, lr: float, loss: float, result: StepResult, start: float
+    ) -> dict[str, Any]:
+        """What metrics.jsonl says of a step that began at `start`."""
         waits = self.ranks.all(round(result.wait_s * 1e6))
-        tokens = len(windows) * self.recipe.train.seq_len
+        tokens = sequences * self.recipe.train.seq_len
         seconds = time.perf_counter() - start
         flops = self.plan.figures.model.flops_per_token * tokens / self.ranks.world_size
         slowest = straggler_of([micros / 1e6 for micros in waits], seconds)
@@ -298,7 +250,7 @@ class Run:
 
     def _skipped(self, step: int, windows: Sequence[int], lr: float, start: float) -> dict[str, Any]:
         """A step in which no token has a loss: nothing is updated, not by the weight decay either, or counted."""
-        note(f"skipped step {step + 1}: no token has a loss (windows {_ranges(windows)})")
+        note(f"skipped step {step + 1}: no token has a loss {_windows(windows)}")
         self.engine.flush()  # fetches for this step are on their way
         return {
             "step": step + 1,
@@ -342,35 +294,6 @@ class Run:
         loss, targets = self._sum([loss, targets])
         return loss / max(1.0, targets)
 
-    def _non_finite(self, step: int, loss: float, result: StepResult, windows: Sequence[int]) -> None:
-        """The engine has already dropped the update; stop, or go on where the recipe says so."""
-        what = f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (windows {_ranges(windows)})"
-        skip = self.recipe.train.non_finite == "skip"
-        self._skips += 1
-        if skip and self._skips < MAX_SKIPS:
-            note(f"skipped {what}")
-            return
-        if skip:
-            what += f", after {MAX_SKIPS - 1} steps that were skipped too"
-        raise NonFiniteError(what, hint=self._cause_of_non_finite() + self._way_back())
-
-    def _cause_of_non_finite(self) -> str:
-        """Before the first update nothing but the weights and the text has had a say."""
-        source = model_source(self.recipe)
-        if self._last_finite == 0 and source.init == "pretrained" and source.name_or_path is not None:
-            with suppress(ZinfError, RuntimeError):
-                if name := SafetensorsFiles(source.name_or_path).not_finite():
-                    return f"{name} of {source.name_or_path} holds a NaN or an infinity: use another checkpoint"
-        if self._last_finite == 0:
-            return "no update has been made yet: look at these windows of the text, or at the model"
-        skip = "" if self.recipe.train.non_finite == "skip" else ", or set train.non_finite=skip"
-        return f"look at these windows of the text, lower optimizer.lr{skip}"
-
-    def _way_back(self) -> str:
-        """The newest checkpoint that a finite step came after; later ones may be of what has blown up."""
-        good = next((found for found in checkpoints_of(self.run_dir) if step_of(found) < self._last_finite), None)
-        return f"; the last good checkpoint: checkpoint.resume={good}" if good is not None else ""
-
     def _sum(self, values: list[float]) -> list[float]:
         if self.ranks.world_size == 1:
             return values
@@ -412,6 +335,7 @@ def _due(step: int, interval: int | None) -> bool:
     return bool(interval) and step % (interval or 1) == 0
 
 
-def _ranges(windows: Sequence[int]) -> str:
+def _windows(windows: Sequence[int]) -> str:
+    """Of the text, as an error names them."""
     shown = ", ".join(str(window) for window in windows[:8])
-    return shown + (", ..." if len(windows) > 8 else "")
+    return f"(windows {shown}{', ...' if len(windows) > 8 else ''})"

@@ -1,0 +1,63 @@
+"""Options of the command line: those that several commands have, and those of `zinf estimate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
+
+Hosts = Annotated[str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")]
+Exclude = Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")]
+Include = Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON on stdout.")]
+Recipe = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
+]
+Params = Annotated[
+    str | None, typer.Option(help="Parameters, e.g. 7B or 1T; a usual shape is chosen.", rich_help_panel=MODEL)
+]
+Layers = Annotated[int | None, typer.Option(min=1, help="Or: transformer blocks,", rich_help_panel=MODEL)]
+Hidden = Annotated[int | None, typer.Option(min=1, help="their hidden size,", rich_help_panel=MODEL)]
+Heads = Annotated[
+    int | None, typer.Option(min=1, help="attention heads (default: hidden / 128).", rich_help_panel=MODEL)
+]
+Vocab = Annotated[int, typer.Option(min=0, help="Rows of a tied embedding.", rich_help_panel=MODEL)]
+MaxModel = Annotated[
+    bool, typer.Option("--max-model", help="Or: find the largest model that fits.", rich_help_panel=MODEL)
+]
+SeqLen = Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=STEP)]
+MicroBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)]
+GradientAccumulationSteps = Annotated[
+    int | None,
+    typer.Option(min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP),
+]
+EstimateHosts = Annotated[
+    str | None,
+    typer.Option(metavar="HOSTFILE", help="Count the hosts in a file, or --nodes.", rich_help_panel=MACHINE),
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Hosts.", rich_help_panel=MACHINE)]
+GpusPerNode = Annotated[
+    int | None, typer.Option(min=1, help="GPUs of a host (default: the profile's).", rich_help_panel=MACHINE)
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROFILE",
+        help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench "
+        "(default: this machine's, where it was measured, or dgx2).",
+        rich_help_panel=MACHINE,
+    ),
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.", rich_help_panel=MACHINE
+    ),
+]
+Explain = Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")]
+Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")]
+Out = Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")]

@@ -1,0 +1,61 @@
+"""From a recipe and its plan to an engine: the model with room for its state, and where its first weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.plan.plan import Plan
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.trace import Trace
+from zinf_cli.train.setup import model_source, open_model, place_buffers, survey_model
+from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
+
+
+def open_engine(
+    recipe: Recipe, plan: Plan, device: torch.device, ranks: Ranks, trace: Trace, notice: Callable[[str], None]
+) -> tuple[Engine, torch.nn.Module, WeightSource]:
+    """The model with room for its state on the plan's tiers, and where its first weights come from."""
+    model = open_model(recipe, plan.precision)
+    weights = open_weights(model, model_source(recipe))
+    load_buffers(model, model_source(recipe))
+    seen = survey_model(model, recipe, ranks.world_size)
+    place_buffers(model, device)
+    options = EngineOptions(
+        **plan.placement,
+        nvme_folders=tuple(Path(folder) for folder in plan.nvme_folders),
+        nvme_bytes=plan.nvme_bytes,
+        nvme_readers=plan.io.readers,
+        nvme_writers=plan.io.writers,
+        nvme_block_bytes=plan.io.block_bytes,
+        nvme_verify=device.type != "cpu" if recipe.offload.verify == "auto" else recipe.offload.verify,
+        slot_bytes=plan.working.slot_bytes,
+        resident_bytes=plan.working.resident_bytes,
+        chunk_numel=plan.working.chunk_numel,
+        num_chunks=plan.working.num_chunks,
+        staging_bytes=plan.working.staging_bytes,
+        pin_memory=recipe.offload.pin_memory is not False,
+        device=device,
+        micro_batches_per_sweep=plan.per_sweep,
+        kept_units=frozenset(plan.kept_units),
+        cached_units=frozenset(plan.cached_units),
+        cached_states=frozenset(plan.cached_states),
+        speculate=plan.update == "speculative",
+    )
+    engine = Engine(
+        model,
+        seen.units,
+        options,
+        ranks,
+        trace,
+        order=seen.order if seen.complete else None,
+        written=seen.written,
+        side_outputs=CapturedOutputs(),
+        notice=notice,
+    )
+    return engine, model, weights
