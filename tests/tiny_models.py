@@ -98,6 +98,11 @@ def dialog_template(end: str) -> str:
     return turns.replace("END", end) + "{% if add_generation_prompt %}<bot> {% endif %}"
 
 
+WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
+"""What the fixture `tokenizer` of unit tests knows."""
+WORD_TEMPLATE = dialog_template("<end>")
+
+
 def dataset_for(name: str, folder: Path) -> dict[str, Any]:
     """A recipe's `dataset` that an architecture of CONFIGS learns from, written into `folder`: some 4000 tokens."""
     words = [f"w{number * 7 % 91}" for number in range(4000)]

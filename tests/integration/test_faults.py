@@ -18,10 +18,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_launch import wait_for_steps
-from test_many_hosts import ApartWorkshop
 
 from lab import IP, Lab, namespace_lab, wait_until
+from workshop import ApartWorkshop, wait_for_steps
 
 MOMENTS = int(os.environ.get("ZINF_FAULT_MOMENTS", "1"))
 

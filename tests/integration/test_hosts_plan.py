@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_launch import Workshop, workshop
 
+from workshop import Workshop
 from zinf_cli.machine.drive_files import GROWTH
-
-__all__ = ["workshop"]
 
 
 def test_a_dry_run_plans_for_every_host_and_opens_no_connection(workshop: Workshop) -> None:

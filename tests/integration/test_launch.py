@@ -6,115 +6,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tiny_models import CONFIGS, random_source
+from programs import command
+from tiny_models import random_source
+from workshop import NVME, ZINF, Ended, Workshop, wait_for_steps
 from zinf_cli.train.model import build_model
-
-ZINF = [sys.executable, "-m", "zinf_cli.cli"]
-NVME = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "nvme"}
-
-
-@dataclass
-class Ended:
-    """A command that is over."""
-
-    code: int
-    out: str
-    err: str
-    run_dir: Path
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in self.metrics if "loss" in line]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
-        return document
-
-    @property
-    def message(self) -> str:
-        """What stands after "error: "."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert lines, self.err
-        return "\n".join(lines)
-
-
-class Workshop:
-    """A folder with a recipe of a tiny llama and its text; `launch` runs it with changes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.nvme = folder / "nvme"
-        self.recipe = folder / "tiny.yaml"
-        np.save(folder / "tokens.npy", np.arange(4000) * 7 % 91 + 3)
-        self.content: dict[str, Any] = {
-            "model": {"config": {"model_type": "llama", **CONFIGS["llama"]}},
-            "dataset": {"path": str(folder / "tokens.npy"), "eval_fraction": 0.1},
-            "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
-            "optimizer": {"lr": 1e-2},
-            "offload": {**NVME, "nvme_path": str(self.nvme)},
-            "logging": {"tensorboard": False},
-        }
-
-    def write(self) -> None:
-        self.recipe.write_text(yaml.safe_dump(self.content))
-
-    def command(self, *arguments: str) -> list[str]:
-        self.write()
-        return [*ZINF, "launch", str(self.recipe), f"output_dir={self.folder / 'run'}", *arguments]
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "100"}
-
-    def launch(self, *arguments: str) -> Ended:
-        process = self.start(*arguments)
-        return self.end(process)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*arguments),
-            env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def end(self, process: subprocess.Popen[str]) -> Ended:
-        out, err = process.communicate(timeout=120)
-        return Ended(process.returncode, out, err, self.folder / "run")
-
-    def left_behind(self) -> list[str]:
-        """Processes of a run in this folder, and files on its drives."""
-        alive = []
-        for process in psutil.process_iter():
-            try:
-                if str(self.folder) in " ".join(process.cmdline()):
-                    alive.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
-        return alive + [str(path) for path in self.nvme.rglob("*")]
-
-
-@pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
-    return Workshop(tmp_path)
 
 
 def test_a_run_and_what_it_leaves(workshop: Workshop) -> None:
@@ -284,13 +187,6 @@ def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Works
     assert f"note: skipped step {step}: loss " in skipped.err
 
 
-def wait_for_steps(run: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < count:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.05)
-
-
 def test_a_rank_that_is_killed_is_named(workshop: Workshop) -> None:
     process = workshop.start("train.max_steps=100000", "--slots", "2")
     wait_for_steps(workshop.folder / "run", 3)
@@ -342,11 +238,11 @@ def test_a_run_is_not_its_screens(workshop: Workshop) -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    program = "import sys; from zinf_cli.cli import main; sys.argv = ['zinf', '--help']\n"
-    program += "try: main()\nfinally: assert not {'torch', 'transformers', 'pydantic'} & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    words = command("imported", "zinf_cli.cli:main", "--help")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "launch" in done.stdout
+    assert not {"torch", "transformers", "pydantic"} & set(done.stderr.splitlines()[-1].split())
 
 
 def test_a_run_without_a_trace_is_told(tmp_path: Path) -> None:

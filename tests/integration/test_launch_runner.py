@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,110 +20,9 @@ from typing import Any
 
 import pytest
 
+from programs import command, environment
 from zinf_cli.launch.failure import Ending, first_failure
 from zinf_cli.recipe.hosts import Host
-
-LAUNCHER = """
-import json, sys, dataclasses
-from pathlib import Path
-from zinf_cli.recipe.hosts import this_machine
-from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.runner import Agent, Program, World, run_ranks
-from zinf_cli.launch.pipes import Pipes
-
-polls, notes = [], []
-scenario, run_dir = sys.argv[1], Path(sys.argv[2])
-program = Program(Agent("ranks"), "life", [scenario], run_dir, {}, [], False, {"OMP_NUM_THREADS": "1"})
-with Lifelines(Pipes()) as lifelines:
-    world = World(lifelines, [lifelines.connect(this_machine(2))])
-    outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)
-print(json.dumps(dict(dataclasses.asdict(outcome), polls=len(polls), notes=notes), default=str))
-"""
-
-RANKS = """
-import os, psutil, signal, subprocess, time, torch
-import torch.distributed as dist
-from pathlib import Path
-from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import CapacityError
-from zinf_cli.train.rank_process import stop_requested
-
-def meet(rank):
-    if not dist.is_initialized():
-        Ranks.join(torch.device("cpu"))
-    total = torch.full((1,), float(rank + 1))
-    dist.all_reduce(total)
-    return total.item()
-
-def connections_of(process):
-    try:
-        return process.net_connections("inet")
-    except psutil.NoSuchProcess:  # one that the supervisor had started to measure
-        return []
-
-def listeners():
-    guard, agent, supervisor, launcher = psutil.Process().parents()[:4]
-    tree = [launcher, *launcher.children(recursive=True)]
-    found = [one for process in tree for one in connections_of(process)]
-    return sorted({one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN})
-
-def stand_still(run_dir, rank):
-    (run_dir / f"standing-{rank}").touch()
-    time.sleep(300)
-
-def life(run_dir, scenario):
-    rank = int(os.environ["RANK"])
-    if scenario == "success":
-        subprocess.Popen(["sleep", "300"], start_new_session=True)  # an orphan in the end
-        print("sum", meet(rank), "threads", torch.get_num_threads())
-        if rank == 0:
-            print("listeners", listeners())
-        meet(rank)
-    elif scenario == "capacity":
-        if rank == 1:
-            raise CapacityError("needs 9 GiB of 8", where="host:1")
-        time.sleep(300)
-    elif scenario == "peer_lost_first":  # the innocent rank's error comes before the guilty one's
-        meet(rank)
-        if rank == 0:
-            meet(rank)
-        dist.destroy_process_group()
-        time.sleep(1)
-        raise RuntimeError("the real reason")
-    elif scenario == "killed":
-        meet(rank)
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        meet(rank)
-    elif scenario == "frozen":
-        ranks = Ranks.join(torch.device("cpu"), timeout_s=3)
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.all(1)
-    elif scenario == "guard_killed":
-        if rank == 1:
-            os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(300)
-    elif scenario == "deaf":
-        if rank == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            stand_still(run_dir, rank)
-        while not (run_dir / "standing-0").exists():
-            time.sleep(0.05)
-        return 7
-    elif scenario == "stop":
-        (run_dir / f"standing-{rank}").touch()
-        while not stop_requested():
-            time.sleep(0.05)
-        print("stopped in an orderly way")
-    elif scenario == "still":
-        stand_still(run_dir, rank)
-    elif scenario == "orphan":
-        subprocess.Popen(["setsid", "sleep", "300"])  # out of reach of every process group and tether
-        stand_still(run_dir, rank)
-    return 0
-
-"""
 
 
 @dataclass
@@ -174,12 +72,14 @@ def run_scenario(folder: Path, scenario: str, disturb: Callable[[subprocess.Pope
     mark = f"ZINF_TEST_MARK={uuid.uuid4().hex}"
     name, value = mark.split("=")
     cluster = {"GLOO_SOCKET_IFNAME": "ib7"}  # as a profile may say for what runs on many hosts
-    environment = {**os.environ, **cluster, name: value, "PYTHONPATH": f"{folder}:{ROOT}"}
     run_dir = folder / f"run-{value}"
-    command = [sys.executable, str(folder / "launcher.py"), scenario, str(run_dir)]
     started = time.monotonic()
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command("launcher", scenario, run_dir),
+        env=environment(**cluster, **{name: value}),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as launcher:
         try:
             disturb(launcher, run_dir)
@@ -261,8 +161,6 @@ def kill_agent(launcher: subprocess.Popen[str], run_dir: Path) -> None:
     os.kill(the_child(the_child(launcher.pid)), signal.SIGKILL)
 
 
-ROOT = Path(__file__).parents[2]
-
 SCENARIOS = {
     "success": ("success", leave_alone),
     "success beside it": ("success", leave_alone),
@@ -286,8 +184,6 @@ Run = Callable[[str], Ended]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "launcher.py").write_text(LAUNCHER)
-    (folder / "ranks.py").write_text(RANKS)
     with ThreadPoolExecutor(2) as background:
         ended: dict[str, Future[Ended]] = {
             name: background.submit(run_scenario, folder, scenario, disturb)

@@ -8,57 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_launch import Ended, Workshop, wait_for_steps
 
-from lab import IP, ROOT, Lab, loopback_lab, namespace_lab
-
-
-class FarWorkshop(Workshop):
-    """A workshop whose recipe is launched on the hosts of a lab."""
-
-    def __init__(self, folder: Path, lab: Lab) -> None:
-        super().__init__(folder)
-        self.lab = lab
-
-    def command(self, *arguments: str) -> list[str]:
-        self.write()
-        return self.lab.zinf("launch", str(self.recipe), f"output_dir={self.run_dir}", *arguments)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "run"
-
-    def environment(self) -> dict[str, str]:
-        return self.lab.environment
-
-    def alone(self, *arguments: str) -> Ended:
-        """The same recipe as one rank, without hosts; its folder is set aside by the next launch."""
-        return self.launch(*arguments)
-
-    def left_behind(self) -> list[str]:
-        return self.lab.left_behind()
-
-
-class ApartWorkshop(FarWorkshop):
-    """The hosts share nothing: the run's folder and the drives are each one's own."""
-
-    def __init__(self, folder: Path, lab: Lab) -> None:
-        super().__init__(folder, lab)
-        self.nvme = folder / "local" / "nvme"
-        self.content["offload"]["nvme_path"] = str(self.nvme)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / "local" / "run"
-
-    def end(self, process: subprocess.Popen[str]) -> Ended:
-        ended = super().end(process)
-        return Ended(ended.code, ended.out, ended.err, self.run_dir)
+from lab import IP, ROOT, loopback_lab, namespace_lab
+from programs import command
+from workshop import ApartWorkshop, Ended, FarWorkshop, wait_for_steps
 
 
 @pytest.fixture
@@ -202,18 +159,12 @@ def test_variables_that_make_no_sense(near: FarWorkshop, variable: str, said: st
     assert said in ended.message
 
 
-LISTENERS = """
-import psutil
-print(*{one.laddr.ip for one in psutil.net_connections("tcp") if one.status == "LISTEN" and one.laddr.port != 22})
-"""
-
-
 def test_ranks_listen_on_the_address_of_their_host_alone(apart: ApartWorkshop) -> None:
     hosts = apart.lab.hosts[:2]
     process = apart.start("--hosts", apart.lab.hostfile(hosts=hosts), "train.max_steps=100000")
     wait_for_steps(apart.run_dir, 1)
     for number, host in enumerate(hosts, 1):
-        inside = [str(IP), "netns", "exec", str(host.namespace), sys.executable, "-c", LISTENERS]
+        inside = [str(IP), "netns", "exec", str(host.namespace), *command("listeners")]
         found = subprocess.run(inside, capture_output=True, text=True, check=True).stdout
         assert found.split() == [f"10.77.0.{number}"]
     os.killpg(process.pid, signal.SIGINT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_launch import Workshop
+from workshop import Workshop
 
 
 def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> None:

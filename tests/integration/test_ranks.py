@@ -4,49 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from plain import plain_losses, relative_difference
+from programs import command, environment
 from tiny_models import random_source
 
 STEPS, COUNT = 5, 6
 CLASSES = ("params", "grads", "optimizer", "activations")
-
-WORKER = """
-import json, sys, torch
-from pathlib import Path
-from contextlib import nullcontext
-from late_writes import late_writes
-from plain import engine_losses, every_other_unit_cached, open_engine
-from tiny_models import random_source
-from zinf_cli.engine.engine import EngineOptions
-from zinf_cli.engine.ranks import Ranks
-
-torch.set_num_threads(1)
-ranks = Ranks.join(torch.device("cpu"))
-steps, count, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-for name, changes, placement in json.loads(sys.argv[4]):
-    settings = placement.pop("settings", {})
-    if "infinite" in settings:
-        settings["infinite"] = tuple(settings["infinite"])
-    cached, late = placement.pop("cached", False), placement.pop("late", False)
-    dtype = getattr(torch, placement.pop("dtype", "float32"))
-    options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
-    if cached:
-        options = every_other_unit_cached(options)
-    engine = open_engine(random_source(name, **changes), options, ranks, dtype=dtype)
-    with late_writes() if late else nullcontext():
-        losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
-    print(json.dumps(losses), flush=True)
-ranks.leave()
-"""
 
 
 def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[str, object]]], folder: Path) -> list:
@@ -54,16 +24,10 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-    }
-    command = [sys.executable, "-c", WORKER, str(STEPS), str(COUNT), str(folder), json.dumps(cases)]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    words = command("rank_losses", STEPS, COUNT, folder, json.dumps(cases))
     processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(words, env=environment(**world, RANK=str(rank)), stdout=subprocess.PIPE, text=True)
         for rank in range(world_size)
     ]
     try:

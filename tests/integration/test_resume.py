@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_launch import ZINF, Workshop, wait_for_steps
 
 from crash_chain import TinyRun
 from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS
+from workshop import ZINF, Workshop, wait_for_steps
 from zinf_cli.checkpoint.folder import checkpoints_of, step_folder
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.train.checkpoint_reader import CheckpointReader

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_launch import Workshop
+
+from programs import command
+from workshop import Workshop
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("socket", "json", "torch", "transformers", "typing_extensions", "queue", "numpy", "runpy", "sitecustomize")
@@ -25,7 +28,7 @@ def poisoned(tmp_path: Path) -> Path:
     for name in NAMES:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path)!r} + '/ran-{name}', 'w')\n")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "zinf").write_text("import sys\nfrom zinf_cli.cli import main\nsys.exit(main())\n")
+    shutil.copy(ROOT / "tests" / "programs" / "entry_point.py", tmp_path / "bin" / "zinf")
     return tmp_path
 
 
@@ -50,26 +53,10 @@ def test_relative_entries_of_a_python_path(poisoned: Path) -> None:
     assert not [mark for mark in poisoned.glob("ran-*") if mark.name != "ran-runpy"]  # Python's own -m
 
 
-PROGRAM = """
-import sys
-sys.path.append({home!r})
-from zinf_cli.search_path import leave_out_working_directory
-leave_out_working_directory()
-from zinf_cli.recipe.hosts import this_machine
-from zinf_cli.launch.connection import Lifelines
-from zinf_cli.launch.pipes import Pipes
-from zinf_cli.search_path import module_command
-with Lifelines(Pipes()) as lifelines:
-    connection = lifelines.connect(this_machine(1))
-    done = connection.capture(module_command("zinf_cli.version"), within=20)
-    print(done["code"], done["errors"])
-"""
-
-
 def test_a_zinf_that_is_not_installed_is_found(poisoned: Path) -> None:
     """As where it is run out of a checkout: its processes find it beside themselves."""
     (poisoned / "elsewhere").mkdir()
     (poisoned / "elsewhere" / "zinf_cli").symlink_to(ROOT / "zinf_cli")
-    done = run(poisoned, "bin:.", "-c", PROGRAM.format(home=str(poisoned / "elsewhere")))
+    done = run(poisoned, "bin:.", *command("asks_version", poisoned / "elsewhere")[1:])
     assert done.stdout == "0 \n", done.stderr
     assert [mark.name for mark in poisoned.glob("ran-*")] == ["ran-sitecustomize"]  # by the test's own Python

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lab import Lab, namespace_lab
+from programs import command
 
 
 @pytest.fixture(scope="module", params=["rsync", "SFTP"])
@@ -29,13 +29,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 
 def sync(lab: Lab, path: Path) -> subprocess.CompletedProcess[str]:
     """As the launcher does it."""
-    program = (
-        "import sys; from pathlib import Path; from zinf_cli.recipe.hosts import load_hosts\n"
-        "from zinf_cli.launch.sync import sync\n"
-        "print(sync([Path(sys.argv[2])], load_hosts(sys.argv[1])))"
-    )
-    command = [*lab.launcher, sys.executable, "-c", program, lab.hostfile(), str(path)]
-    return subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+    words = [*lab.launcher, *command("sync_to_hosts", lab.hostfile(), path)]
+    return subprocess.run(words, env=lab.environment, capture_output=True, text=True, check=False)
 
 
 def test_a_folder_is_brought_once_and_only_what_changed_after_that(lab: Lab) -> None:

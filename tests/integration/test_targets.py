@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_launch import Ended, Workshop
 
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
+from workshop import Ended, Workshop
 
 WORDS = ["<end>", "<user>", "<bot>", "[UNK]", "[MASK]", *(f"w{number}" for number in range(60))]
 SEQ_LEN = 16

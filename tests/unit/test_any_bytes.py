@@ -14,9 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import TEMPLATE, WORDS
 
-from tiny_models import save_word_tokenizer
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.data import TextSource, open_token_stream
 
@@ -28,13 +26,6 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]) | VALUES, "content": VALUES})
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_word_tokenizer(folder, WORDS, eos_token="<end>", template=TEMPLATE)
-    return folder
 
 
 def tried(source: TextSource, cache: Path) -> None:

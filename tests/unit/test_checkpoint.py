@@ -21,13 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from checkpoints import params_of, resumed, save
 from plain import LR, batches, engine_losses, every_other_unit_cached, everything_on, open_engine
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
@@ -37,27 +38,6 @@ from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.setup import model_loss
 
 STEPS = 4
-
-
-def save(engine: Engine, run_dir: Path, step: int, keep: int | None = None) -> Path:
-    """A checkpoint of `engine` in the folder of a run."""
-    files = [("config.json", b'{"model_type": "llama"}')]
-    writer = CheckpointWriter(run_dir, engine, Ranks(), lambda: iter(files), keep)
-    writer.write(Position(step, "fp32", step * 3, "text", None, {"seed": 0}))
-    return folders.step_folder(run_dir, step)
-
-
-def resumed(folder: Path, name: str, options: EngineOptions, **more: object) -> Engine:
-    """An engine whose own weights are others, with the state of a checkpoint."""
-    engine = open_engine(random_source(name, seed=1), options, **more)  # type: ignore[arg-type]
-    reader = CheckpointReader(folder)
-    engine.load_state(reader)
-    reader.close()
-    return engine
-
-
-def params_of(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: value for number in range(len(engine.units)) for name, value in engine.read_params(number).items()}
 
 
 def assert_goes_on(name: str, tmp_path: Path, before: EngineOptions, after: EngineOptions, **how: object) -> None:

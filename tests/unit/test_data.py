@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiny_models import dialog_template, save_word_tokenizer
+from tiny_models import WORD_TEMPLATE, WORDS
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import LrScheduler, Optimizer, Recipe
 from zinf_cli.train.batches import BatchOrder, deal
@@ -31,17 +31,6 @@ from zinf_cli.train.objective import Objective
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.token_stream import split_held_out
 from zinf_cli.train.tokens import TOKENIZER_FILES
-
-WORDS = ["<end>", "<user>", "<bot>", "one", "two", "three", "hello", "yes", "no", "[UNK]"]
-TEMPLATE = dialog_template("<end>")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with a word a token, saved as checkpoints have it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_word_tokenizer(folder, WORDS, eos_token="<end>", template=TEMPLATE)
-    return folder
 
 
 def words(stream: Any) -> str:
@@ -370,7 +359,9 @@ def test_what_stands_for_a_tokenizer_is_named(tokenizer: Path, tmp_path: Path) -
 
 def test_a_prompt_that_is_no_beginning_of_a_turn_is_told(tokenizer: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer, tmp_path / "think")
-    template = TEMPLATE.replace("{% if add_generation_prompt %}<bot> ", "{% if add_generation_prompt %}<bot> <think> ")
+    template = WORD_TEMPLATE.replace(
+        "{% if add_generation_prompt %}<bot> ", "{% if add_generation_prompt %}<bot> <think> "
+    )
     (tmp_path / "think" / "chat_template.jinja").write_text(template)
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
@@ -383,7 +374,7 @@ def test_a_python_tokenizer_in_chats_is_refused(tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 
     slow = ByT5Tokenizer()
-    slow.chat_template = TEMPLATE
+    slow.chat_template = WORD_TEMPLATE
     slow.save_pretrained(tmp_path / "byt5")
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "one"}]}))
     source = TextSource((tmp_path / "a.jsonl",), messages_field="messages", tokenizer=tmp_path / "byt5")

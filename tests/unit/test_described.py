@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_plan import recipe_of
 
+from programs import command
+from tiny_recipes import recipe_of
 from zinf_cli.errors import DatasetError
 from zinf_cli.launch.description import question
 from zinf_cli.recipe.hosts import Host
@@ -102,8 +102,7 @@ def test_a_question_is_answered_in_a_fork_and_then_from_memory(tmp_path: Path, m
 
 def answers(recipe: Recipe) -> tuple[dict[str, Any], bool]:
     """To a question in a process of its own; and whether that had to import torch."""
-    program = "import sys; from zinf_cli.train import described; described.main()\n"
-    program += "print('torch' in sys.modules, file=sys.stderr)"
     asked = question(recipe, None, [Host("a", (0,)), Host("b", (0,))])
-    done = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout), done.stderr.endswith("True\n")
+    words = command("imported", "zinf_cli.train.described:main")
+    done = subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), "torch" in done.stderr.splitlines()[-1].split()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from programs import command
 from zinf_cli import durable
 from zinf_cli.durable import publish, write_durably
 
@@ -63,12 +64,8 @@ def test_a_failure_leaves_what_was_there(call: str, tmp_path: Path, monkeypatch:
         raise OSError(errno.EIO, "Input/output error")
 
     if call == "write":  # a limit on the size of files is as real as a full drive
-        done = subprocess.run(
-            ["bash", "-c", f"ulimit -f 1; trap '' XFSZ; python3 -c 'from pathlib import Path; import sys;"
-             f'sys.path.insert(0, "{ROOT.parent}");'
-             f'from zinf_cli.durable import write_durably; write_durably(Path("{path}"), "x" * 5000)\''],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        words = ["bash", "-c", "ulimit -f 1; trap '' XFSZ; \"$@\"", "bash", *command("writes_durably", path)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert "File too large" in done.stderr
     else:
         monkeypatch.setattr(os, call, fail)

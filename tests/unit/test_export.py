@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from xxhash import xxh3_64_hexdigest
 
 from plain import engine_losses, open_engine
+from programs import command
 from tiny_models import CONFIGS, batch, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest, StoredFile
@@ -109,17 +109,8 @@ def test_memory_follows_the_largest_unit(tmp_path: Path) -> None:
         engine = open_engine(source, EngineOptions())
         save(engine, source, tmp_path / str(layers))
         engine.close()
-    program = (
-        "import sys; from pathlib import Path; from zinf_cli.train.export import export;"
-        "from zinf_cli.train.metrics import PeakMemory; peak, run = PeakMemory(), Path(sys.argv[1]); peak.reset();"
-        "export(run, run / 'out'); print(peak.read())"
-    )
     small, large = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", program, str(tmp_path / layers)], check=True, capture_output=True
-            ).stdout
-        )
+        int(subprocess.run(command("peak_of_export", tmp_path / layers), check=True, capture_output=True).stdout)
         for layers in ("8", "24")
     )
     more_weights = 16 * 4 * 3 * 256 * (256 + 1024)  # of 16 layers, in bytes

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import subprocess
-import sys
 from pathlib import Path
 
+from programs import command
+
 ROOT = Path(__file__).parents[2] / "zinf_cli"
+TESTS = Path(__file__).parents[1]
 
 FLOORS = (
     {
@@ -63,17 +65,13 @@ def test_imports_go_one_way() -> None:
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    modules = (
-        "zinf_cli.cli, zinf_cli.commands.launch, zinf_cli.commands.estimate, zinf_cli.plan.search, zinf_cli.screens.run"
-    )
-    program = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    modules = "zinf_cli.cli,zinf_cli.commands.launch,zinf_cli.commands.estimate,zinf_cli.plan.plan,zinf_cli.screens.run"
+    done = subprocess.run(command("imported", modules), capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers"} & set(done.stderr.splitlines()[-1].split())
 
 
 def test_what_an_agent_imports_before_it_forks_leaves_the_device_alone() -> None:
-    program = "import torch; torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = lambda *_: 1 / 0\n"
-    program += "import zinf_cli.train.loop, zinf_cli.train.describe, zinf_cli.bench.links, torch.distributed.run"
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run(command("leaves_devices_alone"), check=True)
 
 
 def test_files_fit_in_a_sitting_and_functions_on_a_screen() -> None:
@@ -84,3 +82,32 @@ def test_files_fit_in_a_sitting_and_functions_on_a_screen() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno + 1 < 60, f"{path}: {node.name}"
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share is in a conftest.py, or in a module of tests/ that holds no test."""
+    paths = list(TESTS.rglob("test_*.py"))
+    names = {path.stem for path in paths}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not names.intersection(name.split(".")[-1] for name in imported), path.name
+
+
+def test_no_program_lives_in_a_string() -> None:
+    """One line is no program. What a test starts is a file in tests/programs/, which is linted and typed."""
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in parts)
+            if "import " in text and ("\n" in text.strip() or len(text) > 100):
+                assert not parses(text), f"{path.name}: {text}"
+
+
+def parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_checkpoint import params_of, resumed, save
 from transformers import GPT2LMHeadModel
 
+from checkpoints import params_of, resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses
 from tiny_models import CONFIGS, KEPT_IN_FP32, random_source
 from zinf_cli.checkpoint.manifest import Manifest

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from programs import command
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.leftovers import leftovers_of, remove
 from zinf_cli.launch.made_folders import MadeFolders, abandoned_in
 from zinf_cli.launch.mirror import RunFolder
 from zinf_cli.launch.run_folder import _remove_marks
 from zinf_cli.machine.hardware import drive_space
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from zinf_cli.launch.mirror import RunFolder
-run, *nvme = sys.argv[1:]
-(Path(run) / ".this").touch()
-RunFolder(run, nvme, "this").open({})
-os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 @pytest.fixture
@@ -39,8 +29,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 def killed(run_dir: Path, *nvme: Path) -> None:
     """A supervisor that has made these folders and is killed."""
-    command = [sys.executable, "-c", KILLED, str(run_dir), *map(str, nvme)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    words = command("killed_supervisor", run_dir, *nvme)
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
     (run_dir / ".this").unlink()
 
 

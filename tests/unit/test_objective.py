@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tiny_models import CONFIGS, dialog_template, random_source, save_word_tokenizer
+from tiny_classes import OTHERS, PAIR, SIZE, real
+from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.batches import deal
@@ -25,50 +26,6 @@ from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_m
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.setup import Text, model_loss, open_text
 from zinf_cli.train.token_stream import MASKED, TokenStream
-
-SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZE |= {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
-PAIR = {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
-PAIR |= {
-    f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("attention_heads", 4), ("ffn_dim", 48))
-}
-PAIR |= {"max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 2}
-PROPHET = {"vocab_size": 96, "hidden_size": 32, "max_position_embeddings": 64, "decoder_start_token_id": 2}
-PROPHET |= {
-    f"num_{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))
-}
-PROPHET |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
-XLM = {"vocab_size": 96, "emb_dim": 32, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 64}
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "BartForConditionalGeneration": ("bart", PAIR),
-    "BartForCausalLM": ("bart", PAIR),
-    "MBartForConditionalGeneration": ("mbart", PAIR),
-    "BlenderbotForConditionalGeneration": ("blenderbot", PAIR),
-    "BlenderbotForCausalLM": ("blenderbot", PAIR),
-    "ProphetNetForConditionalGeneration": ("prophetnet", PROPHET),
-    "ProphetNetForCausalLM": ("prophetnet", PROPHET),
-    "XLMWithLMHeadModel": ("xlm", XLM),
-    "FlaubertWithLMHeadModel": ("flaubert", {**XLM, "causal": True}),
-    "ModernBertForMaskedLM": ("modernbert", {**SIZE, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1}),
-    "RobertaForMaskedLM": ("roberta", SIZE),
-    "RobertaForCausalLM": ("roberta", {**SIZE, "is_decoder": True}),
-    "RwkvForCausalLM": ("rwkv", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
-    "FSMTForConditionalGeneration": (
-        "fsmt",
-        {**PAIR, "src_vocab_size": 96, "tgt_vocab_size": 96, "langs": ["en", "de"], "forced_eos_token_id": None},
-    ),
-}
-
-
-def real(name: str) -> Any:
-    """A tiny model with weights, in evaluation mode."""
-    if name in CONFIGS:
-        blank = build_model(random_source(name))
-        built = type(blank)._from_config(blank.config)
-    else:
-        model_type, config = OTHERS[name]
-        built = getattr(transformers, name)._from_config(AutoConfig.for_model(model_type, **config))
-    return built.eval()
 
 
 def loss_of(model: Any, batch: MicroBatch) -> float:

@@ -13,42 +13,29 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import psutil
 import pytest
 
+from impatient import Impatient
+from programs import command, environment
 from zinf_cli.launch import process_tree
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes, _PipeChannel
 from zinf_cli.launch.process_tree import Gauge
-from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
-from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.launch.transport import supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import this_machine
 
 PAUSE_S = 4.0
 """Longer than any limit here."""
 
 
-class Impatient(Pipes):
-    """Pipes with limits, as another machine has them."""
-
-    def __init__(self, here_s: float, there_s: float) -> None:
-        self.here_s, self.there_s = here_s, there_s
-
-    def open(self, host: Host, launch_id: str) -> Channel:
-        program = supervisor_program(launch_id, self.there_s)
-        channel = _PipeChannel(supervisor_command(sys.executable, program))
-        channel.silence_s = self.here_s
-        channel.send(program)
-        return channel
-
-
 @contextmanager
 def bare_supervisor(silence_s: float) -> Iterator[subprocess.Popen[bytes]]:
     program = supervisor_program("0" * 32, silence_s)
-    command = supervisor_command(sys.executable, program)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+    words = supervisor_command(sys.executable, program)
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(program)
@@ -74,11 +61,11 @@ def test_a_supervisor_that_was_stopped_counts_anew_and_one_that_was_not_ends() -
 
 
 @contextmanager
-def launched(program: str) -> Iterator[tuple[subprocess.Popen[str], TextIO, TextIO]]:
+def launched(here_s: float, there_s: float) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
     """A launcher of its own, what it is told and what it says."""
     with subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
+        command("waiting_launcher", here_s, there_s),
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -88,24 +75,8 @@ def launched(program: str) -> Iterator[tuple[subprocess.Popen[str], TextIO, Text
         yield launcher, launcher.stdin, launcher.stdout
 
 
-LAUNCHER = """
-import sys
-from test_pauses import Impatient
-from zinf_cli.recipe.hosts import this_machine
-from zinf_cli.launch.connection import Lifelines
-
-with Lifelines(Impatient(2.0, float("inf"))) as lifelines:
-    connection = lifelines.connect(this_machine(1))
-    print(connection._channel._process.pid, flush=True)
-    sys.stdin.readline()
-    assert connection.lost is None, connection.lost
-    connection.request("own_address")
-    print("answered", flush=True)
-"""
-
-
 def test_a_launcher_that_was_stopped_counts_anew() -> None:
-    with launched(LAUNCHER) as (launcher, told, heard):
+    with launched(2.0, math.inf) as (launcher, told, heard):
         supervisor = int(heard.readline())
         for pid in (supervisor, launcher.pid):  # the whole machine sleeps
             os.kill(pid, signal.SIGSTOP)
@@ -119,24 +90,9 @@ def test_a_launcher_that_was_stopped_counts_anew() -> None:
         assert launcher.wait(timeout=20) == 0
 
 
-CTRL_Z = """
-import sys
-from test_pauses import Impatient
-from zinf_cli.recipe.hosts import this_machine
-from zinf_cli.launch.connection import Lifelines
-
-with Lifelines(Impatient(60.0, 2.0)) as lifelines:
-    connection = lifelines.connect(this_machine(1))
-    print("here", flush=True)
-    sys.stdin.readline()
-    connection.request("own_address")
-    print("answered", flush=True)
-"""
-
-
 def test_hosts_go_on_while_the_launcher_is_stopped_by_ctrl_z() -> None:
-    with launched(CTRL_Z) as (launcher, told, heard):
-        assert heard.readline() == "here\n"
+    with launched(60.0, 2.0) as (launcher, told, heard):
+        assert heard.readline()
         launcher.send_signal(signal.SIGTSTP)
         while psutil.Process(launcher.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.01)

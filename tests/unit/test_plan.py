@@ -14,7 +14,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tiny_models import CONFIGS, dataset_for, random_source
+from tiny_models import CONFIGS, random_source
+from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
@@ -34,24 +35,8 @@ from zinf_cli.train.describe import GUESSED, describe
 from zinf_cli.train.model import build_model
 from zoo.shrink import configs
 
-CLASSES = ("params", "grads", "optimizer", "activations")
 FLOPS = 1e13
 """What every machine computes a second here, so that a plan follows no measurement; drives hold up each step."""
-
-
-def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"config": random_source(name).config},
-            "dataset": dataset_for(name, folder),
-            "train": {
-                "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3, **train
-            },
-            "offload": {**dict.fromkeys(CLASSES, tier), "nvme_path": str(folder / "nvme")},
-            "logging": {"tensorboard": False},
-            "output_dir": str(folder / "run"),
-        }
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

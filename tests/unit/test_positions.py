@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_objective import OTHERS, SIZE, real
 from transformers import AutoConfig
 
+from tiny_classes import OTHERS, SIZE, real
 from tiny_models import CONFIGS
 from zinf_cli.errors import ModelError
 from zinf_cli.recipe.recipe import Recipe

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_plan import recipe_of
 
 from tiny_models import CONFIGS
+from tiny_recipes import recipe_of
 from zinf_cli.commands.estimate import Flags
 from zinf_cli.commands.estimate_recipe import estimate_recipe
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError

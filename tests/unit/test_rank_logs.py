@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
+from programs import command
 from zinf_cli.launch.logs import RankLogs, last_lines
 from zinf_cli.recipe.hosts import Host
 
@@ -38,20 +38,11 @@ def test_rank_0_and_the_warnings_of_all(tmp_path: Path) -> None:
     assert [line.text for line in logs.poll()] == ["warning: anew"]
 
 
-PRINTS = """
-import sys
-text = "".join(f"line {n} " + "x" * 80 + "\\n" for n in range(10_000))
-for n in range(100):
-    sys.stdout.write(text.replace("line", f"line {n}"))
-print("the last line")
-"""
-
-
 def test_a_rank_that_prints_100_mb_is_followed_in_bounded_memory(tmp_path: Path) -> None:
     write(tmp_path, 0, "")
     logs = RankLogs(tmp_path, HOSTS)
     path = tmp_path / "logs" / "rank-00000.log"
-    with path.open("ab") as log, subprocess.Popen([sys.executable, "-c", PRINTS], stdout=log) as rank:
+    with path.open("ab") as log, subprocess.Popen(command("prints_100_mb"), stdout=log) as rank:
         tracemalloc.start()
         polls: list[list[str]] = []
         while rank.poll() is None or path.stat().st_size > logs._offsets.get(0, 0):

@@ -11,36 +11,30 @@ from pathlib import Path
 import psutil
 import pytest
 
+from programs import command
 from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.recipe.hosts import this_machine
 
-STANDS_BY = """
-import os, sys
-from pathlib import Path
-Path(sys.argv[1]).write_text(str(os.getpid()))
-print("told", sys.stdin.read(), os.getpid())
-"""
-
 
 def stand_by(connection: Connection, file: Path) -> tuple[list[str], int]:
     """The command, and the process it has become."""
-    command = [sys.executable, "-c", STANDS_BY, str(file)]
-    connection.request("stand_by", command=command, environment={}, defaults={}, opening="")
+    words = command("stands_by", file)
+    connection.request("stand_by", command=words, environment={}, defaults={}, opening="")
     while not (file.exists() and file.read_text()):
         time.sleep(0.01)
-    return command, int(file.read_text())
+    return words, int(file.read_text())
 
 
 def test_it_waits_until_it_is_told(tmp_path: Path) -> None:
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
-        command, pid = stand_by(connection, tmp_path / "pid")
+        words, pid = stand_by(connection, tmp_path / "pid")
         other = connection.capture([sys.executable, "-c", "print('other')"], within=20)
         assert (other["code"], other["output"]) == (0, "other\n")
-        told = connection.capture(command, within=20, text="go on")
+        told = connection.capture(words, within=20, text="go on")
         assert (told["code"], told["output"]) == (0, f"told go on {pid}\n")
-        again = connection.capture(command, within=20, text="another")
+        again = connection.capture(words, within=20, text="another")
         assert again["output"].startswith("told another ")
         assert str(pid) not in again["output"]
 
@@ -48,12 +42,12 @@ def test_it_waits_until_it_is_told(tmp_path: Path) -> None:
 def test_one_that_has_ended_is_started_anew(tmp_path: Path) -> None:
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
-        command, pid = stand_by(connection, tmp_path / "pid")
+        words, pid = stand_by(connection, tmp_path / "pid")
         os.kill(pid, 9)
         while Path(f"/proc/{pid}").exists():
             time.sleep(0.01)
         connection.request("own_address")
-        assert connection.capture(command, within=20, text="go")["output"].startswith("told go ")
+        assert connection.capture(words, within=20, text="go")["output"].startswith("told go ")
 
 
 def test_it_ends_with_the_lifeline(tmp_path: Path) -> None:
@@ -63,33 +57,26 @@ def test_it_ends_with_the_lifeline(tmp_path: Path) -> None:
         assert not Path(f"/proc/{pid}/cmdline").read_bytes()  # a zombie has none
 
 
-SPEAKS = """
-import sys
-print("I have read " + sys.stdin.readline(), end="", flush=True)
-print("told", sys.stdin.read())
-"""
-
-
 def test_it_reads_its_opening_at_once_and_what_it_says_is_heard() -> None:
-    command = [sys.executable, "-c", SPEAKS]
+    words = command("speaks")
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
-        connection.request("stand_by", command=command, environment={}, defaults={}, opening="this\n")
+        connection.request("stand_by", command=words, environment={}, defaults={}, opening="this\n")
         assert connection.events.get(timeout=20) == {"event": "said", "line": "I have read this"}
-        told = connection.capture(command, within=20, text="go")
+        told = connection.capture(words, within=20, text="go")
         assert told["output"] == "I have read this\ntold go\n"
-        anew = connection.capture(command, within=20, opening="that\n", text="go")
+        anew = connection.capture(words, within=20, opening="that\n", text="go")
         assert anew["output"] == "I have read that\ntold go\n"
 
 
 def test_that_it_has_ended_is_heard() -> None:
-    command = [sys.executable, "-c", "import sys; print('half'); sys.exit('for a reason')"]
+    words = [sys.executable, "-c", "import sys; print('half'); sys.exit('for a reason')"]
     with Lifelines(Pipes()) as lifelines:
         others = set(psutil.Process().children())
         connection = lifelines.connect(this_machine(1))
         (supervisor,) = set(psutil.Process().children()) - others
         held = supervisor.num_fds()
-        connection.request("stand_by", command=command, environment={}, defaults={}, opening="")
+        connection.request("stand_by", command=words, environment={}, defaults={}, opening="")
         assert connection.events.get(timeout=20) == {"event": "said", "line": "half"}
         assert connection.events.get(timeout=20) == {"event": "fell", "code": 1, "errors": "for a reason\n"}
         connection.request("own_address")  # answered after the supervisor has let go of it
@@ -98,7 +85,7 @@ def test_that_it_has_ended_is_heard() -> None:
 
 def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAB_HERE", "here")
-    command = [
+    words = [
         sys.executable,
         "-c",
         "import os; print([os.environ[f'LAB_{name}'] for name in ('HERE', 'MORE', 'TOLD')])",
@@ -106,23 +93,14 @@ def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytes
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
         defaults = {"LAB_HERE": "default", "LAB_MORE": "more"}
-        connection.request("run", command=command, environment={"LAB_TOLD": "told"}, defaults=defaults)
+        connection.request("run", command=words, environment={"LAB_TOLD": "told"}, defaults=defaults)
         assert connection.events.get(timeout=20)["output"] == "['here', 'more', 'told']\n"
-
-
-ASKED = """
-import time
-from zinf_cli.train.rank_process import stop_requested
-while not stop_requested():
-    time.sleep(0.01)
-print("asked")
-"""
 
 
 def test_a_wish_to_stop_is_heard_without_a_file() -> None:
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
-        connection.request("run", command=[sys.executable, "-c", ASKED])
+        connection.request("run", command=command("stops_when_asked"))
         time.sleep(0.2)
         assert connection.events.empty()
         connection.request("stop")

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
+from typing import IO
 
 import pytest
 
-PRINTS = """
-import sys
-from zinf_cli.unfailing_stream import stand_on_open_descriptors
-stand_on_open_descriptors()
-for n in range({count}):
-    print("line", n, file=sys.stderr)
-"""
+from programs import command
 
 
-def prints(stderr: object, count: int = 3000) -> int:
-    return subprocess.run([sys.executable, "-c", PRINTS.format(count=count)], stderr=stderr, timeout=30).returncode  # type: ignore[call-overload, no-any-return]
+def prints(stderr: IO[bytes] | int, count: int = 3000) -> int:
+    return subprocess.run(command("prints_lines", count), stderr=stderr, timeout=30, check=False).returncode
 
 
 def test_a_full_drive() -> None:
@@ -42,9 +36,8 @@ def test_a_terminal_that_is_gone() -> None:
 
 
 def test_a_closed_descriptor_is_taken_by_no_other_file() -> None:
-    program = PRINTS.format(count=1) + "import os; sys.exit(os.open('/dev/null', 0) < 3)"
-    command = ["sh", "-c", '"$0" -c "$1" 2>&- <&-', sys.executable, program]
-    assert subprocess.run(command, check=False).returncode == 0
+    words = ["sh", "-c", '"$@" 2>&- <&-', "sh", *command("prints_lines", 1)]
+    assert subprocess.run(words, check=False).returncode == 0
 
 
 def test_a_reader_that_stands_still_is_told_what_it_missed() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from programs import command, environment
 from tiny_models import CONFIGS, batch, random_source
 from zinf_cli.errors import CheckpointError
 from zinf_cli.train.model import ModelSource, build_model
@@ -321,20 +321,9 @@ def test_parameters_that_no_init_touches_are_as_the_model_builds_them() -> None:
 
 
 def test_every_process_draws_the_same_values() -> None:
-    program = (
-        "import hashlib, numpy; from tiny_models import random_source;"
-        "from zinf_cli.train.model import build_model; from zinf_cli.train.weights import open_weights;"
-        "model = build_model(random_source('mamba')); names = [n for n, _ in model.named_parameters()];"
-        "values = open_weights(model, random_source('mamba')).read(names);"
-        "print(hashlib.sha256(b''.join(v.numpy().tobytes() for v in values.values())).hexdigest())"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     digests = {
         subprocess.run(
-            [sys.executable, "-c", program],
-            env={**environment, "PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
+            command("digest_of_weights"), env=environment(PYTHONHASHSEED=seed), check=True, capture_output=True
         ).stdout
         for seed in ("1", "2")
     }

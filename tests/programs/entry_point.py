@@ -1,0 +1,7 @@
+"""`zinf`, as pip writes it."""
+
+import sys
+
+from zinf_cli.cli import main
+
+sys.exit(main())

@@ -1,0 +1,21 @@
+"""Imports what an agent imports before it forks, where a question to a device is an error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def asked(*_: Any) -> None:
+    raise AssertionError("a device was asked for something")
+
+
+for name in ("is_available", "device_count", "init"):
+    setattr(torch.cuda, name, asked)
+
+import torch.distributed.run  # noqa: E402
+
+import zinf_cli.bench.links  # noqa: E402
+import zinf_cli.train.describe  # noqa: E402
+import zinf_cli.train.loop  # noqa: E402, F401
