@@ -42,7 +42,7 @@ lab:
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    openssh-server iproute2 rsync; } >/dev/null 2>&1 || echo 'note: no sshd, ip and rsync here, tests on many hosts are skipped'; fi
 
-check: install ## lint, formatting and types
+check: install ## lint, formatting and types, of the tests too
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy

@@ -133,7 +133,7 @@ class FaultyFolder:
                 raise self.error(how, file)
             raw = _File(self, file, mode.replace("b", "").replace("t", ""), closefd=closefd, opener=opener)
             wrap = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
-            buffered: Any = wrap(raw) if buffering != 0 else raw  # type: ignore[type-var]
+            buffered: Any = wrap(raw) if buffering != 0 else raw
             if "b" in mode:
                 return buffered
             return io.TextIOWrapper(buffered, encoding, errors, newline, line_buffering=buffering == 1)

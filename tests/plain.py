@@ -56,12 +56,12 @@ def plain_losses(
     The loss of the micro-batch at `infinite` (step, number) is that, with the gradient that it had; such a step is left
     out.
     """
-    blank = build_model(source)
-    model: Any = type(blank)._from_config(blank.config, dtype=dtype)
+    blank: Any = build_model(source)
+    model = type(blank)._from_config(blank.config, dtype=dtype)
     if dtype != torch.float32:  # as a user gets it, with what its class keeps in fp32
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = type(blank).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
+            model = type(blank).from_pretrained(folder, dtype=dtype)
     values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
     model.to(device)
     values = {name: value.to(device) for name, value in values.items()}

@@ -47,7 +47,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 def real(name: str) -> Any:
     """A tiny model with weights, in evaluation mode."""
     if name in CONFIGS:
-        blank = build_model(random_source(name))
+        blank: Any = build_model(random_source(name))
         built = type(blank)._from_config(blank.config)
     else:
         model_type, config = OTHERS[name]

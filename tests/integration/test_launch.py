@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -151,7 +152,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
 
 def test_a_checkpoint_with_tensors_that_do_not_fit(workshop: Workshop) -> None:
     directory = workshop.folder / "model"
-    blank = build_model(random_source("llama"))
+    blank: Any = build_model(random_source("llama"))
     type(blank)._from_config(blank.config).save_pretrained(directory)
     stored = load_file(directory / "model.safetensors")
     del stored["model.norm.weight"]

@@ -7,6 +7,7 @@ import math
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ STEPS, COUNT = 5, 6
 CLASSES = ("params", "grads", "optimizer", "activations")
 
 
-def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[str, object]]], folder: Path) -> list:
+Case = tuple[str, dict[str, Any], dict[str, Any]]
+
+
+def run_ranks(world_size: int, cases: list[Case], folder: Path) -> list[list[list[float]]]:
     """For each case, the losses of all micro-batches of every step, ranks side by side."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,16 +49,16 @@ def run_ranks(world_size: int, cases: list[tuple[str, dict[str, object], dict[st
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: Path) -> None:
-    placements: list[dict[str, object]] = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
+    placements: list[dict[str, Any]] = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
     placements += [{state: "nvme"} for state in CLASSES]
     placements += [{**placements[2], "cached": True}]
-    architectures: list[tuple[str, dict[str, object]]] = [
+    architectures: list[tuple[str, dict[str, Any]]] = [
         ("llama-tied", {"attention_dropout": 0.2}),
         ("mixtral", {}),
         ("t5", {}),
         ("opt", {"layerdrop": 0.5, "num_hidden_layers": 4}),  # every micro-batch leaves out other layers
     ]
-    cases = [("llama", {}, placement) for placement in placements]
+    cases: list[Case] = [("llama", {}, placement) for placement in placements]
     cases += [(name, changes, placements[2]) for name, changes in architectures]
     cases += [("llama", {}, {**placements[2], "micro_batches_per_sweep": 1})]
     architectures += [("llama", {})]

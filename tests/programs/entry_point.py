@@ -4,4 +4,4 @@ import sys
 
 from zinf_cli.cli import main
 
-sys.exit(main())
+sys.exit(main())  # type: ignore[func-returns-value]

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import psutil
 
-found = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-print(*{one.laddr.ip for one in found if one.laddr.port != 22})
+found = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+print(*{address.ip for address in found if address and address.port != 22})

@@ -47,20 +47,20 @@ Share = Callable[[Any, int, torch.Tensor], torch.Tensor]
 """(object, number of the layer, what it has made) to what it goes on with."""
 
 
-def in_dict(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_dict(shared: Any, number: int, x: torch.Tensor) -> Any:
     if number == 0:
         shared["states"] = (x * 2, x.tanh())
         return x
     return x + shared["states"][0] * shared["states"][1]
 
 
-def in_attribute(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_attribute(shared: Any, number: int, x: torch.Tensor) -> Any:
     before = getattr(shared, "first", None)
     shared.first = x if before is None else before + x.sin()
     return x if before is None else x * before
 
 
-def appended(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def appended(shared: Any, number: int, x: torch.Tensor) -> Any:
     parts = shared.parts if isinstance(shared, Layers) else shared
     parts.append(x.sigmoid())
     return x + sum(parts)
@@ -71,7 +71,7 @@ def returned_in_object(_: Any, number: int, x: torch.Tensor) -> Any:
     return SimpleNamespace(hidden=x, states=[OwnDict(first=x, more=(x.cos(), number))])
 
 
-def in_object_within(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_object_within(shared: Any, number: int, x: torch.Tensor) -> Any:
     """As a cache has it: an object of the layer, made by the call, which later layers read and replace parts of."""
     if number == 0:
         shared["layers"] = [SimpleNamespace(keys=x.cos(), count=1)]
@@ -81,7 +81,7 @@ def in_object_within(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     return x + layer.keys * layer.count
 
 
-def in_dict_in_tuple(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_dict_in_tuple(shared: Any, number: int, x: torch.Tensor) -> Any:
     shared.append(Pair((x.sin(), {"factor": x.cos()})))
     return x + sum(value * beside["factor"] for value, beside in shared)
 
@@ -95,12 +95,12 @@ class Sum:
         return self.total
 
 
-def in_bound_method(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_bound_method(shared: Any, number: int, x: torch.Tensor) -> Any:
     add = shared.setdefault("add", Sum().add)
     return x + add(x)
 
 
-def in_closure(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_closure(shared: Any, number: int, x: torch.Tensor) -> Any:
     if number == 0:
         first = x.sin()
         shared["apply"] = lambda z: z * first
@@ -108,7 +108,7 @@ def in_closure(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
     return x + shared["apply"](x)
 
 
-def in_partial(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+def in_partial(shared: Any, number: int, x: torch.Tensor) -> Any:
     if number == 0:
         shared["apply"] = partial(torch.add, x.sin(), alpha=2)
         shared["named"] = partial(torch.where, x.detach() > 0, other=x.cos())
@@ -209,7 +209,7 @@ def test_layers_that_share_state_learn_as_in_plain_pytorch(case: str, keep: bool
 
 
 def test_a_tensor_that_is_changed_in_place_inside_an_object_is_refused(tmp_path: Path) -> None:
-    def in_place(shared: Any, number: int, x: torch.Tensor) -> torch.Tensor:
+    def in_place(shared: Any, number: int, x: torch.Tensor) -> Any:
         if number == 0:
             shared["sum"] = x.detach().clone()
         else:

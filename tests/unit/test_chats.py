@@ -118,4 +118,4 @@ def test_an_adapter_is_not_ignored(with_config: bool, tmp_path: Path) -> None:
     if with_config:
         (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has an adapter.*merge it into its model first"):
-        Model(name_or_path=str(tmp_path))
+        Model(name_or_path=tmp_path)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,17 +41,17 @@ from zinf_cli.train.setup import model_loss
 STEPS = 4
 
 
-def assert_goes_on(name: str, tmp_path: Path, before: EngineOptions, after: EngineOptions, **how: object) -> None:
+def assert_goes_on(name: str, tmp_path: Path, before: EngineOptions, after: EngineOptions, **how: Any) -> None:
     """Half of the steps, a checkpoint, the other half in another engine: the bits of all steps in one."""
-    opened = {"freeze": how.pop("freeze", ""), "dtype": how.pop("dtype", torch.float32)}
-    whole = open_engine(random_source(name), before, **opened)  # type: ignore[arg-type]
-    losses = engine_losses(whole, STEPS, close=False, **how)  # type: ignore[arg-type]
-    first = open_engine(random_source(name), before, **opened)  # type: ignore[arg-type]
-    engine_losses(first, STEPS // 2, close=False, **how)  # type: ignore[arg-type]
+    opened: dict[str, Any] = {"freeze": how.pop("freeze", ""), "dtype": how.pop("dtype", torch.float32)}
+    whole = open_engine(random_source(name), before, **opened)
+    losses = engine_losses(whole, STEPS, close=False, **how)
+    first = open_engine(random_source(name), before, **opened)
+    engine_losses(first, STEPS // 2, close=False, **how)
     folder = save(first, tmp_path / "run", STEPS // 2)
     first.close()
     second = resumed(folder, name, after, **opened)
-    assert engine_losses(second, STEPS, first=STEPS // 2, close=False, **how) == losses[STEPS // 2 :]  # type: ignore[arg-type]
+    assert engine_losses(second, STEPS, first=STEPS // 2, close=False, **how) == losses[STEPS // 2 :]
     expected = params_of(whole)
     for parameter, value in params_of(second).items():
         assert torch.equal(value, expected[parameter]), parameter
@@ -77,7 +78,7 @@ def test_updates_done_in_the_backward_pass(tmp_path: Path) -> None:
 
 PASSING = {2, 3, 4, 6, 9}
 """Steps whose checkpoint is taken in passing: some in a row, some with others between them."""
-MIXED = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
+MIXED: dict[str, Any] = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

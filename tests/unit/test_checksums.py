@@ -13,7 +13,6 @@ import torch
 
 from plain import engine_losses, everything_on, open_engine
 from tiny_models import random_source
-from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.errors import TierError
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers.arena import Arena
@@ -32,9 +31,9 @@ def buffer(num_bytes: int) -> torch.Tensor:
 
 def flip_a_bit(tier: NvmeTier, position: int, file: int = 0) -> None:
     page = buffer(PAGE)
-    os.preadv(tier._files[file], [memoryview(page.numpy())], position // PAGE * PAGE)
+    os.preadv(tier._files[file], [page.numpy().data], position // PAGE * PAGE)
     page[position % PAGE] ^= 4
-    os.pwritev(tier._files[file], [memoryview(page.numpy())], position // PAGE * PAGE)
+    os.pwritev(tier._files[file], [page.numpy().data], position // PAGE * PAGE)
 
 
 def flipping(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], bool]) -> list[int]:
@@ -135,7 +134,8 @@ def test_all_that_was_written_is_compared(
     folders: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No read cuts a span that was written, wherever stripes, chunks and slices end."""
-    agree, partly = Checksums.agree, []
+    agree = Checksums.agree
+    partly: list[tuple[tuple[int, int], int, int]] = []
 
     def noted(self: Checksums, begin: int, content: memoryview) -> bool:
         end = begin + len(content)
@@ -148,7 +148,7 @@ def test_all_that_was_written_is_compared(
     paths = tuple(tmp_path / str(number) for number in range(folders))
     engine = open_engine(
         random_source("llama", hidden_size=64, vocab_size=20000),
-        EngineOptions(*["nvme"] * 4, nvme_folders=paths, speculate=True),
+        replace(everything_on("nvme", tmp_path), nvme_folders=paths, speculate=True),
         dtype=dtype,
         chunk_numel=2**20,
         room=4,

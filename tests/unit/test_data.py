@@ -282,7 +282,7 @@ def test_an_empty_share_has_no_target(tmp_path: Path) -> None:
 def test_the_learning_rate_is_transformers(name: str, warmup: int, tmp_path: Path) -> None:
     from transformers import get_scheduler
 
-    recipe = Recipe.model_construct(
+    recipe = Recipe.model_construct(  # type: ignore[call-arg]
         optimizer=Optimizer(lr=3e-4), lr_scheduler=LrScheduler.model_validate({"name": name, "warmup_steps": warmup})
     )
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)

@@ -107,8 +107,8 @@ def test_dropout_is_the_same_in_the_recompute(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("state", [*CLASSES, "all"])
 def test_the_tier_changes_no_bit(state: str, tier: str, tmp_path: Path) -> None:
     base = EngineOptions(nvme_folders=(tmp_path,))
-    classes = CLASSES if state == "all" else (state,)
-    assert train("llama", replace(base, **dict.fromkeys(classes, tier))) == reference("llama")
+    placed: dict[str, Any] = dict.fromkeys(CLASSES if state == "all" else (state,), tier)
+    assert train("llama", replace(base, **placed)) == reference("llama")
 
 
 @pytest.mark.parametrize("folders", [2, 3])
@@ -130,7 +130,7 @@ def test_sweeps_of_one_and_of_all_agree(name: str, tmp_path: Path) -> None:
 
 def test_a_unit_may_run_many_times_in_a_pass(tmp_path: Path) -> None:
     """albert's layers are one layer, called four times."""
-    config = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     config |= {"embedding_size": 16, "intermediate_size": 48, "architectures": ["AlbertForMaskedLM"]}
     source = random_source("bert", **config, model_type="albert")
     found = engine_losses(open_engine(source, everything_on("nvme", tmp_path)), STEPS)

@@ -40,7 +40,7 @@ def save(engine: Engine, source: ModelSource, run_dir: Path) -> Path:
 
 
 def logits_of(engine: Engine) -> torch.Tensor:
-    logits = []
+    logits: list[torch.Tensor] = []
 
     def forward() -> torch.Tensor:
         outputs = engine.model(**batch(), use_cache=False)

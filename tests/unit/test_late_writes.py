@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def test_nor_does_one_that_is_late_with_some(late: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("state", ["params", "optimizer"])
 def test_state_in_memory_is_not_updated_ahead(state: str, tmp_path: Path) -> None:
     """It has no second place that a clip could go back from."""
-    waiting = replace(everything_on("nvme", tmp_path), **{state: "cpu"})
+    in_memory: dict[str, Any] = {state: "cpu"}
+    waiting = replace(everything_on("nvme", tmp_path), **in_memory)
     expected = train(tmp_path / "a", waiting, torch.float32, "deferred", save=False)
     ahead = replace(waiting, speculate=True)
     assert train(tmp_path / "b", ahead, torch.float32, "speculative", save=False) == expected

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from zinf_cli.engine import meeting
 from zinf_cli.errors import HostError
@@ -62,7 +63,7 @@ def test_two_runs_on_one_host_do_not_meet() -> None:
 
 def test_a_store_for_several_hosts_listens_on_their_address_alone_and_keeps_its_keys_apart() -> None:
     before = listeners()
-    told = {"address": "127.0.0.3", "port": free_port("127.0.0.3"), "word": "3f1c"}
+    told: dict[str, Any] = {"address": "127.0.0.3", "port": free_port("127.0.0.3"), "word": "3f1c"}
     server = meeting.prepare_across(told, serve=True)
     assert listeners() - before == {("127.0.0.3", told["port"])}
     assert meeting.prepare_across(told, serve=False) is None
@@ -76,7 +77,7 @@ def test_a_store_for_several_hosts_listens_on_their_address_alone_and_keeps_its_
 
 
 def test_what_is_no_client_does_not_end_the_store() -> None:
-    told = {"address": "127.0.0.1", "port": free_port("127.0.0.1"), "word": "3f1c"}
+    told: dict[str, Any] = {"address": "127.0.0.1", "port": free_port("127.0.0.1"), "word": "3f1c"}
     server = meeting.prepare_across(told, serve=True)
     store = meeting.store(SOON)
     for data in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(4096), b""):
@@ -89,6 +90,6 @@ def test_what_is_no_client_does_not_end_the_store() -> None:
 
 def test_a_port_that_is_taken_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        told = {"address": "127.0.0.1", "port": other.getsockname()[1], "word": "3f1c"}
+        told: dict[str, Any] = {"address": "127.0.0.1", "port": other.getsockname()[1], "word": "3f1c"}
         with pytest.raises(HostError, match=r"can't listen on 127\.0\.0\.1 port \d+, where the ranks meet: Address"):
             meeting.prepare_across(told, serve=True)

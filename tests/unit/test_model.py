@@ -14,10 +14,11 @@ from zinf_cli.train.model import ModelSource, _config_from_dict, build_model
 from zinf_cli.train.model_files import config_of
 
 
-def ordinary(model: torch.nn.Module, dtype: torch.dtype) -> PreTrainedModel:
+def ordinary(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The same class and configuration, built by transformers alone with all its weights."""
     config = AutoConfig.for_model(**model.config.to_dict())
-    return type(model)._from_config(config, dtype=dtype)
+    built: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
+    return built
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,9 +40,9 @@ def test_only_the_buffers_are_real(name: str, dtype: torch.dtype) -> None:
 
 
 def test_tied_parameters_are_one_object() -> None:
-    tied = build_model(random_source("llama", tie_word_embeddings=True))
-    untied = build_model(random_source("llama", tie_word_embeddings=False))
-    t5 = build_model(random_source("t5"))
+    tied: Any = build_model(random_source("llama", tie_word_embeddings=True))
+    untied: Any = build_model(random_source("llama", tie_word_embeddings=False))
+    t5: Any = build_model(random_source("t5"))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
     assert t5.encoder.embed_tokens.weight is t5.shared.weight is t5.lm_head.weight

@@ -17,6 +17,7 @@ from plain import engine_losses, open_engine
 from tiny_models import random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
+from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.ranks import Ranks
@@ -66,7 +67,7 @@ def test_a_file_named_as_a_checkpoint_is_the_users(run_dir: Path, name: str) -> 
     if name == step(run_dir, 3).name:
         with pytest.raises(CheckpointError, match="a file, where a checkpoint"):
             folders.begin(file)
-    assert folders.remove(file) == []
+    assert remove(file) == []
     assert file.read_text() == "mine"
 
 

@@ -131,7 +131,7 @@ def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert", "deepseek_v3"])
 def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tmp_path: Path) -> None:
     """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
-    train = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
+    train: dict[str, Any] = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
     recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
     plan = make_plan(recipe, describe(recipe, 1))
     lines = run(recipe, plan)
@@ -261,7 +261,7 @@ def test_a_model_that_needs_data_is_planned_and_says_so(tmp_path: Path, monkeypa
     whole = run(recipe, make_plan(recipe, known))
     forward = LlamaMLP.forward
 
-    def asking(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+    def asking(self: LlamaMLP, x: torch.Tensor) -> Any:
         assert float(x.detach().sum()) == float(x.detach().sum())
         return forward(self, x)
 

@@ -53,7 +53,7 @@ def test_a_minimal_recipe_has_every_default(tmp_path: Path, text: Path) -> None:
     assert recipe.offload.params == "auto"
     assert recipe.output_dir == Path.cwd() / "runs" / "my-run"
     with pytest.raises(ValueError, match="frozen"):
-        recipe.seed = 3
+        recipe.seed = 3  # type: ignore[misc]
 
 
 def test_what_is_written_out_is_the_same_recipe(tmp_path: Path, text: Path) -> None:

@@ -54,10 +54,11 @@ def test_tabs_and_newlines_and_all_that_is_written_stay() -> None:
 def test_nothing_gets_through_by_any_way(way: str) -> None:
     table = Table(EVIL)
     table.add_row(EVIL, Text(EVIL))
-    what: RenderableType = {
+    ways: dict[str, RenderableType] = {
         "str": EVIL, "text": Text(EVIL), "cell": table, "title": Panel(EVIL, title=outside(EVIL)),
         "live": Live(table).get_renderable(),
-    }[way]  # fmt: skip
+    }  # fmt: skip
+    what = ways[way]
     out = shown(what)
     assert not STEERS & set(out)
     assert "[bold]x[/nothing]" in out

@@ -5,6 +5,7 @@ import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,11 +22,11 @@ from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
 def saved(
-    name: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: object
+    name: str, directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **changes: Any
 ) -> PreTrainedModel:
     """An ordinary model of CONFIGS, its parameters and persistent buffers random, saved to `directory`."""
-    blank = build_model(random_source(name, **changes))
-    model = type(blank)._from_config(blank.config, dtype=dtype)
+    blank: Any = build_model(random_source(name, **changes))
+    model: PreTrainedModel = type(blank)._from_config(blank.config, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}  # a tied one once
     for tensor in stored.values():
@@ -71,7 +72,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def test_a_model_read_group_by_group_is_the_one_from_pretrained_loads(name: str, tmp_path: Path) -> None:
     saved(name, tmp_path, shard="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    model = build_model(pretrained(tmp_path))
+    model: Any = build_model(pretrained(tmp_path))
     reference = type(model).from_pretrained(tmp_path, dtype=torch.float32)
 
     weights = open_weights(model, pretrained(tmp_path))
@@ -92,7 +93,7 @@ def test_a_model_read_group_by_group_is_the_one_from_pretrained_loads(name: str,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stored_dtypes_are_kept(dtype: torch.dtype, tied: bool, tmp_path: Path) -> None:
     saved("mixtral", tmp_path, dtype=dtype, tie_word_embeddings=tied)
-    model = build_model(pretrained(tmp_path))
+    model: Any = build_model(pretrained(tmp_path))
     reference = type(model).from_pretrained(tmp_path, dtype=dtype)
     values = read_all(open_weights(model, pretrained(tmp_path)), groups(model))
     assert {value.dtype for value in values.values()} == {dtype}
@@ -270,7 +271,7 @@ def test_random_weights_do_not_depend_on_the_grouping(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_random_weights_have_the_models_own_distributions(name: str) -> None:
-    model = build_model(random_source(name))
+    model: Any = build_model(random_source(name))
     torch.manual_seed(0)
     ordinary = type(model)._from_config(model.config, dtype=torch.float32)
     values = read_all(open_weights(model, random_source(name)), groups(model))
