@@ -12,7 +12,7 @@ from zinf_cli.search_path import leave_out_working_directory, module_command
 leave_out_working_directory()
 
 from zinf_cli.launch.connection import Lifelines  # noqa: E402
-from zinf_cli.launch.transport import Pipes  # noqa: E402
+from zinf_cli.launch.pipes import Pipes  # noqa: E402
 from zinf_cli.recipe.hosts import this_machine  # noqa: E402
 
 with Lifelines(Pipes()) as lifelines:
