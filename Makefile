@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install fetch demo test test-crash test-storage test-faults test-zoo lab check bench bench-peer gpu-check clean
+.PHONY: help install fetch demo test test-crash test-storage test-faults test-zoo test-speeds lab check bench bench-peer gpu-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ test-faults: install lab ## every fault of a run on many hosts, at ten moments e
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
+
+test-speeds: install ## the unit tests as on a machine whose measured speeds are a tenth of this one's, and ten times them
+	OMP_NUM_THREADS=1 ZINF_TEST_SPEED=0.1 $(PYTHON) -m pytest --numprocesses auto tests/unit
+	OMP_NUM_THREADS=1 ZINF_TEST_SPEED=10 $(PYTHON) -m pytest --numprocesses auto tests/unit
 
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.

@@ -1,0 +1,43 @@
+"""The machine that tests see: no file of the user's, and, where ZINF_TEST_SPEED says so, other speeds than it has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SPEED = float(os.environ.get("ZINF_TEST_SPEED", "1"))
+"""How many times as fast as this one a machine seems whose speeds are measured. No outcome may follow from it."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_files_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What zinf keeps in the user's folders and finds there again: caches, and what `zinf bench` measured."""
+    config = tmp_path_factory.mktemp("config")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(config))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield config
+
+
+@pytest.fixture(autouse=True, scope="session")
+def other_speeds(no_files_of_the_users: Path) -> Iterator[None]:
+    """Everything that measures a speed does so by the clock of bench/; launches of their own read a hardware.yaml."""
+    if SPEED == 1:
+        yield
+        return
+    from zinf_cli.bench import links, nvme
+    from zinf_cli.machine.profile_file import Links, save_measured
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() / SPEED, sleep=time.sleep)
+    rates = {"fp32": {16: 2e10 * SPEED}}
+    found = Links(accelerators=0, cpu_memory=16 << 30, matmul=rates, block=rates, adamw=4e8 * SPEED)
+    save_measured(no_files_of_the_users / "zinf" / "hardware.yaml", "links", found, "another machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(links, "time", clock)
+        patch.setattr(nvme, "time", clock)
+        yield
