@@ -6,13 +6,18 @@ import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 import transformers
 
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
+from zinf_cli.engine.survey import survey
 from zinf_cli.errors import ZinfError
 from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.objective import objective_of
+from zinf_cli.train.setup import model_loss
 from zoo.shrink import configs, model_types
 
 STEPS = 3
@@ -25,26 +30,38 @@ LARGE = 8_000_000
 
 @dataclass(frozen=True)
 class Verdict:
-    """`kind`: "agrees", "refused" (before training), "untrained" (by plain PyTorch, at no size tried) or "wrong"."""
+    """`kind`: "agrees", "refused" (by zinf, before training), "untrained" (by plain PyTorch alone) or "wrong"."""
 
     kind: str
     why: str = ""
 
 
 def verdict(model_type: str) -> Verdict:
-    """With activations recomputed, and with all of them kept."""
-    reasons: dict[str, None] = {}
+    """With activations recomputed, and with all of them kept; of the first configuration that is trained at all."""
+    refused = failed = ""
     for config in configs(model_type):
         source = ModelSource(None, config, "random", 0)
         try:
+            _look_at(source)
             expected = plain_losses(source, STEPS)
+        except ZinfError as error:
+            refused = refused or error.message
+            continue
         except Exception as error:  # whatever a model does at sizes that it was not made for
-            reasons[_where(error)] = None
+            failed = failed or _where(error)
             continue
         if all(abs(loss) < 1e6 for losses in expected for loss in losses):
             return _compare(source, expected)
-        reasons["its loss is not finite"] = None
-    return Verdict("untrained", next(iter(reasons), "no configuration"))
+        failed = failed or "its loss is not finite"
+    return Verdict("refused", refused) if refused else Verdict("untrained", failed)
+
+
+def _look_at(source: ModelSource) -> None:
+    """What zinf does before it trains: ZinfError where it will not."""
+    model = build_model(source)
+    objective_of(model)
+    ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
+    survey(model, partial(model_loss, model, ids, ids), world_size=1)
 
 
 def _compare(source: ModelSource, expected: list[list[float]]) -> Verdict:

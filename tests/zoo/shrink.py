@@ -133,18 +133,17 @@ WAYS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
 
 
 def configs(model_type: str) -> Iterator[dict[str, Any]]:
-    """Small configurations of a type, each a dict with `model_type` and `architectures`.
-
-    None, where transformers finds its own default configuration wrong.
-    """
+    """Small configurations of a type, each a dict with `model_type` and `architectures`; a causal class is causal."""
     for changes, keep in WAYS:
         try:
             entries = AutoConfig.for_model(model_type).to_dict()
-        except Exception:  # of another library
-            return
+        except Exception:  # its checks refuse its own default
+            entries = {}
         small = shrunk(entries, changes, keep)
         if entries.get("is_encoder_decoder"):
             small["decoder_start_token_id"] = 1
+        elif "is_decoder" in entries and model_type in AUTO[0]:
+            small["is_decoder"] = True
         for path, value in SPECIAL.get(model_type, {}).items():
             *parts, name = path.split(".")
             inner = small

@@ -30,6 +30,28 @@ GEMMA4 = {
     "per_layer_config": {"1": {"head_dim": 8}, "3": {"head_dim": 8}},
 }  # fmt: skip
 
+DOTS3_NOTE = {
+    "num_key_value_heads": 4, "head_dim": 16, "layer_types": ["indexed_attention", "sliding_attention"],
+    "mlp_layer_types": ["dense", "sparse"], "index_topk": 4, "index_n_heads": 4, "index_head_dim": 16,
+    "per_layer_config": {"1": {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8}},
+}  # fmt: skip
+GLM5_NEXT = {
+    "num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": ["linear_attention", "indexed_attention"],
+    "mlp_layer_types": ["dense", "sparse"], "indexer_types": ["full", "full"], "index_topk": 4, "index_kpool": 2,
+    "index_n_heads": 4, "linear_num_heads": 4,
+}  # fmt: skip
+MISTRAL_LARGE4 = {
+    "num_hidden_layers": 4, "num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 4, "head_dim": 8,
+    "kv_source_layers": [0, 1, 0, 1], "indexer_types": ["full", "full", "full", "shared"], "no_rope_layers": [1, 0, 1, 0],
+    "mlp_layer_types": ["dense", "sparse"] * 2, "index_topk": 4, "index_n_heads": 4,
+}  # fmt: skip
+QWEN4_EXP = {
+    "layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 4, "indexer_kv_heads": 1,
+    "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_layer_ids": [1],
+    "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 2, "eos_token_id": 2,
+}  # fmt: skip
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass": _of_text(COMPASS),
     "cohere_compass_text": COMPASS,
@@ -65,6 +87,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"text_config.n_groups": 1},
     "nemotron_h": {"n_groups": 1},
     "nemotron_h_omni": {"text_config.n_groups": 1},
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text", "num_hidden_layers": 2, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 0,
+            "hidden_size_per_layer_input": 0, "layer_types": FULL,
+        },
+    },
+    "paligemma": {"text_config.use_bidirectional_attention": False},
     "paddleocr_vl": _sections(2, 1, 1),
     "qwen2_5_omni_thinker": _sections(2, 1, 1),
     "qwen2_5_vl": _sections(2, 1, 1),
@@ -78,5 +107,88 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64, "attention_head_dim": 16,
     },
     "zaya": {"num_experts_per_tok": 1},
+    "apertus1p5": {
+        "vision_config.codebook_size": 16, "image_token_offset": 96, "audio_token_offset": 112,
+        "audio_config.codebook_size": 16,
+    },
+    "blt": {
+        **{f"{part}_config.{name}": 32 for part in ("encoder", "decoder") for name in ("hidden_size", "hidden_size_global")},
+        "encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 64,
+        "patcher_config.head_dim": 8, "decoder_config.head_dim": 8, "global_config.head_dim": 8,
+    },
+    "chameleon": {
+        "vocabulary_map": {"<image>": 120, "IMGIMGAZ": 121, "IMGIMGBZ": 122}, "vq_config.base_channels": 32,
+        "vq_config.resolution": 32, "vq_config.num_embeddings": 8,
+    },
+    "deepseek_ocr2": {
+        "text_config.num_experts_per_tok": 2, "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.moe_intermediate_size": 48,
+    },
+    "dory": {
+        "num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+    },
+    "dots3_note": {
+        **_of_text(DOTS3_NOTE), "vision_config.per_layer_config": {"1": {"num_local_experts": 2}},
+        "vision_config.mlp_layer_types": ["dense", "sparse"], "vision_config.adapter_in_dim": 32, "vision_config.adapter_out_dim": 32,
+        "audio_config.adapter_input_size": 32, "audio_config.adapter_out_dim": 32,
+    },
+    "dots3_note_text": DOTS3_NOTE,
+    "glm5_next": _of_text(GLM5_NEXT),
+    "granite4_vision": {
+        "downsample_rate": "1/2", "vision_config.hidden_size": 64, "qformer_config.encoder_hidden_size": 64, "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1],
+    },
+    "hunyuan_vl": {
+        "text_config.head_dim": 8, "text_config.rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]},
+    },
+    "mistral_large4": _of_text(MISTRAL_LARGE4),
+    "mobilebert": {"intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "molmo2": {
+        "adapter_config.vision_feature_layer": [1, 0], "adapter_config.text_hidden_size": 32,
+        "vision_config.image_size": [28, 28], "vision_config.num_position_embeddings": 4,
+    },
+    "neomme": {
+        "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "embedding_rank": 16,
+        "per_layer_config": {"1": {"sliding_window": None}},
+    },
+    "perceiver": {"max_position_embeddings": 12, "d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2},
+    "qwen4_exp": _of_text(QWEN4_EXP),
+    "qwen4_exp_text": QWEN4_EXP,
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "hybrid_layer_ids": [1, 3],
+        "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_expand": 2, "attention_hidden_size": 64,
+        "attention_head_dim": 16, "num_key_value_heads": 4, "num_query_groups": 4, "adapter_rank": 8, "num_mem_blocks": 2,
+        "use_shared_attention_adapter": True,
+    },
 }  # fmt: skip
 """By model type: (dotted) fields and their values, after everything else."""
+
+REFUSED = {
+    "blip": "'pixel_values'",
+    "blip-2": "'pixel_values'",
+    "diffusion_gemma": "takes no labels",
+    "fast_vlm": "timm library",
+    "gemma3n": "timm library",
+    "gemma4_assistant": "takes no labels",
+    "gemma4_unified_assistant": "takes no labels",
+    "git": "follows the tokens of an image",
+    "ibert": "buffer ibert.embeddings.word_embeddings.weight_integer is made of a parameter",
+    "idefics": "pixel_values",
+    "inkling_mm_model": "No module named 'scipy'",
+    "instructblip": "'pixel_values'",
+    "instructblipvideo": "'pixel_values'",
+    "kosmos-2": "`pixel_values`",
+    "molmo2": "`mm_token_type_ids`",
+    "musicgen": "predicts sound",
+    "musicgen_melody": "predicts sound",
+    "perception_lm": "timm library",
+    "pi0": "takes no labels",
+    "pix2struct": "takes no input_ids",
+    "pp_formulanet": "pixel_values",
+    "udop": "Bbox",
+    "vision-encoder-decoder": "takes no input_ids",
+    "voxtral_realtime": "input_features",
+    "xlnet": "permuted orders",
+}
+"""By model type: why zinf does not train it, as it says; of a library that is not installed only where it is not."""

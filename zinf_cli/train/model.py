@@ -13,7 +13,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,18 +141,29 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
     """What the model's `__init__` gives the parameters `names`, float32 on the CPU; O(their bytes) of memory.
 
     A parameter's name is not known when it is registered, its place in the order of registrations is: so the
-    model is built once to learn the places and once to keep what stands there.
+    model is built once to learn the places and once to keep what stands there. What modules above hold themselves is
+    kept too: a parametrization makes its parameters of one that its module had (weight_norm).
     """
 
-    def build(keep: Collection[int]) -> tuple[PreTrainedModel, list[nn.Parameter]]:
+    def build(keep: Collection[int]) -> tuple[PreTrainedModel, list[tuple[nn.Module, nn.Parameter]]]:
         with torch.random.fork_rng(devices=[]), _parameters_on_meta(keep) as registered:
             torch.default_generator.manual_seed(seed)
             return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32), registered
 
     twin, registered = build(keep=())
-    order = [id(parameter) for parameter in registered]  # a tied one's first place counts
-    twin, _ = build(keep={order.index(id(twin.get_parameter(name))) for name in names})
+    order = [id(parameter) for _, parameter in registered]  # a tied one's first place counts
+    places = {order.index(id(twin.get_parameter(name))) for name in names}
+    above = {id(module) for name in names for module in _modules_above(twin, name)}
+    twin, _ = build(keep=places | {place for place, (module, _) in enumerate(registered) if id(module) in above})
     return {name: twin.get_parameter(name).detach() for name in names}
+
+
+def _modules_above(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Those around the parameter `name`, from the model's root down."""
+    module = model
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        yield module
 
 
 def load_class(source: ModelSource) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -205,11 +216,11 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
     if model_type is None:
         raise ModelError("model_type is missing", where="model.config", hint="such as model_type: llama")
     try:
-        config, default = AutoConfig.for_model(model_type, **settings), AutoConfig.for_model(model_type)
+        config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:
         raise ModelError(_one_line(error), where="model.config") from error
     # transformers keeps unknown keys as attributes, so that a typo would train another model.
-    known = _settings_of(default)
+    known = _settings_of(type(config))
     for key in settings.keys() - known:
         if close := difflib.get_close_matches(key, known, n=1, cutoff=0.9):
             raise ModelError(
@@ -218,11 +229,13 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _settings_of(config: PreTrainedConfig) -> set[str]:
+def _settings_of(config_class: type[PreTrainedConfig]) -> set[str]:
     """The keys that a configuration knows, old names and what its `__post_init__` looks for among the others too."""
-    known = {field.name for field in dataclasses.fields(config)}
-    known |= {*vars(config), *dir(type(config)), *config.attribute_map, *config.attribute_map.values()}
-    for base in type(config).__mro__:
+    known = {field.name for field in dataclasses.fields(config_class)}
+    known |= {*dir(config_class), *config_class.attribute_map, *config_class.attribute_map.values()}
+    with suppress(Exception):  # a few types have no default that their own checks let pass
+        known |= vars(config_class()).keys()
+    for base in config_class.__mro__:
         code = getattr(inspect.unwrap(vars(base).get("__post_init__", object)), "__code__", None)
         known |= {constant for constant in (code.co_consts if code else ()) if isinstance(constant, str)}
     return known
@@ -266,14 +279,14 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _parameters_on_meta(keep: Collection[int] = ()) -> Iterator[list[nn.Parameter]]:
+def _parameters_on_meta(keep: Collection[int] = ()) -> Iterator[list[tuple[nn.Module, nn.Parameter]]]:
     """Every parameter registered inside goes to the meta device at once; buffers stay where they are made.
 
-    Yields the parameters in the order of their registration; those at the positions `keep` stay real.
+    Yields modules and their parameters in the order of registration; those at the positions `keep` stay real.
     A torch.device("meta") context would take the buffers along. What `__init__` allocates for a parameter is
     freed before the next one is made, and an untouched torch.empty costs no memory.
     """
-    registered: list[nn.Parameter] = []
+    registered: list[tuple[nn.Module, nn.Parameter]] = []
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -281,7 +294,7 @@ def _parameters_on_meta(keep: Collection[int] = ()) -> Iterator[list[nn.Paramete
             # One that lies on meta already may be tied to another name: keep the object.
             if not param.is_meta and len(registered) not in keep:
                 param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-            registered.append(param)
+            registered.append((self, param))
         register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]

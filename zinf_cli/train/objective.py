@@ -12,6 +12,7 @@ A micro-batch weighs as much as its targets, so that a step is the same however 
 from __future__ import annotations
 
 import inspect
+import re
 from enum import Enum, auto
 from typing import Any
 
@@ -44,6 +45,7 @@ GIVEN = {
 """Causal models that compare logits with the label of the same position: a test finds them in transformers' sources."""
 
 REFUSED = {
+    "GitForCausalLM": "predicts what follows the tokens of an image, which text has not",
     "XLNetLMHeadModel": "predicts in permuted orders, which zinf does not draw: it would see what it is to predict",
     "MusicgenForCausalLM": "predicts sound, in several codebooks at once",
     "MusicgenMelodyForCausalLM": "predicts sound, in several codebooks at once",
@@ -83,6 +85,8 @@ class Objective(Enum):
 def check_language_model(model_class: type[PreTrainedModel], where: str) -> None:
     """ModelError where the loss of `model_class` is not that of a language model: it would be trained on token ids."""
     name = model_class.__name__
+    if name in REFUSED:
+        raise ModelError(f"{name} {REFUSED[name]}", where=where, hint="train a causal or a masked language model")
     if name not in _LANGUAGE_MODELS and not name.endswith(_ENDINGS):
         raise ModelError(
             f"{name} is not a language model: it has no loss over tokens",
@@ -92,6 +96,15 @@ def check_language_model(model_class: type[PreTrainedModel], where: str) -> None
         )
     if missing := {"input_ids", "labels"} - inspect.signature(model_class.forward).parameters.keys():
         raise ModelError(f"{name} takes no {' and no '.join(sorted(missing))}: its loss is not its own", where=where)
+
+
+def wants_more_than_text(model: nn.Module, error: Exception) -> ModelError | None:
+    """What to raise for an `error` of the model's forward that names an argument it was not given: pixel_values, bbox."""
+    said = " ".join(str(error).split())
+    words = set(re.findall(r"\w+", said.lower()))
+    if words & {*inspect.signature(model.forward).parameters} - {"input_ids", "labels", "attention_mask", "use_cache"}:
+        return ModelError(f"{type(model).__name__} can't be trained on text alone: {said}")
+    return None
 
 
 def sees_both_ways(config: PreTrainedConfig) -> bool:
@@ -106,8 +119,6 @@ def objective_of(model: nn.Module) -> Objective:
     config: Any = model.config
     if config.is_encoder_decoder:
         return Objective.TARGET_OF_SOURCE
-    if name in REFUSED:
-        raise ModelError(f"{name} {REFUSED[name]}", hint="train a causal or a masked language model")
     if name in MASKED_LMS.values() and (sees_both_ways(config) or name not in GIVEN):
         return Objective.MASKED_TOKENS
     if (setting := _sees_ahead(config)) is not None:

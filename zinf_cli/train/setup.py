@@ -19,7 +19,7 @@ from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream
 from zinf_cli.train.data import TextSource, open_token_stream
 from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import Objective, objective_of
+from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import split_held_out
@@ -71,14 +71,19 @@ def model_loss(
     """The model's own mean loss over `labels` that are not -100; all int64 [sequences, seq_len].
 
     With an `attention_mask` the two are a source and its target, which a decoder sees moved by one, as transformers'
-    DataCollatorForSeq2Seq has it.
+    DataCollatorForSeq2Seq has it. ModelError where the model wants more than text.
     """
     more = {}
     if attention_mask is not None:
         more["attention_mask"] = attention_mask
         if (moved := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
             more["decoder_input_ids"] = moved(labels=labels.clone())
-    loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False, **more).loss
+    try:
+        loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False, **more).loss
+    except (TypeError, ValueError) as error:
+        if (refusal := wants_more_than_text(model, error)) is not None:
+            raise refusal from error
+        raise
     return loss
 
 
