@@ -35,6 +35,10 @@ class Verdict:
     kind: str
     why: str = ""
 
+    def row(self, model_type: str) -> str:
+        """Of the table in docs/zoo.md: of what zinf says, the first sentence."""
+        return f"| {model_type} | {self.kind} | {self.why.split('. ')[0].replace('|', '/')} |"
+
 
 def verdict(model_type: str) -> Verdict:
     """With activations recomputed, and with all of them kept; of the first configuration that is trained at all."""
@@ -98,7 +102,7 @@ def main() -> None:
     for model_type in sys.argv[1:] or model_types():
         found = verdict(model_type)
         counts[found.kind] = counts.get(found.kind, 0) + 1
-        print(f"| {model_type} | {found.kind} | {found.why.replace('|', '/')} |", flush=True)
+        print(found.row(model_type), flush=True)
     print(f"\n{counts}", file=sys.stderr)
 
 

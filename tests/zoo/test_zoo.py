@@ -13,6 +13,7 @@ from zoo.special import REFUSED
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_agrees_with_plain_pytorch(model_type: str) -> None:
     found = verdict(model_type)
+    print(found.row(model_type))
     if model_type in REFUSED and found.kind == "refused":
         assert REFUSED[model_type] in found.why
     else:

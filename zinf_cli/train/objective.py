@@ -99,7 +99,7 @@ def check_language_model(model_class: type[PreTrainedModel], where: str) -> None
 
 
 def wants_more_than_text(model: nn.Module, error: Exception) -> ModelError | None:
-    """What to raise for an `error` of the model's forward that names an argument it was not given: pixel_values, bbox."""
+    """What to raise for an `error` of its forward that names an argument which it was not given: pixel_values, bbox."""
     said = " ".join(str(error).split())
     words = set(re.findall(r"\w+", said.lower()))
     if words & {*inspect.signature(model.forward).parameters} - {"input_ids", "labels", "attention_mask", "use_cache"}:
@@ -137,5 +137,5 @@ def _sees_ahead(config: PreTrainedConfig) -> tuple[str, str] | None:
     if getattr(text, "is_causal", True) is False:
         return "is_causal: false", "is_causal: true"
     if (both := getattr(text, "use_bidirectional_attention", None)) in (True, "all"):
-        return f"use_bidirectional_attention: {both}", "it to null"
+        return f"use_bidirectional_attention: {both}", "it to false" if both is True else "it to null"
     return None
