@@ -16,16 +16,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tiny_classes import OTHERS, PAIR, SIZE, real
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
+from zinf_cli.engine.survey import survey
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.batches import deal
 from zinf_cli.train.collator import Collator, MicroBatch, Sample
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_model, objective_of
+from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_model, objective_of, wants_more_than_text
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.setup import Text, model_loss, open_text
 from zinf_cli.train.token_stream import MASKED, TokenStream
+from zoo.shrink import configs
 
 
 def loss_of(model: Any, batch: MicroBatch) -> float:
@@ -98,7 +100,7 @@ def test_causal_models_see_no_label_that_they_are_to_predict() -> None:
         ("bert", {"architectures": ["BertLMHeadModel"]}, "BertLMHeadModel sees what it is to predict"),
         ("bert-generation", SIZE, "BertGenerationDecoder sees what it is to predict.*is_decoder: true"),
         ("llama", {"is_causal": False}, "LlamaForCausalLM sees what it is to predict.*is_causal: true"),
-        ("gemma3_text", {"use_bidirectional_attention": True, **SIZE}, "Gemma3ForCausalLM sees what it is to predict"),
+        ("gemma3_text", {"use_bidirectional_attention": True, **SIZE}, "Gemma3ForCausalLM sees what.*to false"),
         ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, "XLNetLMHeadModel"),
         ("bert", {"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification is not a lang"),
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is not a lang"),
@@ -117,6 +119,34 @@ def test_what_has_no_loss_of_a_language_model_is_refused(model_type: str, change
 def test_models_without_labels_are_refused() -> None:
     with pytest.raises(ModelError, match="takes no labels"):
         check_language_model(transformers.Gemma4AssistantForCausalLM, "here")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("gemma4_assistant", "Gemma4AssistantForCausalLM takes no labels"),  # its own default is no valid configuration
+        ("git", "GitForCausalLM predicts what follows the tokens of an image"),
+        ("musicgen", "MusicgenForCausalLM predicts sound"),
+    ],
+)
+def test_the_reason_is_the_objective_and_not_the_configuration(model_type: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        build_model(ModelSource(None, next(configs(model_type)), "random", 0))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [("blip", "pixel_values"), ("kosmos-2", "image_embeds"), ("molmo2", "mm_token_type_ids"), ("udop", "Bbox")],
+)
+def test_what_wants_more_than_text_is_refused_by_the_survey(model_type: str, said: str) -> None:
+    model = build_model(ModelSource(None, next(configs(model_type)), "random", 0))
+    ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
+    with pytest.raises(ModelError, match=f"^{type(model).__name__} can't be trained on text alone: .*{said}"):
+        survey(model, lambda: model_loss(model, ids, ids), 1)
+
+
+def test_another_error_of_a_model_is_its_own() -> None:
+    assert wants_more_than_text(real("llama"), ValueError("input_ids and labels differ in batch_size")) is None
 
 
 def test_a_type_alone_gives_a_model_that_learns_from_text() -> None:

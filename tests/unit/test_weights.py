@@ -19,6 +19,7 @@ from zinf_cli.errors import CheckpointError
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
+from zoo.shrink import configs
 
 
 def saved(
@@ -319,6 +320,20 @@ def test_parameters_that_no_init_touches_are_as_the_model_builds_them() -> None:
     source = ModelSource(None, {"model_type": "data2vec-text", **CONFIGS["llama"], "is_decoder": True}, "random", 0)
     model = build_model(source)
     assert not read_all(open_weights(model, source), groups(model))["lm_head.bias"].any()
+
+
+def test_parametrized_weights_are_as_the_model_builds_them() -> None:
+    """weight_norm, in the audio part of Apertus 1.5, makes a length and a direction of the weight that it replaces."""
+    source = ModelSource(None, next(configs("apertus1p5")), "random", 0)
+    model = build_model(source)
+    names = [name for name, _ in model.named_parameters() if "parametrizations" in name]
+    values = open_weights(model, source).read(names)
+    assert names
+    for name in names:
+        if name.endswith("original0"):
+            direction = values[name.removesuffix("0") + "1"]
+            assert torch.equal(values[name], torch.norm_except_dim(direction, 2, 0))
+            assert values[name].min() > 0
 
 
 def test_every_process_draws_the_same_values() -> None:

@@ -8,10 +8,12 @@ from zoo.compare import verdict
 
 SAMPLE = (
     "dbrx",  # parts of its configuration are configurations
+    "dory",  # layers that a forward calls twice
     "gemma3n_text",  # layers share keys and values through an argument; weights are clamped in a forward
     "gpt_oss",  # sinks in attention
     "jamba",  # mamba, attention and experts
     "longcat_flash",  # two attentions a layer, experts that do nothing
+    "mistral_large4",  # layers that take another's keys and values, and what it has indexed
     "mllama",  # a vision part that text never calls
     "qwen3_next",  # linear attention
     "recurrent_gemma",  # keeps tensors as attributes
