@@ -20,7 +20,7 @@ from zinf_cli.engine.survey import survey
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.batches import deal
-from zinf_cli.train.collator import Collator, MicroBatch, Sample
+from zinf_cli.train.collator import Batch, Collator, Sample
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_model, objective_of, wants_more_than_text
@@ -30,7 +30,7 @@ from zinf_cli.train.token_stream import MASKED, TokenStream
 from zoo.shrink import configs
 
 
-def loss_of(model: Any, batch: MicroBatch) -> float:
+def loss_of(model: Any, batch: Batch) -> float:
     with torch.no_grad():
         return float(model_loss(model, batch.input_ids, batch.labels, batch.attention_mask))
 

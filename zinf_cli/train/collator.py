@@ -26,7 +26,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class Batch:
     """What one forward computes on. An empty share is the first window, with no target."""
 
     input_ids: torch.Tensor
@@ -51,14 +51,14 @@ class Collator:
     masking: Masking | None = None
     """For MASKED_TOKENS."""
 
-    def collate(self, stream: Stream, samples: Sequence[Sample], index: int) -> MicroBatch:
+    def collate(self, stream: Stream, samples: Sequence[Sample], index: int) -> Batch:
         """The micro-batch of `samples`."""
         rows = [self._row(stream, sample) for sample in samples or (Sample(0, 0),)]
         input_ids, labels, *attention = (torch.stack(column) for column in zip(*rows, strict=True))
         num_targets = self.objective.num_targets(labels) if samples else 0
         if not num_targets and not attention:
             labels = input_ids
-        return MicroBatch(input_ids, labels, num_targets, index, *attention)
+        return Batch(input_ids, labels, num_targets, index, *attention)
 
     def has_targets(self, stream: Stream) -> bool:
         """Whether any window has a label that is compared with something."""

@@ -29,8 +29,7 @@ from zinf_cli.trace import Trace
 from zinf_cli.train.batches import deal
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.collator import MicroBatch as Batch
-from zinf_cli.train.collator import Sample, Stream
+from zinf_cli.train.collator import Batch, Sample, Stream
 from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, straggler_of
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
