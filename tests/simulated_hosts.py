@@ -38,6 +38,11 @@ def well(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"answer": "eth0" if request["do"] == "reach" else None}]
 
 
+def refused(message: str, where: str | None = None) -> dict[str, Any]:
+    """What a supervisor answers that can't do what it is asked."""
+    return {"error": {"message": message, "where": where}}
+
+
 class Simulated:
     """Plays every host by `answer`; counts how many are being connected to at once."""
 

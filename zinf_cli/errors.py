@@ -16,20 +16,24 @@
     │   └── UnreadableError   1   a file of a checkpoint that its drive does not give, whole as it may be
     ├── NonFiniteError        1   a loss or gradient that is NaN or infinite
     ├── RankError             1   a rank that raised or died
+    ├── ReportedError         *   an error of another process, which has told its exit code
     └── Interrupted         130   Ctrl-C
 
-`describe()` is what the user sees after "error: "; it is one line for one problem.
+`describe()` is what the user sees after "error: "; it is one line for one problem. `to_json()` is what a process tells
+another one of its error, and ReportedError(**told) is that error there.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 
 class ZinfError(Exception):
     """An error for the user: what went wrong, `where` (file:line, key, host:rank), and the next step."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
+    may_restart: bool = False
+    """Whether the same run, started again from its last checkpoint, may get past it."""
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
@@ -42,6 +46,11 @@ class ZinfError(Exception):
         place = f"{self.where}: " if self.where else ""
         step = f" ({self.hint})" if self.hint else ""
         return f"{place}{self.message}{step}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All that another process needs to know of it."""
+        fields = ("message", "where", "hint", "exit_code", "may_restart")
+        return {field: getattr(self, field) for field in fields}
 
     def __str__(self) -> str:
         return self.describe()
@@ -91,6 +100,7 @@ class PreflightError(ZinfError):
 
 class HostError(ZinfError):
     exit_code = 3
+    may_restart = True
 
 
 class CapacityError(ZinfError):
@@ -99,6 +109,7 @@ class CapacityError(ZinfError):
 
 class TierError(ZinfError):
     exit_code = 1
+    may_restart = True
 
 
 class UnreadableError(TierError):
@@ -111,7 +122,30 @@ class NonFiniteError(ZinfError):
 
 class RankError(ZinfError):
     exit_code = 1
+    may_restart = True
+
+
+class ReportedError(ZinfError):
+    """The arguments are what `to_json` gave; with them alone, an error that zinf does not know by name."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        exit_code: int = RankError.exit_code,
+        may_restart: bool = RankError.may_restart,
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.exit_code = exit_code
+        self.may_restart = may_restart
 
 
 class Interrupted(ZinfError):  # noqa: N818 (named as users of Ctrl-C think of it)
     exit_code = 130
+
+
+def inside(outer: str, where: str | None) -> str:
+    """A place within another one, as an error names it: `node2:rank 1: /data/texts/a.jsonl:7`."""
+    return f"{outer}: {where}" if where else outer

@@ -6,11 +6,18 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from zinf_cli.errors import ZinfError
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.recipe.hosts import this_machine
+
+
+def told(value: object) -> Any:
+    return value.to_json() if isinstance(value, ZinfError) else str(value)
+
 
 polls: list[int] = []
 notes: list[str] = []
@@ -19,4 +26,4 @@ program = Program(Agent("programs.ranks"), "life", [scenario], run_dir, {}, [], 
 with Lifelines(Pipes()) as lifelines:
     world = World(lifelines, [lifelines.connect(this_machine(2))])
     outcome = run_ranks(program, world, on_poll=lambda: polls.append(1), notify=notes.append)
-print(json.dumps({**dataclasses.asdict(outcome), "polls": len(polls), "notes": notes}, default=str))
+print(json.dumps({**dataclasses.asdict(outcome), "polls": len(polls), "notes": notes}, default=told))

@@ -51,7 +51,7 @@ def success(run_dir: Path, rank: int) -> None:
 
 def capacity(run_dir: Path, rank: int) -> None:
     if rank == 1:
-        raise CapacityError("needs 9 GiB of 8", where="host:1")
+        raise CapacityError("needs 9 GiB of 8", where="host:1", hint="less of it")
     time.sleep(300)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from programs import command
 from tiny_recipes import recipe_of
-from zinf_cli.errors import DatasetError
+from zinf_cli.errors import DatasetError, ReportedError
 from zinf_cli.launch.description import question
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
@@ -97,7 +97,8 @@ def test_a_question_is_answered_in_a_fork_and_then_from_memory(tmp_path: Path, m
     assert answers(recipe) == (first, False)
     recipe.dataset.path[0].unlink()
     (said, _) = answers(recipe)
-    assert (said["exit_code"], "no such file" in said["error"]) == (DatasetError.exit_code, True)
+    error = ReportedError(**said["error"])
+    assert (error.exit_code, "no such file" in error.message) == (DatasetError.exit_code, True)
 
 
 def answers(recipe: Recipe) -> tuple[dict[str, Any], bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from programs import command, environment
-from simulated_hosts import AGENT, HOSTS, Simulated, launch, well
+from simulated_hosts import AGENT, HOSTS, Simulated, launch, refused, well
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
@@ -31,7 +31,7 @@ def test_a_hundred_hosts_are_looked_at_and_started_many_at_once(tmp_path: Path) 
 def test_the_one_host_that_is_not_ready_is_named() -> None:
     def full(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
         if host.name == "node057" and request["do"] == "reach":
-            return [{"error": "can't reach 10.0.0.1 port 4000: No route to host"}]
+            return [refused("can't reach 10.0.0.1 port 4000: No route to host")]
         return well(host, request)
 
     with Lifelines(Simulated(full)) as lifelines:
@@ -52,14 +52,15 @@ def test_the_one_host_that_fails_is_named(tmp_path: Path) -> None:
     outcome = launch(Simulated(failing), tmp_path)
     assert outcome.exit_code == 1
     assert outcome.failure is not None
-    assert (outcome.failure.host, outcome.failure.message) == ("node057", "torchrun itself: ended with exit code 1")
+    said = outcome.failure.error.message
+    assert (outcome.failure.host, said) == ("node057", "torchrun itself: ended with exit code 1")
     assert outcome.others.startswith("ended on node000, node001")
 
 
 def test_none_is_started_when_one_can_not_be(tmp_path: Path) -> None:
     def busy(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
         if host.name == "node057" and request["do"] == "open_folder":
-            return [{"error": "/runs/a: another run is using this folder"}]
+            return [refused("another run is using this folder", "/runs/a")]
         return well(host, request)
 
     transport = Simulated(busy)

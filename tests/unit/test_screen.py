@@ -17,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from zinf_cli.errors import RankError
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.preflight import Preflight, Row
@@ -72,7 +73,7 @@ def test_screens_of_hosts_and_ranks(tmp_path: Path) -> None:
     row.note("ssh", "no", EVIL)
     screens = [
         log_line(LogLine(EVIL, 0, EVIL)),
-        failure_screen(Failure(0, EVIL, 0, "exit", EVIL, log, 1), EVIL),
+        failure_screen(Failure(0, EVIL, 0, RankError(EVIL, where=EVIL, hint=EVIL), log), EVIL),
         preflight_screen(Preflight([row], None, [])),
     ]
     for screen in screens:

@@ -16,7 +16,7 @@ from rich.console import Console
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.bench.fio import beside_fio
 from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, bench_nvme, check_folders, steps_of
-from zinf_cli.errors import Interrupted, RankError, UsageError
+from zinf_cli.errors import Interrupted, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
@@ -112,7 +112,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
         if outcome.interrupted:
             raise Interrupted("interrupted")
         if outcome.failure is not None:
-            raise RankError(f"the bench failed: {outcome.failure.message}", where=outcome.failure.place)
+            raise outcome.failure.reported(log=False)  # which goes with the folder
         *_, last = (run_dir / "logs" / "rank-00000.log").read_text().splitlines()
     found: dict[str, Any] = json.loads(last)
     return found

@@ -18,10 +18,9 @@ from rich.console import Console
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, find_checkpoint, step_of, steps_done
 from zinf_cli.durable import write_durably
-from zinf_cli.errors import Interrupted, NonFiniteError, RankError, ZinfError
+from zinf_cli.errors import Interrupted
 from zinf_cli.launch.connection import Lifelines, transport_to
-from zinf_cli.launch.description import ReportedError, describe, overheard, question
-from zinf_cli.launch.failure import Failure
+from zinf_cli.launch.description import describe, overheard, question
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
 from zinf_cli.launch.run_folder import locked, run_folder
@@ -76,7 +75,7 @@ def launch(request: Request, console: Console) -> None:
             if ended is None or not _may_restart(ended.outcome):
                 break
             assert ended.outcome.failure is not None
-            why = _error_of(ended.outcome.failure).describe()
+            why = ended.outcome.failure.reported(log=True).describe()
             console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
             recipe = _goes_on(recipe, ended)
             ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
@@ -97,10 +96,7 @@ def _goes_on(recipe: Recipe, ended: Ended) -> Recipe:
 
 def _may_restart(outcome: Outcome) -> bool:
     """Whether a rank or host was lost; what a recipe, a full machine or a NaN causes would come again."""
-    failure = outcome.failure
-    if failure is None or outcome.interrupted or failure.kind == NonFiniteError.__name__:
-        return False
-    return failure.exit_code == RankError.exit_code
+    return outcome.failure is not None and not outcome.interrupted and outcome.failure.error.may_restart
 
 
 def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts: int | None = None) -> Ended | None:
@@ -196,7 +192,7 @@ def _report(ended: Ended, request: Request, console: Console) -> None:
     if outcome.interrupted:
         raise Interrupted(f"interrupted after {ended.summary['steps']} steps")
     if outcome.failure is not None:
-        raise _error_of(outcome.failure)
+        raise outcome.failure.reported(log=True)
 
 
 def _print_summary(ended: Ended, console: Console) -> None:
@@ -300,7 +296,3 @@ def _run(
     except OSError as error:
         view.say(f"{run_dir}: not all of the summary and the trace can be written: {error.strerror}")
     return summary, outcome
-
-
-def _error_of(failure: Failure) -> ZinfError:
-    return ReportedError(f"{failure.place}: {failure.message} (log: {failure.log})", failure.exit_code)

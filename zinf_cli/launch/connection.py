@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from zinf_cli.errors import HostError, ZinfError
+from zinf_cli.errors import HostError, ZinfError, inside
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.transport import Channel, Transport
@@ -93,7 +93,8 @@ class Connection:
                     self._give_up(f"no answer to {do} within {within:.0f} s")
                 raise HostError(str(self._ended), where=self.host.name)
         if "error" in answer:
-            raise HostError(answer["error"], where=self.host.name)
+            told = answer["error"]
+            raise HostError(told["message"], where=inside(self.host.name, told["where"]))
         return answer["answer"]
 
     def hear(self, within: float) -> dict[str, Any] | None:

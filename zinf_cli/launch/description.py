@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from zinf_cli.errors import HostError, RankError, ZinfError
+from zinf_cli.errors import HostError, RankError, ReportedError
 from zinf_cli.launch.connection import Connection
 from zinf_cli.plan.layout import Figures
 from zinf_cli.recipe.hosts import Host
@@ -16,14 +16,6 @@ from zinf_cli.search_path import module_command
 
 _MOST_S = 24 * 3600.0
 """Tokenising may take long; Ctrl-C ends it."""
-
-
-class ReportedError(ZinfError):
-    """An error found in another process, already described there."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
 
 
 def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host]) -> str:
@@ -59,5 +51,5 @@ def _figures(output: str, errors: str, code: int) -> Figures:
         last = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
         raise RankError(f"the model could not be described: {last[0]}", hint=errors.strip()) from error
     if "error" in document:
-        raise ReportedError(document["error"], document["exit_code"])
+        raise ReportedError(**document["error"])
     return Figures.from_json(document)

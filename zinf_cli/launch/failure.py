@@ -7,31 +7,24 @@ is caused by the loss of a peer; a rank killed by a signal is recorded by its gu
 
 1. the earliest recorded error that is not secondary;
 2. a host that was lost, with its connection or its supervisor;
-3. a rank that ended without a record, as torchrun's own report names it, or torchrun itself;
+3. a rank that ended without a record, as torchrun's agent names it, the agent's own error, or how the agent ended;
 4. the earliest secondary error.
+
+An error stays what it was where it was raised: its place, its hint, its exit code and whether a restart may help.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zinf_cli.launch.logs import last_lines
+from zinf_cli.errors import RankError, ReportedError, ZinfError, inside
 from zinf_cli.recipe.hosts import Host
-
-_ROOT_CAUSE = re.compile(
-    r"Root Cause.*?^\s*rank\s*:\s*(?P<rank>\d+).*?^\s*exitcode\s*:\s*(?P<code>-?\d+)",
-    re.DOTALL | re.MULTILINE,
-)
-
-_REPORT_LINES = 1000
-"""Of torchrun's report, the last that its agent says."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +35,17 @@ class Failure:
     """None: torchrun itself failed, or the host was lost."""
     host: str
     local_rank: int | None
-    kind: str
-    """The exception's type, or the signal's name."""
-    message: str
+    error: ZinfError
+    """As it was raised there."""
     log: Path
-    exit_code: int
-    """What zinf exits with."""
 
-    @property
-    def place(self) -> str:
-        """The rank and its host, as an error line names them."""
-        return self.host if self.rank is None else f"{self.host}:rank {self.rank}"
+    def reported(self, *, log: bool) -> ReportedError:
+        """The error as it is here: its place is on that host, of that rank. With `log` it names the log."""
+        told = self.error.to_json()
+        told["where"] = inside(self.host if self.rank is None else f"{self.host}:rank {self.rank}", told["where"])
+        if log:
+            told["hint"] = "; ".join(filter(None, (told["hint"], f"log: {self.log}")))
+        return ReportedError(**told)
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,8 @@ class Ending:
     """The exit code of torchrun's agent as subprocess gives it, negative for a signal; None while it runs."""
     lost: str | None
     """Why the host is no longer there."""
+    report: Mapping[str, Any] = field(default_factory=dict)
+    """What the agent said of a failure (train/agent.py): "rank" and its exit "code", or the "error" that ended it."""
 
 
 def forget_errors(run_dir: Path) -> None:
@@ -100,36 +95,31 @@ def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
         rank=first["rank"],
         host=host,
         local_rank=local_rank,
-        kind=first["kind"],
-        message=first["message"],
+        error=ReportedError(**first["error"]),
         log=run_dir / "logs" / f"rank-{first['rank']:05d}.log",
-        exit_code=first["exit_code"],
     )
 
 
 def _silent_failure(ending: Ending) -> Failure | None:
-    """A lost host, what torchrun reports as its root cause, or its own end where it reports none.
+    """A lost host, what its agent has reported, or the agent's own end where it reported nothing.
 
     A rank ends without a record when it dies before it has a guard, or when the guard is killed.
     """
+    host, report = ending.host.name, ending.report
     if ending.lost is not None:
-        return Failure(None, ending.host.name, None, "lost", ending.lost, ending.log, exit_code=1)
+        return Failure(None, host, None, RankError(ending.lost), ending.log)
     if not ending.code:
         return None
-    report = _ROOT_CAUSE.search("\n".join(last_lines(ending.log, _REPORT_LINES)))
-    rank = int(report["rank"]) if report else None
-    code = int(report["code"]) if report else ending.code
-    kind = signal.Signals(-code).name if code < 0 else "exit"
-    how = f"killed by {kind}" if code < 0 else f"ended with exit code {code}"
-    return Failure(
-        rank=rank,
-        host=ending.host.name,
-        local_rank=None if rank is None else rank - ending.first_rank,
-        kind=kind,
-        message=f"{how}, and left no record of an error" if report else f"torchrun itself: {how}",
-        log=ending.log,
-        exit_code=1,
-    )
+    if "error" in report:
+        return Failure(None, host, None, ReportedError(**report["error"]), ending.log)
+    if "rank" in report:
+        error = RankError(f"{_how(report['code'])}, and left no record of an error")
+        return Failure(report["rank"], host, report["rank"] - ending.first_rank, error, ending.log)
+    return Failure(None, host, None, RankError(f"torchrun itself: {_how(ending.code)}"), ending.log)
+
+
+def _how(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _records(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -170,6 +170,7 @@ class _Part:
         self.code: int | None = None
         self.lost: str | None = None
         """Why the host is gone, of which it has not said how its part ended."""
+        self._report: dict[str, Any] = {}
         self.peak_memory = 0
         self._late: list[tuple[str, int, bytes]] = []
         """Parts of files that the launcher's drive has not taken yet."""
@@ -227,6 +228,7 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
+                    self._report = _report_in(event["output"])
                     with suppress(OSError):
                         if not self._log.exists():  # it never got to know of it
                             self._log.write_text(event["errors"])
@@ -263,7 +265,7 @@ class _Part:
         self.connection.request("stop")
 
     def ending(self) -> Ending:
-        return Ending(self.host, self._first_rank, self._log, self.code, self.lost)
+        return Ending(self.host, self._first_rank, self._log, self.code, self.lost, self._report)
 
     def kill(self) -> None:
         """End what still runs there, and wait until its last words are here."""
@@ -282,6 +284,14 @@ class _Part:
             self.prepare()
         self.connection.request("close_folder")
         self._take_in(most=None)
+
+
+def _report_in(output: str) -> dict[str, Any]:
+    """What the agent has said of a failure, which is the last that it says; nothing where it was killed."""
+    with suppress(ValueError):
+        for line in output.splitlines()[-1:]:
+            return dict(json.loads(line).get("failed", {}))
+    return {}
 
 
 def _visible(connection: Connection) -> dict[str, str]:
@@ -345,7 +355,7 @@ def _watch(
             break
     failure = first_failure(run_dir, [part.ending() for part in parts])
     if failure is not None:
-        return Outcome(failure.exit_code, failure, asked_to_stop, _fate_of_others(parts, failure))
+        return Outcome(failure.error.exit_code, failure, asked_to_stop, _fate_of_others(parts, failure))
     return Outcome(Interrupted.exit_code if asked_to_stop else 0, None, interrupted=asked_to_stop)
 
 

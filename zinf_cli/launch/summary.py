@@ -68,7 +68,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
-        "error": outcome.failure.message if outcome.failure is not None else None,
+        "error": outcome.failure.error.describe() if outcome.failure is not None else None,
         "steps": len(steps),
         "skipped_steps": len(steps) - len(trained),
         "resumed_from_step": watch.first_step or None,

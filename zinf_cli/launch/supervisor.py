@@ -121,8 +121,8 @@ class Supervisor:
                 answer = getattr(self, "do_" + request.pop("do"))(**request)
                 self._send({"answer": answer})
             except OSError as error:
-                place = f"{error.filename}: " if error.filename else ""
-                self._send({"error": f"{place}{error.strerror or error}"})
+                where = str(error.filename) if error.filename else None
+                self._send({"error": {"message": error.strerror or str(error), "where": where}})
         return bool(data)
 
     def _send(self, message: Mapping[str, Any]) -> None:

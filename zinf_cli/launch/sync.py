@@ -19,7 +19,7 @@ from typing import Any
 from paramiko.ssh_exception import SSHException
 
 import zinf_cli
-from zinf_cli.errors import HostError, PreflightError
+from zinf_cli.errors import HostError, PreflightError, inside
 from zinf_cli.launch.connection import at_all
 from zinf_cli.launch.ssh import connect, openssh_command
 from zinf_cli.recipe.hosts import Host
@@ -91,7 +91,7 @@ def _by_sftp(paths: Sequence[Path], host: Host, connection: Any) -> int:
                 _make_folder(sftp, file.parent, made)
                 sent += _send(sftp, file)
     except OSError as error:
-        raise HostError(f"{file}: {error.strerror or error}", where=host.name) from error
+        raise HostError(error.strerror or str(error), where=inside(host.name, str(file))) from error
     except (SSHException, EOFError) as error:
         raise HostError(f"SFTP: {error or 'the host does not offer it'}", where=host.name) from error
     return sent

@@ -7,7 +7,9 @@ memory but no thread but its own, so nothing here may use the device or start to
 Two lines of JSON come on stdin. The first is null or a question about the recipe (described.py), answered on stdout.
 The second is the order: the "part" this host has of the run (elastic.py), the "function" of MODULE that is a rank's
 life, the "run_dir" and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set
-itself, and the "log" that all output of the agent goes to.
+itself, and the "log" that all output of the agent goes to. The last line on stdout is what failed, if anything has:
+{"failed": ...} with the first "rank" of this host that ended ill and its exit "code", negative for a signal, or with
+the "error" that ended the agent itself.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import IO, Any
 
 from zinf_cli.errors import ZinfError
 from zinf_cli.train.described import Question, answers_to
@@ -34,6 +37,8 @@ def main() -> None:
     if question is not None and question.answered_at_once():
         question = None
     module = import_module(sys.argv[1])
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from zinf_cli.train.elastic import launch_ranks
 
     gc.collect()
@@ -50,8 +55,18 @@ def main() -> None:
     life = partial(getattr(module, order["function"]), Path(order["run_dir"]), *order["arguments"])
     try:
         launch_ranks(order["part"], _rank, life, Path(order["run_dir"]))
+    except ChildFailedError as failed:
+        rank, first = failed.get_first_failure()
+        _say(out, rank=rank, code=first.exitcode)
+        raise
     except ZinfError as error:
+        _say(out, error=error.to_json())
         sys.exit(f"error: {error.describe()}")
+
+
+def _say(out: IO[str], **failed: Any) -> None:
+    """Tell the launcher what failed, which it has from the supervisor when this process has ended."""
+    print(json.dumps({"failed": failed}), file=out, flush=True)
 
 
 def _rank(life: partial[int], run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """`python -m zinf_cli.train.described`: what the plan needs to know, as torchrun's agent, too, tells the launcher.
 
 The launcher stays light that way. A question is a line of JSON, {"recipe": ..., "slots": N, "world_size": N}, and so
-is an answer; an error is {"error": ..., "exit_code": ...}.
+is an answer; an error is {"error": ...} with its fields (errors.py).
 
 To look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So the
 answer is kept: as long as the recipe, zinf, torch, transformers, this machine's cores and every file that was looked at
@@ -162,11 +162,11 @@ class Question:
 
 
 def _reported(error: ZinfError) -> dict[str, Any]:
-    return {"error": error.describe(), "exit_code": error.exit_code}
+    return {"error": error.to_json()}
 
 
 def _failed(why: str) -> dict[str, Any]:
-    return {"error": f"the model could not be described: {why}", "exit_code": RankError.exit_code}
+    return _reported(RankError(f"the model could not be described: {why}"))
 
 
 def answers_to() -> IO[str]:

@@ -31,7 +31,7 @@ def launch_ranks(part: Mapping[str, Any], function: Callable[..., None], *argume
     """Fork this host's ranks and wait until they end.
 
     `part` is what the host has of the run: so many "ranks", its "number" among so many "hosts" and, of several, the
-    "meeting" (meeting.py). An error of torch's if a rank fails.
+    "meeting" (meeting.py). ChildFailedError, which is torch's, if a rank fails.
     """
     handler = _Told(part)
     rendezvous_handler_registry.register(_BACKEND, lambda parameters: handler)

@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from zinf_cli.durable import write_durably
-from zinf_cli.errors import ZinfError
+from zinf_cli.errors import RankError, ReportedError, ZinfError
 from zinf_cli.unfailing_stream import make_unfailing
 
 _PR_SET_PDEATHSIG = 1
@@ -38,12 +39,12 @@ _PATIENCE_S = 2.0
 """How long a rank with a secondary error stays: its exit makes torchrun terminate the others, and the rank
 that failed first may still be on its way to recording why."""
 
-_PEER_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _PEER_MESSAGE = re.compile(
     r"closed by peer|reset by peer|broken pipe|socket closed|gloo/transport|ncclRemoteError|got 0 bytes"
     r"|timeout waiting for key",
     re.IGNORECASE,
 )
+"""gloo raises RuntimeErrors that differ by nothing but their text."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ class _Record:
 
     rank: int
     pid: int
-    kind: str
-    """The exception's type, or the signal's name."""
-    message: str
-    exit_code: int
+    error: dict[str, Any]
+    """The fields of an error (errors.py)."""
     traceback: str = ""
     secondary: bool = False
     """Caused by the loss of a peer."""
@@ -113,10 +112,13 @@ def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
     try:
         code = main()
         if code != 0:
-            record = _Record(rank, os.getpid(), "exit", f"ended with exit code {code}", code)
-    except BaseException as error:
-        record = _record_of(error, rank)
-        code = record.exit_code
+            ended = ReportedError(f"ended with exit code {code}", exit_code=code)
+            record = _Record(rank, os.getpid(), ended.to_json())
+    except BaseException as raised:
+        known = raised if isinstance(raised, ZinfError) else ReportedError(f"{type(raised).__name__}: {raised}")
+        text = "".join(traceback.format_exception(raised))
+        record = _Record(rank, os.getpid(), known.to_json(), text, _is_secondary(raised))
+        code = known.exit_code
     with suppress(OSError):  # a full disk must not hide the exit code
         if record is not None:
             _write_record(record, run_dir)
@@ -126,19 +128,6 @@ def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
     if record is not None and record.secondary:
         time.sleep(_PATIENCE_S)
     return code
-
-
-def _record_of(error: BaseException, rank: int) -> _Record:
-    kind = type(error).__name__
-    return _Record(
-        rank,
-        os.getpid(),
-        kind,
-        error.describe() if isinstance(error, ZinfError) else f"{kind}: {error}",
-        error.exit_code if isinstance(error, ZinfError) else 1,
-        "".join(traceback.format_exception(error)),
-        _is_secondary(error),
-    )
 
 
 def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
@@ -154,10 +143,10 @@ def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
     if number != signal.SIGTERM or not torn_down:
-        message = _describe_signal(number, oom_kills)
+        error = RankError(_describe_signal(number, oom_kills))
         with suppress(OSError):
-            _write_record(_Record(rank, child, number.name, message, exit_code=1), run_dir)
-            print(message, file=sys.stderr)
+            _write_record(_Record(rank, child, error.to_json()), run_dir)
+            print(error, file=sys.stderr)
     return 128 + number
 
 
@@ -194,10 +183,11 @@ def _count_oom_kills() -> int | None:
 
 def _is_secondary(error: BaseException) -> bool:
     """Whether the loss of a peer caused `error`: how torch.distributed, gloo and NCCL tell the survivors."""
+    kinds: tuple[type[BaseException], ...] = (ConnectionError,)
+    if (dist := sys.modules.get("torch.distributed")) is not None:  # else the rank had no peers yet
+        kinds += (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return any(
-        isinstance(link, ConnectionError)
-        or not _PEER_ERRORS.isdisjoint(kind.__name__ for kind in type(link).__mro__)
-        or (isinstance(link, RuntimeError) and _PEER_MESSAGE.search(str(link)) is not None)
+        isinstance(link, kinds) or (isinstance(link, RuntimeError) and _PEER_MESSAGE.search(str(link)) is not None)
         for link in _causes(error)
     )
 
