@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from zinf_cli.commands.estimate import Flags
 from zinf_cli.commands.estimate_recipe import estimate_recipe
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError
 from zinf_cli.machine.drive_files import GROWTH
-from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme
+from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme, to_profile
 from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.placement import placements, undominated
@@ -88,6 +89,14 @@ def test_a_faster_drive_is_a_shorter_step(tmp_path: Path) -> None:
     )
     assert slow.bottleneck == "nvme"
     assert slow.step_s > 5 * fast.step_s
+
+
+def test_a_measured_machine_is_the_same_to_a_launch_and_to_an_estimate(tmp_path: Path) -> None:
+    found = measured(tmp_path)
+    here = profile_here(figures_of(recipe_of(tmp_path, "llama")), [tmp_path], found)
+    there = replace(to_profile(found), device_memory=here.device_memory, cpu_memory=here.cpu_memory)
+    assert there == here
+    assert here.drives.may_use == 1 << 40  # of which a file system's share was taken off already
 
 
 def test_a_drive_that_was_not_measured_is_assumed(tmp_path: Path) -> None:

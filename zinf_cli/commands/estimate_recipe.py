@@ -138,5 +138,5 @@ def _machine(profile: Profile, figures: Figures, recipe: Recipe) -> Any:
         device_bytes=profile.device_memory,
         flops=profile.flops(figures.precision, tokens),
         cpu_bytes=profile.cpu_memory,
-        nvme_bytes=profile.drives.space,
+        nvme_bytes=profile.drives.may_use,
     )

@@ -12,13 +12,7 @@ import psutil
 
 from zinf_cli.errors import PreflightError
 from zinf_cli.machine.drive_files import file_system_of, open_nameless
-
-ASSUMED_DRIVE_BANDWIDTH = 2e9
-"""Bytes per second of one drive, read and write, where nothing was measured."""
-
-
-METADATA_SHARE = 0.01
-"""Of what a file system calls free, it may take for itself as files grow."""
+from zinf_cli.machine.profiles import DRIVE_SHARE
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ def room_of(spaces: Sequence[Space]) -> int:
     """Bytes that can be laid evenly over folders: as many times the one with the least as there are folders."""
     sharing = Counter(space.device for space in spaces)
     least = min((space.free_bytes // sharing[space.device] for space in spaces), default=0)
-    return int(len(spaces) * least * (1 - METADATA_SHARE))
+    return int(len(spaces) * least * DRIVE_SHARE)
 
 
 def share_in_memory(spaces: Sequence[Space]) -> float:

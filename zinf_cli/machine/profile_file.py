@@ -18,7 +18,16 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
-from zinf_cli.machine.profiles import BUILT_IN, Drives, Profile
+from zinf_cli.machine.profiles import (
+    ASSUMED_ADAMW,
+    ASSUMED_GATHER,
+    ASSUMED_LINK,
+    ASSUMED_MEMORY,
+    ASSUMED_NETWORK,
+    BUILT_IN,
+    Drives,
+    Profile,
+)
 from zinf_cli.recipe.recipe import Number, Paths, Section, Size
 from zinf_cli.recipe.recipe_file import plain
 from zinf_cli.screen import printable
@@ -54,7 +63,7 @@ class Nvme(Section):
     folders: Paths
     """Where it was measured."""
     space: Size
-    """Free bytes."""
+    """Bytes that a run could lay there (hardware.room_of)."""
     read: Best
     """Reading, cache bypassed."""
     write: Best
@@ -124,7 +133,7 @@ class Measured(Section):
         return Drives(
             self.nvme.space, read.bytes_per_s, write.bytes_per_s, self.nvme.both, True,
             reads=read.threads, writes=write.threads, block_bytes=max(read.block_size, write.block_size),
-            beside_compute=self.nvme.beside.drives, compute_beside=self.nvme.beside.compute,
+            beside_compute=self.nvme.beside.drives, compute_beside=self.nvme.beside.compute, usable=1,
         )  # fmt: skip
 
     def covers(self, folders: Sequence[Path]) -> bool:
@@ -198,21 +207,28 @@ def to_profile(measured: Measured) -> Profile:
     assert links is not None
     assert drives is not None
     return Profile(
-        name=measured.name,
-        accelerators=links.accelerators,
-        device_memory=links.device_memory,
-        device_bandwidth=links.device_bandwidth or 1e13,
-        cpu_memory=links.cpu_memory,
-        drives=drives,
-        matmul=links.best_matmul,
-        passes=links.block,
-        adamw=links.adamw,
-        copy_host=links.copy_host or 1e13,
-        copy_alone=links.copy_alone or 1e13,
-        collective_inside=links.collective or links.copy_alone or 1e9,
-        collective_across=links.across or 1.1e9,
-        measured=True,
-    )
+        name=measured.name, accelerators=links.accelerators, device_memory=links.device_memory,
+        cpu_memory=links.cpu_memory, drives=drives, matmul=links.best_matmul, passes=links.block, measured=True,
+        **rates_between(links, links.accelerators),
+    )  # fmt: skip
+
+
+def rates_between(links: Links | None, accelerators: int) -> dict[str, float]:
+    """The rates of a Profile for memory, links and AdamW: as they were measured, assumed where nothing was."""
+
+    def measured(field: str, assumed: float) -> float:
+        rate: float | None = getattr(links, field, None)
+        return rate or assumed
+
+    alone = measured("copy_alone", ASSUMED_LINK if accelerators else ASSUMED_MEMORY)
+    return {
+        "device_bandwidth": measured("device_bandwidth", ASSUMED_MEMORY),
+        "copy_alone": alone,
+        "copy_host": measured("copy_host", alone * max(1, accelerators)),
+        "collective_inside": measured("collective", alone if accelerators else ASSUMED_GATHER),
+        "collective_across": measured("across", ASSUMED_NETWORK),
+        "adamw": measured("adamw", ASSUMED_ADAMW),
+    }
 
 
 def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> None:

@@ -14,6 +14,22 @@ from typing import Any, TypeVar
 GB, TB = 10**9, 10**12
 GIB, TIB = 2**30, 2**40
 Rate = TypeVar("Rate")
+MEMORY_SHARE = 0.9
+"""Of memory that is there, a plan may fill so much where nothing else is asked for: allocators fragment."""
+DRIVE_SHARE = 0.99
+"""Of what a file system calls free, it may take the rest for itself as files grow."""
+ASSUMED_DRIVE_BANDWIDTH = 2 * GB
+"""Bytes per second of one drive, read and write, where nothing was measured. So are the rates that follow."""
+ASSUMED_ADAMW = 0.5e9
+"""Parameters per second of a host's CPU: two cores, measured once."""
+ASSUMED_MEMORY = 1000 * GB
+"""Of the memory that is computed in; a CPU brings nothing to it over a link."""
+ASSUMED_LINK = 12 * GB
+"""To an accelerator, and between accelerators."""
+ASSUMED_GATHER = 1 * GB
+"""Between CPU ranks."""
+ASSUMED_NETWORK = 1.1 * GB
+"""Between hosts: 10 Gb/s Ethernet."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,13 @@ class Drives:
     """What is left of these rates while all cores compute,"""
     compute_beside: float = 1.0
     """and of the cores' compute meanwhile: a drive takes CPU time, in a virtual machine much of it."""
+    usable: float = DRIVE_SHARE
+    """The share of the space that a plan may fill."""
+
+    @property
+    def may_use(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(self.space * self.usable)
 
 
 @dataclass(frozen=True)
@@ -112,6 +135,7 @@ _DGX2 = Profile(
         read=16 * 1.6 * GB,
         write=16 * 1.6 * GB,
         both=16 * 1.6 * GB,
+        usable=0.7,  # figures 1 and 6a: the largest models leave so much free (docs/paper.md)
     ),
     # Section 4: 70 TFLOP/s reached by large matrices; fp32: 15.7 (datasheet), 90 % reached. Sustained: figure 5a, the
     # run of 1T parameters on 512 GPUs, which keeps everything in GPU memory: 48.9 of 70. One figure for the machine,
@@ -167,6 +191,6 @@ _RTX4090 = Profile(
     copy_host=25 * GB,  # PCIe 4 x16: 32 GB/s a direction, 80 % reached
     copy_alone=25 * GB,
     collective_inside=20 * GB,  # more than one: over PCIe
-    collective_across=1.1 * GB,  # 10 Gb/s Ethernet
+    collective_across=ASSUMED_NETWORK,
 )
 BUILT_IN: Mapping[str, Profile] = {profile.name: profile for profile in (_DGX2, _DGX_H100, _H200, _RTX4090)}

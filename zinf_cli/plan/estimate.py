@@ -57,7 +57,7 @@ class Estimate:
     def block_fits(self) -> bool:
         """Whether the engine's whole blocks fit where the paper's largest matrix does."""
         question = self.question
-        held = self.needs.total(question.compute_tier) - self.needs.terms[question.compute_tier]["largest matrix"]
+        held = self.needs.total(question.compute_tier) - self.needs.terms[question.compute_tier]["matrix"]
         return held + question.ranks * self.block_bytes <= self.needs.may_use[question.compute_tier]
 
     @property

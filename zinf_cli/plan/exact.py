@@ -83,8 +83,8 @@ def _efficiency(plan: Plan, tokens: int, profile: Profile) -> dict[str, float]:
     """ZeRO-Infinity, section 4: the share of the peak if nothing overlapped, by class."""
     host = cluster_of(plan, tokens)
     rates, peak = rates_of(profile, host), profile.peak(plan.precision)
-    memory = profile.device_bandwidth if profile.accelerators else 1e13
-    speed = {"device": memory, "cpu": rates["copy in"], "nvme": min(rates["copy in"], rates["nvme read"])}
+    speed = {"device": profile.device_bandwidth, "cpu": rates["copy in"]}
+    speed["nvme"] = min(speed["cpu"], rates["nvme read"])
     model = plan.figures.model
     moved = 2 * sum(unit.input_bytes for unit in model.units)
     intensity = {

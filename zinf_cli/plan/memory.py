@@ -26,6 +26,23 @@ KEPT_MORE = 1.2
 TEMPORARIES_MORE = 1.5
 """So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
 CLASSES = (*STATES, "activations")
+NAMES = {
+    "params": "parameters",
+    "grads": "gradients",
+    "optimizer": "optimizer states",
+    "activations": "activations",
+    "second": "second places for updates",
+    "tmpfs": "drives in memory (tmpfs)",
+    "cached": "state of cached units",
+    "buffers": "buffers",
+    "compute": "compute, at its peak",
+    "framework": "Python and torch",
+    "context": "context",
+    "staging": "staging",
+    "matrix": "largest matrix",
+    "update_buffers": "update buffers",
+}
+"""How a user reads what bytes are for, in plans, estimates and errors."""
 GOLDEN = 0.618034
 """Multiples of the golden ratio, modulo 1, are spread evenly however many there are."""
 DEPTH = 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from zinf_cli.machine.profiles import GIB, Profile
+from zinf_cli.machine.profiles import GIB, MEMORY_SHARE, Profile
 from zinf_cli.plan.memory import CLASSES, MIB, churn_bytes, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
@@ -21,8 +21,6 @@ SHARED_BYTES = 100 * MIB
 """Of these, the pages of libraries that all ranks of a host share."""
 CONTEXT_BYTES = 3 * GIB // 2
 """CUDA context, libraries and communication buffers of one rank."""
-USABLE = {"device": 0.9, "cpu": 0.9, "nvme": 0.7}
-"""The share of a tier a plan may fill: allocators fragment, and a drive that is nearly full loses its write speed."""
 TILES = (1, 2, 4, 8, 16)
 """Into how many pieces the largest matrix may be cut (ZeRO-Infinity, section 5.1.3 and figure 6b)."""
 LOGIT_BYTES = 10
@@ -127,27 +125,28 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
     held = _zero_tiers()
     for state, num_bytes in class_bytes(question, per_sweep).items():
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
-    held["cpu"]["Python and torch"] = host_bytes(ranks, SHARED_BYTES) + ranks * (PROCESS_BYTES + churn_bytes(per_sweep))
+    held["cpu"]["framework"] = host_bytes(ranks, SHARED_BYTES) + ranks * (PROCESS_BYTES + churn_bytes(per_sweep))
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES
         if "nvme" in placement.values():
             # drives reach an accelerator through CPU memory: two blocks on their way, in slices
             held["cpu"]["staging"] = 2 * model.block_params * BYTES_PER_PARAM["params"]
     sequences = question.micro_batch_size
-    held[compute]["compute, at its peak"] = ranks * (
+    held[compute]["compute"] = ranks * (
         model.activation_working_bytes(sequences) + sequences * model.seq_len * model.vocab * LOGIT_BYTES
     )
-    may_use = {tier: num_bytes * USABLE[tier] for tier, num_bytes in capacity(question.profile, ranks).items()}
+    may_use = {tier: num_bytes * MEMORY_SHARE for tier, num_bytes in capacity(question.profile, ranks).items()}
+    may_use["nvme"] = question.profile.drives.may_use
     room = may_use[compute] - sum(held[compute].values())
     whole = ranks * model.state_working_bytes
     tiles = next((count for count in TILES if whole / count <= room), TILES[-1])
-    held[compute]["largest matrix"] = whole / tiles
+    held[compute]["matrix"] = whole / tiles
     slice_params = model.block_params / question.world_size
     chunk_params = 0.0
     if placement["optimizer"] not in (compute, "device"):
         left = (room - whole / tiles) / ranks / BYTES_PER_PARAM["optimizer"]
         chunk_params = max(min(2 * slice_params, left), slice_params / 64)
-        held[compute]["update buffers"] = ranks * chunk_params * BYTES_PER_PARAM["optimizer"]
+        held[compute]["update_buffers"] = ranks * chunk_params * BYTES_PER_PARAM["optimizer"]
     return Needs(held, may_use, tiles, chunk_params or 2 * slice_params)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from zinf_cli.machine.hardware import ASSUMED_DRIVE_BANDWIDTH
-from zinf_cli.machine.profile_file import Measured
-from zinf_cli.machine.profiles import GB, Drives, Profile
+from zinf_cli.machine.profile_file import Measured, rates_between
+from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
 from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import Choice, activation_bytes
@@ -16,14 +15,8 @@ from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
 
-ASSUMED_ADAMW = 0.5e9
-"""Parameters per second of a host's CPU, where nothing was measured: two cores, measured once."""
-ASSUMED_LINK = 12 * GB
-"""Bytes per second to an accelerator, and between accelerators, where nothing was measured."""
 IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
 """Parameters of an update under way at once where nothing has to be brought for it."""
-ASSUMED_GATHER = 1 * GB
-"""Between CPU ranks."""
 
 
 def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured | None) -> Profile:
@@ -36,23 +29,13 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
     drives = Drives(0, assumed, assumed, assumed)
     if measured is not None and measured.covers(folders):
         drives = measured.drives() or drives
-    link = ASSUMED_LINK if machine.accelerators else ASSUMED_GATHER
-    if links is None:
-        share = 1 if machine.accelerators else figures.ranks_per_host  # measured with the threads of one rank
-        return Profile(
-            name="this machine", accelerators=machine.accelerators, device_memory=machine.device_bytes,
-            device_bandwidth=1000 * GB, cpu_memory=0, drives=drives,
-            matmul={figures.precision: machine.flops * share},
-            passes={figures.precision: {1: machine.flops * share}}, adamw=ASSUMED_ADAMW,
-            copy_host=link * max(1, machine.accelerators), copy_alone=link, collective_inside=link,
-            collective_across=ASSUMED_GATHER,
-        )  # fmt: skip
+    flops = machine.flops * (1 if machine.accelerators else figures.ranks_per_host)  # one rank's threads are timed
     return Profile(
-        name=measured.name if measured is not None else "", accelerators=machine.accelerators,
-        device_memory=machine.device_bytes, device_bandwidth=links.device_bandwidth or 1000 * GB, cpu_memory=0,
-        drives=drives, matmul=links.best_matmul, passes=links.block, adamw=links.adamw,
-        copy_host=links.copy_host or link, copy_alone=links.copy_alone or link,
-        collective_inside=links.collective or link, collective_across=links.across or ASSUMED_GATHER, measured=True,
+        name=measured.name if measured is not None and links is not None else "this machine",
+        accelerators=machine.accelerators, device_memory=machine.device_bytes, cpu_memory=0, drives=drives,
+        matmul=links.best_matmul if links is not None else {figures.precision: flops},
+        passes=links.block if links is not None else {figures.precision: {1: flops}},
+        measured=links is not None, **rates_between(links, machine.accelerators),
     )  # fmt: skip
 
 

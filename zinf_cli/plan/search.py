@@ -15,14 +15,15 @@ from pathlib import Path
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.machine.drive_files import GROWTH
-from zinf_cli.machine.hardware import ASSUMED_DRIVE_BANDWIDTH, Room, room_here
-from zinf_cli.machine.profiles import Profile
+from zinf_cli.machine.hardware import Room, room_here
+from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
+    NAMES,
     Choice,
     Working,
     cacheable,
@@ -46,8 +47,6 @@ CHECKPOINTS = "checkpoints"
 """A limit's tier that is none: the file system of the run's folder."""
 UNSURE = 0.03
 """By how much a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
-MEMORY_SHARE = 0.9
-"""Of what is available, where the recipe sets no budget."""
 
 
 def make_plan(
@@ -301,7 +300,7 @@ def does_not_fit(plan: Plan) -> CapacityError:
     for limit in plan.limits:
         if limit.needed > limit.allowed:
             parts = ", ".join(
-                f"{line.what} {format_bytes(line.num_bytes)}"
+                f"{NAMES[line.what]} {format_bytes(line.num_bytes)}"
                 for line in plan.lines
                 if line.tier == limit.tier and line.num_bytes
             )

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.plan.estimate import BAND, Estimate
-from zinf_cli.plan.needs import USABLE, capacity
+from zinf_cli.plan.memory import NAMES
+from zinf_cli.plan.needs import capacity
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation
 from zinf_cli.plan.sizes import BYTES_PER_PARAM
@@ -21,12 +22,6 @@ from zinf_cli.screen import outside
 if TYPE_CHECKING:
     from zinf_cli.plan.plan import Plan
 
-CLASS_NAMES = {
-    "params": "parameters",
-    "grads": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations",
-}
 BAR = 24
 """Characters of a full bar."""
 
@@ -79,7 +74,7 @@ def _tiers(answer: Estimate) -> Table:
                 format_bytes(need),
                 format_bytes(allowed),
                 format_bytes(have[tier]),
-                bar(need / have[tier], USABLE[tier], fits=fits),
+                bar(need / have[tier], allowed / have[tier], fits=fits),
                 Text("fits", style="green")
                 if fits
                 else Text(f"{format_bytes(need - allowed)} too much", style="bold red"),
@@ -105,7 +100,7 @@ def _placement(answer: Estimate) -> Table:
     reasons = answer.reasons()
     for state, tier in answer.placement.items():
         shown = answer.question.compute_tier if tier == "device" else tier
-        table.add_row(CLASS_NAMES[state], shown, reasons[state])
+        table.add_row(NAMES[state], shown, reasons[state])
     return table
 
 
@@ -159,7 +154,7 @@ def _terms(answer: Estimate) -> Table:
     table.add_column("", justify="right")
     for tier in TIERS:
         for number, (name, num_bytes) in enumerate(answer.needs.terms[tier].items()):
-            table.add_row(tier if not number else "", CLASS_NAMES.get(name, name), format_bytes(num_bytes))
+            table.add_row(tier if not number else "", NAMES[name], format_bytes(num_bytes))
     return table
 
 
@@ -205,7 +200,7 @@ def _formulas(answer: Estimate) -> Table:
             f"{model.step_flops(answer.question.sequences):.3g} FLOP",
         ),
         *(
-            (f"efficiency, {CLASS_NAMES[state]}", form, f"{100 * answer.efficiency[state]:.1f} %")
+            (f"efficiency, {NAMES[state]}", form, f"{100 * answer.efficiency[state]:.1f} %")
             for state, form in (
                 ("params", "intensity batch · seq, if nothing overlapped"),
                 ("optimizer", "intensity batch · seq / 4"),
@@ -230,7 +225,7 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
         table.add_row(f"{limit.tier} filled", filled + Text(f" {verdict}", style="green" if fits else "bold red"))
     table.add_row("", "")
     for state, reason in reasons.items():
-        table.add_row(CLASS_NAMES[state], reason)
+        table.add_row(NAMES[state], reason)
     table.add_row("", "")
     band = f"give or take {100 * BAND:.0f} %" if known else "by assumed rates; zinf bench measures them"
     table.add_row("step", f"{seconds(played.step_s)}, {band}")

@@ -11,22 +11,10 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.model_state import STATES
+from zinf_cli.plan.memory import NAMES
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.screen import outside
-
-STATE_NAMES = {
-    "params": "parameters",
-    "grads": "gradients",
-    "optimizer": "optimizer states",
-    "activations": "activations",
-    "second": "second places for updates",
-    "tmpfs": "drives in memory (tmpfs)",
-    "cached": "state of cached units",
-    "buffers": "buffers",
-    "compute": "compute, at its peak",
-    "framework": "Python and torch",
-}
 
 
 def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
@@ -46,7 +34,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     )
     head.add_row("backward", _recomputed(plan))
     if plan.cached_units:
-        names = ", ".join(STATE_NAMES[state] for state in STATES if state in plan.cached_states)
+        names = ", ".join(NAMES[state] for state in STATES if state in plan.cached_states)
         head.add_row(
             "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
         )
@@ -114,7 +102,7 @@ def _bytes_table(plan: Plan) -> Table:
         table.add_column(tier, justify="right")
     for line in plan.lines:
         cells = [format_bytes(line.num_bytes) if tier == line.tier else "" for tier in tiers]
-        table.add_row(STATE_NAMES[line.what], *cells)
+        table.add_row(NAMES[line.what], *cells)
     return table
 
 
