@@ -117,7 +117,9 @@ def test_writes_to_weights_are_seen(write: str, tmp_path: Path, monkeypatch: pyt
     engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path))
     with pytest.raises(ModelError, match="changes its weight"):
         engine_losses(engine, 1, close=False)
+    assert any("forward" in vars(module) for module in engine.model.modules())
     engine.close()
+    assert not any("forward" in vars(module) for module in engine.model.modules())
 
 
 class Stashing(nn.Module):

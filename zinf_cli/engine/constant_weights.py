@@ -12,18 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinf_cli.engine.forwards import replace_forward
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.errors import ModelError
 
 
-def hold_constant(model: nn.Module, layouts: Sequence[UnitLayout], written: Collection[str]) -> None:
-    """Let a forward raise ModelError where it changes one of the parameters `written`."""
+def hold_constant(
+    model: nn.Module, layouts: Sequence[UnitLayout], written: Collection[str]
+) -> list[Callable[[], None]]:
+    """Let a forward raise ModelError where it changes one of the parameters `written`.
+
+    Returns what undoes it, to be called from the last to the first.
+    """
+    undo = []
     for layout in layouts:
         params = {place.name: model.get_parameter(place.name) for place in layout.params() if place.name in written}
         for path in layout.modules or ("",):
             if params:
                 module = model.get_submodule(path)
-                module.forward = _checked(module.forward, params)
+                undo.append(replace_forward(module, _checked(module.forward, params)))
+    return undo
 
 
 def _checked(forward: Callable[..., Any], params: dict[str, nn.Parameter]) -> Callable[..., Any]:

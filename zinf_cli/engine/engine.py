@@ -147,7 +147,7 @@ class Engine:
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
         self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
-        hold_constant(model, layouts, written)
+        self._watched = hold_constant(model, layouts, written)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._per_sweep = options.micro_batches_per_sweep
         self._left: list[StateSink] = []
@@ -268,7 +268,8 @@ class Engine:
     def close(self) -> None:
         """Give back threads, files and memory; the model's forwards are its own again."""
         self._restore()
-        self.model.__dict__.pop("forward", None)
+        while self._watched:
+            self._watched.pop()()
         self._sweep.close()
         for left in self._left:
             left.close()

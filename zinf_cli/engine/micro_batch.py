@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from zinf_cli.engine.forwards import replace_forward
 from zinf_cli.errors import ModelError
 
 
@@ -153,16 +154,15 @@ def intercept(
     model: nn.Module, modules_of_units: Sequence[Sequence[str]], side: SideOutputs | None
 ) -> Callable[[], None]:
     """Route the forward of every unit's modules through the micro-batch that calls it; returns what undoes it."""
-    replaced = []
+    undo = []
     for unit, paths in enumerate(modules_of_units):
         for path in paths:
             module = model.get_submodule(path)
-            module.forward = _routed(unit, path, module.forward, side)
-            replaced.append(module)
+            undo.append(replace_forward(module, _routed(unit, path, module.forward, side)))
 
     def restore() -> None:
-        for module in replaced:
-            del module.__dict__["forward"]
+        while undo:
+            undo.pop()()
 
     return restore
 
