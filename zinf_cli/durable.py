@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
 """How the name ends under which a file is written."""
+_BEING_WRITTEN = re.compile(rf"(?P<name>.+)\.\d+{re.escape(PARTIAL)}")
 _CANT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 """What file systems answer that keep names without being asked, or never (some network and FUSE file systems)."""
 
@@ -35,6 +37,12 @@ def write_durably(path: Path, content: bytes | str, mode: int = 0o666) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def final_name(name: str) -> str:
+    """What the file `name` is to be called once it is written: another name while it is not."""
+    being_written = _BEING_WRITTEN.fullmatch(name)
+    return being_written["name"] if being_written else name
 
 
 def publish(partial: Path, path: Path) -> None:

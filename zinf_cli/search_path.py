@@ -12,9 +12,6 @@ from __future__ import annotations
 import os
 import sys
 
-_HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (pathlib imports more)
-"""The folder that zinf_cli itself was found in."""
-
 
 def module_command(module: str, *arguments: str) -> list[str]:
     """What runs a module of zinf, here or on a host that has zinf in the same place."""
@@ -24,13 +21,24 @@ def module_command(module: str, *arguments: str) -> list[str]:
 def leave_out_working_directory() -> None:
     """For this process and those it starts. What PYTHONPATH names by an absolute path is wanted, and stays."""
     entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    named = [entry for entry in entries if os.path.isabs(entry)]  # noqa: PTH117
-    unwanted = {os.path.abspath(entry) for entry in ("", *entries)} - {_HOME, *named}  # noqa: PTH100
+    named = leave_out_relative(os.environ)  # for what other libraries start
+    unwanted = {os.path.abspath(entry) for entry in ("", *entries)} - {_home(), *named}  # noqa: PTH100
     sys.path[:] = [path for path in sys.path if os.path.isabs(path) and path not in unwanted]  # noqa: PTH117
-    os.environ["PYTHONSAFEPATH"] = "1"  # for what other libraries start
-    os.environ.pop("PYTHONPATH", None)
+
+
+def leave_out_relative(environment: dict[str, str] | os._Environ[str]) -> list[str]:
+    """Of an environment for Python: of PYTHONPATH the absolute entries, which are returned, are left."""
+    environment["PYTHONSAFEPATH"] = "1"
+    entries = environment.pop("PYTHONPATH", "").split(os.pathsep)
+    named = [entry for entry in entries if os.path.isabs(entry)]  # noqa: PTH117
     if named:
-        os.environ["PYTHONPATH"] = os.pathsep.join(named)
+        environment["PYTHONPATH"] = os.pathsep.join(named)
+    return named
+
+
+def _home() -> str:
+    """The folder that zinf_cli itself was found in. Only asked where there is one: a supervisor has no files."""
+    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 (pathlib imports more)
 
 
 def _run() -> None:
@@ -38,11 +46,12 @@ def _run() -> None:
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
         del sys.path[0]
     leave_out_working_directory()
-    if _HOME not in sys.path:
-        sys.path.insert(0, _HOME)
+    home = _home()
+    if home not in sys.path:
+        sys.path.insert(0, home)
         import zinf_cli  # noqa: F401 (its modules are found by it from here on)
 
-        sys.path.remove(_HOME)
+        sys.path.remove(home)
     import runpy
 
     del sys.argv[0]

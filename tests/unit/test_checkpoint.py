@@ -285,7 +285,7 @@ def test_clean_takes_what_is_nothing_and_nothing_else(checkpoint: Path, tmp_path
     dead, alive = tmp_path / "runs" / "dead", tmp_path / "runs" / "alive"
     for run_dir in (dead, alive):
         shutil.copytree(checkpoint.parent.parent, run_dir, symlinks=True)
-        for name in ("recipe.yaml", "plan.json", "metrics.partial"):
+        for name in ("recipe.yaml", "plan.json", "metrics.jsonl.123.partial"):
             (run_dir / name).touch()
         half = folders.step_folder(run_dir, 9)
         half.mkdir()

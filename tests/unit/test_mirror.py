@@ -28,7 +28,7 @@ def test_what_is_appended_is_sent_once(path: Path) -> None:
     folder = opened(path)
     (path / "metrics.jsonl").write_text("one\n")
     (path / "logs" / "rank-00000.log").write_bytes(b"x" * 300_000)
-    (path / "logs" / "error-00000.partial").write_text("half of it")
+    (path / "logs" / "error-00000.json.123.partial").write_text("half of it")
     (path / "checkpoints").mkdir()
     log = "logs/rank-00000.log"
     assert news(folder) == [(log, 0, b"x" * (1 << 18)), ("metrics.jsonl", 0, b"one\n")]

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.manifest import BUFFERS, CHAT_TEMPLATES, MANIFEST, UNFINISHED
 from zinf_cli.checkpoint.reading import names_in
-from zinf_cli.durable import PARTIAL, sync_folder
+from zinf_cli.durable import final_name, sync_folder
 
 _NAMED = re.compile(rf"rank-\d{{5,}}\.safetensors|{re.escape(BUFFERS)}|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)}")
-_BEING_WRITTEN = re.compile(rf"(?P<name>.+)\.\d+{re.escape(PARTIAL)}")
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -20,8 +19,7 @@ def own_files(folder: Path) -> list[Path]:
     listed = _listed(folder / MANIFEST) | _listed(folder / UNFINISHED)
 
     def is_own(name: str) -> bool:
-        being_written = _BEING_WRITTEN.fullmatch(name)
-        final = being_written["name"] if being_written else name
+        final = final_name(name)
         return final in listed or _NAMED.fullmatch(final) is not None
 
     templates = [] if (folder / CHAT_TEMPLATES).is_symlink() else names_in(folder / CHAT_TEMPLATES)

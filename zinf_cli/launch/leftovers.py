@@ -14,14 +14,14 @@ from zinf_cli.checkpoint.folder import remains_of, remove_remain, set_aside_in
 from zinf_cli.checkpoint.own_files import own_files
 from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.checkpoint.verify import verify
+from zinf_cli.durable import final_name
 from zinf_cli.errors import UsageError
 from zinf_cli.launch.made_folders import abandoned_in, remove_empty
 
-_BEING_WRITTEN = re.compile(
-    r"(recipe\.yaml|plan\.json|metrics\.jsonl|summary\.json|trace\.json|report\.html|start\.json|(error|trace)-\d+\.json)"
-    r"\.\d+\.partial|(metrics|start|error-\d+)\.partial"
+_WRITTEN = re.compile(
+    r"recipe\.yaml|plan\.json|metrics\.jsonl|summary\.json|trace\.json|report\.html|start\.json|(error|trace)-\d+\.json"
 )
-"""Files of a run that were to be renamed (durable.py), as this version of zinf calls them, and as earlier ones did."""
+"""Files of a run that are renamed when they are whole (durable.py)."""
 
 _MARK = re.compile(r"\.[0-9a-f]{32}")
 
@@ -113,8 +113,12 @@ def _set_aside(run_dir: Path, folder: Path, damaged: bool) -> Leftover:
 def _files(run_dir: Path) -> list[Path]:
     """Files of a run that is over, which nobody will read."""
     names = [*names_in(run_dir), *(f"logs/{name}" for name in names_in(run_dir / "logs"))]
-    paths = [run_dir / name for name in names if _BEING_WRITTEN.fullmatch(Path(name).name)]
+    paths = [run_dir / name for name in names if _is_being_written(Path(name).name)]
     return [path for path in paths if path.is_file() or path.is_symlink()] + marks_in(run_dir)
+
+
+def _is_being_written(name: str) -> bool:
+    return final_name(name) != name and _WRITTEN.fullmatch(final_name(name)) is not None
 
 
 def _nvme(run_dir: Path) -> Path:

@@ -14,13 +14,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from zinf_cli.durable import PARTIAL, final_name
 from zinf_cli.launch.made_folders import MadeFolders, missing, remove_empty
 
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
 _RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
-_BEING_WRITTEN = re.compile(r"(start|error-\d+)(\.json\.\d+)?\.partial")
-"""In logs/: a rank was killed before it renamed it."""
+_RENAMED = re.compile(r"(start|error-\d+)\.json")
+"""In logs/: what a rank writes under another name, and may be killed before it has renamed it (durable.py)."""
 _CHUNK_BYTES = 1 << 18
 _PARTS = ("logs", "tensorboard", "")
 """Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
@@ -112,8 +113,8 @@ class RunFolder:
     def remove(self) -> None:
         """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
         if self.mirrored:
-            partials = (path.name for path in (self.path / "logs").glob("*.partial"))
-            half = [f"logs/{name}" for name in partials if _BEING_WRITTEN.fullmatch(name)]
+            partials = (path.name for path in (self.path / "logs").glob(f"*{PARTIAL}"))
+            half = [f"logs/{name}" for name in partials if _RENAMED.fullmatch(final_name(name))]
             for name in (*self._delivered, *self._sent, "metrics.jsonl", _MARK, *half):
                 with contextlib.suppress(OSError):  # what ended the run is to be told, not this
                     (self.path / name).unlink()
@@ -136,5 +137,5 @@ class RunFolder:
             with contextlib.suppress(OSError), os.scandir(self.path / part) as entries:
                 for entry in entries:
                     name = os.path.join(part, entry.name)  # noqa: PTH118
-                    if (part or name == "metrics.jsonl") and not name.endswith(".partial") and entry.is_file():
+                    if (part or name == "metrics.jsonl") and not name.endswith(PARTIAL) and entry.is_file():
                         yield name

@@ -42,6 +42,7 @@ from zinf_cli.launch.process_tree import (
     end_marked,
     reap,
 )
+from zinf_cli.search_path import leave_out_relative
 
 _HEARTBEAT_S = 1.0
 _POLL_S = 0.1
@@ -241,10 +242,8 @@ class Supervisor:
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> Child:
         """With `defaults` for what this host does not set itself; nothing is imported from the folder it is in."""
-        variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id, "PYTHONSAFEPATH": "1"}
-        entries = variables.pop("PYTHONPATH", "").split(os.pathsep)
-        if named := [entry for entry in entries if os.path.isabs(entry)]:  # noqa: PTH117
-            variables["PYTHONPATH"] = os.pathsep.join(named)
+        variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id}
+        leave_out_relative(variables)
         return Child(command, variables)
 
     def do_stop(self) -> None:

@@ -14,8 +14,11 @@ from zinf_cli.recipe.hosts import Host
 SILENCE_S = 10.0
 """An end of a lifeline to another machine that hears nothing for so long takes the other for lost."""
 
-_MODULES = ("patience", "process_tree", "made_folders", "mirror", "addresses", "supervisor")
-"""Of zinf_cli.launch: what a supervisor consists of, importers last."""
+_MODULES = (
+    "zinf_cli.durable", "zinf_cli.search_path", "zinf_cli.launch.patience", "zinf_cli.launch.process_tree",
+    "zinf_cli.launch.made_folders", "zinf_cli.launch.mirror", "zinf_cli.launch.addresses", "zinf_cli.launch.supervisor",
+)  # fmt: skip
+"""What a supervisor consists of, importers last. They need the standard library alone."""
 
 _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 """Takes the supervisor's program from the start of stdin. It has no quotes or newlines: any shell has to take it."""
@@ -58,8 +61,10 @@ def supervisor_command(python: str, program: bytes) -> list[str]:
 
 def supervisor_program(launch_id: str, silence_s: float) -> bytes:
     """The Python text of a supervisor, whole: modules are made from their sources, then it serves."""
-    folder = resources.files("zinf_cli.launch")
-    sources = {f"zinf_cli.launch.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
+    sources = {}
+    for module in _MODULES:
+        package, _, name = module.rpartition(".")
+        sources[module] = (resources.files(package) / f"{name}.py").read_text(encoding="utf-8")
     return _PROGRAM.format(
         packages=["zinf_cli", "zinf_cli.launch"], sources=sources, launch_id=launch_id, silence_s=str(silence_s)
     ).encode()
