@@ -100,6 +100,14 @@ def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
     )
 
 
+def report_in(output: str) -> dict[str, Any]:
+    """What the agent has said of a failure, which is the last that it says; nothing where it was killed."""
+    with suppress(ValueError):
+        for line in output.splitlines()[-1:]:
+            return dict(json.loads(line).get("failed", {}))
+    return {}
+
+
 def _silent_failure(ending: Ending) -> Failure | None:
     """A lost host, what its agent has reported, or the agent's own end where it reported nothing.
 

@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
-from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors
+from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors, report_in
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.rendezvous import Rendezvous
+from zinf_cli.launch.stop_signals import StopSignals
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.search_path import module_command
 
@@ -139,7 +138,7 @@ def run_ranks(
         _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
         for number, (connection, first) in enumerate(zip(world.connections, firsts, strict=False))
     ]
-    with _StopSignals() as stop_signals, _marked(mark):
+    with StopSignals() as stop_signals, _marked(mark):
         try:
             _start(parts, world.rendezvous)
             outcome = _watch(parts, stop_signals, program.run_dir, on_poll, notify)
@@ -228,7 +227,7 @@ class _Part:
                 event = self.connection.events.get_nowait()
                 if event["event"] == "ended":
                     self.code = event["code"]
-                    self._report = _report_in(event["output"])
+                    self._report = report_in(event["output"])
                     with suppress(OSError):
                         if not self._log.exists():  # it never got to know of it
                             self._log.write_text(event["errors"])
@@ -286,14 +285,6 @@ class _Part:
         self._take_in(most=None)
 
 
-def _report_in(output: str) -> dict[str, Any]:
-    """What the agent has said of a failure, which is the last that it says; nothing where it was killed."""
-    with suppress(ValueError):
-        for line in output.splitlines()[-1:]:
-            return dict(json.loads(line).get("failed", {}))
-    return {}
-
-
 def _visible(connection: Connection) -> dict[str, str]:
     """The accelerators of a filter's slots; without a filter the host's own choice stays."""
     slots = connection.host.slots
@@ -327,7 +318,7 @@ def _all_or_none(results: Sequence[Any]) -> None:
 
 def _watch(
     parts: Sequence[_Part],
-    stop_signals: _StopSignals,
+    stop_signals: StopSignals,
     run_dir: Path,
     on_poll: Callable[[], None],
     notify: Callable[[str], None],
@@ -383,27 +374,3 @@ def _marked(mark: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # the next launch removes it, and what ended this one is to be told
             mark.unlink()
-
-
-class _StopSignals:
-    """Counts SIGINT and SIGTERM while it is open, in place of what they did before.
-
-    SIGHUP counts too, but once, since a terminal that closes may send several; under nohup it stays ignored.
-    """
-
-    def __enter__(self) -> _StopSignals:
-        self.received = 0
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._previous: dict[signal.Signals, Any] = {number: signal.signal(number, self._count) for number in numbers}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _count(self, number: int, frame: FrameType | None) -> None:
-        self.received = max(1, self.received) if number == signal.SIGHUP else self.received + 1
