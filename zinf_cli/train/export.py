@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers.core_model_loading import revert_weight_conversion
 
 from zinf_cli.checkpoint.folder import find_checkpoint
@@ -146,18 +147,11 @@ class _Shard:
 
 def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, int]:
     """(bytes, number of shards), with an index where there are several."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, tensor in (item for group in weights.on_meta() for item in group.items()):
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard:
-            shards.append({})
-        shards[-1][name] = tensor
-    count = len(shards)
-    file_names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    if count == 1:
-        file_names = ["model.safetensors"]
+    tensors = {name: tensor for group in weights.on_meta() for name, tensor in group.items()}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard)
     places: dict[str, tuple[Path, int]] = {}
-    for file_name, tensors in zip(file_names, shards, strict=True):
-        shard = _Shard(out / file_name, tensors)
+    for file_name, names in split.filename_to_tensors.items():
+        shard = _Shard(out / file_name, {name: tensors[name] for name in names})
         start = shard.begin()
         places |= {name: (shard.path, start + first) for name, (first, _) in shard.offsets().items()}
     for group in weights.read():
@@ -166,12 +160,12 @@ def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, in
             with path.open("r+b") as file:
                 file.seek(offset)
                 file.write(as_memory(tensor.contiguous().reshape(-1).view(torch.uint8)))
-    num_bytes = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
-    if count > 1:
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    if split.is_sharded:
         weight_map = {name: path.name for name, (path, _) in sorted(places.items())}
         index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return num_bytes, count
+    return num_bytes, len(split.filename_to_tensors)
 
 
 def _write_model_files(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> None:
