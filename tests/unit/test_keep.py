@@ -1,0 +1,83 @@
+"""Kept graphs: a unit's forward runs once, and its graph holds neither weights nor activations until backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from zinf_cli.engine.activations import Activations
+from zinf_cli.engine.keep import Keeper
+from zinf_cli.tiers.arena import Arena
+from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.trace import Trace
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Iterator[NvmeTier]:
+    nvme = NvmeTier([tmp_path], Trace())
+    nvme.reserve(1 << 20)
+    yield nvme
+    nvme.close()
+
+
+@pytest.fixture
+def activations(tier: NvmeTier) -> Activations:
+    return Activations(tier, Arena(1 << 19, torch.device("cpu")), lambda transfer: transfer.wait())
+
+
+def compute(weight: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
+    """Autograd saves the weight, x and two results for it; one of these twice, as a view as well."""
+    hidden = (x @ weight).tanh()
+    return (hidden * hidden.t() + hidden.exp()).sum()
+
+
+def gradients(weight: nn.Parameter, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    assert weight.grad is not None
+    assert x.grad is not None
+    return weight.grad, x.grad
+
+
+def test_backward_has_the_same_bits_although_the_weight_has_moved(activations: Activations) -> None:
+    values, data = torch.randn(64, 64), torch.randn(64, 64)
+    plain, x = nn.Parameter(values.clone()), data.clone().requires_grad_()
+    torch.autograd.backward(compute(plain, x))
+    expected = gradients(plain, x)
+
+    weight, x = nn.Parameter(values.clone()), data.clone().requires_grad_()
+    keeper = Keeper(activations, [weight], [], "a layer")
+    with keeper.keeping():
+        loss = compute(weight, x)
+    weight.data.fill_(torch.nan)  # as a slot is used by the next unit
+    weight.data = values.clone()  # bound again, elsewhere
+    torch.autograd.backward(loss)
+    for found, right in zip(gradients(weight, x), expected, strict=True):
+        assert torch.equal(found, right)
+    for saved in keeper.saved:
+        saved.free()
+
+
+def test_a_storage_goes_once_and_the_weight_not_at_all(activations: Activations, tier: NvmeTier) -> None:
+    weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
+    keeper = Keeper(activations, [weight], [x], "a layer")  # x stays where it is
+    with keeper.keeping():
+        loss = compute(weight, x)
+    assert tier.write_bytes == 2 * 64 * 64 * 4  # tanh and exp
+    assert len(keeper.saved) == 1  # in one parcel
+    del loss
+    keeper.saved[0].free()
+    assert tier.used == 0
+
+
+def test_without_a_tier_below_the_tensors_themselves_wait(tier: NvmeTier) -> None:
+    here = Activations(tier, None, lambda transfer: transfer.wait())
+    weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
+    keeper = Keeper(here, [weight], [], "a layer")
+    with keeper.keeping():
+        loss = compute(weight, x)
+    assert (tier.write_bytes, keeper.saved) == (0, [])
+    torch.autograd.backward(loss)
+    assert x.grad is not None
