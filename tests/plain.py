@@ -17,6 +17,7 @@ from zinf_cli.engine.engine import Engine, EngineOptions
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.survey import survey
+from zinf_cli.engine.trial import Trial
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
@@ -124,6 +125,11 @@ def open_engine(
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
     seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size)
+    weights = open_weights(model, source)
+    if seen.failure:  # it asks for data
+        ids = batches(0, 1)[0].to(options.device)
+        trial = Trial(weights.read, options.device)
+        seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, trial, seen.demoted)
     place_buffers(model, options.device)
     options = replace(
         options,
@@ -135,7 +141,6 @@ def open_engine(
         staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),
     )
-    weights = open_weights(model, source)
     more = {"order": seen.order, "written": seen.written, "side_outputs": CapturedOutputs(), **more}
     engine = Engine(model, seen.units, options, ranks, **more)
     engine.load(weights.read)

@@ -31,8 +31,9 @@ from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train import describe as describing
 from zinf_cli.train import loop
-from zinf_cli.train.describe import GUESSED, describe
+from zinf_cli.train.describe import describe
 from zinf_cli.train.model import build_model
+from zinf_cli.train.surveyed import GUESSED, TRIAL_FLOPS, TRIED
 from zoo.shrink import configs
 
 FLOPS = 1e13
@@ -253,9 +254,11 @@ def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
     assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
 
 
-def test_a_model_that_needs_data_is_planned_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question that nothing can answer ends the dry forward; the run trains as it would have."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.mark.parametrize("said", [TRIED, GUESSED])
+def test_a_model_that_needs_data_is_planned_and_says_so(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question that no shape can answer ends the dry forward; the run trains as it would have."""
     recipe = recipe_of(tmp_path, "llama")
     known = describe(recipe, 1)
     whole = run(recipe, make_plan(recipe, known))
@@ -266,9 +269,15 @@ def test_a_model_that_needs_data_is_planned_and_says_so(tmp_path: Path, monkeypa
         return forward(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", asking)
+    if said == GUESSED:
+        monkeypatch.setitem(TRIAL_FLOPS, "cpu", 0)
     unknown = describe(recipe, 1)
-    assert GUESSED in unknown.model.notes
-    assert GUESSED not in known.model.notes
+    (line,) = set(unknown.model.notes) - set(known.model.notes)
+    assert line.startswith(said)
+    assert Figures.from_json(json.loads(json.dumps(asdict(unknown)))) == unknown
+    assert unknown.model.surveyed == (said == TRIED)
+    for seen, dry in zip(unknown.model.units, known.model.units, strict=True):
+        assert seen.saved_bytes >= 1.5 * dry.saved_bytes
     plan = make_plan(recipe, unknown)
     assert [line["loss"] for line in run(recipe, plan)] == [line["loss"] for line in whole]
 

@@ -1,25 +1,28 @@
 """A dry forward on the meta device: the order of units, what they keep for backward, and which can't be units.
 
 Nothing is computed and nothing allocated: meta tensors carry shapes only. The plan's figures for activations come
-from here, and so does the first prediction of the sweep's route.
+from here, and so does the first prediction of the sweep's route. A model that asks what no shape can answer is surveyed
+on real data instead (trial.py).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import SMALL
 from zinf_cli.engine.carriers import Reach, opened
 from zinf_cli.engine.meta_answers import answer_of
+from zinf_cli.engine.trial import Trial, TrialWeights
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.engine.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
@@ -53,42 +56,60 @@ class Survey:
     """What autograd saves after the last unit."""
     written: frozenset[str] = frozenset()
     """Parameters that the forward itself writes to, by name, but for clamps: see constant_weights.py."""
-    complete: bool = True
-    """False where the model could not be run on the meta device: sizes are missing (see unsurveyed.py), the order is
-    module order."""
+    demoted: frozenset[str] = frozenset()
+    """Modules whose parameters are used outside of their own call, and so are held for the whole step."""
+    failure: str = ""
+    """Why the forward could not be run to its end: then sizes are missing, and the order is module order."""
+
+    def grown(self, factor: float) -> Survey:
+        """The same with `factor` times the bytes."""
+
+        def more(num_bytes: int) -> int:
+            return round_up(int(num_bytes * factor))
+
+        uses = {number: UnitUse(*map(more, astuple(use))) for number, use in self.uses.items()}
+        return replace(self, uses=uses, glue_bytes=more(self.glue_bytes), loss_bytes=more(self.loss_bytes))
 
 
-def survey(model: nn.Module, forward: Callable[[], torch.Tensor], world_size: int) -> Survey:
+def survey(
+    model: nn.Module,
+    forward: Callable[[], torch.Tensor],
+    world_size: int,
+    trial: Trial | None = None,
+    demoted: frozenset[str] = frozenset(),
+) -> Survey:
     """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
 
-    Modules whose parameters are used outside of their own call become resident, and the units are found again. A unit
-    that is neither called nor read, such as a part for images, stays where it is.
+    Modules whose parameters are used outside of their own call become resident, and the units are found again;
+    `demoted` names some of them beforehand. A unit that is neither called nor read, such as a part for images, stays
+    where it is. With a `trial`, `forward()` computes on its device, with real weights.
     """
-    demoted: frozenset[str] = frozenset()
     while True:
         units = discover(model, world_size, demoted)
-        watch = _Watch(model, units)
-        try:
-            with _untouched(model), watch.watching():
-                forward()
-        except ModelError:
-            raise
-        except Exception:  # a model may do on the meta device whatever it likes
-            if watch.misused - demoted:
-                demoted |= watch.misused
-                continue
+        with _untouched(model, trial.device if trial is not None else torch.device("meta")):
+            watch = _Watch(model, units, TrialWeights(model, trial) if trial is not None else None)
+            failure = ""
+            try:
+                with watch.watching():
+                    forward()
+            except ModelError:
+                raise
+            except Exception as error:  # a model may do with what it gets whatever it likes
+                failure = f"{type(error).__name__}: {error}"
+        if watch.misused - demoted:
+            demoted |= watch.misused
+            continue
+        units, written = watch.writes.bounds_in(units), watch.writes.names
+        if failure:
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
-            return Survey(watch.writes.bounds_in(units), order, written=watch.writes.names, complete=False)
-        if not watch.misused:
-            units, written = watch.writes.bounds_in(units), watch.writes.names
-            return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written)
-        demoted |= watch.misused
+            return Survey(units, order, written=written, demoted=demoted, failure=failure)
+        return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written, demoted)
 
 
 class _Watch(TorchFunctionMode):
     """Counts what goes in and out of units, and notices parameters that are used outside of theirs."""
 
-    def __init__(self, model: nn.Module, units: Sequence[UnitLayout]) -> None:
+    def __init__(self, model: nn.Module, units: Sequence[UnitLayout], weights: TrialWeights | None = None) -> None:
         super().__init__()
         self.order: list[int] = []
         self.uses: dict[int, UnitUse] = {}
@@ -97,20 +118,24 @@ class _Watch(TorchFunctionMode):
         self.tail_bytes = 0
         self._model = model
         self._units = units
+        self._weights = weights
+        self._binding = False
+        """What binds weights is no part of the forward."""
         self._active: list[int] = []
-        self._params = {id(param) for param in model.parameters()}
         self._owner: dict[int, int] = {}
-        names = dict(model.named_parameters())
-        self.writes = WrittenWeights(model)
-        for number, unit in enumerate(units):
-            if not unit.resident:
-                self._owner.update((storage_of(names[place.name]), number) for place in unit.params())
+        self.writes = WrittenWeights()
         self._seen: set[int] = set()
+        self._known: list[StorageWeakRef] = []
+        """Of storages that have a number in one of these: it stays theirs when they are freed."""
+        for number in range(len(units)):
+            self._note_weights(number)
         self._inputs: dict[tuple[int, int], Any] = {}
         self._stashed: dict[int, tuple[torch.Tensor, str]] = {}
         """By id: what a unit's call has left in attributes of its modules, and where."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._binding:
+            return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
@@ -131,9 +156,14 @@ class _Watch(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
-        self._seen.update(storage_of(buffer) for buffer in self._model.buffers())
+        self._note_seen(self._model.buffers())
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor), self:
+            with ExitStack() as held:
+                for number, unit in enumerate(self._units):
+                    if unit.resident:
+                        held.enter_context(self._bound(number))
+                held.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept))
+                held.enter_context(self)
                 yield
         finally:
             for module in restore:
@@ -152,7 +182,7 @@ class _Watch(TorchFunctionMode):
             reach = Reach(opened(args, kwargs)[0])
             leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
             inputs = {id(t): t for t in leaves if t.requires_grad}.values()
-            self._seen.update(storage_of(t) for t in leaves if not t.requires_grad)
+            self._note_seen(t for t in leaves if not t.requires_grad)
             sizes = {id(t): round_up(t.numel() * t.element_size()) for t in inputs}
             use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
             use.call_bytes = max(use.call_bytes, sum(sizes.values()))
@@ -161,7 +191,8 @@ class _Watch(TorchFunctionMode):
             self.tail_bytes = 0
             self._active.append(number)
             try:
-                outputs = forward(*args, **kwargs)
+                with self._bound(number):
+                    outputs = forward(*args, **kwargs)
             finally:
                 self._active.pop()
             left = reach.after(outputs)
@@ -179,6 +210,38 @@ class _Watch(TorchFunctionMode):
         module.forward = watched
         return module
 
+    @contextmanager
+    def _bound(self, number: int) -> Iterator[None]:
+        """For a call of the unit, its real weights are there."""
+        if self._weights is None:
+            yield
+            return
+        self._binding = True
+        self._weights.bind(self._units[number])
+        self._note_weights(number)
+        self._binding = False
+        try:
+            yield
+        finally:
+            self._binding = True
+            self._weights.release(self._units[number])
+            self._binding = False
+
+    def _note_weights(self, number: int) -> None:
+        """Where the parameters of a unit lie now."""
+        for place in self._units[number].params():
+            param = self._model.get_parameter(place.name)
+            self._note_seen([param])
+            self.writes.watch(place.name, param)
+            if not self._units[number].resident:
+                self._owner[storage_of(param)] = number
+
+    def _note_seen(self, tensors: Iterable[torch.Tensor]) -> None:
+        """They are there anyway: no memory is needed for what shares theirs."""
+        for tensor in tensors:
+            self._seen.add(storage_of(tensor))
+            self._known.append(StorageWeakRef(tensor.untyped_storage()))
+
     def _note_stashed(self, path: str, known: set[int]) -> None:
         """A unit's call is over. What its modules hold is no output: no gradient would come back through it."""
         for name, module in self._model.get_submodule(path).named_modules(prefix=path):
@@ -194,21 +257,16 @@ class _Watch(TorchFunctionMode):
         self._inputs[key] = edge.node  # kept, so that its id stays its own
         return new
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = storage_of(tensor)
-        if (
-            id(tensor) in self._params
-            or storage in self._seen
-            or (tensor._base is not None and id(tensor._base) in self._params)
-        ):
-            return tensor
-        self._seen.add(storage)
-        num_bytes = tensor.untyped_storage().nbytes()
-        if self._active:
-            self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
-        else:
-            self.tail_bytes += num_bytes
-        return tensor
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Counts what autograd saves, and keeps none of it where it takes memory: there is no backward."""
+        if storage_of(tensor) not in self._seen:
+            self._note_seen([tensor])
+            num_bytes = tensor.untyped_storage().nbytes()
+            if self._active:
+                self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
+            else:
+                self.tail_bytes += num_bytes
+        return tensor if tensor.is_meta else None
 
 
 def _as_emitted(leaf: Any) -> Any:
@@ -219,8 +277,8 @@ def _as_emitted(leaf: Any) -> Any:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """For a time, all tensors of the modules lie where the parameters do; then everything is as it was before.
+def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """For a time, the modules hold copies on `device` of all their tensors; then everything is as it was before.
 
     A forward leaves things in modules: rotary frequencies for a longer text, the longest text so far, a state.
     """
@@ -229,8 +287,10 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in modules:
             for owner in (module._buffers, module.__dict__):
-                owner.update({n: value.to("meta") for n, value in owner.items() if isinstance(value, torch.Tensor)})
-        yield
+                tensors = {n: value for n, value in owner.items() if isinstance(value, torch.Tensor)}
+                owner.update({n: value.to(device, copy=True) for n, value in tensors.items()})
+        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+            yield
     finally:
         for module, attributes in modules:
             module.__dict__.clear()

@@ -1,8 +1,13 @@
-"""What a model keeps for backward that can't be tried without data: a guess from its shapes, and a generous one."""
+"""What a model keeps for backward that could not be tried: a guess from its shapes, and a generous one.
+
+Nobody has seen its forward to the end. So every weight counts as one that the forward may write to: the run has a copy
+of each unit in its call, and a write that would be lost is an error (constant_weights.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,26 +25,28 @@ SCORES = 3
 """Of attention, where it is not fused: products, softmax, dropout."""
 
 
-def guessed(
-    model: nn.Module, units: Sequence[UnitLayout], order: Sequence[int], sequences: int, seq_len: int
-) -> Survey:
-    """A survey that was not made, of one micro-batch. Tensors count as fp32, parameters as matrices of a product."""
+def guessed(model: nn.Module, seen: Survey, sequences: int, seq_len: int) -> Survey:
+    """What `seen` lacks, of one micro-batch. Tensors count as fp32, parameters as matrices of a product."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     tokens = sequences * seq_len
-    hidden = getattr(text, "hidden_size", 0) or _widest(units)
+    hidden = getattr(text, "hidden_size", 0) or _widest(seen.units)
     heads = getattr(text, "num_attention_heads", 0) or 0
     state = round_up(tokens * hidden * 4)
     scores = SCORES * sequences * heads * seq_len * seq_len * 4
     uses = {}
-    for number, unit in enumerate(units):
+    for number, unit in enumerate(seen.units):
         widths = sum(_widths(unit))
-        saved = PER_PRODUCT * tokens * widths * 4 + NORMS * state + (scores if not unit.resident else 0)
+        saved = (
+            PER_PRODUCT * tokens * widths * 4 + NORMS * state + (scores if not unit.resident else 0) + unit.num_bytes
+        )
         widest = max((param.shape[0] for param in unit.params() if len(param.shape) == 2), default=0)
         uses[number] = UnitUse(4 * state, 4 * state, saved, 2 * state + tokens * widest * 4)
     vocabulary = getattr(text, "vocab_size", 0)
     loss = SCORES * tokens * vocabulary * 4
-    return Survey(tuple(units), tuple(order), uses, NORMS * state, loss, complete=False)
+    glue = NORMS * state + sum(unit.num_bytes for unit in seen.units if unit.resident)
+    written = frozenset(place.name for unit in seen.units for place in unit.params() if place.bounds is None)
+    return replace(seen, uses=uses, glue_bytes=glue, loss_bytes=loss, written=written)
 
 
 def _widths(unit: UnitLayout) -> Iterator[int]:

@@ -26,12 +26,16 @@ _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 
 
 class WrittenWeights:
-    """Watches for functions that write to parameters of `model`."""
+    """Notices functions that write to parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._params = {storage_of(param): (name, param) for name, param in model.named_parameters()}
+    def __init__(self) -> None:
+        self._params: dict[int, tuple[str, nn.Parameter]] = {}
         self._bounds: dict[str, Bounds] = {}
         self._otherwise: set[str] = set()
+
+    def watch(self, name: str, param: nn.Parameter) -> None:
+        """What is written to where `param` lies now is written to `name`."""
+        self._params[storage_of(param)] = (name, param)
 
     def see(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """A function is about to run."""
@@ -51,19 +55,23 @@ class WrittenWeights:
 
     def bounds_in(self, units: Sequence[UnitLayout]) -> tuple[UnitLayout, ...]:
         """The same units, whose parameters know their bounds."""
-        bounds = {name: bounds for name, bounds in self._bounds.items() if name not in self._otherwise}
-        if not bounds:
-            return tuple(units)
-        return tuple(
-            replace(
-                unit,
-                flats=tuple(
-                    replace(flat, params=tuple(replace(p, bounds=bounds.get(p.name)) for p in flat.params))
-                    for flat in unit.flats
-                ),
-            )
-            for unit in units
+        return bounded(units, {name: bounds for name, bounds in self._bounds.items() if name not in self._otherwise})
+
+
+def bounded(units: Sequence[UnitLayout], bounds: Mapping[str, Bounds]) -> tuple[UnitLayout, ...]:
+    """The units with the bounds of the parameters that have some, by name."""
+    if not bounds:
+        return tuple(units)
+    return tuple(
+        replace(
+            unit,
+            flats=tuple(
+                replace(flat, params=tuple(replace(p, bounds=bounds.get(p.name)) for p in flat.params))
+                for flat in unit.flats
+            ),
         )
+        for unit in units
+    )
 
 
 def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

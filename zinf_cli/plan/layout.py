@@ -55,7 +55,13 @@ class ModelFigures:
     glue_bytes: int
     loss_bytes: int
     surveyed: bool
-    """Whether activations were measured on the meta device; otherwise their figures are missing."""
+    """Whether a forward was run to its end; otherwise activations are guessed, and the order is module order."""
+    demoted: tuple[str, ...]
+    """Modules that are no units, though they look like some: their parameters are used outside of their own call."""
+    written: tuple[str, ...]
+    """Parameters that the forward writes to."""
+    bounds: tuple[tuple[str, float | None, float | None], ...]
+    """Parameters that the forward clamps, with the least and the most that they may be."""
     flops_per_token: float
     notes: tuple[str, ...] = ()
     """What the user should know of how the model and its checkpoint go together."""
@@ -118,9 +124,9 @@ class Figures:
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
         model = dict(document["model"])
         model["units"] = tuple(UnitFigures(**unit) for unit in model["units"])
-        model["order"], model["notes"] = tuple(model["order"]), tuple(model["notes"])
+        model["bounds"] = tuple(tuple(bound) for bound in model["bounds"])
         return cls(
-            ModelFigures(**model),
+            ModelFigures(**{key: _frozen(value) for key, value in model.items()}),
             DataFigures(**{key: _frozen(value) for key, value in document["data"].items()}),
             MachineFigures(**document["machine"]),
             document["world_size"],

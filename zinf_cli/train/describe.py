@@ -15,6 +15,7 @@ from zinf_cli.bench.block import Block
 from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.survey import Survey, UnitUse
+from zinf_cli.engine.trial import Trial
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
@@ -27,12 +28,10 @@ from zinf_cli.train.setup import (
     open_model,
     open_text,
     resolve_precision,
-    survey_model,
 )
+from zinf_cli.train.surveyed import first_micro_batch, survey_model, survey_on_data
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.train.weights import open_weights
-
-GUESSED = "the model can't be tried without data: what its activations take is guessed, and generously"
 
 
 def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -> Figures:
@@ -50,7 +49,7 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     model = open_model(recipe, precision)
     check_seq_len(model, recipe.train.seq_len)
     left_out: list[str] = []
-    open_weights(model, model_source(recipe), left_out.append)
+    weights = open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
     text = open_text(recipe, model, notes.append)
     if isinstance(text.train, PairStream) and (cut := text.train.num_cut(recipe.train.seq_len)):
@@ -58,6 +57,12 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
     seen = survey_model(model, recipe, world_size)
+    if seen.failure:
+        batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
+        flops = _flops_per_token(model, recipe.train.seq_len) / 3 * batch.input_ids.numel()
+        trial = Trial(weights.read, device)
+        seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops)
+        left_out.append(said)
     held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
     data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
@@ -83,9 +88,12 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[
         order=seen.order,
         glue_bytes=seen.glue_bytes,
         loss_bytes=seen.loss_bytes,
-        surveyed=seen.complete,
+        surveyed=not seen.failure,
+        demoted=tuple(sorted(seen.demoted)),
+        written=tuple(sorted(seen.written)),
+        bounds=tuple((p.name, *p.bounds) for unit in seen.units for p in unit.params() if p.bounds is not None),
         flops_per_token=_flops_per_token(model, recipe.train.seq_len),
-        notes=notes if seen.complete else (*notes, GUESSED),
+        notes=notes,
     )
 
 

@@ -12,8 +12,9 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.trace import Trace
-from zinf_cli.train.setup import model_source, open_model, place_buffers, survey_model
+from zinf_cli.train.setup import model_source, open_model, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.surveyed import units_of
 from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
@@ -24,7 +25,7 @@ def open_engine(
     model = open_model(recipe, plan.precision)
     weights = open_weights(model, model_source(recipe))
     load_buffers(model, model_source(recipe))
-    seen = survey_model(model, recipe, ranks.world_size)
+    found = plan.figures.model
     place_buffers(model, device)
     options = EngineOptions(
         **plan.placement,
@@ -49,12 +50,12 @@ def open_engine(
     )
     engine = Engine(
         model,
-        seen.units,
+        units_of(model, found, ranks.world_size),
         options,
         ranks,
         trace,
-        order=seen.order if seen.complete else None,
-        written=seen.written,
+        order=found.order if found.surveyed else None,
+        written=found.written,
         side_outputs=CapturedOutputs(),
         notice=notice,
     )

@@ -1,4 +1,4 @@
-"""What a recipe stands for: the model on the meta device, its units, the text. Used by the plan and by every rank."""
+"""What a recipe stands for: the model on the meta device, the text. Used by the plan and by every rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.survey import Survey, survey
-from zinf_cli.engine.unsurveyed import guessed
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.train.batches import BatchOrder
@@ -54,15 +52,6 @@ def model_source(recipe: Recipe) -> ModelSource:
 def open_model(recipe: Recipe, precision: str) -> nn.Module:
     """The model with its parameters on the meta device, in training mode."""
     return build_model(model_source(recipe), DTYPES[precision])
-
-
-def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
-    """Its units, and what one micro-batch moves through them."""
-    shape = (recipe.train.micro_batch_size, recipe.train.seq_len)
-    ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    seen = survey(model, lambda: model_loss(model, ids, ids, attention), world_size)
-    return seen if seen.complete else guessed(model, seen.units, seen.order, *shape)
 
 
 def model_loss(

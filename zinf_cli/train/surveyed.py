@@ -1,0 +1,70 @@
+"""The survey of a recipe's model: dry, or else on the run's first micro-batch, or else guessed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.survey import Survey, survey
+from zinf_cli.engine.trial import Trial
+from zinf_cli.engine.units import UnitLayout, discover
+from zinf_cli.engine.unsurveyed import guessed
+from zinf_cli.engine.written_weights import bounded
+from zinf_cli.plan.layout import ModelFigures
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.train.collator import Batch, Sample
+from zinf_cli.train.metrics import return_free_memory
+from zinf_cli.train.objective import Objective, objective_of
+from zinf_cli.train.setup import Text, model_loss, model_source
+from zinf_cli.train.weights import load_buffers
+
+TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
+"""What a forward may take that is only for the plan: minutes."""
+MORE = 1.5
+"""Of what the first micro-batch took, as others may take more."""
+TRIED = (
+    "what the model computes depends on data: its activations were counted on the first micro-batch, and half as much "
+    "again is planned"
+)
+GUESSED = "what the model's activations take is guessed, and generously, since "
+
+
+def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
+    """The units of `model`, and what one micro-batch of no values moves through them, if it can do without."""
+    ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
+    attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
+    return survey(model, partial(model_loss, model, ids, ids, attention), world_size)
+
+
+def survey_on_data(
+    model: nn.Module, recipe: Recipe, world_size: int, dry: Survey, batch: Batch, trial: Trial, flops: float
+) -> tuple[Survey, str]:
+    """What a `dry` survey that failed left open, and what the plan says of it; `flops` are those of a forward."""
+    why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
+    if flops <= TRIAL_FLOPS[trial.device.type]:
+        load_buffers(model, model_source(recipe))
+        given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
+        forward = partial(model_loss, model, *(tensor.to(trial.device) for tensor in given))
+        seen = survey(model, forward, world_size, trial, dry.demoted)
+        return_free_memory()
+        if trial.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not seen.failure:
+            return seen.grown(MORE), TRIED
+        dry, why = seen, f"its first micro-batch fails: {' '.join(seen.failure.split())[:200]}"
+    return guessed(model, dry, recipe.train.micro_batch_size, recipe.train.seq_len), GUESSED + why
+
+
+def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
+    """Of the step that a run begins with, on its first rank."""
+    first, size = text.order.sequences_before(step), recipe.train.micro_batch_size
+    windows = text.order.windows(step)[:size]
+    return text.collator.collate(text.train, [Sample(window, first + n) for n, window in enumerate(windows)], 0)
+
+
+def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[UnitLayout, ...]:
+    """The units that a survey found, from what the plan has of it."""
+    units = discover(model, world_size, frozenset(figures.demoted))
+    return bounded(units, {name: (least, most) for name, least, most in figures.bounds})
