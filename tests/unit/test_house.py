@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from programs import command
@@ -42,18 +43,31 @@ APART = {"train": {"launch"}, "bench": {"launch", "recipe", "plan"}, "launch": {
 APART |= {"engine": {"recipe", "checkpoint", "plan"}, "tiers": {"recipe", "checkpoint"}}
 
 
-def rooms() -> dict[str, set[str]]:
-    """Room to the rooms it imports, anywhere in its files."""
+def modules() -> dict[str, set[str]]:
+    """Each module and those it imports, anywhere in its file: also for types alone."""
     found: dict[str, set[str]] = {}
     for path in ROOT.rglob("*.py"):
-        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+        names: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                if name.startswith("zinf_cli."):
-                    found.setdefault(room, set()).add(name.split(".")[1])
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[module] = {name.removeprefix("zinf_cli.") for name in names if name.startswith("zinf_cli.")}
+    return {module: imported & found.keys() for module, imported in found.items()}
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room to the rooms it imports."""
+    found: dict[str, set[str]] = {}
+    for module, imported in modules().items():
+        found.setdefault(module.split(".")[0], set()).update(name.split(".")[0] for name in imported)
     return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    TopologicalSorter(modules()).prepare()  # raises CycleError, which names the circle
 
 
 def test_imports_go_one_way() -> None:

@@ -14,22 +14,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.buffers import Memory
+from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.store import Unit
 from zinf_cli.tiers.tier import Transfer
-
-if TYPE_CHECKING:
-    from zinf_cli.engine.fetch import Fetch
 
 
 class EagerUpdates:
     """Updates under way, oldest first, with the slots and gradients they use."""
 
-    def __init__(self, units: Sequence[Unit], wait: Callable[[Transfer], None], make_room: Callable[[], None]) -> None:
+    def __init__(self, units: Sequence[Unit], memory: Memory, wait: Callable[[Transfer], None]) -> None:
         self.active = False
         """Whether this step's updates are made in its backward pass."""
         self.speculative = False
@@ -37,8 +35,8 @@ class EagerUpdates:
         self.adamw: AdamW | None = None
         """The settings they go by."""
         self._units = units
+        self._memory = memory
         self._wait = wait
-        self._make_room = make_room
         self._under_way: deque[tuple[Fetch, list[Transfer]]] = deque()
 
     def __bool__(self) -> bool:
@@ -50,10 +48,11 @@ class EagerUpdates:
 
     def start(self, fetch: Fetch, own: Sequence[torch.Tensor]) -> None:
         """Update the unit of `fetch` with its gradient slices `own` (fp32), which lie in its buffer or home."""
+        assert self.adamw is not None
         writes: list[Transfer] = []
         if self.speculative:
             writes = fetch.unit.write_grads(own)
-        fetch.update_now(own, speculative=self.speculative)
+        fetch.update_now(own, self.adamw, speculative=self.speculative)
         self._under_way.append((fetch, writes))
 
     def advance(self) -> None:
@@ -70,7 +69,7 @@ class EagerUpdates:
         if fetch.progress(self._wait):
             self._let_go()
         elif fetch.starved:
-            self._make_room()
+            self._memory.drain_one(self._wait)
 
     def finish(self) -> None:
         while self._under_way:

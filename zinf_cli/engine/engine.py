@@ -24,6 +24,7 @@ from torch import nn
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import FROZEN, StateSink
 from zinf_cli.engine.constant_weights import hold_constant
 from zinf_cli.engine.lane import MicroBatch
@@ -34,7 +35,7 @@ from zinf_cli.engine.state import StateSource, fields_of, load_state, save_state
 from zinf_cli.engine.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.sweep import Disagreement, Sweep
 from zinf_cli.engine.units import UnitLayout
-from zinf_cli.engine.visit import Kind, Memory, Visit
+from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.errors import ZinfError
 from zinf_cli.model_state import CHUNK_NUMEL
 from zinf_cli.tiers.arena import Arena
@@ -238,7 +239,7 @@ class Engine:
     def save(self, sink: StateSink) -> None:
         """Copy the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
         self.flush()
-        self._pipeline.sink = sink
+        self._pipeline.updates.sink = sink
         self._copy([field for unit in self.units for field in fields_of(unit)], sink)
         self._go_on_to(None)
 
@@ -295,15 +296,15 @@ class Engine:
         self._flush_pending()
         self._pipeline.eager.finish()
         self._go_on_to(sink)
-        self._pipeline.adamw, self._pipeline.eager.adamw = None, adamw
+        self._pipeline.updates.adamw, self._pipeline.eager.adamw = None, adamw
 
     def _go_on_to(self, sink: StateSink | None) -> None:
         """Updates go into `sink` from here on; the one before has got all it gets."""
-        before = self._pipeline.sink
+        before = self._pipeline.updates.sink
         if before is not None and before is not sink:
             before.complete()
             self._left.append(before)
-        self._pipeline.sink = sink
+        self._pipeline.updates.sink = sink
         places = [extent for unit in self.units for flat in unit.flats for extent in flat.at.values()]
         for left in list(self._left):
             if not any(map(left.holds, places)):
@@ -330,7 +331,7 @@ class Engine:
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):
-            if unit.life.update_due and self._pipeline.adamw is not None:
+            if unit.life.update_due and self._pipeline.updates.adamw is not None:
                 self._pipeline.flush(number)
 
     def _grad_norm(self) -> torch.Tensor:
@@ -355,7 +356,7 @@ class Engine:
             else:
                 unit.life.update_nothing()
         if units:
-            self._pipeline.adamw = update
+            self._pipeline.updates.adamw = update
             self._pipeline.advance()
 
 

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import destination
-from zinf_cli.engine.update import SliceUpdate
+from zinf_cli.engine.store import Unit
+from zinf_cli.engine.update import SliceUpdate, Updates
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
-
-if TYPE_CHECKING:
-    from zinf_cli.engine.pipeline import Pipeline
+from zinf_cli.trace import Trace
 
 
 class Fetch:
     """One visit on its way: buffers, transfers, the update, the gather."""
 
-    def __init__(self, pipeline: Pipeline, visit: Visit) -> None:
+    def __init__(self, visit: Visit, unit: Unit, memory: Memory, updates: Updates, trace: Trace) -> None:
         self.visit = visit
-        self.unit = pipeline.units[visit.unit]
+        self.unit = unit
         self.gather = visit.kind is not Kind.FLUSH
-        self._pipeline = pipeline
-        self._memory = pipeline.memory
+        self._memory = memory
+        self._updates = updates
+        self._trace = trace
         self.flats: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
         """Of each trainable flat the whole gradient of this visit (fp32); none where the visit computes none."""
@@ -38,7 +39,8 @@ class Fetch:
         self._reads: list[Transfer] = []
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
-        self._eager = False
+        self._adamw: AdamW | None = None
+        """The settings of an eager update."""
         self.placed = False
 
     @property
@@ -144,9 +146,8 @@ class Fetch:
         if not self._settle(self._reads, wait):
             return False
         if self._update is not None and not self._update.finished:
-            adamw = self._pipeline.eager.adamw if self._eager else self._pipeline.adamw
-            settle = partial(self._settle, wait=wait)
-            if adamw is None or not self._update.progress(adamw, settle, self._pipeline.drain_later):
+            adamw = self._adamw or self._updates.adamw
+            if adamw is None or not self._update.progress(adamw, partial(self._settle, wait=wait)):
                 return False
             self.unit.life.finish_update()
         if self._gathers is None:
@@ -161,7 +162,7 @@ class Fetch:
         if ranks.world_size == 1 or not self.gather:
             return []
         return [
-            ranks.gather(flat, own, self._pipeline.trace, self.unit.name)
+            ranks.gather(flat, own, self._trace, self.unit.name)
             for flat, own in zip(self.flats, self.own_slices(), strict=True)
         ]
 
@@ -174,9 +175,9 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grads: Sequence[torch.Tensor], *, speculative: bool) -> None:
+    def update_now(self, grads: Sequence[torch.Tensor], adamw: AdamW, *, speculative: bool) -> None:
         """The eager update, with gradient slices in memory; slot and gradient are kept until `progress` is True."""
-        self._eager = True
+        self._adamw = adamw
         into = self._start_update(grads, keep=speculative)
         if speculative:
             self.unit.life.speculate(into)
@@ -186,10 +187,10 @@ class Fetch:
 
     def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[dict[str, Extent]]:
         """The update of the trained flats, with their gradients unless these are on their tier; where each will lie."""
-        goes = [destination(flat, self._pipeline.sink, keep=keep) for flat in self.unit.trained]
+        goes = [destination(flat, self._updates.sink, keep=keep) for flat in self.unit.trained]
         own = self.own_slices()[: len(goes)]
         before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
-        self._update = SliceUpdate(self.unit, own, self._memory, self._pipeline.trace, goes, grads, before)
+        self._update = SliceUpdate(self.unit, own, self._memory, self._trace, goes, grads, before)
         return [flat.into for flat in goes]
 
     def bind(self) -> None:
@@ -212,11 +213,11 @@ class Fetch:
     def let_go_of_slot(self) -> None:
         if self._slot is not None:
             writes = self._update.writes if self._update is not None else []
-            self._pipeline.drain_later(writes, [self._slot])
+            self._memory.free_after(writes, [self._slot])
 
     def let_go_of_grad(self, writes: list[Transfer]) -> None:
         buffers = [b for b in (self._grad_buffer, self._carry_buffer) if b is not None]
-        self._pipeline.drain_later(writes, buffers)
+        self._memory.free_after(writes, buffers)
 
     @property
     def grad_in_buffer(self) -> bool:

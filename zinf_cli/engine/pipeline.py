@@ -18,15 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.capture import StateSink
+from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.eager import EagerUpdates
 from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.store import Unit
-from zinf_cli.engine.visit import Kind, Memory, Visit
+from zinf_cli.engine.update import Updates
+from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.errors import CapacityError
-from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace
 
@@ -63,21 +62,17 @@ class Pipeline:
         self.ranks = ranks
         self.memory = memory
         self.trace = trace
-        self.adamw: AdamW | None = None
-        """The settings that deferred updates go by; None while they wait for the step's gradient norm."""
+        self.updates = Updates()
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step by parameter index; of a slice of a flat, by that of the flat's first."""
         self.completed: set[int] = set()
         """Units whose gradient of this step is complete."""
-        self.sink: StateSink | None = None
-        """The checkpoint that updates go into, see capture.py."""
         self._coming: deque[Visit] = deque()
         self._fetches: deque[Fetch] = deque()
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
-        self.eager = EagerUpdates(units, self.wait, self._drain_one)
-        self._draining: deque[tuple[list[Transfer], list[Buffer]]] = deque()
+        self.eager = EagerUpdates(units, memory, self.wait)
 
     def expect(self, visits: Iterable[Visit]) -> None:
         """Announce visits that will follow all announced before, and start on them."""
@@ -99,7 +94,7 @@ class Pipeline:
 
     def advance(self) -> None:
         """Move everything that can move without waiting. Called between pieces of compute."""
-        self._reclaim()
+        self.memory.reclaim()
         while self._reducing and self._reducing[0].done():
             self._finish_gradient(self._reducing.popleft())
         self.eager.advance()
@@ -119,19 +114,19 @@ class Pipeline:
     def acquire_aside(self, visit: Visit) -> None:
         """Bind a unit outside of the announced order, which is forgotten."""
         self.forget_coming()
-        fetch = Fetch(self, visit)
+        fetch = self._fetch(visit)
         self._complete(fetch)
         self._hold(fetch)
 
     def flush(self, unit: int) -> None:
         """Do a unit's pending update; what is announced stays."""
-        fetch = Fetch(self, Visit(unit, Kind.FLUSH))
+        fetch = self._fetch(Visit(unit, Kind.FLUSH))
         self._complete(fetch)
         fetch.forget()
 
     def _complete(self, fetch: Fetch) -> None:
         while not fetch.progress(self.wait):
-            self._reclaim()
+            self.memory.reclaim()
             self._issue_ahead()
             fetch.issue()
             if fetch.starved:
@@ -185,8 +180,8 @@ class Pipeline:
         """Wait for everything under way, announced fetches excepted."""
         self.finish_gradients()
         self.eager.finish()
-        while self._draining:
-            self._drain_one()
+        while self.memory.draining:
+            self.memory.drain_one(self.wait)
 
     def held_flats(self, unit: int) -> list[torch.Tensor]:
         """The flats of a held unit."""
@@ -200,7 +195,7 @@ class Pipeline:
         """
         started = max(self.ranks.all(sum(fetch.gathering for fetch in self._fetches)))
         while len(self._fetches) < started:
-            self._fetches.append(Fetch(self, self._coming.popleft()))
+            self._fetches.append(self._fetch(self._coming.popleft()))
         self._coming.clear()
         for number in range(len(self._fetches)):
             fetch = self._fetches[0]
@@ -210,22 +205,17 @@ class Pipeline:
             fetch.forget()
             self._fetches.popleft()
 
-    def drain_later(self, transfers: list[Transfer], buffers: list[Buffer]) -> None:
-        """Free `buffers` when `transfers` are done."""
-        if transfers:
-            self._draining.append((list(transfers), buffers))
-        else:
-            for buffer in buffers:
-                buffer.free()
+    def _fetch(self, visit: Visit) -> Fetch:
+        return Fetch(visit, self.units[visit.unit], self.memory, self.updates, self.trace)
 
     def _next(self, visit: Visit) -> Fetch:
         """The fetch of `visit`: the one that was announced, or a new one where the prediction failed."""
         if not self._fetches and self._coming:
-            self._fetches.append(Fetch(self, self._coming.popleft()))
+            self._fetches.append(self._fetch(self._coming.popleft()))
         if self._fetches and self._fetches[0].visit != visit:
             self.forget_coming()
         if not self._fetches:
-            self._fetches.append(Fetch(self, visit))
+            self._fetches.append(self._fetch(visit))
         return self._fetches[0]
 
     def _issue_ahead(self) -> None:
@@ -233,7 +223,7 @@ class Pipeline:
             if not fetch.issued and not fetch.issue():
                 return
         while self._coming:
-            self._fetches.append(Fetch(self, self._coming.popleft()))
+            self._fetches.append(self._fetch(self._coming.popleft()))
             if not self._fetches[-1].issue():
                 return
 
@@ -244,8 +234,8 @@ class Pipeline:
             self._finish_gradient(self._reducing.popleft())
         elif self.eager:
             self.eager.wait_for_chunk()
-        elif self._draining:
-            self._drain_one()
+        elif self.memory.draining:
+            self.memory.drain_one(self.wait)
         elif not self._update_others(fetch):
             raise CapacityError(
                 f"rank {self.ranks.rank}: no room for unit {fetch.unit.name} in {self.memory.slots.capacity} bytes",
@@ -259,24 +249,6 @@ class Pipeline:
                 other.progress(self.wait)
                 return True
         return False
-
-    def _drain_one(self) -> None:
-        transfers, buffers = self._draining.popleft()
-        for transfer in transfers:
-            self.wait(transfer)
-        for buffer in buffers:
-            buffer.free()
-
-    def _reclaim(self) -> None:
-        for _ in range(len(self._draining)):
-            transfers, buffers = self._draining.popleft()
-            if all(transfer.done() for transfer in transfers):
-                for transfer in transfers:
-                    transfer.wait()  # an error of a write surfaces here
-                for buffer in buffers:
-                    buffer.free()
-            else:
-                self._draining.append((transfers, buffers))
 
     def wait(self, transfer: Transfer) -> None:
         if not transfer.done():

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import torch
 
+from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import FROZEN, stored_fields
 from zinf_cli.engine.store import Flat, Unit, overlap
 from zinf_cli.engine.units import FlatLayout
-from zinf_cli.engine.visit import Memory
 from zinf_cli.model_state import PIECE
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer

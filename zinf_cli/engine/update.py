@@ -9,16 +9,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.capture import Destination
+from zinf_cli.engine.buffers import Memory
+from zinf_cli.engine.capture import Destination, StateSink
 from zinf_cli.engine.store import Flat, Unit, overlap
-from zinf_cli.engine.visit import Memory
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
+
+
+@dataclass
+class Updates:
+    """What updates go by. The engine says it, step by step."""
+
+    adamw: AdamW | None = None
+    """The settings of deferred updates; None while they wait for the step's gradient norm."""
+    sink: StateSink | None = None
+    """The checkpoint that updates go into, see capture.py."""
 
 
 class ChunkUpdate:
@@ -169,7 +180,7 @@ class SliceUpdate:
                 )
                 for begin in range(0, own[number].numel(), chunk_numel)
             ]
-        self._buffers = memory.chunks
+        self._memory = memory
         self._chunks = deque(chunks)
         self._unread = deque(chunks)
         self._chunks[0].reads.extend(after)
@@ -192,7 +203,7 @@ class SliceUpdate:
 
     def read_ahead(self) -> bool:
         """Start as many reads as there are buffers for; True when all are under way."""
-        while self._unread and self._unread[0].read(self._buffers):
+        while self._unread and self._unread[0].read(self._memory.chunks):
             self._unread.popleft()
         return not self._unread
 
@@ -200,7 +211,6 @@ class SliceUpdate:
         self,
         adamw: AdamW,
         settle: Callable[[list[Transfer]], bool],
-        drain_later: Callable[[list[Transfer], list[Buffer]], None],
     ) -> bool:
         """Compute what has arrived, by the word of `settle`, which may wait; True when all is computed."""
         while self._chunks:
@@ -209,5 +219,5 @@ class SliceUpdate:
                 return False
             chunk = self._chunks.popleft()
             self.writes.extend(chunk.apply(adamw))
-            drain_later(*chunk.trailing())
+            self._memory.free_after(*chunk.trailing())
         return True

@@ -1,11 +1,9 @@
-"""The vocabulary of a step: visits of units, and the memory they work in."""
+"""The vocabulary of a step: visits of units."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-
-from zinf_cli.tiers.arena import Arena
 
 
 class Kind(Enum):
@@ -35,16 +33,3 @@ class Visit:
     @property
     def has_grads(self) -> bool:
         return self.kind in (Kind.TURN, Kind.BACKWARD)
-
-
-@dataclass
-class Memory:
-    """The buffers a pipeline works in, all on the compute device."""
-
-    slots: Arena
-    """Parameters and gradients of held and coming units."""
-    resident: Arena
-    """The resident unit, for the whole step."""
-    chunks: Arena
-    """Equal buffers of the update."""
-    chunk_numel: int

@@ -1,0 +1,59 @@
+"""The buffers that a step works in, and when those are free again whose bytes are still on their way."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from zinf_cli.tiers.arena import Arena, Buffer
+from zinf_cli.tiers.tier import Transfer
+
+
+@dataclass
+class Memory:
+    """The buffers a pipeline works in, all on the compute device."""
+
+    slots: Arena
+    """Parameters and gradients of held and coming units."""
+    resident: Arena
+    """The resident unit, for the whole step."""
+    chunks: Arena
+    """Equal buffers of the update."""
+    chunk_numel: int
+    _draining: deque[tuple[list[Transfer], list[Buffer]]] = field(default_factory=deque, init=False, repr=False)
+
+    @property
+    def draining(self) -> bool:
+        """Whether some buffers wait for a transfer."""
+        return bool(self._draining)
+
+    def free_after(self, transfers: Sequence[Transfer], buffers: Sequence[Buffer]) -> None:
+        """Free `buffers` when `transfers` are done."""
+        if transfers:
+            self._draining.append((list(transfers), list(buffers)))
+        else:
+            _free(buffers)
+
+    def reclaim(self) -> None:
+        """Free the buffers whose transfers are done. Raises TierError where one of these failed."""
+        for _ in range(len(self._draining)):
+            transfers, buffers = self._draining.popleft()
+            if all(transfer.done() for transfer in transfers):
+                for transfer in transfers:
+                    transfer.wait()
+                _free(buffers)
+            else:
+                self._draining.append((transfers, buffers))
+
+    def drain_one(self, wait: Callable[[Transfer], None]) -> None:
+        """Wait for the oldest transfers, and free their buffers. There have to be some."""
+        transfers, buffers = self._draining.popleft()
+        for transfer in transfers:
+            wait(transfer)
+        _free(buffers)
+
+
+def _free(buffers: Sequence[Buffer]) -> None:
+    for buffer in buffers:
+        buffer.free()
