@@ -147,11 +147,11 @@ class Pipeline:
         """Release everything without a gradient: the step will be begun again."""
         for fetch in list(self._held.values()):
             self.give_up(fetch.visit)
+        self.forget_coming()  # may finish a gather that waits for a gradient
         while self._reducing:
             reduction = self._reducing.popleft()
             self.wait(reduction)
             reduction.fetch.let_go_of_grad([])
-        self.forget_coming()
 
     def release(self, visit: Visit) -> None:
         """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
