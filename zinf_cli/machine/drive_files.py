@@ -101,7 +101,7 @@ def set_direct(descriptor: int) -> bool:
 
 
 def what_is_left(descriptor: int, error: OSError) -> str:
-    """Why a file can't be as large as it should: what it may grow to, or a quota, of which nobody says what is left."""
+    """Why a file can't be as large as it should: a limit on the size of files, or a quota."""
     if error.errno == errno.EDQUOT:
         return f"more than the quota there allows ({error.strerror})"
     status = os.fstatvfs(descriptor)

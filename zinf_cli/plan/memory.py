@@ -226,6 +226,24 @@ def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int
 
 
 def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
+    """The engine's buffers on one rank, for a step of `sweeps` sweeps.
+
+    Slots. A visit takes one *block* of the slot arena: `block_bytes`, parameters and gradient together. While one unit
+    is computed the next one is fetched, so at any time the largest block and one beside it have to fit: of these the
+    least is the largest and a typical (the median) one. DEPTH typical ones beside the largest let reads run further
+    ahead of compute. Before the first step loading passes one slice of one flat through the same arena, in fp32 where
+    it becomes a master; that has to fit too.
+
+    Resident. The resident unit is held for the whole step, in an arena of its own. It is there twice, since the next
+    step fetches it while this step's is not yet released.
+
+    Chunks. An update streams what does not lie in memory of the compute device: the gradient, and the optimizer's
+    fields with the master where parameters are 16-bit. Each takes one buffer of `chunk_numel` elements (a piece, or no
+    more than the widest slice) at a time; with 8 of each, reads and writes are under way while one is computed.
+
+    Staging. An activation on its way to its tier or back takes one buffer, of the largest call: 2 are the least (one
+    arrives, one leaves), 8 keep the drive busy.
+    """
     units = figures.model.units
     blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)

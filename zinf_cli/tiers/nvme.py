@@ -302,13 +302,13 @@ class NvmeTier:
 
 
 def _overlap(earlier: Transfer, span: tuple[int, int]) -> bool:
-    """Whether a write under way touches bytes of `span`: what comes after it, be it a read or a write, waits."""
+    """Whether an earlier write touches bytes of `span`. If so, the read or write of `span` waits for it."""
     assert isinstance(earlier, _Job)
     return earlier.span[0] < span[1] and span[0] < earlier.span[1]
 
 
 def _opened(folder: Path, notice: Callable[[str], None] | None) -> int:
-    """The descriptor of a nameless file there; what is said of one that no drive, or no direct I/O, stands behind."""
+    """The descriptor of a nameless file there. `notice` is told where it lies in memory, or has no direct I/O."""
     file = open_nameless(folder)
     if notice is not None and not file.direct:
         what = "this is memory (tmpfs), not a drive: what lies here counts as CPU memory"

@@ -109,7 +109,7 @@ class RankFile:
         return self._tier.read_bytes, self._tier.write_bytes
 
     def close(self) -> None:
-        """Unless it is on the drive, it will never be."""
+        """Wait for what is being synced, and close. What was not completed is given up."""
         if not self.closed:
             self.closed = True
             if self._on_drive is not None:
