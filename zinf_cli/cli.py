@@ -265,11 +265,12 @@ def trace(
     """How busy each lane of a profiled run was, and its longest waits."""
     import json
 
+    from zinf_cli.run_folder.names import TRACE
     from zinf_cli.screen import Screen
     from zinf_cli.screens.run import trace_screen
     from zinf_cli.trace import summarise_trace
 
-    summary = summarise_trace(run / "trace.json" if run.is_dir() else run)
+    summary = summarise_trace(run / TRACE if run.is_dir() else run)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -313,7 +314,7 @@ def clean(
     """List and remove what killed runs have left behind."""
     from zinf_cli.amounts import format_bytes
     from zinf_cli.checkpoint.folder import kept_back
-    from zinf_cli.launch.leftovers import leftovers_of, remove
+    from zinf_cli.run_folder.leftovers import leftovers_of, remove
     from zinf_cli.screen import printable
 
     found = [leftover for path in paths or [Path("runs")] for leftover in leftovers_of(path.absolute(), damaged)]

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from zinf_cli.launch.mirror import RunFolder
+from zinf_cli.run_folder.mirror import RunFolder
 
 run, *nvme = sys.argv[1:]
 (Path(run) / ".this").touch()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from zinf_cli.train.export import export
-from zinf_cli.train.metrics import PeakMemory
+from zinf_cli.train.process_memory import PeakMemory
 
 peak, run = PeakMemory(), Path(sys.argv[1])
 peak.reset()

@@ -17,11 +17,11 @@ import pytest
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.facts import facts
 from zinf_cli.launch.preflight import drives_of
-from zinf_cli.launch.run_folder import locked
 from zinf_cli.launch.runner import _marked
 from zinf_cli.machine import drive_files
 from zinf_cli.machine.drive_files import file_system_of, open_nameless, set_direct
 from zinf_cli.machine.hardware import Space, drive_space, room_of, share_in_memory
+from zinf_cli.run_folder.folder import locked
 
 MIB = 2**20
 Mount = Callable[..., Path]

@@ -31,7 +31,8 @@ FLOORS = (
     {"recipe"},
     {"machine"},
     {"plan", "tiers"},
-    {"engine", "launch"},
+    {"engine", "run_folder"},
+    {"launch"},
     {"bench"},
     {"train", "screens"},
     {"commands"},
@@ -39,8 +40,14 @@ FLOORS = (
 )
 """A room imports from floors above its own in this list; of the first one, from its own as well."""
 
-APART = {"train": {"launch"}, "bench": {"launch", "recipe", "plan"}, "launch": {"engine", "tiers"}}
+APART = {
+    "train": {"launch"},
+    "bench": {"launch", "recipe", "plan"},
+    "launch": {"engine", "tiers"},
+    "run_folder": {"engine", "tiers"},
+}
 APART |= {"engine": {"recipe", "checkpoint", "plan"}, "tiers": {"recipe", "checkpoint"}}
+APART |= {"run_folder": {"engine", "tiers"}}
 
 
 def modules() -> dict[str, set[str]]:

@@ -10,11 +10,11 @@ import pytest
 
 from programs import command
 from zinf_cli.errors import PreflightError
-from zinf_cli.launch.leftovers import leftovers_of, remove
-from zinf_cli.launch.made_folders import MadeFolders, abandoned_in
-from zinf_cli.launch.mirror import RunFolder
-from zinf_cli.launch.run_folder import _remove_marks
 from zinf_cli.machine.hardware import drive_space
+from zinf_cli.run_folder.folder import _remove_marks
+from zinf_cli.run_folder.leftovers import leftovers_of, remove
+from zinf_cli.run_folder.made_folders import MadeFolders, abandoned_in
+from zinf_cli.run_folder.mirror import RunFolder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from zinf_cli.errors import TierError
-from zinf_cli.train.metrics import Metrics
+from zinf_cli.run_folder.metrics import Metrics
 
 
 def line(at: int, **values: Any) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zinf_cli.launch.mirror import RunFolder
+from zinf_cli.run_folder.mirror import RunFolder
 
 
 def news(folder: RunFolder) -> list[tuple[str, int, bytes]]:

@@ -22,7 +22,7 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError
-from zinf_cli.launch.mirror import RunFolder
+from zinf_cli.run_folder.mirror import RunFolder
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 

@@ -14,10 +14,10 @@ from zinf_cli.checkpoint.folder import step_folder
 from zinf_cli.commands import launch as service
 from zinf_cli.commands.launch import Ended, Request
 from zinf_cli.errors import PreflightError
-from zinf_cli.launch.run_folder import _set_aside, locked
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.run_folder.folder import _set_aside, locked
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.screens.launch import log_line
 from zinf_cli.screens.run import hosts_table
-from zinf_cli.train.metrics import straggler_of
+from zinf_cli.train.stragglers import straggler_of
 
 
 def shown(renderable: object) -> list[str]:

@@ -8,7 +8,9 @@ import pytest
 
 from zinf_cli.errors import UsageError
 from zinf_cli.launch.failure import first_failure
-from zinf_cli.launch.summary import START_FILE, Watch, _steady
+from zinf_cli.launch.summary import _steady
+from zinf_cli.run_folder.metrics import Watch
+from zinf_cli.run_folder.names import START
 from zinf_cli.trace import summarise_trace
 
 
@@ -30,12 +32,12 @@ def test_steps_that_follow_one_of_their_kind_are_compared(updated: list[int], st
 @pytest.mark.parametrize("content", ["", "\0" * 8, '{"st'])
 def test_files_that_are_not_whole_are_not_there(tmp_path: Path, content: str) -> None:
     (tmp_path / "logs").mkdir()
-    (tmp_path / START_FILE).write_text(content)
+    (tmp_path / START).write_text(content)
     (tmp_path / "logs" / "error-00000.json").write_text(content)
     watch = Watch(tmp_path, lambda line: None)
     watch.poll()
     assert watch.first_step is None
-    (tmp_path / START_FILE).write_text('{"step": 3}')
+    (tmp_path / START).write_text('{"step": 3}')
     watch.poll()
     assert watch.first_step == 3
     assert first_failure(tmp_path, []) is None

@@ -23,6 +23,7 @@ from zinf_cli.launch.runner import Agent, Program, World, run_ranks
 from zinf_cli.machine.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.model_state import PAGE
 from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.run_folder.names import rank_log
 from zinf_cli.screen import Screen
 from zinf_cli.screens.bench import links_screen, nvme_screen, progress
 from zinf_cli.screens.launch import preflight_screen
@@ -113,7 +114,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
             raise Interrupted("interrupted")
         if outcome.failure is not None:
             raise outcome.failure.reported(log=False)  # which goes with the folder
-        *_, last = (run_dir / "logs" / "rank-00000.log").read_text().splitlines()
+        *_, last = (run_dir / rank_log(0)).read_text().splitlines()
     found: dict[str, Any] = json.loads(last)
     return found
 

@@ -23,9 +23,8 @@ from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.description import describe, overheard, question
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
-from zinf_cli.launch.run_folder import locked, run_folder
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
-from zinf_cli.launch.summary import START_FILE, Watch, merge_traces, summarise
+from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.machine.profile_file import find_measured
 from zinf_cli.plan.layout import Figures
@@ -35,6 +34,10 @@ from zinf_cli.plan.search import make_plan, nvme_folders
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import filled_in, load_recipe
+from zinf_cli.run_folder import start
+from zinf_cli.run_folder.folder import locked, run_folder
+from zinf_cli.run_folder.metrics import Watch
+from zinf_cli.run_folder.names import PLAN, RECIPE, SUMMARY
 from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.screens.run import RunView, summary_screen
@@ -249,7 +252,7 @@ def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Pro
         "train",
         [],
         run_dir,
-        {name: (run_dir / name).read_text(encoding="utf-8") for name in ("recipe.yaml", "plan.json")},
+        {name: (run_dir / name).read_text(encoding="utf-8") for name in (RECIPE, PLAN)},
         plan.nvme_folders,
         recipe.checkpoint.interval is not None or plan.resume is not None,
         {"OMP_NUM_THREADS": str(plan.threads_per_rank)},
@@ -265,7 +268,7 @@ def _run(
     console: Console,
 ) -> tuple[dict[str, Any], Outcome]:
     view = RunView(console, plan, recipe.logging.interval)
-    (run_dir / START_FILE).unlink(missing_ok=True)
+    start.forget(run_dir)
     watch = Watch(run_dir, view.show)
     logs = RankLogs(run_dir, plan.hosts)
 
@@ -290,7 +293,7 @@ def _run(
         outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
     summary = summarise(plan, watch, outcome)
     try:
-        write_durably(run_dir / "summary.json", json.dumps(summary, indent=2))
+        write_durably(run_dir / SUMMARY, json.dumps(summary, indent=2))
         if recipe.profiler.enabled:
             merge_traces(run_dir)
     except OSError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from typing import Any
 
 from zinf_cli.errors import RankError, ReportedError, ZinfError, inside
 from zinf_cli.recipe.hosts import Host
+from zinf_cli.run_folder.error_records import errors_in
+from zinf_cli.run_folder.names import rank_log
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,9 @@ class Ending:
     """What the agent said of a failure (train/agent.py): "rank" and its exit "code", or the "error" that ended it."""
 
 
-def forget_errors(run_dir: Path) -> None:
-    """Remove what the ranks of an earlier run recorded in the same folder."""
-    for file in _error_files(run_dir):
-        file.unlink(missing_ok=True)
-
-
-def any_recorded(run_dir: Path) -> bool:
-    """Whether a rank has recorded an error yet."""
-    return bool(_error_files(run_dir))
-
-
 def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
     """The failure that ended the run; None if nothing failed."""
-    records = list(_records(run_dir))
+    records = errors_in(run_dir)
     first = min(records, key=lambda record: (record["secondary"], record["time"]), default=None)
     if first is None or first["secondary"]:
         recorded = {record["rank"] for record in records}
@@ -96,7 +87,7 @@ def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
         host=host,
         local_rank=local_rank,
         error=ReportedError(**first["error"]),
-        log=run_dir / "logs" / f"rank-{first['rank']:05d}.log",
+        log=run_dir / rank_log(first["rank"]),
     )
 
 
@@ -128,14 +119,3 @@ def _silent_failure(ending: Ending) -> Failure | None:
 
 def _how(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Those that can be read: a full drive, or a mirror of it, may hold half of one."""
-    for file in _error_files(run_dir):
-        with suppress(OSError, ValueError):
-            yield json.loads(file.read_text())
-
-
-def _error_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "logs").glob(f"error-{'[0-9]' * 5}.json"))

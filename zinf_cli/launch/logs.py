@@ -13,6 +13,7 @@ from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.recipe.hosts import Host
+from zinf_cli.run_folder.names import rank_log
 
 _WARNING = re.compile(r"warn|error|^note: ", re.IGNORECASE)
 _HEADER = "--- rank "
@@ -43,7 +44,7 @@ class RankLogs:
 
     def __init__(self, run_dir: Path, hosts: Sequence[Host]) -> None:
         names = [host.name for host in hosts for _ in host.slots]
-        self._places = {rank: (name, run_dir / "logs" / f"rank-{rank:05d}.log") for rank, name in enumerate(names)}
+        self._places = {rank: (name, run_dir / rank_log(rank)) for rank, name in enumerate(names)}
         logs = {rank: path for rank, (_, path) in self._places.items()}
         self._offsets = {rank: size for rank, path in logs.items() if (size := _size(path))}
         self._share = max(_LEAST_BYTES, _MOST_BYTES // max(1, len(names)))

@@ -23,11 +23,13 @@ from typing import Any
 
 from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
-from zinf_cli.launch.failure import Ending, Failure, any_recorded, first_failure, forget_errors, report_in
+from zinf_cli.launch.failure import Ending, Failure, first_failure, report_in
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.rendezvous import Rendezvous
 from zinf_cli.launch.stop_signals import StopSignals
 from zinf_cli.launch.vitals import Vitals
+from zinf_cli.run_folder.error_records import any_recorded, forget_errors
+from zinf_cli.run_folder.names import LOGS
 from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1
@@ -125,7 +127,7 @@ def run_ranks(
     SIGHUP once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is
     what may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
     """
-    logs = program.run_dir / "logs"
+    logs = program.run_dir / LOGS
     mark = program.run_dir / f".{world.lifelines.launch_id}"
     try:
         logs.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,10 @@
-"""What a run reports: its metrics as they come, its traces, and summary.json at the end."""
+"""What a run reports at its end: summary.json, and its traces in one file."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,38 +12,8 @@ from typing import Any
 from zinf_cli.durable import write_durably
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
-
-START_FILE = "logs/start.json"
-"""Written by rank 0 when metrics.jsonl is ready: the step the run begins after."""
-
-
-@dataclass
-class Watch:
-    """Follows metrics.jsonl."""
-
-    run_dir: Path
-    show: Callable[[dict[str, Any]], None]
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    first_step: int | None = None
-    """Steps up to here were done by a run before; None while the ranks have not said so."""
-    _offset: int = 0
-
-    def poll(self) -> None:
-        if self.first_step is None:
-            with suppress(OSError, ValueError):  # not there yet, or not whole
-                self.first_step = json.loads((self.run_dir / START_FILE).read_text())["step"]
-        path = self.run_dir / "metrics.jsonl"
-        if self.first_step is not None and path.exists():
-            with suppress(OSError), path.open("rb") as file:  # later, if the drive does not give it now
-                file.seek(self._offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._offset += len(line)
-                    with suppress(ValueError):  # damaged, which the ranks say when they go on
-                        self.lines.append(json.loads(line))
-                        if self.lines[-1]["step"] > self.first_step or not self.first_step:
-                            self.show(self.lines[-1])
+from zinf_cli.run_folder.metrics import Watch
+from zinf_cli.run_folder.names import TRACE, files_of_ranks
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
@@ -119,9 +87,9 @@ def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
 def merge_traces(run_dir: Path) -> None:
     """trace.json: the spans of every rank in one document."""
     events = []
-    paths = sorted((run_dir / "logs").glob(f"trace-{'[0-9]' * 5}.json"))
+    paths = files_of_ranks(run_dir, "trace")
     for path in paths:
         events += json.loads(path.read_text())["traceEvents"]
-    write_durably(run_dir / "trace.json", json.dumps({"traceEvents": events}))
+    write_durably(run_dir / TRACE, json.dumps({"traceEvents": events}))
     for path in paths:
         path.unlink()

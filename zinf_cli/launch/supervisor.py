@@ -30,7 +30,6 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from zinf_cli.launch.addresses import interface_of, own_address
-from zinf_cli.launch.mirror import RunFolder
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.process_tree import (
     ENDING_SIGNALS,
@@ -42,6 +41,7 @@ from zinf_cli.launch.process_tree import (
     end_marked,
     reap,
 )
+from zinf_cli.run_folder.mirror import RunFolder
 from zinf_cli.search_path import leave_out_relative
 
 _HEARTBEAT_S = 1.0

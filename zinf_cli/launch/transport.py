@@ -15,8 +15,9 @@ SILENCE_S = 10.0
 """An end of a lifeline to another machine that hears nothing for so long takes the other for lost."""
 
 _MODULES = (
-    "zinf_cli.durable", "zinf_cli.search_path", "zinf_cli.launch.patience", "zinf_cli.launch.process_tree",
-    "zinf_cli.launch.made_folders", "zinf_cli.launch.mirror", "zinf_cli.launch.addresses", "zinf_cli.launch.supervisor",
+    "zinf_cli.durable", "zinf_cli.search_path", "zinf_cli.run_folder.names", "zinf_cli.run_folder.made_folders",
+    "zinf_cli.run_folder.mirror", "zinf_cli.launch.patience", "zinf_cli.launch.process_tree",
+    "zinf_cli.launch.addresses", "zinf_cli.launch.supervisor",
 )  # fmt: skip
 """What a supervisor consists of, importers last. They need the standard library alone."""
 
@@ -66,7 +67,10 @@ def supervisor_program(launch_id: str, silence_s: float) -> bytes:
         package, _, name = module.rpartition(".")
         sources[module] = (resources.files(package) / f"{name}.py").read_text(encoding="utf-8")
     return _PROGRAM.format(
-        packages=["zinf_cli", "zinf_cli.launch"], sources=sources, launch_id=launch_id, silence_s=str(silence_s)
+        packages=["zinf_cli", "zinf_cli.launch", "zinf_cli.run_folder"],
+        sources=sources,
+        launch_id=launch_id,
+        silence_s=str(silence_s),
     ).encode()
 
 

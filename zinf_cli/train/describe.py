@@ -19,9 +19,9 @@ from zinf_cli.engine.trial import Trial
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.metrics import process_memory
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.positions import check_seq_len
+from zinf_cli.train.process_memory import process_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     model_source,

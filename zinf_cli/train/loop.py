@@ -24,15 +24,18 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.run_folder.metrics import Metrics
+from zinf_cli.run_folder.names import PLAN, RECIPE, rank_trace
+from zinf_cli.run_folder.start import announce
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 from zinf_cli.train.batches import deal
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import Batch, Sample, Stream
-from zinf_cli.train.metrics import Metrics, PeakMemory, return_free_memory, straggler_of
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
+from zinf_cli.train.process_memory import PeakMemory, return_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.schedule import learning_rate
@@ -43,12 +46,13 @@ from zinf_cli.train.setup import (
     model_source,
     open_text,
 )
+from zinf_cli.train.stragglers import straggler_of
 
 
 def train(run_dir: Path) -> int:
     """Run the recipe of `run_dir`; 0 when it is done or was asked to stop."""
-    recipe = load_recipe(run_dir / "recipe.yaml")
-    plan = Plan.load(run_dir / "plan.json")
+    recipe = load_recipe(run_dir / RECIPE)
+    plan = Plan.load(run_dir / PLAN)
     device = _device(plan)
     ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
@@ -64,12 +68,12 @@ def train(run_dir: Path) -> int:
             metrics = Metrics(
                 run_dir, interval=logging.interval, tensorboard=logging.tensorboard, notice=note, step=start.step
             )
-            start.announce(run_dir)
+            announce(run_dir, start.step, start.folder)
         Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
     finally:
         if recipe.profiler.enabled:
             try:
-                trace.write(run_dir / "logs" / f"trace-{ranks.rank:05d}.json")
+                trace.write(run_dir / rank_trace(ranks.rank))
             except OSError as error:
                 note(f"the trace can't be written: {error.strerror}; the run is none the worse for it")
         if metrics is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import json
 import os
 import re
 import signal
@@ -21,12 +20,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from zinf_cli.durable import write_durably
 from zinf_cli.errors import RankError, ReportedError, ZinfError
+from zinf_cli.run_folder.error_records import ErrorRecord, write_error
+from zinf_cli.run_folder.names import rank_log
 from zinf_cli.unfailing_stream import make_unfailing
 
 _PR_SET_PDEATHSIG = 1
@@ -47,22 +45,6 @@ _PEER_MESSAGE = re.compile(
 """gloo raises RuntimeErrors that differ by nothing but their text."""
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What `logs/error-00003.json` holds; launch/failure.py reads it."""
-
-    rank: int
-    pid: int
-    error: dict[str, Any]
-    """The fields of an error (errors.py)."""
-    traceback: str = ""
-    secondary: bool = False
-    """Caused by the loss of a peer."""
-    host: str = field(default_factory=socket.gethostname)
-    time: float = field(default_factory=time.time)
-    """Seconds since 1970."""
-
-
 def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     """Run `main` as the rank that the environment's RANK names; return if it returns 0, else exit with what it does.
 
@@ -76,7 +58,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     rank = int(os.environ["RANK"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _redirect_output(run_dir / "logs" / f"rank-{rank:05d}.log", rank)
+    _redirect_output(run_dir / rank_log(rank), rank)
     oom_kills = _count_oom_kills()
     signal.pthread_sigmask(signal.SIG_BLOCK, _GUARDED)
     guard = os.getpid()
@@ -113,15 +95,15 @@ def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
         code = main()
         if code != 0:
             ended = ReportedError(f"ended with exit code {code}", exit_code=code)
-            record = _Record(rank, os.getpid(), ended.to_json())
+            record = ErrorRecord(rank, os.getpid(), ended.to_json())
     except BaseException as raised:
         known = raised if isinstance(raised, ZinfError) else ReportedError(f"{type(raised).__name__}: {raised}")
         text = "".join(traceback.format_exception(raised))
-        record = _Record(rank, os.getpid(), known.to_json(), text, _is_secondary(raised))
+        record = ErrorRecord(rank, os.getpid(), known.to_json(), text, _is_secondary(raised))
         code = known.exit_code
     with suppress(OSError):  # a full disk must not hide the exit code
         if record is not None:
-            _write_record(record, run_dir)
+            write_error(record, run_dir)
             print(record.traceback, end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -145,7 +127,7 @@ def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
     if number != signal.SIGTERM or not torn_down:
         error = RankError(_describe_signal(number, oom_kills))
         with suppress(OSError):
-            _write_record(_Record(rank, child, error.to_json()), run_dir)
+            write_error(ErrorRecord(rank, child, error.to_json()), run_dir)
             print(error, file=sys.stderr)
     return 128 + number
 
@@ -196,12 +178,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _write_record(record: _Record, run_dir: Path) -> None:
-    """Whole or not at all, since the launcher may be reading."""
-    path = run_dir / "logs" / f"error-{record.rank:05d}.json"
-    write_durably(path, json.dumps(asdict(record), indent=1))
 
 
 def _redirect_output(log: Path, rank: int) -> None:

@@ -14,18 +14,15 @@ from torch import nn
 from zinf_cli.checkpoint.folder import checkpoints_to_resume, set_damaged_aside
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import read_file, verify
-from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.errors import CheckpointError, DamagedError, TierError, UnreadableError, ZinfError
+from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.model_files import CONFIG, config_of
 from zinf_cli.train.setup import Text, model_source
 
-START_FILE = "logs/start.json"
-"""In the run's folder, when the state is loaded and metrics.jsonl is ready: where the run begins."""
 _FIXED = ("seed", "train.seq_len", "dataset.shuffle")
 """Keys that say where in the text a step is and what is random in it."""
 _OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -43,14 +40,6 @@ class Start:
     step: int = 0
     sequences: int = 0
     loss_scale: tuple[float, int] | None = None
-
-    def announce(self, run_dir: Path) -> None:
-        """Tell the launcher, which then follows metrics.jsonl; TierError where that can't be."""
-        start = {"step": self.step, "checkpoint": str(self.folder) if self.folder else None}
-        try:
-            write_durably(run_dir / START_FILE, json.dumps(start))
-        except OSError as error:
-            raise TierError(f"can't be written: {error.strerror}", where=str(run_dir / START_FILE)) from error
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

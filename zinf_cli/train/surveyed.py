@@ -15,8 +15,8 @@ from zinf_cli.engine.written_weights import bounded
 from zinf_cli.plan.layout import ModelFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.collator import Batch, Sample
-from zinf_cli.train.metrics import return_free_memory
 from zinf_cli.train.objective import Objective, objective_of
+from zinf_cli.train.process_memory import return_free_memory
 from zinf_cli.train.setup import Text, model_loss, model_source
 from zinf_cli.train.weights import load_buffers
 

@@ -22,14 +22,13 @@ from zinf_cli.checkpoint.folder import (
 )
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import PreflightError
-from zinf_cli.launch.leftovers import marks_in
-from zinf_cli.launch.made_folders import MadeFolders
 from zinf_cli.machine.drive_files import open_nameless
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
-
-RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
+from zinf_cli.run_folder.leftovers import marks_in
+from zinf_cli.run_folder.made_folders import MadeFolders
+from zinf_cli.run_folder.names import PLAN, RECIPE, RUN_FILES, set_aside
 
 
 @contextmanager
@@ -76,8 +75,8 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], N
         if left := remove_remains(run_dir):
             say(kept_back(left))
         _set_aside(run_dir, plan.resume)
-        write_durably(run_dir / "recipe.yaml", dump_recipe(recipe))
-        write_durably(run_dir / "plan.json", json.dumps(plan.to_json(), indent=2))
+        write_durably(run_dir / RECIPE, dump_recipe(recipe))
+        write_durably(run_dir / PLAN, json.dumps(plan.to_json(), indent=2))
     except OSError as error:
         raise _cant_write(run_dir, error) from error
     yield run_dir
@@ -126,13 +125,7 @@ def _set_aside(run_dir: Path, resume: str | None) -> None:
         there = [run_dir / name for name in RUN_FILES if (run_dir / name).exists()] + made_by_runs(run_dir)
     if not there:
         return
-    number = 1
-    while (run_dir / "earlier" / str(number)).exists():
-        number += 1
-    target = run_dir / "earlier" / str(number)
-    for path in there:
-        (target / path.relative_to(run_dir)).parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target / path.relative_to(run_dir))
+    set_aside(run_dir, there)
     point_latest(run_dir)
     with contextlib.suppress(OSError):
         (run_dir / CHECKPOINTS).rmdir()  # only where it is empty

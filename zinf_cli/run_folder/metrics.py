@@ -1,25 +1,23 @@
-"""metrics.jsonl and TensorBoard: one object a step, written by rank 0 as the step ends."""
+"""metrics.jsonl and TensorBoard: one object a step. Rank 0 writes it as the step ends, the launcher follows."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.checkpoint.reading import exists, patiently
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import TierError
+from zinf_cli.run_folder.names import METRICS, TENSORBOARD
+from zinf_cli.run_folder.start import announced
 
 SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
-STRAGGLING = 0.2
-"""Of a step: what the others have to wait for a rank to be called the slowest."""
-
-
 _NUMBERS = (
     "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "wait_s", "updated_in_backward",
     "device_bytes", "cpu_bytes", "nvme_bytes", "nvme_read_bytes", "nvme_write_bytes",
@@ -40,7 +38,7 @@ class Metrics:
     def __init__(
         self, run_dir: Path, *, interval: int, tensorboard: bool, notice: Callable[[str], None], step: int = 0
     ) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._notice = notice
         kept, damaged = _lines_until(step, self.path) if step else ([], 0)
         if damaged:
@@ -99,7 +97,7 @@ class Metrics:
     def _open_board(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1 if step else None)
 
     def _add_scalars(self, values: dict[str, Any]) -> None:
         for name in SCALARS:
@@ -144,37 +142,29 @@ def _step_of(line: bytes) -> int | None:
     return step if all(value is None or isinstance(value, (int, float)) for value in nullable) else None
 
 
-def straggler_of(waits: Sequence[float], step_s: float) -> int | None:
-    """The rank that the others wait for, by the seconds that each has waited in a step.
+@dataclass
+class Watch:
+    """Follows metrics.jsonl."""
 
-    All are done at the same time, so the slowest waits least. It counts where the others, by their median, wait a fifth
-    of the step longer.
-    """
-    if len(waits) < 2:
-        return None
-    least = min(range(len(waits)), key=lambda rank: waits[rank])
-    others = statistics.median(wait for rank, wait in enumerate(waits) if rank != least)
-    return least if others - waits[least] > STRAGGLING * step_s else None
+    run_dir: Path
+    show: Callable[[dict[str, Any]], None]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    first_step: int | None = None
+    """Steps up to here were done by a run before; None while the ranks have not said so."""
+    _offset: int = 0
 
-
-def return_free_memory() -> None:
-    """Give the kernel the pages that malloc keeps of what was freed (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-class PeakMemory:
-    """The peak resident memory of this process since the last `reset`, in bytes (Linux)."""
-
-    def reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def read(self) -> int:
-        return process_memory().get("VmHWM", 0)
-
-
-def process_memory() -> dict[str, int]:
-    """Bytes of this process, by the names of proc_pid_status(5): VmRSS, VmHWM, RssFile and the like."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
+    def poll(self) -> None:
+        if self.first_step is None:
+            self.first_step = announced(self.run_dir)
+        path = self.run_dir / METRICS
+        if self.first_step is not None and path.exists():
+            with suppress(OSError), path.open("rb") as file:  # later, if the drive does not give it now
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    with suppress(ValueError):  # damaged, which the ranks say when they go on
+                        self.lines.append(json.loads(line))
+                        if self.lines[-1]["step"] > self.first_step or not self.first_step:
+                            self.show(self.lines[-1])

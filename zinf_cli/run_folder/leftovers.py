@@ -16,7 +16,8 @@ from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.durable import final_name
 from zinf_cli.errors import UsageError
-from zinf_cli.launch.made_folders import abandoned_in, remove_empty
+from zinf_cli.run_folder.made_folders import abandoned_in, remove_empty
+from zinf_cli.run_folder.names import LOGS, PLAN, RECIPE
 
 _WRITTEN = re.compile(
     r"recipe\.yaml|plan\.json|metrics\.jsonl|summary\.json|trace\.json|report\.html|start\.json|(error|trace)-\d+\.json"
@@ -80,7 +81,7 @@ def marks_in(run_dir: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() and (path / "plan.json").is_file()
+    return (path / RECIPE).is_file() and (path / PLAN).is_file()
 
 
 def _leftovers(run_dir: Path) -> Iterator[Leftover]:
@@ -112,7 +113,7 @@ def _set_aside(run_dir: Path, folder: Path, damaged: bool) -> Leftover:
 
 def _files(run_dir: Path) -> list[Path]:
     """Files of a run that is over, which nobody will read."""
-    names = [*names_in(run_dir), *(f"logs/{name}" for name in names_in(run_dir / "logs"))]
+    names = [*names_in(run_dir), *(f"{LOGS}/{name}" for name in names_in(run_dir / LOGS))]
     paths = [run_dir / name for name in names if _is_being_written(Path(name).name)]
     return [path for path in paths if path.is_file() or path.is_symlink()] + marks_in(run_dir)
 

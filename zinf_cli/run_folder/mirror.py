@@ -15,15 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from zinf_cli.durable import PARTIAL, final_name
-from zinf_cli.launch.made_folders import MadeFolders, missing, remove_empty
+from zinf_cli.run_folder.made_folders import MadeFolders, missing, remove_empty
+from zinf_cli.run_folder.names import LOGS, METRICS, RUN_FILES, TENSORBOARD, set_aside
 
 _MARK = ".launch"
 """In a folder that is mirrored: the launch it belongs to."""
-_RUN_FILES = ("recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json", "logs", "tensorboard")
 _RENAMED = re.compile(r"(start|error-\d+)\.json")
 """In logs/: what a rank writes under another name, and may be killed before it has renamed it (durable.py)."""
 _CHUNK_BYTES = 1 << 18
-_PARTS = ("logs", "tensorboard", "")
+_PARTS = (LOGS, TENSORBOARD, "")
 """Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
 
 
@@ -72,7 +72,7 @@ class RunFolder:
             for name, text in files.items():
                 (self.path / name).write_text(text, encoding="utf-8")
                 self._delivered.append(name)
-        (self.path / "logs").mkdir(exist_ok=True)
+        (self.path / LOGS).mkdir(exist_ok=True)
         self._made.take_over()
         for folder in self._nvme:
             self._made.make(folder)
@@ -87,13 +87,8 @@ class RunFolder:
         self._own = [*map(Path, before), *made]
         if owner == self._launch_id:
             return
-        there = [self.path / name for name in _RUN_FILES if (self.path / name).exists()]
-        number = 1
-        while (self.path / "earlier" / str(number)).exists():
-            number += 1
-        for entry in there:
-            (self.path / "earlier" / str(number)).mkdir(parents=True, exist_ok=True)
-            entry.rename(self.path / "earlier" / str(number) / entry.name)
+        there = [self.path / name for name in RUN_FILES if (self.path / name).exists()]
+        set_aside(self.path, there)
         mark.write_text("\n".join([self._launch_id, *map(str, self._own)]), encoding="utf-8")
 
     def news(self) -> Iterator[tuple[str, int, bytes]]:
@@ -113,9 +108,9 @@ class RunFolder:
     def remove(self) -> None:
         """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
         if self.mirrored:
-            partials = (path.name for path in (self.path / "logs").glob(f"*{PARTIAL}"))
-            half = [f"logs/{name}" for name in partials if _RENAMED.fullmatch(final_name(name))]
-            for name in (*self._delivered, *self._sent, "metrics.jsonl", _MARK, *half):
+            partials = (path.name for path in (self.path / LOGS).glob(f"*{PARTIAL}"))
+            half = [f"{LOGS}/{name}" for name in partials if _RENAMED.fullmatch(final_name(name))]
+            for name in (*self._delivered, *self._sent, METRICS, _MARK, *half):
                 with contextlib.suppress(OSError):  # what ended the run is to be told, not this
                     (self.path / name).unlink()
         self.leave()
@@ -137,5 +132,5 @@ class RunFolder:
             with contextlib.suppress(OSError), os.scandir(self.path / part) as entries:
                 for entry in entries:
                     name = os.path.join(part, entry.name)  # noqa: PTH118
-                    if (part or name == "metrics.jsonl") and not name.endswith(PARTIAL) and entry.is_file():
+                    if (part or name == METRICS) and not name.endswith(PARTIAL) and entry.is_file():
                         yield name

@@ -1,0 +1,55 @@
+"""Why ranks failed: each records its own error as it ends, or its guard does; the launcher reads them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.durable import write_durably
+from zinf_cli.run_folder.names import error_file, files_of_ranks
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """What `logs/error-00003.json` holds."""
+
+    rank: int
+    pid: int
+    error: dict[str, Any]
+    """The fields of an error (errors.py)."""
+    traceback: str = ""
+    secondary: bool = False
+    """Caused by the loss of a peer."""
+    host: str = field(default_factory=socket.gethostname)
+    time: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+
+def write_error(record: ErrorRecord, run_dir: Path) -> None:
+    """Whole or not at all, since the launcher may be reading."""
+    write_durably(run_dir / error_file(record.rank), json.dumps(asdict(record), indent=1))
+
+
+def errors_in(run_dir: Path) -> list[dict[str, Any]]:
+    """The records that can be read: a full drive, or a mirror of it, may hold half of one."""
+    found = []
+    for file in files_of_ranks(run_dir, "error"):
+        with suppress(OSError, ValueError):
+            found.append(json.loads(file.read_text()))
+    return found
+
+
+def any_recorded(run_dir: Path) -> bool:
+    """Whether a rank has recorded an error yet."""
+    return bool(files_of_ranks(run_dir, "error"))
+
+
+def forget_errors(run_dir: Path) -> None:
+    """Remove what the ranks of an earlier run recorded in the same folder."""
+    for file in files_of_ranks(run_dir, "error"):
+        file.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""The names of what lies in a run's folder. Standard library only, as supervisor.py, which takes this file along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+RECIPE, PLAN, METRICS, SUMMARY, TRACE = "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json"
+LOGS, TENSORBOARD = "logs", "tensorboard"
+RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, LOGS, TENSORBOARD)
+"""What a run leaves beside its checkpoints."""
+START = f"{LOGS}/start.json"
+EARLIER = "earlier"
+"""Holds a numbered folder for each run that was here before."""
+
+
+def rank_log(rank: int) -> str:
+    """Both output streams of a rank."""
+    return f"{LOGS}/rank-{rank:05d}.log"
+
+
+def error_file(rank: int) -> str:
+    """Why a rank failed (error_records.py)."""
+    return f"{LOGS}/error-{rank:05d}.json"
+
+
+def rank_trace(rank: int) -> str:
+    """The spans of a rank, until the launcher merges them into TRACE."""
+    return f"{LOGS}/trace-{rank:05d}.json"
+
+
+def files_of_ranks(run_dir: Path, kind: str) -> list[Path]:
+    """Those that are there, "error" or "trace", in the order of ranks."""
+    return sorted((run_dir / LOGS).glob(f"{kind}-{'[0-9]' * 5}.json"))
+
+
+def set_aside(run_dir: Path, there: Sequence[Path]) -> None:
+    """Move what lies `there` in the run's folder into earlier/N, so that nothing is lost and nothing is mixed."""
+    if not there:
+        return
+    number = 1
+    while (run_dir / EARLIER / str(number)).exists():
+        number += 1
+    for path in there:
+        target = run_dir / EARLIER / str(number) / path.relative_to(run_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
