@@ -103,15 +103,20 @@ class Reach:
         return Reach([*self._roots, *objects])
 
     def added_since(self, before: Reach) -> list[torch.Tensor]:
-        """Floating tensors that were not there before."""
+        """Tensors with a gradient that were not there before."""
         known = {id(tensor) for tensor in before.tensors}
         known |= {id(root) for root in self._roots if isinstance(root, torch.Tensor)}
-        return [tensor for tensor in self.tensors if id(tensor) not in known and tensor.is_floating_point()]
+        return [tensor for tensor in self.tensors if id(tensor) not in known and differentiable(tensor)]
 
     def put(self, replace: Callable[[Any], Any] | None = None) -> None:
         """Let all objects hold this again, each value as `replace` has it."""
         for carrier in self.carriers:
             (carrier.with_each(replace) if replace is not None else carrier).put()
+
+
+def differentiable(value: Any) -> bool:
+    """Whether a gradient can come to it."""
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def opened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import SMALL
-from zinf_cli.engine.carriers import Reach, opened
+from zinf_cli.engine.carriers import Reach, differentiable, opened
 from zinf_cli.engine.meta_answers import answer_of
 from zinf_cli.engine.trial import Trial, TrialWeights
 from zinf_cli.engine.units import UnitLayout, discover
@@ -84,6 +84,7 @@ def survey(
     `demoted` names some of them beforehand. A unit that is neither called nor read, such as a part for images, stays
     where it is. With a `trial`, `forward()` computes on its device, with real weights.
     """
+    trained = _trained(model)
     while True:
         units = discover(model, world_size, demoted)
         with _untouched(model, trial.device if trial is not None else torch.device("meta")):
@@ -96,6 +97,8 @@ def survey(
                 raise
             except Exception as error:  # a model may do with what it gets whatever it likes
                 failure = f"{type(error).__name__}: {error}"
+        if _trained(model) != trained:
+            raise ModelError("the model's forward switches which of its parameters are trained")
         if watch.misused - demoted:
             demoted |= watch.misused
             continue
@@ -104,6 +107,14 @@ def survey(
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, written=written, demoted=demoted, failure=failure)
         return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written, demoted)
+
+
+def _trained(model: nn.Module) -> list[str]:
+    """Names of the parameters that are. ModelError where one has hooks: its gradient never comes to it whole."""
+    for name, param in model.named_parameters():
+        if param._backward_hooks or param._post_accumulate_grad_hooks:
+            raise ModelError(f"the gradient of {name} has a hook, which is not called where weights are streamed")
+    return [name for name, param in model.named_parameters() if param.requires_grad]
 
 
 class _Watch(TorchFunctionMode):
@@ -147,6 +158,11 @@ class _Watch(TorchFunctionMode):
                 owner = self._owner.get(storage_of(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
+        if name == "register_hook" and not self._active:
+            raise ModelError(
+                "the model hooks a gradient between its layers, where it comes in parts",
+                hint="a hook on a tensor inside of a layer can be trained",
+            )
         self.writes.see(func, args, kwargs or {})
         answer = answer_of(name, func, args, kwargs or {})
         if answer is not NotImplemented:
@@ -271,7 +287,7 @@ class _Watch(TorchFunctionMode):
 
 def _as_emitted(leaf: Any) -> Any:
     """The tape makes every floating output of a unit one with a gradient."""
-    if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.requires_grad:
+    if differentiable(leaf) and not leaf.requires_grad:
         return leaf.detach().requires_grad_()
     return leaf
 

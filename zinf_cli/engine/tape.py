@@ -16,18 +16,21 @@ are kept (keep.py): they hold no parameter, and need no recompute.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.activations import Activations, Saved
-from zinf_cli.engine.carriers import Carrier, Reach, opened, parts_of
+from zinf_cli.engine.carriers import Carrier, Reach, differentiable, opened, parts_of
 from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import UnitCall
+from zinf_cli.engine.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
 _Edge = torch.autograd.graph.GradientEdge
@@ -88,6 +91,8 @@ class Record:
     """What its forward has left in objects, until it enters the glue."""
     kept: list[Saved] = field(default_factory=list)
     """What the graph needs back on the device."""
+    shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
+    """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
 
     def needs(self) -> list[Saved]:
         """What its backward needs back on the device."""
@@ -107,6 +112,20 @@ class Record:
         for carrier in self.carriers:
             for value in carrier.held.values():
                 yield from parts_of(value)
+
+    def forget_inputs(self) -> None:
+        """The graph goes on without their values, which an output may have shared."""
+        assert self.graph is not None
+        for _, leaf in self.graph.inputs:
+            leaf.data = leaf.new_empty(1).expand(leaf.shape)
+
+    def check_shared(self) -> None:
+        """An operation in place on one is unknown to the graph of the other."""
+        if any(version_of() != version for version_of, version in self.shared):
+            raise ModelError(
+                "the model changes a layer's result in place, and another tensor shares its memory",
+                hint="a layer that returns its input, or one tensor twice, has to return a copy",
+            )
 
     def let_go(self) -> None:
         """Of the graph, and what it saved."""
@@ -172,11 +191,16 @@ class Tape:
         for tensor, version in zip(tensors, versions, strict=True):
             if tensor._version != version:
                 raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
-        return self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
+        emitted = self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
+        record.shared = _shared_storage(tensors, emitted)
+        if keeper is not None:
+            record.forget_inputs()
+        return emitted
 
     def backward(self, record: Record) -> None:
         """Backward of the newest record, into p.grad of the bound unit and into the glue before it."""
         assert record is self.records[-1]
+        record.check_shared()
         grads = record.output_grads
         if any(grad is not None for grad in grads):
             if record.graph is None:
@@ -256,9 +280,6 @@ class Tape:
         with keeper.keeping():
             done = self._run(record, values)
         record.kept = keeper.saved
-        assert record.graph is not None
-        for _, leaf in record.graph.inputs:
-            leaf.data = leaf.new_empty(1).expand(leaf.shape)
         return done
 
     def _run(
@@ -280,7 +301,7 @@ class Tape:
         left = before.after(outputs)
         record.added = left.added_since(before)
         if grad:
-            floating = [*filter(_floating, pytree.tree_leaves(outputs)), *record.added]
+            floating = [*filter(differentiable, pytree.tree_leaves(outputs)), *record.added]
             edges = [torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in floating]
             record.graph = Graph(inputs, edges)
         return outputs, left, {**given, **{id(leaf): leaf for leaf in record.plain_inputs()}}
@@ -288,7 +309,7 @@ class Tape:
     def _emit(self, record: Record, outputs: Any, left: Reach, back: dict[int, torch.Tensor]) -> Any:
         """Outputs, and what the call has left in objects, enter the glue; inputs there become what they were again."""
         flat, spec = pytree.tree_flatten(outputs)
-        places = [place for place, leaf in enumerate(flat) if _floating(leaf)]
+        places = [place for place, leaf in enumerate(flat) if differentiable(leaf)]
         emitted: tuple[torch.Tensor, ...] = Emit.apply(  # type: ignore[no-untyped-call]
             self._anchor, record, [tensor.detach() for tensor in (*(flat[place] for place in places), *record.added)]
         )
@@ -314,8 +335,15 @@ class Tape:
             torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)
 
 
-def _floating(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+def _shared_storage(inputs: Sequence[torch.Tensor], outputs: Any) -> list[tuple[Callable[[], int], int]]:
+    """See `Record.shared`."""
+    leaves = [*filter(differentiable, pytree.tree_leaves(outputs))]
+    storages = Counter(storage_of(leaf) for leaf in leaves)
+    storages.update({storage_of(tensor) for tensor in inputs if tensor.requires_grad})
+    probes = [leaf.detach() for leaf in leaves if storages[storage_of(leaf)] > 1]
+    for probe in probes:  # its count of changes goes on, its memory is not held
+        probe.data = probe.new_empty(0)
+    return [(partial(getattr, probe, "_version"), probe._version) for probe in probes]
 
 
 @contextmanager

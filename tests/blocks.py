@@ -1,0 +1,166 @@
+"""Models of a few small blocks, trained by plain PyTorch and by the engine: losses and buffers of both."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from plain import everything_on
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.lane import MicroBatch
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.survey import survey
+from zinf_cli.train.model import _parameters_on_meta
+
+WIDTH, STEPS, COUNT, LR = 32, 3, 3, 1e-2
+MIB = 2**20
+
+
+class Block(nn.Module):
+    """Kinds override `forward`, and `begin` for what they own beside the linear layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.begin()
+
+    def begin(self) -> None: ...
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.tanh(self.linear(x))
+
+
+class Blocks(nn.Module):
+    """Kinds override `between`, what the model makes of a block's result, or `forward`."""
+
+    def __init__(self, kind: type[Block] = Block, count: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(number) for number in range(count))
+
+    def between(self, before: torch.Tensor, result: Any) -> torch.Tensor:
+        return result  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = self.between(x, layer(x))
+        return x.square().mean()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the engine runs: the tier of everything, which activations are kept, micro-batches of a sweep."""
+
+    tier: str = "cpu"
+    keep: bool = False
+    per_sweep: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tier}-{'kept' if self.keep else 'recomputed'}-{self.per_sweep or 'all'}"
+
+
+MODES = [Mode(), Mode(keep=True), Mode("nvme"), Mode("nvme", per_sweep=1), Mode("nvme", keep=True, per_sweep=2)]
+
+
+@dataclass
+class Result:
+    losses: list[float]
+    """Of every micro-batch, and of an evaluation after the second step."""
+    buffers: dict[str, torch.Tensor]
+
+
+def plain(make: Callable[[], nn.Module]) -> Result:
+    """One micro-batch after the other, AdamW."""
+    _seed()
+    model = make()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(_weights(name, param.shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
+    losses = []
+    for step in range(STEPS):
+        for number in range(COUNT):
+            torch.manual_seed(100 * step + number)
+            loss = model(_batch(step, number))
+            (loss / COUNT).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 1:
+            model.eval()
+            torch.manual_seed(7)
+            with torch.no_grad():
+                losses.append(model(_batch(step, 0)).item())
+            model.train()
+    return Result(losses, {name: buffer.clone() for name, buffer in model.named_buffers()})
+
+
+def engine(make: Callable[[], nn.Module], mode: Mode, folder: Path) -> Result:
+    """The same through the engine."""
+    _seed()
+    with _parameters_on_meta():
+        model = make()
+    opened = open_blocks(model, mode, folder)
+    try:
+        return Result(list(_losses(opened)), {name: buffer.clone() for name, buffer in model.named_buffers()})
+    finally:
+        opened.close()
+
+
+def open_blocks(model: nn.Module, mode: Mode, folder: Path) -> Engine:
+    """An engine for a model whose parameters lie on the meta device."""
+    seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta")), 1)
+    options = replace(
+        everything_on(mode.tier, folder), nvme_bytes=8 * MIB, slot_bytes=2 * MIB, resident_bytes=MIB, chunk_numel=4096,
+        num_chunks=16, staging_bytes=2 * MIB, micro_batches_per_sweep=mode.per_sweep,
+        kept_units=frozenset(seen.order if mode.keep else ()),
+    )  # fmt: skip
+    order = seen.order if not seen.failure else None
+    opened = Engine(model, seen.units, options, Ranks(), order=order, written=seen.written, notice=lambda line: None)
+    shapes = {name: param.shape for name, param in model.named_parameters()}
+    opened.load(lambda names: {name: _weights(name, shapes[name]) for name in names})
+    return opened
+
+
+def assert_exact(make: Callable[[], nn.Module], mode: Mode, folder: Path) -> None:
+    """Losses and buffers are plain PyTorch's, to the bit."""
+    expected, found = plain(make), engine(make, mode, folder)
+    assert found.losses == expected.losses
+    assert found.buffers.keys() == expected.buffers.keys()
+    assert all(torch.equal(found.buffers[name], buffer) for name, buffer in expected.buffers.items())
+
+
+def _losses(engine: Engine) -> Iterator[float]:
+    model = engine.model
+    _seed()
+    for step in range(STEPS):
+        work = [
+            MicroBatch(partial(model, _batch(step, number)), 1 / COUNT, 100 * step + number) for number in range(COUNT)
+        ]
+        yield from engine.train_step(work, AdamW(LR), max_grad_norm=None, more=step == 0).losses
+        if step == 1:
+            model.eval()
+            yield from engine.evaluate([MicroBatch(partial(model, _batch(step, 0)), 0.0, 7)])
+            model.train()
+
+
+def _seed() -> None:
+    random.seed(5)
+    np.random.seed(5)
+
+
+def _weights(name: str, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode()))) * 0.3
+
+
+def _batch(step: int, number: int) -> torch.Tensor:
+    return torch.randn((3, WIDTH), generator=torch.Generator().manual_seed(10 * step + number))
