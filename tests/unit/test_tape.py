@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.micro_batch import UnitCall
+from zinf_cli.engine.moving_state import MovingState
 from zinf_cli.engine.tape import Tape
 from zinf_cli.errors import ModelError
 from zinf_cli.tiers.memory import MemoryTier
@@ -55,7 +56,9 @@ def plain() -> list[torch.Tensor]:
 
 def tape() -> Tape:
     tier = MemoryTier("device", CPU, CPU, Trace())
-    return Tape(CPU, Activations(tier, None, lambda transfer: transfer.wait()), trainable={0, 1})
+    return Tape(
+        CPU, Activations(tier, None, lambda transfer: transfer.wait()), MovingState(nn.Module()), trainable={0, 1}
+    )
 
 
 def call(number: int, run: Callable[..., Any], *inputs: torch.Tensor) -> UnitCall:

@@ -124,7 +124,7 @@ def test_what_would_train_to_other_numbers_is_refused(kind: str, mode: Mode, tmp
 def test_a_hook_on_a_parameter_is_refused(tmp_path: Path) -> None:
     def make() -> Blocks:
         model = Blocks()
-        model.layers[0].linear.bias.register_hook(lambda grad: grad * 0.5)  # type: ignore[union-attr]
+        model.get_parameter("layers.0.linear.bias").register_hook(lambda grad: grad * 0.5)
         return model
 
     with pytest.raises(ModelError, match=r"layers\.0\.linear\.bias has a hook"):

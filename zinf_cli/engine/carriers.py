@@ -85,14 +85,14 @@ class Reach:
                 ahead.extend(reversed(value))
             elif isinstance(value, types.MethodType):
                 ahead.append(value.__self__)
-            elif isinstance(value, _ENDS) or id(value) in seen:
+            elif ends_walk(value) or id(value) in seen:
                 continue
             elif isinstance(value, torch.Tensor):
                 seen.add(id(value))
                 self.tensors.append(value)
-            elif _is_carrier(value):
+            elif holds_values(value):
                 seen.add(id(value))
-                self.carriers.append(Carrier(value, _read(value)))
+                self.carriers.append(Carrier(value, read_carrier(value)))
                 ahead.extend(reversed(self.carriers[-1].held.values()))
                 if len(seen) > most:
                     raise ModelError(f"an argument of a layer holds more than {most} objects")
@@ -145,11 +145,16 @@ def parts_of(value: Any) -> Iterator[Any]:
             yield from parts_of(part)
 
 
-def _is_carrier(value: Any) -> bool:
+def ends_walk(value: Any) -> bool:
+    """Whether nothing is to be reached from here."""
+    return isinstance(value, _ENDS)
+
+
+def holds_values(value: Any) -> bool:
     return isinstance(value, list | dict | set | deque) or hasattr(value, "__dict__") or bool(_slots(value))
 
 
-def _read(owner: Any) -> dict[_Place, Any]:
+def read_carrier(owner: Any) -> dict[_Place, Any]:
     held: dict[_Place, Any] = {}
     if isinstance(owner, dict):
         keys = OrderedDict.keys(owner) if isinstance(owner, OrderedDict) else dict.keys(owner)
@@ -174,7 +179,7 @@ def _read(owner: Any) -> dict[_Place, Any]:
 
 def _write(owner: Any, held: dict[_Place, Any]) -> None:
     """Past whatever the class makes of a change: this is no change the model knows of."""
-    before = _read(owner)
+    before = read_carrier(owner)
     if list(before) == list(held) and all(before[place] is value for place, value in held.items()):
         return
     items = {key: value for (kind, key), value in held.items() if kind == "item"}

@@ -27,13 +27,15 @@ from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import FROZEN, StateSink
 from zinf_cli.engine.constant_weights import hold_constant
+from zinf_cli.engine.dealing import Dealer
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
+from zinf_cli.engine.moving_state import MovingState
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.state import StateSource, fields_of, load_state, save_state
 from zinf_cli.engine.store import Flat, TierSet, Unit, to_placeholders
-from zinf_cli.engine.sweep import Disagreement, Sweep
+from zinf_cli.engine.sweep import Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.errors import ZinfError
@@ -147,10 +149,11 @@ class Engine:
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
-        self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, self.trace)
+        state = MovingState(model)
+        self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, state, self.trace)
         self._watched = hold_constant(model, layouts, written)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
-        self._per_sweep = options.micro_batches_per_sweep
+        self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Checkpoints that have been completed, and that units may lie in."""
         self._calm_steps = 0
@@ -192,9 +195,10 @@ class Engine:
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
         forward_done = partial(self._forward_done, adamw if eager or speculative else None, sink)
-        losses = self._until_agreed(lambda: self._sweep.step(self._deal(batches), forward_done))
+        losses = self._dealer.until_agreed(lambda: self._sweep.step(self._dealer.deal(batches), forward_done))
+        self._dealer.step_done()
         if more:
-            self._sweep.announce_step(len(self._deal(batches)))
+            self._sweep.announce_step(len(self._dealer.deal(batches)))
         self._pipeline.finish_gradients()
         norm = self._grad_norm() / loss_scale
         finite = math.isfinite(norm.item()) and self._all_finite(batches, losses)
@@ -218,7 +222,7 @@ class Engine:
                 self._pipeline.settle()
             self._set_update(taken, update, finite=finite)
             if more:
-                self._sweep.announce_step(len(self._deal(batches)))
+                self._sweep.announce_step(len(self._dealer.deal(batches)))
         if sink is not None:
             self._copy_what_stays(sink)
         updated = eager or (speculative and calm)
@@ -226,7 +230,7 @@ class Engine:
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
         """The losses of `batches`, forward only; pending updates are done on the way."""
-        losses = self._until_agreed(lambda: self._sweep.evaluate(self._deal(batches)))
+        losses = self._dealer.until_agreed(lambda: self._sweep.evaluate(self._dealer.deal(batches)))
         return [loss.item() for loss in losses]
 
     def flush(self) -> None:
@@ -276,20 +280,6 @@ class Engine:
             left.close()
         for tier in self.opened.values():
             tier.close()
-
-    def _deal(self, batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
-        size = self._per_sweep or len(batches)
-        return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
-
-    def _until_agreed(self, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        try:
-            return run()
-        except Disagreement:
-            if self._per_sweep == 1 and self._ranks.world_size == 1:
-                raise AssertionError("one micro-batch can't disagree with itself") from None
-            self._per_sweep = 1
-            self._notice("micro-batches take different ways through the model: one micro-batch per sweep from here on")
-            return run()
 
     def _forward_done(self, adamw: AdamW | None, sink: StateSink | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from zinf_cli.engine.activations import SMALL
 from zinf_cli.engine.carriers import Reach, differentiable, opened
 from zinf_cli.engine.meta_answers import answer_of
+from zinf_cli.engine.moving_state import MovingState
 from zinf_cli.engine.trial import Trial, TrialWeights
 from zinf_cli.engine.units import UnitLayout, discover
 from zinf_cli.engine.written_weights import WrittenWeights, storage_of
@@ -85,9 +86,13 @@ def survey(
     where it is. With a `trial`, `forward()` computes on its device, with real weights.
     """
     trained = _trained(model)
+    state = MovingState(model)
     while True:
         units = discover(model, world_size, demoted)
-        with _untouched(model, trial.device if trial is not None else torch.device("meta")):
+        state.begin()
+        with ExitStack() as undo:
+            undo.callback(state.put_back)
+            undo.enter_context(_untouched(model, trial.device if trial is not None else torch.device("meta")))
             watch = _Watch(model, units, TrialWeights(model, trial) if trial is not None else None)
             failure = ""
             try:

@@ -24,6 +24,7 @@ from zinf_cli.engine.activations import Activations
 from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.lane import Lane, MicroBatch
 from zinf_cli.engine.micro_batch import Finished
+from zinf_cli.engine.moving_state import MovingState
 from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.tape import Tape
 from zinf_cli.engine.visit import Kind, Visit
@@ -31,7 +32,7 @@ from zinf_cli.trace import Trace
 
 
 class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on)
-    """Two micro-batches call different units next, so they can't share a sweep."""
+    """Micro-batches can't share a sweep: they call different units next, or one changes what another reads."""
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Sweep:
         device: torch.device,
         order: Sequence[int] | None,
         kept: frozenset[int],
+        state: MovingState,
         trace: Trace,
     ) -> None:
         """`order`: the units a forward calls, if it is known; `kept`: those whose activations are not recomputed."""
@@ -62,6 +64,7 @@ class Sweep:
         self._activations = activations
         self._device = device
         self._kept = kept
+        self._state = state
         self._trace = trace
         self._lanes: list[Lane] = []
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
@@ -94,6 +97,7 @@ class Sweep:
         Disagreement leaves nothing behind but these updates: the step can be begun again.
         """
         self._pipeline.begin_step()
+        self._state.begin()
         self._backwards.clear()
         self._unfinished.clear()
         losses: list[torch.Tensor] = []
@@ -109,6 +113,7 @@ class Sweep:
         """Forward only; the losses (fp32 scalars) in order. Pending updates are done on the way."""
         losses: list[torch.Tensor] = []
         self._pipeline.forget_coming()
+        self._state.begin()
         if not self._lockstep:
             if self._resident is not None:
                 self._pipeline.expect([self._hold_resident(Kind.FORWARD)])
@@ -128,7 +133,7 @@ class Sweep:
         with self._lanes_for(batches, grad=False) as lanes:
             for unit in self._forward_units(lanes, self._route.forward):
                 self._visit_forward(lanes, unit)
-            self._agree(_all_finished(lanes))
+            self._agree(_all_finished(lanes) and (len(lanes) == 1 or not self._state.notices()))
             return [lane.loss.detach().float() for lane in lanes]
 
     def _train(
@@ -145,7 +150,7 @@ class Sweep:
                     self._visit_forward(lanes, unit)
             turned = bool(losses)
             if not turned:
-                self._agree(_all_finished(lanes) and _same_records(lanes))
+                self._agree(_all_finished(lanes) and _same_records(lanes) and not self._state.notices())
                 forward_done()
                 losses = [lane.take_loss() for lane in lanes]
             walked = self._backward(lanes, last)
@@ -232,7 +237,7 @@ class Sweep:
             self._pass_unit(lanes[1:], visit.unit)
             self._pipeline.give_up(visit)
             return []
-        self._agree(agreed)
+        self._agree(agreed and not self._state.notices())
         self._pipeline.release(visit)
         self._count_backward(visit)
         return losses
@@ -297,6 +302,7 @@ class Sweep:
         try:
             yield
         except Disagreement:
+            self._state.put_back()
             self._pipeline.give_up_step()
             self._lockstep = self._disagreed = self._ranks.world_size > 1
             raise
@@ -322,7 +328,9 @@ class Sweep:
         try:
             for lane, batch in zip(lanes, batches, strict=True):
                 started.append(lane)
-                lane.start(batch, Tape(self._device, self._activations, trainable=self._trainable), grad=grad)
+                lane.start(
+                    batch, Tape(self._device, self._activations, self._state, trainable=self._trainable), grad=grad
+                )
             yield lanes
         except BaseException:
             for lane in started:

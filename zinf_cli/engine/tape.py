@@ -30,6 +30,7 @@ from zinf_cli.engine.activations import Activations, Saved
 from zinf_cli.engine.carriers import Carrier, Reach, differentiable, opened, parts_of
 from zinf_cli.engine.keep import Keeper
 from zinf_cli.engine.micro_batch import UnitCall
+from zinf_cli.engine.moving_state import Moment, MovingState
 from zinf_cli.engine.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
@@ -83,6 +84,8 @@ class Record:
     """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
     spec: pytree.TreeSpec
     rng: RngState
+    moment: Moment | None = None
+    """What the places that move in the model held, for the recompute."""
     carriers: list[Carrier] = field(default_factory=list)
     """Objects among the leaves and what they held before the call, glue tensors standing in for tensors."""
     output_grads: list[torch.Tensor | None] = field(default_factory=list)
@@ -158,9 +161,12 @@ class Emit(torch.autograd.Function):
 class Tape:
     """The records of one micro-batch, newest last."""
 
-    def __init__(self, device: torch.device, activations: Activations, *, trainable: set[int]) -> None:
+    def __init__(
+        self, device: torch.device, activations: Activations, state: MovingState, *, trainable: set[int]
+    ) -> None:
         self._device = device
         self._activations = activations
+        self._state = state
         self._trainable = trainable
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
@@ -179,6 +185,8 @@ class Tape:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
         record = Record(len(self.records), call, [], spec, RngState(self._device))
+        if self._state.moving and keeper is None:
+            record.moment = self._state.moment()
         versions = [tensor._version for tensor in tensors]
         recompute = not hot and keeper is None
         taken = {id(tensor): self._take(tensor, record.number, label, save=recompute) for tensor in tensors}
@@ -203,7 +211,11 @@ class Tape:
         record.check_shared()
         grads = record.output_grads
         if any(grad is not None for grad in grads):
+            now = None
             if record.graph is None:
+                if record.moment is not None:
+                    now = self._state.moment()
+                    self._state.go_to(record.moment)
                 record.rng.restore()
                 self._recompute(record)
             assert record.graph is not None
@@ -220,6 +232,8 @@ class Tape:
             del pairs, grads
             for glue, leaf in record.graph.inputs:
                 glue.add_grad(leaf.grad)
+            if now is not None:
+                self._state.go_to(now)
         self.records.pop().let_go()
         for glue in record.glue_inputs():
             if glue.first_record == record.number:

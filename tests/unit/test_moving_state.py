@@ -1,0 +1,229 @@
+"""What a forward changes in the model itself: every call, and every recompute, finds what plain PyTorch's finds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, open_blocks
+from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.lane import MicroBatch
+from zinf_cli.train.model import _parameters_on_meta
+
+
+class WithBuffer(Block):
+    """An average that its own updates read, the way `how` names."""
+
+    how = "in place"
+
+    def begin(self) -> None:
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.mean: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.linear(x)
+        result = x + torch.tanh(hidden * (1 + self.mean))
+        if self.how == "bound anew":
+            self.mean = self.mean * 0.9 + hidden.detach().mean(0) * 0.1
+        else:
+            kept = self.mean.data if self.how == "past autograd" else self.mean.detach()
+            kept.mul_(0.9).add_(hidden.detach().mean(0), alpha=0.1)
+        return result
+
+
+class WithBatchNorm(Block):
+    def begin(self) -> None:
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.tanh(self.norm(self.linear(x)))
+
+
+class WithWeightNorm(Block):
+    def begin(self) -> None:
+        self.linear = nn.utils.parametrizations.weight_norm(self.linear)
+
+
+class Balanced(Block):
+    """A router's bias, which the model moves by what the layers have seen."""
+
+    def begin(self) -> None:
+        self.register_buffer("bias", torch.zeros(WIDTH))
+        self.bias: torch.Tensor
+        self.load = torch.zeros(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.linear(x) + self.bias
+        self.load = hidden.detach().sign().mean(0)
+        return x + torch.tanh(hidden)
+
+
+class Balancing(Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(x)
+        for layer in self.layers:
+            assert isinstance(layer, Balanced)
+            layer.bias -= 0.1 * layer.load
+        return loss
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.calls += 1
+        return x + torch.tanh(self.linear(x)) * (1 + 0.1 * (self.calls % 3))
+
+
+class CountingForAll(Block):
+    """In the class, and in a list of it."""
+
+    calls = 0
+    seen: list[float] = []  # noqa: RUF012
+
+    def forward(self, x: torch.Tensor) -> Any:
+        CountingForAll.calls += 1
+        self.seen.append(self.calls % 3)
+        return x + torch.tanh(self.linear(x)) * (1 + 0.1 * self.seen[-1] * (len(self.seen) % 2))
+
+
+class CountsOutside(Blocks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[float]] = {"first": []}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(x * (1 + sum(self.seen["first"][-2:])))
+        self.seen["first"].append(loss.item() % 1)
+        return loss
+
+
+LAST: dict[str, torch.Tensor] = {}
+
+
+class InGlobal(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.linear(x)
+        result = x + torch.tanh(hidden) * (1 + 0.3 * LAST.get("hidden", torch.zeros(())).to(x.device))
+        LAST["hidden"] = hidden.detach()
+        return result
+
+
+class TellsTheNext(Block):
+    def begin(self) -> None:
+        self.scale = torch.ones(())
+        self.next: list[TellsTheNext] = []
+
+    def forward(self, x: torch.Tensor) -> Any:
+        result = x + self.scale.to(x.device) * torch.tanh(self.linear(x))
+        self.next[0].scale = result.detach().mean()
+        return result
+
+
+class RingOfBlocks(Blocks):
+    def __init__(self) -> None:
+        super().__init__(TellsTheNext)
+        for number, layer in enumerate(self.layers):
+            layer.next = [self.layers[(number + 1) % len(self.layers)]]  # type: ignore[assignment]
+
+
+class Draws(Block):
+    """Random numbers that torch's default generator has no part in."""
+
+    source = "python"
+
+    def begin(self) -> None:
+        self.own = {
+            "python": random,
+            "numpy": np.random,
+            "own": random.Random(self.number),
+            "own of numpy": np.random.default_rng(self.number),
+        }.get(self.source)
+        self.generator = torch.Generator().manual_seed(self.number)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        drawn = torch.rand(WIDTH, generator=self.generator) if self.own is None else self.own.random()  # type: ignore[attr-defined]
+        return x + torch.tanh(self.linear(x)) * (0.5 + torch.as_tensor(drawn, dtype=x.dtype).to(x.device))
+
+
+def _with(kind: type[Block], **settings: Any) -> Callable[[], Blocks]:
+    return lambda: Blocks(type(kind.__name__, (kind,), settings))
+
+
+def _counted_for_all() -> Blocks:
+    CountingForAll.calls = 0
+    CountingForAll.seen.clear()
+    return Blocks(CountingForAll)
+
+
+def _with_global() -> Blocks:
+    LAST.clear()
+    return Blocks(InGlobal)
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: Blocks(WithBatchNorm),
+    "weight norm": lambda: Blocks(WithWeightNorm),
+    "buffer": lambda: Blocks(WithBuffer),
+    "buffer, past autograd": _with(WithBuffer, how="past autograd"),
+    "buffer, bound anew": _with(WithBuffer, how="bound anew"),
+    "buffer that the model changes": lambda: Balancing(Balanced),
+    "counter": lambda: Blocks(Counting),
+    "counter of the class": _counted_for_all,
+    "counter between layers": CountsOutside,
+    "global": _with_global,
+    "attribute of another layer": RingOfBlocks,
+    **{
+        f"random: {source}": _with(Draws, source=source)
+        for source in ("python", "numpy", "own", "own of numpy", "torch")
+    },
+}
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_forward_changes_is_what_plain_pytorch_has(kind: str, mode: Mode, tmp_path: Path) -> None:
+    assert_exact(KINDS[kind], mode, tmp_path)
+
+
+class MadeOnce(Block):
+    """What is made when it is first needed, as tables of rotations are."""
+
+    def begin(self) -> None:
+        self.table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, WIDTH, device=x.device)
+        return x + torch.tanh(self.linear(x)) * self.table
+
+
+def test_what_moves_once_shares_sweeps_again(tmp_path: Path) -> None:
+    with _parameters_on_meta():
+        model = Blocks(MadeOnce)
+    opened = open_blocks(model, Mode(), tmp_path)
+    reads = []
+    for step in range(4):
+        work = [MicroBatch(lambda: model(torch.ones(3, WIDTH)), 0.5, number) for number in range(2)]
+        opened.train_step(work, AdamW(1e-3), more=step < 3)
+        reads.append(len(opened._dealer.deal(work)))
+    opened.close()
+    assert reads == [2, 1, 1, 1]
+
+
+def test_the_dry_forward_moves_nothing(tmp_path: Path) -> None:
+    with _parameters_on_meta():
+        model = Blocks(Counting)
+    open_blocks(model, Mode(), tmp_path).close()
+    assert [layer.calls for layer in model.layers] == [0] * 4
+    assert (
+        engine(KINDS["random: torch"], Mode(), tmp_path).losses
+        == engine(KINDS["random: torch"], Mode(keep=True), tmp_path).losses
+    )

@@ -1,0 +1,70 @@
+"""How the micro-batches of a step are dealt to sweeps: together, or one by one where they can't share a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zinf_cli.engine.lane import MicroBatch
+from zinf_cli.engine.moving_state import MovingState, named
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.sweep import Disagreement
+from zinf_cli.errors import ModelError
+
+
+class Dealer:
+    """`per_sweep` micro-batches a sweep (None: all), until they disagree or change the model's own `state`."""
+
+    def __init__(self, per_sweep: int | None, state: MovingState, ranks: Ranks, notice: Callable[[str], None]) -> None:
+        self._per_sweep = per_sweep
+        self._state = state
+        self._ranks = ranks
+        self._notice = notice
+        self._moved: set[tuple[str, str]] = set()
+        """What the step before has changed in the model."""
+
+    def deal(self, batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
+        size = 1 if self._state.moving else self._per_sweep or len(batches)
+        return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
+
+    def until_agreed(self, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """What `run` returns, which deals them and sweeps; it is begun again where they can't share a sweep."""
+        while True:
+            known = len(self._state.moving)
+            try:
+                return run()
+            except Disagreement:
+                if len(self._state.moving) > known:
+                    self._note_moving()
+                elif self._per_sweep == 1 and self._ranks.world_size == 1:
+                    raise AssertionError("one micro-batch can't disagree with itself") from None
+                else:
+                    self._notice(
+                        "micro-batches take different ways through the model: one micro-batch per sweep from here on"
+                    )
+                    self._per_sweep = 1
+                if self._ranks.world_size > 1:  # how many sweeps there are is the same on all
+                    self._per_sweep = 1
+
+    def step_done(self) -> None:
+        """Of training. What has moved once (made when first needed) is no reason to go on with small sweeps."""
+        if not self._state.moving:
+            return
+        moved = self._state.moved()
+        if self._ranks.world_size == 1:
+            if not moved:
+                self._state.moving.clear()
+        elif always := sorted(moved & self._moved):
+            raise ModelError(
+                f"the model's forward changes {named(always[0])} in every step, on each rank in its own way",
+                hint="train it on one rank",
+            )
+        self._moved = moved
+
+    def _note_moving(self) -> None:
+        names = [named(place) for place in sorted(self._state.moving)]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        self._notice(
+            f"the model's forward changes its own {', '.join(names[:2])}{more}: one micro-batch per sweep while it does"
+        )

@@ -1,0 +1,286 @@
+"""What a forward changes in the model itself: buffers (BatchNorm's, an average), attributes, counters, generators.
+
+Plain PyTorch runs one micro-batch after the other, each layer once. Here all pass a unit before any goes on, and a unit
+runs again in backward. So whoever reads what another call has left there would read something else. `MovingState`
+notices: it compares the whole model before a step's first unit and after a sweep's last. Where something has moved, the
+model is put back, and the step begins again with one micro-batch a sweep, which is plain PyTorch's order. From then on
+every call remembers what those places held, and its recompute finds it there.
+
+A place is an attribute or buffer of a module, an attribute of its class, or a variable that its class's functions name
+(a global, a closure), with all that can be reached from there; the two global generators of Python and numpy are
+places, too. What hides its state from Python (an iterator, a file) is not seen.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, FunctionType, MethodType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from zinf_cli.engine.carriers import Carrier, ends_walk, holds_values, read_carrier
+
+_ASIDE = frozenset({*vars(nn.Module()), "forward"})
+_NONE = object()
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+_VARIABLES = (bool, int, float, type(None), torch.Tensor, list, dict, set, deque, np.ndarray, torch.Generator)
+"""What a class or a variable beside it holds where it is state, and no function, module or class."""
+
+_STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    torch.Generator: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
+    random.Random: (lambda own: own.getstate(), lambda own, state: own.setstate(state)),
+    np.random.RandomState: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
+    np.random.Generator: (lambda own: own.bit_generator.state, lambda own, state: _set_bits(own, state)),
+    np.ndarray: (lambda own: own.copy(), lambda own, state: np.copyto(own, state)),
+    torch.Tensor: (lambda own: own.detach().clone(), lambda own, state: _set_values(own, state)),
+}
+"""How to take and to put the state of an object of this class."""
+
+
+@dataclass
+class _Held:
+    """What a place held at some moment, and all that could be reached from there and from no place before."""
+
+    value: Any
+    carriers: list[Carrier]
+    states: list[tuple[Any, Any]]
+    """(object, its state)."""
+
+    def same_as(self, other: _Held) -> bool:
+        return (
+            _same(self.value, other.value)
+            and len(self.carriers) == len(other.carriers)
+            and len(self.states) == len(other.states)
+            and all(map(_same_carrier, self.carriers, other.carriers))
+            and all(_same(one, two) for (_, one), (_, two) in zip(self.states, other.states, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Names and what they stand for: what a module, a class or a function knows."""
+
+    values: Callable[[], Mapping[str, Any]]
+    put: Callable[[str, Any], None]
+
+
+Moment = dict[tuple[str, str], _Held]
+"""What places held, by space and name."""
+_ABSENT = _Held(_NONE, [], [])
+
+
+class MovingState:
+    """The places of a model that its forward changes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._spaces: dict[str, _Space] = {}
+        self._before: Moment = {}
+        self._last: Moment = {}
+        self.moving: set[tuple[str, str]] = set()
+        """The places that a forward has changed."""
+
+    def begin(self) -> None:
+        """A step, or an evaluation, is about to begin."""
+        self._spaces = dict(_spaces(self._model))
+        self._before = self._now()
+
+    def notices(self) -> bool:
+        """Whether another place than those known has moved since `begin`."""
+        new = self.moved() - self.moving
+        self.moving |= new
+        return bool(new)
+
+    def moved(self) -> set[tuple[str, str]]:
+        """The places that hold something else than at `begin`."""
+        now = self._now()
+        gone = self._before.keys() - now.keys()
+        return gone | {place for place, held in now.items() if not held.same_as(self._before.get(place, _ABSENT))}
+
+    def put_back(self) -> None:
+        """As it was at `begin`."""
+        self.go_to({**dict.fromkeys(self._now(), _ABSENT), **self._before})
+
+    def moment(self) -> Moment:
+        """What the places that move hold now. What has not changed since the last one is not copied again."""
+        last = self._last
+        self._last = {
+            place: last[place] if place in last and held.same_as(last[place]) else held
+            for place, held in self._of_those_that_move().items()
+        }
+        return self._last
+
+    def go_to(self, moment: Moment) -> None:
+        """Let them hold that."""
+        for (space, name), held in moment.items():
+            self._spaces[space].put(name, held.value)
+            for carrier in held.carriers:
+                carrier.put()
+            for owner, state in held.states:
+                _stateful(owner)[1](owner, state)
+
+    def _now(self) -> Moment:
+        seen: set[int] = set()
+        return {
+            (label, name): _held(value, seen)
+            for label, space in self._spaces.items()
+            for name, value in space.values().items()
+            if name not in _ASIDE
+        }
+
+    def _of_those_that_move(self) -> Moment:
+        seen: set[int] = set()
+        values = {label: self._spaces[label].values() for label, _ in self.moving}
+        return {(label, name): _held(values[label].get(name, _NONE), seen) for label, name in sorted(self.moving)}
+
+
+def named(place: tuple[str, str]) -> str:
+    """A place for the eyes."""
+    return ".".join(part for part in place if part)
+
+
+def _held(value: Any, seen: set[int]) -> _Held:
+    held = _Held(value, [], [])
+    ahead = [value]
+    while ahead:
+        part = ahead.pop()
+        kind = type(part)
+        if kind in _PLAIN or id(part) in seen:
+            continue
+        if isinstance(part, tuple):
+            ahead.extend(reversed(part))
+        elif kind is MethodType:
+            ahead.append(part.__self__)
+        elif isinstance(part, torch.Tensor) and (isinstance(part, nn.Parameter) or part.grad_fn is not None):
+            continue  # the one moves by updates alone; the other is of one call
+        elif (stateful := _stateful(part)) is not None:
+            seen.add(id(part))
+            held.states.append((part, stateful[0](part)))
+        elif not ends_walk(part) and not _foreign(kind) and holds_values(part):
+            seen.add(id(part))
+            held.carriers.append(Carrier(part, read_carrier(part)))
+            ahead.extend(reversed(held.carriers[-1].held.values()))
+    return held
+
+
+def _stateful(value: Any) -> Any:
+    return next((_STATEFUL[base] for base in type(value).__mro__ if base in _STATEFUL), None)
+
+
+def _foreign(kind: type) -> bool:
+    """A class of Python's own library (a logger's, a lock's), which leads to the whole program."""
+    room = kind.__module__.partition(".")[0]
+    own = room in ("builtins", "collections") or kind in (SimpleNamespace, FunctionType, partial)
+    return not own and room in sys.stdlib_module_names
+
+
+def _same(one: Any, two: Any) -> bool:
+    """One value as good as the other; a tensor by what it holds."""
+    if one is two:
+        return True
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, torch.Tensor):
+        alike = (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
+        return bool(alike and (one.is_meta or _same_bytes(one, two)))
+    if isinstance(one, np.ndarray):
+        return one.shape == two.shape and one.dtype == two.dtype and bool(one.tobytes() == two.tobytes())
+    if isinstance(one, tuple):
+        return len(one) == len(two) and all(map(_same, one, two))
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(map(_same, one.values(), two.values()))
+    return type(one) in _PLAIN and repr(one) == repr(two)
+
+
+def _same_carrier(one: Carrier, two: Carrier) -> bool:
+    return (
+        one.owner is two.owner
+        and list(one.held) == list(two.held)
+        and all(map(_same, one.held.values(), two.held.values()))
+    )
+
+
+def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
+    raw = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)]
+    return bool(torch.equal(*raw))
+
+
+def _set_bits(generator: np.random.Generator, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+def _set_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Past the count of changes: a graph that has saved the tensor finds it again as it was."""
+    if not _same(tensor, values):
+        tensor.data = tensor.data if tensor.shape == values.shape else torch.empty_like(values)
+        tensor.data.copy_(values)
+
+
+def _spaces(model: nn.Module) -> Iterator[tuple[str, _Space]]:
+    kinds: dict[type, None] = {}
+    for path, module in model.named_modules():
+        for kind in type(module).__mro__ if type(module) not in kinds else ():
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "transformers"):
+                kinds.setdefault(kind)
+        yield path, _Space(partial(_both, module), partial(_set, module))
+    for kind in kinds:
+        yield f"class {kind.__qualname__}", _Space(partial(_state_in, vars(kind), vars(kind)), partial(setattr, kind))
+        for name, function in list(vars(kind).items()):
+            if isinstance(function, FunctionType):
+                known, label = function.__globals__, f"{kind.__qualname__}.{name}"
+                yield (
+                    f"{label} globals",
+                    _Space(partial(_state_in, known, function.__code__.co_names), partial(_put, known)),
+                )
+                cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+                cells.pop("__class__", None)
+                yield label, _Space(partial(_contents, cells), partial(_fill, cells))
+    fixed = {"random": random.getstate.__self__, "numpy.random": np.random.get_state.__self__}  # type: ignore[attr-defined]
+    yield "global", _Space(lambda: fixed, lambda name, value: None)
+
+
+def _both(module: nn.Module) -> Mapping[str, Any]:
+    return {**module.__dict__, **module._buffers}
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    _put(module._buffers if name in module._buffers else module.__dict__, name, value)
+
+
+def _put(space: dict[str, Any], name: str, value: Any) -> None:
+    if value is _NONE:
+        space.pop(name, None)
+    elif space.get(name, _NONE) is not value:
+        space[name] = value
+
+
+def _state_in(space: Mapping[str, Any], names: Any) -> Mapping[str, Any]:
+    """Of a class or of what a function knows, variables that hold no function, module or class."""
+    return {
+        name: space[name]
+        for name in names
+        if name in space and isinstance(space[name], _VARIABLES) and not name.startswith("__")
+    }
+
+
+def _contents(cells: Mapping[str, CellType]) -> Mapping[str, Any]:
+    found = {}
+    for name, cell in cells.items():
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:
+            continue
+    return found
+
+
+def _fill(cells: Mapping[str, CellType], name: str, value: Any) -> None:
+    if value is not _NONE:
+        cells[name].cell_contents = value
