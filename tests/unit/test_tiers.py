@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import CapacityError, PreflightError, TierError
+from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.memory import MemoryTier
@@ -150,6 +151,15 @@ def test_what_is_reserved_is_what_is_asked_for(num_bytes: int, tmp_path: Path) -
         extent = tier.allocate(num_bytes, "all of it")
         extent.write(0, buffer(num_bytes, 7)).wait()
         assert sum(os.fstat(file).st_size for file in tier._files) == num_bytes
+
+
+def test_what_takes_more_than_was_reserved_gets_the_margin_of_the_plan(tmp_path: Path) -> None:
+    with nvme(tmp_path) as tier:
+        tier.reserve(3 * PAGE)
+        tier.allocate(4 * PAGE, "more")
+        assert os.fstat(tier._files[0]).st_size == 3 * PAGE + GROWTH
+        tier.allocate(2 * GROWTH, "far more")
+        assert os.fstat(tier._files[0]).st_size == 4 * PAGE + 2 * GROWTH
 
 
 def test_a_quota_is_called_a_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

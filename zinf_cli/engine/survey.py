@@ -141,6 +141,9 @@ class _Watch(TorchFunctionMode):
         self._owner: dict[int, int] = {}
         self.writes = WrittenWeights()
         self._seen: set[int] = set()
+        self._saved: set[int] = set()
+        """Of these, what calls of units have saved. Each call saves its own, and so again, see keep.py:"""
+        self._again: set[int] = set()
         self._known: list[StorageWeakRef] = []
         """Of storages that have a number in one of these: it stays theirs when they are freed."""
         for number in range(len(units)):
@@ -204,6 +207,7 @@ class _Watch(TorchFunctionMode):
             leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
             inputs = {id(t): t for t in leaves if t.requires_grad}.values()
             self._note_seen(t for t in leaves if not t.requires_grad)
+            self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
             sizes = {id(t): round_up(t.numel() * t.element_size()) for t in inputs}
             use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
             use.call_bytes = max(use.call_bytes, sum(sizes.values()))
@@ -280,10 +284,13 @@ class _Watch(TorchFunctionMode):
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Counts what autograd saves, and keeps none of it where it takes memory: there is no backward."""
-        if storage_of(tensor) not in self._seen:
+        storage = storage_of(tensor)
+        if storage not in self._seen or (self._active and storage in self._again):
             self._note_seen([tensor])
+            self._again.discard(storage)
             num_bytes = tensor.untyped_storage().nbytes()
             if self._active:
+                self._saved.add(storage)
                 self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
             else:
                 self.tail_bytes += num_bytes

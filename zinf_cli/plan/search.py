@@ -267,7 +267,7 @@ def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: W
     for line in _lines(figures, choice, states, working, room):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     if needed["nvme"]:
-        needed["nvme"] += GROWTH * figures.ranks_per_host  # extents are whole pages: the states' exact bytes and a bit
+        needed["nvme"] += GROWTH * figures.ranks_per_host  # for activations whose sizes data decides
     return needed
 
 

@@ -174,7 +174,7 @@ class NvmeTier:
             start = self._next
             self._next += size
             if self._next > self._reserved:
-                self.reserve(self._next + GROWTH)
+                self.reserve(max(self._next, self._reserved + GROWTH))
         self.used += size
         self.peak = max(self.peak, self.used)
         return Extent(self, size, label, start=start)
