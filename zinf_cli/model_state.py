@@ -87,11 +87,6 @@ class OptimizerState:
         return trainable * self.bytes_per_param(narrow=False) + narrow * MASTER.item_bytes
 
     @property
-    def stored_bytes_per_param(self) -> int:
-        """In a checkpoint."""
-        return sum(field.item_bytes for field in self.stored(narrow=True))
-
-    @property
     def moved_bytes_per_param(self) -> int:
         """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out."""
         return GRAD.item_bytes + 2 * self.bytes_per_param(narrow=True)

@@ -21,6 +21,7 @@ from zinf_cli.launch.runner import _marked
 from zinf_cli.machine import drive_files
 from zinf_cli.machine.drive_files import file_system_of, open_nameless, set_direct
 from zinf_cli.machine.hardware import Space, drive_space, room_of, share_in_memory
+from zinf_cli.machine.profile_file import Best, Measured, Nvme
 from zinf_cli.run_folder.folder import locked
 
 MIB = 2**20
@@ -152,6 +153,10 @@ def test_subvolumes_and_bind_mounts_are_one_space(mount: Mount) -> None:
     assert whole.device == one.device == two.device != apart.device
     assert room_of([one, two]) <= room_of([whole]) <= whole.free_bytes
     assert room_of([one, apart]) <= 2 * one.free_bytes
+    best = Best(bytes_per_s=1e9, block_size=MIB, threads=4)
+    nvme = Nvme(folders=(folder / "one",), space=MIB, read=best, write=best, both=1e9)
+    assert Measured(nvme=nvme).covers([folder / "two" / "not made"])
+    assert not Measured(nvme=nvme).covers([other])
 
 
 def space(device: str, free_bytes: int, *, in_memory: bool = False) -> Space:

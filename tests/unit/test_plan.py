@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS, random_source
 from tiny_recipes import CLASSES, recipe_of
+from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
@@ -27,6 +30,7 @@ from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Checkpoint, Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
@@ -54,18 +58,25 @@ def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describing, "_flops", lambda *_: FLOPS)
 
 
+class Closed(NamedTuple):
+    """What a tier on drives had come to when it was closed, in bytes: the length of its files, what went into them."""
+
+    allocated: int
+    written: int
+
+
 @pytest.fixture
-def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How long the files of each run were on its drives when it ended."""
-    sizes: list[int] = []
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
+    """All that are closed, in this process."""
+    tiers: list[Closed] = []
     close = NvmeTier.close
 
     def note_and_close(tier: NvmeTier) -> None:
-        sizes.append(sum(os.fstat(file).st_size for file in tier._files))
+        tiers.append(Closed(sum(os.fstat(file).st_size for file in tier._files), tier.write_bytes))
         close(tier)
 
     monkeypatch.setattr(NvmeTier, "close", note_and_close)
-    return sizes
+    return tiers
 
 
 def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
@@ -80,7 +91,7 @@ def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("per_sweep", [1, 3])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
-def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path, allocated: list[int]) -> None:
+def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name, micro_batches_per_sweep=per_sweep)
     plan = make_plan(recipe, describe(recipe, 1))
     ample = run(recipe, plan)
@@ -89,7 +100,7 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path,
     tight = run(recipe, least)
     assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
     assert max(line["nvme_bytes"] for line in ample) == plan.nvme_bytes
-    assert allocated == [plan.nvme_bytes] * 2
+    assert [tier.allocated for tier in closed] == [plan.nvme_bytes] * 2
 
 
 def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
@@ -117,7 +128,7 @@ def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kept_activations_are_as_planned(name: str, tmp_path: Path, allocated: list[int]) -> None:
+def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name).model_copy(update={"activation_checkpointing": "none"})
     plan = make_plan(recipe, describe(recipe, 1))
     tight = replace(plan, working=plan.working.shrunk(1 << 60))
@@ -126,7 +137,7 @@ def test_kept_activations_are_as_planned(name: str, tmp_path: Path, allocated: l
     recomputing = make_plan(recipe.model_copy(update={"activation_checkpointing": "unit"}), plan.figures)
     assert states["activations"] > next(line.num_bytes for line in recomputing.lines if line.what == "activations")
     assert max(line["nvme_bytes"] for line in lines) == plan.nvme_bytes
-    assert allocated == [plan.nvme_bytes]
+    assert [tier.allocated for tier in closed] == [plan.nvme_bytes]
 
 
 @pytest.mark.parametrize(("name", "ranks", "kept"), [("llama", 3, False), ("t5", 2, True), ("deepseek_v3", 2, True)])
@@ -282,6 +293,84 @@ def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
     run(recipe, make_plan(recipe, figures))
     manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
     assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
+
+
+@pytest.fixture
+def other_drive() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"zinf-test-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "precision", "share"),
+    [
+        ({}, "fp32", 0),  # updates write into the checkpoint
+        ({"params": "cpu"}, "bf16", 0),  # which holds the masters, a part of the optimizer's states
+        ({"params": "cpu"}, "fp32", 1 / 3),
+        (dict.fromkeys(CLASSES, "cpu"), "fp32", 1),
+    ],
+)
+def test_a_checkpoint_moves_what_the_plan_says(
+    tiers: dict[str, str], precision: str, share: float, tmp_path: Path, closed: list[Closed]
+) -> None:
+    assert_checkpoint_moves(tmp_path, closed, tiers, precision, share)
+
+
+def test_a_checkpoint_on_another_drive_is_a_second_copy(
+    tmp_path: Path, other_drive: Path, closed: list[Closed]
+) -> None:
+    plan = assert_checkpoint_moves(tmp_path, closed, {"nvme_path": str(other_drive)}, "fp32", 1)
+    assert plan.checkpoint is not None
+    assert not plan.checkpoint.drive_shared
+
+
+def assert_checkpoint_moves(
+    folder: Path, closed: list[Closed], tiers: dict[str, str], precision: str, share: float
+) -> Plan:
+    """A step with a checkpoint writes `share` of it beside what a step writes."""
+    recipe = recipe_of(folder, "llama", precision=precision, max_steps=4)
+    offload = recipe.offload.model_validate({**recipe.offload.model_dump(exclude_none=True), **tiers})
+    recipe = recipe.model_copy(update={"offload": offload})
+    figures = describe(recipe, 1)
+    plain = make_plan(recipe, figures)
+    assert plain.checkpoint is None
+    losses = [line["loss"] for line in run(recipe, plain)]
+    written = sum(tier.written for tier in closed)
+    closed.clear()
+    recipe = recipe.model_copy(update={"checkpoint": Checkpoint(interval=2)})
+    plan = make_plan(recipe, figures)
+    assert plan.checkpoint is not None
+    assert plan.checkpoint.num_bytes == checkpoint_bytes(figures)
+    assert plan.checkpoint.traffic == round(share * plan.checkpoint.num_bytes)
+    assert Plan.load(written_to(folder / "plan.json", plan)) == plan
+    screen = StringIO()
+    Console(width=500, file=screen).print(plan_screen(plan, "tiny", []))
+    assert f"every 2 steps {format_bytes(plan.checkpoint.num_bytes)} to {recipe.output_dir}" in screen.getvalue()
+    assert [line["loss"] for line in run(recipe, plan)] == losses
+    assert sum(tier.written for tier in closed) - written == 2 * plan.checkpoint.traffic
+    return plan
+
+
+def written_to(path: Path, plan: Plan) -> Path:
+    path.write_text(json.dumps(plan.to_json()))
+    return path
+
+
+def test_a_slow_drive_of_checkpoints_holds_up_their_steps(tmp_path: Path) -> None:
+    """Beside the tier's traffic where it is the same drive, and beside nothing else where it is another."""
+    recipe = recipe_of(tmp_path, "llama", tier="cpu").model_copy(update={"checkpoint": Checkpoint(interval=2)})
+    figures = describe(recipe, 1)
+    profile = profile_here(figures, [tmp_path], None)
+    slow = replace(profile, drives=replace(profile.drives, read=1e6, write=1e6, both=1e6))
+    for name, tier in (("cpu", recipe), ("nvme", recipe_of(tmp_path, "llama"))):
+        plan = make_plan(tier.model_copy(update={"checkpoint": recipe.checkpoint}), figures, slow)
+        assert plan.checkpoint is not None
+        if name == "cpu":
+            assert plan.checkpoint.step_s == pytest.approx(plan.checkpoint.num_bytes / 1e6)
+            assert plan.checkpoint.step_s > plan.step_s
+        else:
+            assert plan.checkpoint.step_s == plan.step_s
 
 
 @pytest.mark.parametrize("said", [TRIED, GUESSED])

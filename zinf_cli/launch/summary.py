@@ -33,6 +33,9 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     calm = [_calm(line) for line in steady]
     planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in calm]
     expected = [plan.calm_step_s if each else plan.step_s for each in calm]
+    if (saved := plan.checkpoint) is not None and saved.interval == 1:  # else most steps have none
+        planned = [traffic + saved.traffic // plan.world_size for traffic in planned]
+        expected = [saved.step_s] * len(expected)
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,

@@ -119,6 +119,21 @@ def file_system_of(descriptor: int) -> str:
     return str(os.fstat(descriptor).st_dev)
 
 
+def file_system_at(folder: Path) -> str:
+    """`file_system_of` what is made in a folder, which need not be there yet."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        descriptor = os.open(existing, os.O_RDONLY)
+    except PermissionError:
+        descriptor = os.open(existing, os.O_PATH)
+    try:
+        return file_system_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _create(folder: Path) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
+from zinf_cli.machine.drive_files import file_system_at
 from zinf_cli.machine.profiles import (
     ASSUMED_ADAMW,
     ASSUMED_GATHER,
@@ -138,7 +139,10 @@ class Measured(Section):
 
     def covers(self, folders: Sequence[Path]) -> bool:
         """Whether its drives are those of `folders`: the same file systems."""
-        return self.nvme is not None and _devices(folders) == _devices(self.nvme.folders)
+        if self.nvme is None:
+            return False
+        ours, measured = ({file_system_at(folder) for folder in each} for each in (folders, self.nvme.folders))
+        return ours == measured
 
 
 def places(recipe: Path | None) -> list[Path]:
@@ -258,14 +262,3 @@ def _describe(entry: Any) -> str:
     if entry["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         message = f"{entry['input']} is absurd: {message[0].lower()}{message[1:]}"
     return f"{key}: {message}" if key else message
-
-
-def _devices(folders: Sequence[Path]) -> set[int]:
-    """The file systems of folders, or of what exists above them."""
-    found = set()
-    for folder in folders:
-        existing = folder
-        while not existing.exists():
-            existing = existing.parent
-        found.add(existing.stat().st_dev)
-    return found

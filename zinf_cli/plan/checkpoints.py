@@ -1,20 +1,65 @@
-"""The disk space that a run's checkpoints will take."""
+"""The checkpoints of a run: how large they are, how many will come, and the drive that takes them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, steps_done
+from zinf_cli.checkpoint.folder import FOLDER, checkpoints_of, checkpoints_to_resume, steps_done
 from zinf_cli.machine.hardware import drive_space
-from zinf_cli.plan.layout import Figures
+from zinf_cli.model_state import FP32_BYTES, OptimizerState
+from zinf_cli.plan.layout import Figures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class CheckpointDrive:
+    """Where checkpoints go, as the NVMe tier sees it."""
+
+    folder: str
+    free_bytes: int
+    shared: float
+    """Which share of the tier's bytes lies on the same file system."""
+    to_come: int
+    """How many more checkpoints there will be at once."""
+
+    @property
+    def takes_updates(self) -> bool:
+        """Whether updates of what lies on the tier can write into a checkpoint instead (engine/capture.py)."""
+        return self.shared == 1
+
+    def left(self, nvme_bytes: int) -> int:
+        """Free bytes for checkpoints, once the NVMe tier has taken `nvme_bytes`, evenly from its folders."""
+        return self.free_bytes - int(nvme_bytes * self.shared)
+
+
+def checkpoint_drive(recipe: Recipe, nvme_folders: Sequence[Path], max_steps: int) -> CheckpointDrive | None:
+    """None where the run will write none; PreflightError where none can be written."""
+    to_come = checkpoints_to_come(recipe, max_steps)
+    if not to_come:
+        return None
+    space = drive_space(recipe.output_dir / FOLDER, "output_dir")
+    shared = sum(drive_space(folder).device == space.device for folder in nvme_folders)
+    return CheckpointDrive(space.folder, space.free_bytes, shared / max(1, len(nvme_folders)), to_come)
+
+
+def stored_bytes(optimizer: OptimizerState, unit: UnitFigures) -> dict[str, int]:
+    """What a checkpoint holds of a unit, all ranks, by the class of state that it is a part of.
+
+    "frozen" parameters are no state that an update writes: they are stored as the model computes with them.
+    """
+    stored = Counter({"frozen": unit.frozen_bytes})
+    for narrow, numel in ((True, unit.master_numel), (False, unit.trainable_numel - unit.master_numel)):
+        for field in optimizer.stored(narrow=narrow):
+            stored[field.state] += numel * (FP32_BYTES if field.dtype is None else field.item_bytes)
+    return stored
+
+
 def checkpoint_bytes(figures: Figures) -> int:
-    """One checkpoint, all ranks: all that it stores of what is trained, and the rest as the model computes with it."""
-    stored = figures.optimizer.stored_bytes_per_param
-    return sum(unit.trainable_numel * stored + unit.frozen_bytes for unit in figures.model.units)
+    """One checkpoint, all ranks."""
+    return sum(sum(stored_bytes(figures.optimizer, unit).values()) for unit in figures.model.units)
 
 
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
@@ -33,10 +78,3 @@ def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
         return written
     there = len(checkpoints_of(recipe.output_dir)) if recipe.checkpoint.resume == "auto" else 0
     return max(1, min(written + there, kept + (2 if interval == 1 else 1)) - there)
-
-
-def space_left(recipe: Recipe, nvme_folders: Sequence[Path], nvme_bytes: int) -> int:
-    """Free bytes for checkpoints, once the NVMe tier has taken `nvme_bytes`, evenly from its folders."""
-    space = drive_space(recipe.output_dir, "output_dir")
-    shared = sum(drive_space(folder).device == space.device for folder in nvme_folders)
-    return space.free_bytes - nvme_bytes * shared // max(1, len(nvme_folders))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
@@ -76,6 +77,7 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
         "bottleneck": plan.bottleneck,
         "lanes": plan.busy,
         "nvme_traffic_bytes": plan.nvme_traffic,
+        "checkpoint": None if plan.checkpoint is None else asdict(plan.checkpoint),
     }
 
 

@@ -39,6 +39,23 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class CheckpointStep:
+    """A step with a checkpoint. Bytes are those of all ranks."""
+
+    interval: int
+    """Steps between two."""
+    folder: str
+    num_bytes: int
+    """Of the checkpoint."""
+    traffic: int
+    """What is written to its drive beside what a step moves anyway: see plan/traffic.py."""
+    drive_shared: bool
+    """Whether (some of) the NVMe tier lies on that drive."""
+    step_s: float = 0.0
+    """Expected seconds of such a step."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
 
@@ -85,6 +102,8 @@ class Plan:
     """Threads and blocks on the drives."""
     drives_measured: bool = False
     """Whether the drives' speed was measured on this machine."""
+    checkpoint: CheckpointStep | None = None
+    """None where the run will write none."""
     resume: str | None = None
     """The checkpoint the run goes on from."""
 
@@ -132,5 +151,7 @@ class Plan:
         for name in ("kept_units", "cached_units", "cached_states", "nvme_folders"):
             document[name] = tuple(document[name])
         document["io"] = Io(**document["io"])
+        if document["checkpoint"] is not None:
+            document["checkpoint"] = CheckpointStep(**document["checkpoint"])
         document["figures"] = Figures.from_json(document["figures"])
         return cls(**document)

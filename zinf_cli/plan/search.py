@@ -18,7 +18,7 @@ from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
 from zinf_cli.model_state import STATES
-from zinf_cli.plan.checkpoints import checkpoint_bytes, checkpoints_to_come, space_left
+from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes, checkpoint_drive
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
@@ -36,10 +36,10 @@ from zinf_cli.plan.memory import (
     working_buffers,
 )
 from zinf_cli.plan.placement import placements, undominated
-from zinf_cli.plan.plan import Limit, Line, Plan
+from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan
 from zinf_cli.plan.predict import cluster_of, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
-from zinf_cli.plan.traffic import nvme_traffic
+from zinf_cli.plan.traffic import checkpoint_traffic, nvme_traffic
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 
@@ -88,7 +88,8 @@ def best_plan(
     if room is None and machine.cpu_bytes:
         room = Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
     room = room or room_here(nvme_folders(recipe))
-    judge = partial(_plan, recipe, figures, hosts, room, micro_batches, sequences)
+    drive = checkpoint_drive(recipe, nvme_folders(recipe), figures.data.max_steps)
+    judge = partial(_plan, recipe, figures, hosts, room, micro_batches, sequences, drive)
     profile = profile or profile_here(figures, nvme_folders(recipe), None)
     frugal = None
     for choices in _choices(recipe, figures, micro_batches):
@@ -141,8 +142,17 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     rates = rates_of(profile, cluster_of(plan, tokens))
     figures = plan.figures
     cores = 0 if figures.machine.accelerators else plan.threads_per_rank
+    checkpoint = plan.checkpoint
+    if checkpoint is not None:
+        # it is written behind the updates: the step is as long as what is longest, or its drive is at work
+        speed, before = ASSUMED_DRIVE_BANDWIDTH / plan.world_size, 0
+        if checkpoint.drive_shared:
+            speed, before = rates["both"], plan.nvme_traffic_clipped
+        drive_s = (before + checkpoint.traffic / plan.world_size) / speed if checkpoint.traffic else 0.0
+        checkpoint = replace(checkpoint, step_s=max(played.step_s, drive_s))
     return replace(
         plan,
+        checkpoint=checkpoint,
         io=choose_io(profile.drives, len(plan.nvme_folders), figures.ranks_per_host, cores),
         compute_s=plan.compute_s * figures.machine.flops / rates["matmul"],
         nvme_s=plan.nvme_traffic_clipped / rates["both"],
@@ -182,6 +192,7 @@ def _plan(
     room: Room,
     micro_batches: int,
     sequences: int,
+    drive: CheckpointDrive | None,
     choice: Choice,
 ) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
@@ -200,9 +211,9 @@ def _plan(
         for tier, (allowed, origin) in budgets.items()
         if needed[tier] or tier == choice.compute_tier
     ]
-    if count := checkpoints_to_come(recipe, figures.data.max_steps):
-        left = space_left(recipe, folders, needed["nvme"])
-        limits.append(Limit(CHECKPOINTS, count * checkpoint_bytes(figures), left, "this machine"))
+    if drive is not None:
+        needed_there = drive.to_come * checkpoint_bytes(figures)
+        limits.append(Limit(CHECKPOINTS, needed_there, drive.left(needed["nvme"]), "this machine"))
     traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
     waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
     most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches)
@@ -231,7 +242,18 @@ def _plan(
         nvme_traffic=traffic,
         nvme_traffic_clipped=most_traffic,
         figures=figures,
+        checkpoint=_checkpoint_step(recipe, figures, choice, drive),
     )
+
+
+def _checkpoint_step(
+    recipe: Recipe, figures: Figures, choice: Choice, drive: CheckpointDrive | None
+) -> CheckpointStep | None:
+    interval = recipe.checkpoint.interval
+    if drive is None or interval is None:
+        return None
+    traffic = checkpoint_traffic(figures, choice, drive)
+    return CheckpointStep(interval, drive.folder, checkpoint_bytes(figures), traffic, drive.shared > 0)
 
 
 def _recompute(figures: Figures, choice: Choice) -> float:

@@ -1,8 +1,9 @@
-"""Bytes that go to and from the drives in a step."""
+"""Bytes that go to and from the drives in a step, and to the drive of checkpoints in a step with one."""
 
 from __future__ import annotations
 
 from zinf_cli.model_state import GRAD
+from zinf_cli.plan.checkpoints import CheckpointDrive, stored_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes
 
@@ -32,4 +33,19 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
             total += 2 * figures.optimizer.num_bytes(unit.trainable_numel, unit.master_numel) // ranks
     if choice.placement["activations"] == "nvme":
         total += 2 * micro_batches * sum(activation_bytes(figures, choice))
+    return total
+
+
+def checkpoint_traffic(figures: Figures, choice: Choice, drive: CheckpointDrive) -> int:
+    """Bytes, all ranks, that a step with a checkpoint writes to its drive beside what a step moves anyway.
+
+    What an update puts on the NVMe tier goes into the checkpoint instead, where both share a drive. All else is a
+    second copy: state in memory or on other drives, and what no update touches.
+    """
+    total = 0
+    for number, unit in enumerate(figures.model.units):
+        updated = drive.takes_updates and (unit.resident or unit.calls > 0)
+        for state, num_bytes in stored_bytes(figures.optimizer, unit).items():
+            if state == "frozen" or not updated or choice.tier(state, number) != "nvme":
+                total += num_bytes
     return total

@@ -229,6 +229,8 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
     table.add_row("", "")
     band = f"give or take {100 * BAND:.0f} %" if known else "by assumed rates; zinf bench measures them"
     table.add_row("step", f"{seconds(played.step_s)}, {band}")
+    if plan.checkpoint is not None:
+        table.add_row("with checkpoint", seconds(plan.checkpoint.step_s))
     table.add_row("bound by", f"{played.bottleneck}; compute waits {100 * played.waiting:.0f} % of it")
     for lane, share in played.busy.items():
         if share >= 0.005:

@@ -12,7 +12,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.memory import NAMES
-from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.plan import CheckpointStep, Plan
 from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.screen import outside
 
@@ -47,6 +47,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         io = plan.io
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
+    if plan.checkpoint is not None:
+        head.add_row("checkpoint", _checkpoint(plan.checkpoint))
     for line in (*model.notes, *plan.figures.data.notes):
         head.add_row("note", outside(line))
     if defaults:
@@ -92,6 +94,16 @@ def _expectation(plan: Plan) -> str:
         traffic = format_bytes(plan.nvme_traffic_clipped)
         text += f", {traffic} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
     return text
+
+
+def _checkpoint(step: CheckpointStep) -> str:
+    """How often, how large, where, and what its step moves beside."""
+    every = "every step" if step.interval == 1 else f"every {step.interval} steps"
+    text = f"{every} {format_bytes(step.num_bytes)} to {step.folder}; "
+    if not step.traffic:
+        return text + "updates write into it instead of in place, which moves no byte more"
+    copied = "all of it" if step.traffic == step.num_bytes else format_bytes(step.traffic)
+    return text + f"{copied} is written beside what a step moves, and such a step takes {step.step_s:.2g} s"
 
 
 def _bytes_table(plan: Plan) -> Table:
