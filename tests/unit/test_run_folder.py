@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from tiny_models import CONFIGS
-from zinf_cli.checkpoint.folder import step_folder
+from zinf_cli.checkpoint.folder import find_checkpoint, step_folder
 from zinf_cli.commands import launch as service
 from zinf_cli.commands.launch import Ended, Request
 from zinf_cli.errors import PreflightError
@@ -125,3 +128,29 @@ def test_later_ones_make_room_for_a_run_from_an_earlier_one(tmp_path: Path) -> N
     ]
     assert (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "earlier" / "1" / "checkpoints" / "step-00000006").is_dir()
+
+
+@pytest.fixture
+def other_drive() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"zinf-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_checkpoints_on_another_drive_are_set_aside_there(tmp_path: Path, other_drive: Path) -> None:
+    """And a link in earlier/N leads to them."""
+    (tmp_path / "checkpoints").symlink_to(other_drive)
+    (tmp_path / "metrics.jsonl").touch()
+    for number, steps in ((1, (2, 4)), (2, (6,))):
+        for step in steps:
+            make_checkpoint(tmp_path, step)
+        (tmp_path / "checkpoints" / "latest").symlink_to(f"step-{steps[-1]:08d}")
+        _set_aside(tmp_path, None)
+        assert {path.name for path in other_drive.iterdir()} == {"earlier"}
+        moved = tmp_path / "earlier" / str(number) / "checkpoints"
+        assert moved.readlink() == other_drive / "earlier" / str(number)
+        assert {path.name for path in moved.iterdir()} == {*(f"step-{step:08d}" for step in steps), "latest"}
+        assert find_checkpoint(moved.parent).name == f"step-{steps[-1]:08d}"
+    assert (tmp_path / "earlier" / "1" / "metrics.jsonl").exists()
+    assert (tmp_path / "checkpoints").readlink() == other_drive

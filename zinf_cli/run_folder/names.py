@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,9 +40,23 @@ def set_aside(run_dir: Path, there: Sequence[Path]) -> None:
     if not there:
         return
     number = 1
-    while (run_dir / EARLIER / str(number)).exists():
+    while any((folder / EARLIER / str(number)).exists() for folder in {run_dir, *(path.parent for path in there)}):
         number += 1
     for path in there:
         target = run_dir / EARLIER / str(number) / path.relative_to(run_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        try:
+            path.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _lead_to_its_drive(target.parent, path.parent)
+            path.rename(target)
+
+
+def _lead_to_its_drive(folder: Path, source: Path) -> None:
+    """Let `folder`, in earlier/N, be a link to source/earlier/N: checkpoints/ may lie on another drive."""
+    home = source.resolve() / EARLIER / folder.parent.name
+    home.mkdir(parents=True)
+    folder.rmdir()
+    folder.symlink_to(home)
