@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from plain import open_engine
+from tiny_models import random_source
+from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.facts import facts
 from zinf_cli.launch.preflight import drives_of
@@ -23,6 +27,7 @@ from zinf_cli.machine.drive_files import file_system_of, open_nameless, set_dire
 from zinf_cli.machine.hardware import Space, drive_space, room_of, share_in_memory
 from zinf_cli.machine.profile_file import Best, Measured, Nvme
 from zinf_cli.run_folder.folder import locked
+from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 
 MIB = 2**20
 Mount = Callable[..., Path]
@@ -117,6 +122,29 @@ def test_direct_is_what_gets_past_the_page_cache(
     assert not (folder / "not").exists()
     (drive,) = drives_of(facts([], [str(folder / "not" / "made")]))
     assert replace(drive, free_bytes=space.free_bytes) == space
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        ("mkfs.ext4 -qF", "defaults", []),
+        ("mkfs.ext4 -qF", "data=journal", ["no O_DIRECT here, using buffered I/O"]),
+        ("mkfs.btrfs -qf", "defaults", ["no O_DIRECT here, using buffered I/O"]),  # whose checksums are worth it
+        ("tmpfs", "size=16M", ["this is memory (tmpfs), not a drive"]),
+    ],
+)
+def test_checkpoints_that_are_buffered_are_said_once(make: str, options: str, said: list[str], mount: Mount) -> None:
+    run_dir = mount(make, options)
+    notes: list[str] = []
+    engine = open_engine(random_source("llama"), EngineOptions())
+    writer = CheckpointWriter(run_dir, engine, Ranks(), lambda: iter([]), None, notes.append)
+    for step in (1, 2):
+        writer.write(Position(step, "fp32", 3 * step, "text", None, {}))
+    writer.close()
+    engine.close()
+    assert [note.partition(" (the")[0].partition(": what")[0] for note in notes] == [
+        f"{run_dir}/checkpoints: {line}" for line in said
+    ]
 
 
 def test_what_fits_on_btrfs_can_be_written_again_and_again(mount: Mount) -> None:

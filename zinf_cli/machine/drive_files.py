@@ -100,6 +100,13 @@ def set_direct(descriptor: int) -> bool:
     return True
 
 
+def why_buffered(descriptor: int) -> str:
+    """What to tell the user of a file that is not direct."""
+    if _kind(descriptor) in _IN_MEMORY:
+        return "this is memory (tmpfs), not a drive: what lies here takes CPU memory"
+    return "no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
+
+
 def what_is_left(descriptor: int, error: OSError) -> str:
     """Why a file can't be as large as it should: a limit on the size of files, or a quota."""
     if error.errno == errno.EDQUOT:

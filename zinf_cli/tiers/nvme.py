@@ -27,7 +27,7 @@ import torch
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, TierError
-from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left
+from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left, why_buffered
 from zinf_cli.model_state import PIECE, round_up
 from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent, Transfer
@@ -311,10 +311,7 @@ def _opened(folder: Path, notice: Callable[[str], None] | None) -> int:
     """The descriptor of a nameless file there. `notice` is told where it lies in memory, or has no direct I/O."""
     file = open_nameless(folder)
     if notice is not None and not file.direct:
-        what = "this is memory (tmpfs), not a drive: what lies here counts as CPU memory"
-        if not file.in_memory:
-            what = "no O_DIRECT here, using buffered I/O (the page cache counts as CPU memory)"
-        notice(f"{folder}: {what}")
+        notice(f"{folder}: {why_buffered(file.descriptor)}")
     return file.descriptor
 
 

@@ -83,6 +83,7 @@ class CheckpointWriter:
         self._commit: Future[None] | None = None
         self._begun = False
         """Whether there was room for the newest."""
+        self._said_buffered = False
         self._trusted = True
         """Whether the last step was finite, so that older checkpoints may go for newer ones."""
         self._files: list[RankFile] = []
@@ -135,6 +136,9 @@ class CheckpointWriter:
                 verify=engine.verifies,
                 notice=self._notice,
             )
+            if file.why_buffered is not None and not self._said_buffered:
+                self._said_buffered = True
+                self._notice(f"{folder.parent}: {file.why_buffered}")
             return file, None
         except (CapacityError, TierError) as error:
             return None, error

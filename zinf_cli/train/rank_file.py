@@ -14,7 +14,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
 from zinf_cli.checksum import checksum
 from zinf_cli.errors import CapacityError, PreflightError, TierError
-from zinf_cli.machine.drive_files import set_direct, what_is_left
+from zinf_cli.machine.drive_files import set_direct, what_is_left, why_buffered
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
@@ -67,6 +67,8 @@ class RankFile:
         self.closed = False
         self._pieces = {start: (number, length) for number, (start, length) in enumerate(layout.pieces)}
         self._descriptor = _create(path, layout, rank)
+        self.why_buffered = None if set_direct(self._descriptor) else why_buffered(self._descriptor)
+        """What the user should know, where it is not written past the page cache."""
         self._tier = NvmeTier(
             [path], trace, rank=rank, file=self._descriptor, written=self._note, verify=verify, notice=notice
         )
@@ -145,5 +147,4 @@ def _create(path: Path, layout: Layout, rank: int) -> int:
             where=str(path.parent),
             hint="free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were",
         ) from error
-    set_direct(descriptor)
     return descriptor
