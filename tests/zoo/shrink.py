@@ -54,7 +54,7 @@ AUTO = (
     modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-"""The kinds with a loss over tokens, in the order zinf looks for a class."""
+"""The kinds with a loss over tokens."""
 
 LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "attention_layers")
 ROTARY = ("rope_scaling", "rope_parameters")
@@ -69,10 +69,10 @@ def model_types() -> list[str]:
     return sorted({name for names in AUTO for name in names})
 
 
-def class_name(model_type: str) -> str:
-    """Of the class that transformers trains this type with."""
-    found = next(names[model_type] for names in AUTO if model_type in names)
-    return found if isinstance(found, str) else found[0]
+def class_names(model_type: str) -> list[str]:
+    """Of the classes that transformers trains this type with, one of a kind."""
+    found = (names[model_type] for names in AUTO if model_type in names)
+    return list(dict.fromkeys(names if isinstance(names, str) else names[0] for names in found))
 
 
 def shrunk(entries: dict[str, Any], changes: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -132,8 +132,9 @@ WAYS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
 """(changes to sizes, fields that are kept): tried in this order until plain PyTorch trains the model."""
 
 
-def configs(model_type: str) -> Iterator[dict[str, Any]]:
-    """Small configurations of a type, each a dict with `model_type` and `architectures`; a causal class is causal."""
+def configs(model_type: str, name: str = "") -> Iterator[dict[str, Any]]:
+    """Small configurations of a type for its class `name`, or the first: with `model_type` and `architectures`."""
+    name = name or class_names(model_type)[0]
     for changes, keep in WAYS:
         try:
             entries = AutoConfig.for_model(model_type).to_dict()
@@ -142,12 +143,12 @@ def configs(model_type: str) -> Iterator[dict[str, Any]]:
         small = shrunk(entries, changes, keep)
         if entries.get("is_encoder_decoder"):
             small["decoder_start_token_id"] = 1
-        elif "is_decoder" in entries and model_type in AUTO[0]:
-            small["is_decoder"] = True
+        elif "is_decoder" in entries:
+            small["is_decoder"] = name == AUTO[0].get(model_type)  # a causal class sees nothing of what comes
         for path, value in SPECIAL.get(model_type, {}).items():
-            *parts, name = path.split(".")
+            *parts, field = path.split(".")
             inner = small
             for part in parts:
                 inner = inner[part]
-            inner[name] = value
-        yield {**small, "model_type": model_type, "architectures": [class_name(model_type)]}
+            inner[field] = value
+        yield {**small, "model_type": model_type, "architectures": [name]}
