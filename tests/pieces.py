@@ -103,4 +103,4 @@ def let_update(engine: Engine, adamw: AdamW) -> None:
     """The step's gradient norm is known: what is due may be updated."""
     for number in pipeline_of(engine).completed:
         engine.units[number].life.count_update()
-    pipeline_of(engine).updates.adamw = adamw
+    pipeline_of(engine).updates.kernel = adamw

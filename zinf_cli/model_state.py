@@ -35,8 +35,8 @@ class Field:
     """A part of a parameter's state: one value for each of its elements, in a flat beside the parameter's own."""
 
     name: str
-    stored: str | None = None
-    """What a checkpoint calls it; None: it is no state between two steps."""
+    stored: str = ""
+    """What a checkpoint calls it, if it is state between two steps."""
     state: str = "optimizer"
     """Its class, one of STATES."""
     dtype: str | None = "F32"
@@ -55,8 +55,8 @@ PARAM = Field("params", "param", "params", dtype=None)
 FROZEN = Field("params", "frozen", "params", dtype=None)
 """A parameter that is not trained."""
 MASTER = Field("master", "param")
-"""Of a 16-bit parameter that is trained; a checkpoint has it in place of the parameter, its rounding."""
-GRAD = Field("grad", state="grads")
+"""Of a 16-bit parameter that is trained. A checkpoint has it instead of the parameter, which is its rounding."""
+GRAD = Field("grads", state="grads")
 VALUES = (PARAM.stored, FROZEN.stored)
 """Names in a checkpoint under which the parameter itself is stored."""
 

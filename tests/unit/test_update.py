@@ -41,7 +41,7 @@ def test_nothing_is_updated_before_the_step_knows_its_norm(tmp_path: Path) -> No
         backward(engine, LAST)
         pipeline.settle()
         read, written = engine.tiers.optimizer.read_bytes, engine.tiers.optimizer.write_bytes
-        pipeline.updates.adamw = None
+        pipeline.updates.kernel = None
         pipeline.expect(forward(0))
         assert engine.tiers.optimizer.read_bytes > read  # what it needs is on its way
         assert engine.tiers.optimizer.write_bytes == written

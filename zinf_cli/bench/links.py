@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from zinf_cli.bench.block import Block, pass_over
 from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.trace import Trace
@@ -144,9 +145,9 @@ def block_rate(blocks: Sequence[Block], rows: int, micro_batches: int) -> float:
 
 def _adamw_rate() -> float:
     """Parameters per second of the engine's AdamW on all cores of the CPU."""
-    adamw = AdamW(lr=1e-3, clip=torch.tensor(1.0))
-    param, grad, exp_avg, exp_avg_sq = (torch.rand(UPDATE_NUMEL) for _ in range(4))
-    return UPDATE_NUMEL / _seconds(lambda: adamw.update(param, grad, exp_avg, exp_avg_sq, 2), torch.device("cpu"))
+    kernel: Kernel = AdamW(lr=1e-3, clip=torch.tensor(1.0))
+    tensors = [torch.rand(UPDATE_NUMEL) for _ in ("param", "grad", *kernel.state.fields)]
+    return UPDATE_NUMEL / _seconds(lambda: kernel.update(*tensors, 2), torch.device("cpu"))
 
 
 def _copy_rate(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """manifest.json: what a checkpoint holds and where, and a checksum of every piece of every file.
 
     step-00000100/
-      rank-00000.safetensors    per flat and field, rank 0's slice of {param, exp_avg, exp_avg_sq}, fp32, or {frozen}
+      rank-00000.safetensors    per flat, rank 0's slice of each field that is state between two steps
       buffers.safetensors       the module's buffers
       config.json, tokenizer... what makes the folder a model for `model.name_or_path`, chat templates in a folder
       manifest.json             written last: without it there is no checkpoint
@@ -31,7 +31,7 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint.reading import read_whole
 from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
-from zinf_cli.model_state import ITEM_BYTES, PIECE, round_up
+from zinf_cli.model_state import ADAMW, FROZEN, ITEM_BYTES, PIECE, round_up
 
 VERSION = 1
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
@@ -39,9 +39,6 @@ CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder in a model's, as transformers has it."""
 UNFINISHED = "manifest.json.partial"
 """Beside it, while a checkpoint is written or removed: "files" names what in the folder is the run's."""
-FIELDS = ("param", "exp_avg", "exp_avg_sq")
-"""Of a trainable flat, fp32; "param" is the master where the compute is 16-bit."""
-FROZEN = "frozen"
 _HEAD, _DIGITS = b'{"xxh3": "', 16
 
 
@@ -53,7 +50,7 @@ class StoredParam:
     shape: tuple[int, ...]
     offset: int
     updates: int
-    """How often AdamW has updated it."""
+    """How often it has been updated."""
 
     @property
     def numel(self) -> int:
@@ -65,14 +62,13 @@ class StoredFlat:
     """Parameters side by side, padded to `numel` elements and cut into world_size equal slices."""
 
     dtype: str
-    """As safetensors writes it: F32; of a frozen flat, that of its parameters."""
+    """Of the parameters, as safetensors writes it: F32; of a frozen flat, as the model computes with them."""
     trainable: bool
     numel: int
     params: tuple[StoredParam, ...]
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return FIELDS if self.trainable else (FROZEN,)
+    fields: Mapping[str, str]
+    """What is stored of it (model_state.py), the parameters first, with the dtype of each. A manifest does not say it
+    where it is what AdamW keeps, or nothing but frozen parameters."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +114,10 @@ class Layout:
         for unit in self.units:
             for number, flat in enumerate(unit.flats):
                 alike = sum(other.trainable == flat.trainable for other in unit.flats[:number])
-                for part in flat.fields:
+                for part, dtype in flat.fields.items():
                     name = f"{unit.name}/{part}{f'.{alike}' if alike else ''}"
                     numel = flat.numel // self.world_size
-                    regions.append(Region(unit.name, number, part, name, flat.dtype, numel, start))
+                    regions.append(Region(unit.name, number, part, name, dtype, numel, start))
                     start += regions[-1].num_bytes
         return tuple(regions)
 
@@ -210,6 +206,9 @@ class Manifest:
     def dump(self) -> bytes:
         document = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
         document["units"] = [dataclasses.asdict(unit) for unit in self.units]
+        for flat in (flat for unit in document["units"] for flat in unit["flats"]):
+            if flat["fields"] == _usual_fields(flat):
+                del flat["fields"]
         document["files"] = {name: dataclasses.asdict(file) for name, file in self.files.items()}
         rest = b'",\n' + json.dumps(document, indent=1).encode()[1:].lstrip()
         return _HEAD + xxh3_64_hexdigest(rest).encode() + rest
@@ -256,8 +255,13 @@ def _unit(document: Mapping[str, Any]) -> StoredUnit:
     flats = []
     for flat in document["flats"]:
         params = tuple(StoredParam(**{**param, "shape": tuple(param["shape"])}) for param in flat["params"])
-        flats.append(StoredFlat(**{**flat, "params": params}))
+        flats.append(StoredFlat(**{"fields": _usual_fields(flat), **flat, "params": params}))
     return StoredUnit(document["name"], tuple(flats))
+
+
+def _usual_fields(flat: Mapping[str, Any]) -> dict[str, str]:
+    fields = ADAMW.stored(narrow=False) if flat["trainable"] else (FROZEN,)
+    return {field.stored: field.dtype or flat["dtype"] for field in fields}
 
 
 def rank_file(rank: int) -> str:

@@ -9,25 +9,26 @@ torch's fused kernel would be twice as fast again, but differs from torch.optim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+
+from zinf_cli.engine.kernel import Kernel
+from zinf_cli.model_state import ADAMW, OptimizerState
 
 BLOCK = 128 * 1024
 
 
 @dataclass(frozen=True)
-class AdamW:
-    """The optimizer's settings for one step.
+class AdamW(Kernel):
+    """The settings of one step, see Kernel."""
 
-    `clip` (fp32 scalar tensor) multiplies the gradient, as clip_grad_norm_ does.
-    """
-
+    state: ClassVar[OptimizerState] = ADAMW
     lr: float
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
-    clip: torch.Tensor | None = None
 
     def update(
         self,

@@ -48,27 +48,16 @@ class Destination:
     """Where a copy goes."""
 
 
-FROZEN = "frozen"
-"""What a checkpoint calls the parameters of a flat that is not trained."""
-
-
-def stored_fields(flat: Flat) -> dict[str, str]:
-    """The names of `Flat.at` that are state between two steps, and what a checkpoint calls them."""
-    if not flat.layout.trainable:
-        return {"params": FROZEN}
-    return {"master" if "master" in flat.at else "params": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-
-
 def destination(flat: Flat, sink: StateSink | None, *, keep: bool) -> Destination:
     """Where an update of `flat` goes; with `keep` it leaves the present version as it is."""
     into = flat.places(keep=keep)
     also: dict[str, Extent] = {}
     if sink is None:
         return Destination(into)
-    for name, stored in stored_fields(flat).items():
-        region = sink.region(flat.unit, flat.number, stored)
-        if sink.replaces(into[name]):
-            into[name] = region
+    for field_ in flat.stored:
+        region = sink.region(flat.unit, flat.number, field_.stored)
+        if sink.replaces(into[field_.name]):
+            into[field_.name] = region
         else:
-            also[name] = region
+            also[field_.name] = region
     return Destination(into, also)

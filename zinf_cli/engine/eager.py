@@ -1,4 +1,4 @@
-"""Updates in the backward pass: a unit's AdamW runs as soon as its gradient is complete.
+"""Updates in the backward pass: a unit is updated as soon as its gradient is complete.
 
 It needs no second read of the parameters and, where nothing has to wait for the gradient norm, no trip of the gradient
 to its tier; and the drive is as busy in backward as in forward.
@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.fetch import Fetch
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.store import Unit
 from zinf_cli.tiers.tier import Transfer
 
@@ -32,7 +32,7 @@ class EagerUpdates:
         """Whether this step's updates are made in its backward pass."""
         self.speculative = False
         """Whether they have to be confirmed: see `commit` and `discard`."""
-        self.adamw: AdamW | None = None
+        self.kernel: Kernel | None = None
         """The settings they go by."""
         self._units = units
         self._memory = memory
@@ -48,11 +48,11 @@ class EagerUpdates:
 
     def start(self, fetch: Fetch, own: Sequence[torch.Tensor]) -> None:
         """Update the unit of `fetch` with its gradient slices `own` (fp32), which lie in its buffer or home."""
-        assert self.adamw is not None
+        assert self.kernel is not None
         writes: list[Transfer] = []
         if self.speculative:
             writes = fetch.unit.write_grads(own)
-        fetch.update_now(own, self.adamw, speculative=self.speculative)
+        fetch.update_now(own, self.kernel, speculative=self.speculative)
         self._under_way.append((fetch, writes))
 
     def advance(self) -> None:

@@ -3,7 +3,7 @@
     engine = Engine(model, units, options, ranks, trace)
     engine.load(weights.read)
     for ...:
-        result = engine.train_step(micro_batches, adamw)
+        result = engine.train_step(micro_batches, AdamW(lr))
     engine.flush()
 
 `model` stays an ordinary module: a micro-batch's `forward` calls it as always. Only the gradient norm and the loss of a
@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.capture import FROZEN, StateSink
+from zinf_cli.engine.capture import StateSink
 from zinf_cli.engine.constant_weights import hold_constant
 from zinf_cli.engine.dealing import Dealer
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.moving_state import MovingState
@@ -39,7 +39,7 @@ from zinf_cli.engine.sweep import Sweep
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.engine.visit import Kind, Visit
 from zinf_cli.errors import ZinfError
-from zinf_cli.model_state import CHUNK_NUMEL
+from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FP32_BYTES, FROZEN, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
@@ -124,15 +124,19 @@ class Engine:
         ranks: Ranks | None = None,
         trace: Trace | None = None,
         *,
+        optimizer: OptimizerState = ADAMW,
         order: Sequence[int] | None = None,
         written: Collection[str] = (),
         side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
-        """`order` is the expected order of units in a forward (by index); without it, the first sweep finds out.
-        `written` names parameters that the forward writes to: a write that changes one is an error."""
+        """`optimizer` is what the kernel of every step keeps. `order` is the expected order of units in a forward (by
+        index); without it, the first sweep finds out. `written` names parameters that the forward writes to: a write
+        that changes one is an error."""
+        assert optimizer.grain == "element", "an update of whole parameters can't be cut into chunks"
         self.model = model
         self._options = options
+        self._optimizer = optimizer
         self._ranks = ranks or Ranks()
         self._notice = notice
         self.verifies = options.nvme_verify
@@ -142,7 +146,7 @@ class Engine:
         self.tiers = TierSet(*(self.opened[tier] for tier in options.placement))
         cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get("cpu")))
         self.units = [
-            Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks)
+            Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks, optimizer)
             for number, layout in enumerate(layouts)
         ]
         self.memory = _open_memory(options)
@@ -171,7 +175,7 @@ class Engine:
     def train_step(
         self,
         batches: Sequence[MicroBatch],
-        adamw: AdamW,
+        kernel: Kernel,
         *,
         max_grad_norm: float | None = 1.0,
         loss_scale: float = 1.0,
@@ -189,12 +193,13 @@ class Engine:
         `sink` gets the state after this step. It is told to `complete` when the last update has been made: in the
         forward of the next step, or in `flush`.
         """
+        assert kernel.state == self._optimizer, f"{kernel.state.name} does not update what {self._optimizer.name} keeps"
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
         speculative = not eager and self._options.speculate and loss_scale == 1.0 and self._calm_steps >= CALM_STEPS
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
-        forward_done = partial(self._forward_done, adamw if eager or speculative else None, sink)
+        forward_done = partial(self._forward_done, kernel if eager or speculative else None, sink)
         losses = self._dealer.until_agreed(lambda: self._sweep.step(self._dealer.deal(batches), forward_done))
         self._dealer.step_done()
         if more:
@@ -210,7 +215,7 @@ class Engine:
         taken = [unit for unit in completed if self._pipeline.eager.takes(unit)]
         waiting = [unit for unit in completed if not self._pipeline.eager.takes(unit)]
         factor = clip / loss_scale
-        update = replace(adamw, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
+        update = replace(kernel, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
         self._set_update(waiting, update, finite=finite)
         if speculative and calm:
             self._pipeline.eager.commit()
@@ -281,12 +286,12 @@ class Engine:
         for tier in self.opened.values():
             tier.close()
 
-    def _forward_done(self, adamw: AdamW | None, sink: StateSink | None) -> None:
+    def _forward_done(self, kernel: Kernel | None, sink: StateSink | None) -> None:
         """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
         self._flush_pending()
         self._pipeline.eager.finish()
         self._go_on_to(sink)
-        self._pipeline.updates.adamw, self._pipeline.eager.adamw = None, adamw
+        self._pipeline.updates.kernel, self._pipeline.eager.kernel = None, kernel
 
     def _go_on_to(self, sink: StateSink | None) -> None:
         """Updates go into `sink` from here on; the one before has got all it gets."""
@@ -315,13 +320,13 @@ class Engine:
             self._pipeline.settle()
             self._copy(stays, sink)
 
-    def _copy(self, fields: Sequence[tuple[Flat, str, Extent]], sink: StateSink) -> None:
-        regions = [(extent, sink.region(flat.unit, flat.number, field)) for flat, field, extent in fields]
+    def _copy(self, fields: Sequence[tuple[Flat, Field, Extent]], sink: StateSink) -> None:
+        regions = [(extent, sink.region(flat.unit, flat.number, field.stored)) for flat, field, extent in fields]
         save_state(regions, self.memory)
 
     def _flush_pending(self) -> None:
         for number, unit in enumerate(self.units):
-            if unit.life.update_due and self._pipeline.updates.adamw is not None:
+            if unit.life.update_due and self._pipeline.updates.kernel is not None:
                 self._pipeline.flush(number)
 
     def _grad_norm(self) -> torch.Tensor:
@@ -338,7 +343,7 @@ class Engine:
         counted = [loss for batch, loss in zip(batches, losses, strict=True) if batch.weight]
         return min(self._ranks.all(int(all(math.isfinite(loss.item()) for loss in counted)))) == 1
 
-    def _set_update(self, units: Sequence[Unit], update: AdamW, *, finite: bool) -> None:
+    def _set_update(self, units: Sequence[Unit], update: Kernel, *, finite: bool) -> None:
         """Let the pending updates of `units` begin: the norm is known."""
         for unit in units:
             if finite:
@@ -346,7 +351,7 @@ class Engine:
             else:
                 unit.life.update_nothing()
         if units:
-            self._pipeline.updates.adamw = update
+            self._pipeline.updates.kernel = update
             self._pipeline.advance()
 
 
@@ -383,6 +388,6 @@ def _open_memory(options: EngineOptions) -> Memory:
     return Memory(
         slots=Arena(options.slot_bytes, device),
         resident=Arena(options.resident_bytes, device),
-        chunks=Arena(options.num_chunks * options.chunk_numel * 4, device),
+        chunks=Arena(options.num_chunks * options.chunk_numel * FP32_BYTES, device),
         chunk_numel=options.chunk_numel,
     )

@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import destination
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.store import Unit
 from zinf_cli.engine.update import SliceUpdate, Updates
 from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.model_state import GRAD
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
@@ -39,7 +40,7 @@ class Fetch:
         self._reads: list[Transfer] = []
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
-        self._adamw: AdamW | None = None
+        self._kernel: Kernel | None = None
         """The settings of an eager update."""
         self.placed = False
 
@@ -78,9 +79,9 @@ class Fetch:
         if self.visit.has_grads and layout.trainable:
             grads = unit.grads_in_place()
             if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
-                sizes[1] = sum(flat.numel for flat in layout.trainable) * 4
+                sizes[1] = sum(flat.numel for flat in layout.trainable) * GRAD.item_bytes
             if self.visit.accumulate and grads is None:
-                sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * 4
+                sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * GRAD.item_bytes
         block = None
         if any(sizes):
             arena = self._memory.resident if layout.resident else self._memory.slots
@@ -146,8 +147,8 @@ class Fetch:
         if not self._settle(self._reads, wait):
             return False
         if self._update is not None and not self._update.finished:
-            adamw = self._adamw or self._updates.adamw
-            if adamw is None or not self._update.progress(adamw, partial(self._settle, wait=wait)):
+            kernel = self._kernel or self._updates.kernel
+            if kernel is None or not self._update.progress(kernel, partial(self._settle, wait=wait)):
                 return False
             self.unit.life.finish_update()
         if self._gathers is None:
@@ -175,9 +176,9 @@ class Fetch:
         transfers.clear()
         return True
 
-    def update_now(self, grads: Sequence[torch.Tensor], adamw: AdamW, *, speculative: bool) -> None:
+    def update_now(self, grads: Sequence[torch.Tensor], kernel: Kernel, *, speculative: bool) -> None:
         """The eager update, with gradient slices in memory; slot and gradient are kept until `progress` is True."""
-        self._adamw = adamw
+        self._kernel = kernel
         into = self._start_update(grads, keep=speculative)
         if speculative:
             self.unit.life.speculate(into)

@@ -2,7 +2,7 @@
 
 The sweep announces its visits in order (`expect`). The pipeline issues their reads as far ahead as memory allows,
 always in visit order, so that memory is never held by a later visit while an earlier one starves: no deadlock. A visit
-that carries an update streams {gradient, exp_avg, exp_avg_sq[, master]} through chunk buffers, computes AdamW as chunks
+that carries an update streams the gradient and the optimizer's fields through chunk buffers, updates chunks as they
 arrive and writes them back behind itself; the new parameters then go on to the other ranks and into compute. See
 docs/architecture.md, "The deferred update".
 

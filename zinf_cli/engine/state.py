@@ -1,8 +1,7 @@
 """The state of the units in and out, a piece at a time: what a checkpoint is written from and read into.
 
-A flat's state on one rank is its slice of a few fields: "param" (fp32: the master where parameters are 16-bit),
-"exp_avg" and "exp_avg_sq" of what is trained, "frozen" (in the parameters' dtype) of what is not. Gradients and
-16-bit parameters are no state between two steps: the ones are used up, the others are the masters, rounded.
+A flat's state on one rank is its slice of the fields that a checkpoint stores (`Flat.stored`). Gradients and 16-bit
+parameters that are trained are no state between two steps: the ones are used up, the others are the masters, rounded.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Protocol
 import torch
 
 from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.capture import FROZEN, stored_fields
 from zinf_cli.engine.store import Flat, Unit, overlap
 from zinf_cli.engine.units import FlatLayout
-from zinf_cli.model_state import PIECE
+from zinf_cli.model_state import MASTER, PIECE, Field
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 
@@ -35,11 +33,11 @@ class StateSource(Protocol):
         """How often the parameter has been updated."""
 
 
-def fields_of(unit: Unit) -> Iterator[tuple[Flat, str, Extent]]:
-    """Each flat of a unit with each of its fields and where the slice of that lies now."""
+def fields_of(unit: Unit) -> Iterator[tuple[Flat, Field, Extent]]:
+    """Each flat of a unit with each of its stored fields and where the slice of that lies now."""
     for flat in unit.flats:
-        for name, stored in stored_fields(flat).items():
-            yield flat, stored, flat.at[name]
+        for field in flat.stored:
+            yield flat, field, flat.at[field.name]
 
 
 def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
@@ -104,11 +102,11 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
     for unit in units:
         unit.life.resume([source.updates(place.name) for flat in unit.trained for place in flat.layout.params])
         for flat, field, extent in fields_of(unit):
-            dtype = flat.dtype if field == FROZEN else torch.float32
-            rounded = flat.slice if field == "param" and extent is not flat.slice else None
+            dtype = flat.dtype_of(field)
+            rounded = flat.slice if field == MASTER else None
             for start in range(0, extent.num_bytes, PIECE):
                 first, numel = start // dtype.itemsize, min(PIECE, extent.num_bytes - start) // dtype.itemsize
-                values = _gather(source, flat.layout, flat.rank, field, first, numel, dtype)
+                values = _gather(source, flat.layout, flat.rank, field.stored, first, numel, dtype)
                 _put(extent, start, values, memory, writes)
                 if rounded is not None:
                     _put(rounded, first * flat.dtype.itemsize, values.to(flat.dtype), memory, writes)

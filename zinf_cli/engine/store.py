@@ -17,10 +17,12 @@ from torch import nn
 from zinf_cli.engine.life import FlatLife, Life
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units import FlatLayout, ParamLayout, UnitLayout
+from zinf_cli.model_state import FROZEN, GRAD, MASTER, PARAM, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
-OPTIMIZER_FIELDS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By their names in safetensors and in model_state.py."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ class TierSet:
 class Flat:
     """A flat at run time: the model's parameters in it, and this rank's slice of each of its fields on their tiers.
 
-    The fields are "params" in the flat's dtype and, of a trainable one, the optimizer's in fp32: with 16-bit parameters
-    also a "master" of them.
+    The fields are the parameters themselves and, of a trainable flat, what `optimizer` keeps beside them.
     """
 
     def __init__(
-        self, unit: str, number: int, layout: FlatLayout, model: nn.Module, tiers: TierSet, ranks: Ranks
+        self,
+        unit: str,
+        number: int,
+        layout: FlatLayout,
+        model: nn.Module,
+        tiers: TierSet,
+        ranks: Ranks,
+        optimizer: OptimizerState,
     ) -> None:
         self.unit = unit
         self.number = number
@@ -49,6 +57,11 @@ class Flat:
         self.layout = layout
         self.dtype = layout.dtype
         self.rank = ranks.rank
+        narrow = layout.dtype != torch.float32
+        self.beside = optimizer.beside(narrow=narrow) if layout.trainable else ()
+        """The fields of the optimizer."""
+        self.stored = optimizer.stored(narrow=narrow) if layout.trainable else (FROZEN,)
+        """The fields that are state between two steps, in a checkpoint's order."""
         self._tiers = tiers
         by_name = dict(model.named_parameters())
         self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
@@ -62,21 +75,20 @@ class Flat:
         self.life = FlatLife(self.homes[0], len(self.params))
         self.grad: Extent | None = None
         if layout.trainable:
-            self.grad = tiers.grads.allocate(layout.slice_numel * 4, f"{unit} grads")
+            self.grad = self._allocate(GRAD)
             for place, param in enumerate(self.params):
                 param.register_post_accumulate_grad_hook(partial(self._touch, place))
 
     def add_home(self) -> None:
         """Room for one version of all fields."""
-        home = {"params": self._tiers.params.allocate(self.layout.slice_bytes, f"{self.unit} params")}
-        for field in self._optimizer_fields():
-            home[field] = self._tiers.optimizer.allocate(self.layout.slice_numel * 4, f"{self.unit} {field}")
-        self.homes.append(home)
+        self.homes.append({field.name: self._allocate(field) for field in (PARAM, *self.beside)})
 
-    def _optimizer_fields(self) -> tuple[str, ...]:
-        if not self.layout.trainable:
-            return ()
-        return OPTIMIZER_FIELDS if self.dtype == torch.float32 else (*OPTIMIZER_FIELDS, "master")
+    def _allocate(self, field: Field) -> Extent:
+        tier: Tier = getattr(self._tiers, field.state)
+        return tier.allocate(self.layout.slice_numel * self.dtype_of(field).itemsize, f"{self.unit} {field.name}")
+
+    def dtype_of(self, field: Field) -> torch.dtype:
+        return self.dtype if field.dtype is None else DTYPES[field.dtype]
 
     def places(self, *, keep: bool) -> dict[str, Extent]:
         """Where an update goes: into a home, which is another one if the present version is to be kept."""
@@ -105,12 +117,7 @@ class Flat:
     @property
     def slice(self) -> Extent:
         """This rank's slice of the parameters, where it lies now."""
-        return self.at["params"]
-
-    @property
-    def optimizer(self) -> dict[str, Extent]:
-        """The optimizer's fields, where they lie now."""
-        return {name: extent for name, extent in self.at.items() if name != "params"}
+        return self.at[PARAM.name]
 
     def bind(self, flat: torch.Tensor) -> None:
         """Let the model's parameters be views of `flat` (1-D, the flat's dtype)."""
@@ -136,9 +143,9 @@ class Flat:
 
     def fill(self, values: Mapping[str, torch.Tensor], arena: Arena) -> None:
         """Keep this rank's slice of `values`, by parameter name."""
-        self._store(self.slice, values, self.dtype, arena)
-        if "master" in self.at:
-            self._store(self.at["master"], values, torch.float32, arena)
+        for field in (PARAM, MASTER):
+            if field.name in self.at:
+                self._store(self.at[field.name], values, self.dtype_of(field), arena)
 
     def _store(self, extent: Extent, values: Mapping[str, torch.Tensor], dtype: torch.dtype, arena: Arena) -> None:
         """Write this rank's slice of `values` to `extent`, in `dtype`."""
@@ -167,11 +174,15 @@ class Flat:
 class Unit:
     """A unit at run time: its flats and its life."""
 
-    def __init__(self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks) -> None:
+    def __init__(
+        self, layout: UnitLayout, model: nn.Module, tiers: TierSet, ranks: Ranks, optimizer: OptimizerState
+    ) -> None:
         self.layout = layout
         self.name = layout.name
         self.ranks = ranks
-        self.flats = [Flat(layout.name, n, flat, model, tiers, ranks) for n, flat in enumerate(layout.flats)]
+        self.flats = [
+            Flat(layout.name, number, flat, model, tiers, ranks, optimizer) for number, flat in enumerate(layout.flats)
+        ]
         self.trained = [flat for flat in self.flats if flat.layout.trainable]
         """The first of them."""
         self.life = Life(layout.name, [flat.life for flat in self.trained])

@@ -1,8 +1,8 @@
 """The update of a slice, chunk by chunk.
 
 A chunk's gradient and optimizer states are used where they lie when that is memory of the compute device; otherwise
-they are read into chunk buffers and written back after AdamW has changed them. The parameters are updated in the slot
-(or in place). Where parameters are 16-bit, AdamW acts on the fp32 master and the slot gets its rounding.
+they are read into chunk buffers and written back after the kernel has changed them. The parameters are updated in the
+slot (or in place). Where parameters are 16-bit, the kernel acts on the fp32 master and the slot gets its rounding.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.buffers import Memory
 from zinf_cli.engine.capture import Destination, StateSink
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.store import Flat, Unit, overlap
+from zinf_cli.model_state import GRAD, MASTER, PARAM, Field
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
@@ -26,14 +27,14 @@ from zinf_cli.trace import Trace
 class Updates:
     """What updates go by. The engine says it, step by step."""
 
-    adamw: AdamW | None = None
+    kernel: Kernel | None = None
     """The settings of deferred updates; None while they wait for the step's gradient norm."""
     sink: StateSink | None = None
     """The checkpoint that updates go into, see capture.py."""
 
 
 class ChunkUpdate:
-    """AdamW on elements [begin, begin + numel) of the slice of a trainable flat."""
+    """The update of elements [begin, begin + numel) of the slice of a trainable flat."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class ChunkUpdate:
         param: torch.Tensor,
         grad: torch.Tensor | None,
         begin: int,
-        sources: Mapping[str, Extent],
+        sources: Mapping[Field, Extent],
         goes: Destination,
         trace: Trace,
     ) -> None:
@@ -52,18 +53,18 @@ class ChunkUpdate:
         self._param = param
         self._begin = begin
         self._trace = trace
-        self._fields: dict[str, torch.Tensor] = {}
+        self._fields: dict[Field, torch.Tensor] = {}
         self._buffers: list[Buffer] = []
         self._writes: list[Transfer] = []
         self.reads: list[Transfer] = []
 
     def read(self, chunks: Arena) -> bool:
         """Start reading what is not in place; False when there are not enough chunk buffers now."""
-        num_bytes = self._param.numel() * 4
-        away = [name for name, extent in self._sources.items() if extent.view() is None]
+        begin, end = self._begin, self._begin + self._param.numel()
+        away = [field for field, extent in self._sources.items() if extent.view() is None]
         buffers: list[Buffer] = []
-        for _ in away:
-            buffer = chunks.allocate(num_bytes)
+        for field in away:
+            buffer = chunks.allocate((end - begin) * self._flat.dtype_of(field).itemsize)
             if buffer is None:
                 for taken in buffers:
                     taken.free()
@@ -71,43 +72,40 @@ class ChunkUpdate:
             buffers.append(buffer)
         self._buffers = buffers
         if self._grad is not None:
-            self._fields["grad"] = self._grad
+            self._fields[GRAD] = self._grad
         where = dict(zip(away, buffers, strict=True))
-        for name, extent in self._sources.items():
-            memory = extent.view()
+        for field, extent in self._sources.items():
+            memory, dtype = extent.view(), self._flat.dtype_of(field)
             if memory is None:
-                self._fields[name] = where[name].data.view(torch.float32)
-                self.reads.append(extent.read(self._begin * 4, where[name].data))
+                self._fields[field] = where[field].data.view(dtype)
+                self.reads.append(extent.read(begin * dtype.itemsize, where[field].data))
             else:
-                end = self._begin + self._param.numel()
-                self._fields[name] = memory.view(torch.float32)[self._begin : end]
+                self._fields[field] = memory.view(dtype)[begin:end]
         for extent in self._goes.into.values():
             if extent.view() is not None:  # a copy of the version before may be on its way
                 self.reads.extend(extent.writes)
         return True
 
-    def apply(self, adamw: AdamW) -> list[Transfer]:
+    def apply(self, kernel: Kernel) -> list[Transfer]:
         """Compute, start the write-back; returns the parameter writes, which hold the slot until they are done."""
-        with self._trace.span("update", self._flat.unit, self._param.numel() * 4):
-            target = self._fields.get("master", self._param)
+        with self._trace.span("update", self._flat.unit, self._param.numel() * GRAD.item_bytes):
+            target = self._fields.get(MASTER, self._param)
             if target is self._param:
                 self._hold_to_bounds()
             for start, end, step in self._segments():
-                grad, exp_avg, exp_avg_sq = (
-                    self._fields[name][start:end] for name in ("grad", "exp_avg", "exp_avg_sq")
-                )
-                adamw.update(target[start:end], grad, exp_avg, exp_avg_sq, step)
+                grad, *fields = (self._fields[field][start:end] for field in (GRAD, *kernel.state.fields))
+                kernel.update(target[start:end], grad, *fields, step)
             if target is not self._param:
                 self._param.copy_(target)
-        for name in self._flat.optimizer:
-            self._writes += self._send(name, self._fields[name])
-        return self._send("params", self._param)
+        for field in self._flat.beside:
+            self._writes += self._send(field, self._fields[field])
+        return self._send(PARAM, self._param)
 
-    def _send(self, name: str, values: torch.Tensor) -> list[Transfer]:
+    def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
         """Start writing new values to where they go, unless they are there."""
         data = values.view(torch.uint8)
         start = self._begin * values.element_size()
-        home, copy = self._goes.into[name], self._goes.also.get(name)
+        home, copy = self._goes.into[field.name], self._goes.also.get(field.name)
         writes = [home.write(start, data)] if home.view() is None else []
         if copy is not None:
             writes.append(copy.write(start, data))
@@ -142,7 +140,7 @@ class ChunkUpdate:
 
 
 class SliceUpdate:
-    """AdamW on this rank's trainable slices of a unit; reads run ahead as far as there are chunk buffers.
+    """The update of this rank's trainable slices of a unit; reads run ahead as far as there are chunk buffers.
 
     Of each trainable flat, `own` is the parameter slice where compute sees it, and `grads` the gradient slice, where it
     is not to be read from its tier. Whoever holds the memory of the two keeps it until `progress` has returned True and
@@ -163,11 +161,12 @@ class SliceUpdate:
         chunk_numel = memory.chunk_numel
         chunks: list[ChunkUpdate] = []
         for number, flat in enumerate(unit.trained):
-            sources = flat.optimizer  # as it is now: it may be said to lie elsewhere while the update is under way
+            # as it is now: it may be said to lie elsewhere while the update is under way
+            sources = {field: flat.at[field.name] for field in flat.beside}
             grad = None if grads is None else grads[number]
             if grad is None:
                 assert flat.grad is not None
-                sources["grad"] = flat.grad
+                sources[GRAD] = flat.grad
             chunks += [
                 ChunkUpdate(
                     flat,
@@ -209,7 +208,7 @@ class SliceUpdate:
 
     def progress(
         self,
-        adamw: AdamW,
+        kernel: Kernel,
         settle: Callable[[list[Transfer]], bool],
     ) -> bool:
         """Compute what has arrived, by the word of `settle`, which may wait; True when all is computed."""
@@ -218,6 +217,6 @@ class SliceUpdate:
             if self.starved or not settle(self._chunks[0].reads):
                 return False
             chunk = self._chunks.popleft()
-            self.writes.extend(chunk.apply(adamw))
+            self.writes.extend(chunk.apply(kernel))
             self._memory.free_after(*chunk.trailing())
         return True

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from zinf_cli.checkpoint.manifest import BUFFERS, FROZEN, Manifest, Region, StoredFlat, StoredParam, rank_file
+from zinf_cli.checkpoint.manifest import BUFFERS, Manifest, Region, StoredFlat, StoredParam, rank_file
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
+from zinf_cli.engine.store import DTYPES
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
-from zinf_cli.model_state import PIECE
+from zinf_cli.model_state import FROZEN, PIECE, VALUES
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _KEPT = 4
 """Pieces kept in memory: a parameter's neighbours lie in the same ones, and ask next."""
 _WILL_NEED = 4
@@ -72,11 +72,11 @@ class CheckpointReader:
         """See StateSource; a parameter may have been trained and be frozen now, or the other way round."""
         place, flat, param = self._places[name]
         if field not in flat.fields:
-            if field in ("exp_avg", "exp_avg_sq"):
-                return torch.zeros(last - first)
-            field = flat.fields[0]
+            if field not in VALUES:
+                return torch.zeros(last - first)  # as before the first update
+            field = next(iter(flat.fields))
         region = self._regions[(*place, field)]
-        values = torch.empty(last - first, dtype=_DTYPES[flat.dtype])
+        values = torch.empty(last - first, dtype=DTYPES[flat.fields[field]])
         done = 0
         while done < values.numel():
             rank, inside = divmod(param.offset + first + done, region.numel)
@@ -88,7 +88,7 @@ class CheckpointReader:
     def param(self, name: str) -> torch.Tensor:
         """A whole parameter in its shape: fp32 where it was trained."""
         _, _, param = self._places[name]
-        return self.read(name, FROZEN, 0, param.numel).view(param.shape)
+        return self.read(name, FROZEN.stored, 0, param.numel).view(param.shape)
 
     def _read(self, file: str, region: Region, begin: int, into: torch.Tensor) -> None:
         """Elements `begin` and on of a region of a rank's file."""

@@ -33,11 +33,11 @@ from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.store import Unit
+from zinf_cli.engine.store import DTYPES, Unit
 from zinf_cli.errors import CapacityError, CheckpointError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, open_rank_file
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _64_BITS = (1 << 64) - 1
 
 
@@ -319,8 +319,8 @@ def stored_unit(unit: Unit) -> StoredUnit:
             StoredParam(place.name, tuple(place.shape), place.offset, count)
             for place, count in zip(layout.params, flat.steps, strict=True)
         )
-        dtype = torch.float32 if layout.trainable else flat.dtype
-        flats.append(StoredFlat(_DTYPE_NAMES[dtype], layout.trainable, layout.numel, params))
+        fields = {field.stored: _DTYPE_NAMES[flat.dtype_of(field)] for field in flat.stored}
+        flats.append(StoredFlat(next(iter(fields.values())), layout.trainable, layout.numel, params, fields))
     return StoredUnit(unit.name, tuple(flats))
 
 

@@ -19,6 +19,7 @@ from zinf_cli.engine.trial import Trial
 from zinf_cli.engine.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.train.optimizer import kernel_of
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory
@@ -68,7 +69,9 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    return Figures(_model_figures(model, seen, recipe, tuple(left_out)), data, machine, world_size, ranks, precision)
+    figures = _model_figures(model, seen, recipe, tuple(left_out))
+    optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
+    return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
 
 
 def _texts(recipe: Recipe) -> tuple[str, ...]:

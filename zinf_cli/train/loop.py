@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, StepResult
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.loss_scale import LossScale
@@ -35,6 +34,7 @@ from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import Batch, Sample, Stream
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
+from zinf_cli.train.optimizer import kernel_of
 from zinf_cli.train.process_memory import PeakMemory, return_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
@@ -201,11 +201,9 @@ class Run:
             return self._skipped(step, windows, lr, start)
         sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
         work = [self._work(batch, batch.num_targets / targets, step) for batch in mine]
-        optimizer = self.recipe.optimizer
-        adamw = AdamW(lr, *optimizer.betas, optimizer.eps, optimizer.weight_decay)
         result = self.engine.train_step(
             work,
-            adamw,
+            kernel_of(self.recipe.optimizer, lr),
             max_grad_norm=self.recipe.train.max_grad_norm,
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
             eager=self.plan.update == "eager",

@@ -56,6 +56,7 @@ def open_engine(
         trace,
         order=found.order if found.surveyed else None,
         written=found.written,
+        optimizer=plan.figures.optimizer,
         side_outputs=CapturedOutputs(),
         notice=notice,
     )
