@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.survey import survey
@@ -25,6 +27,8 @@ from zinf_cli.train.weights import open_weights
 
 CPU = torch.device("cpu")
 LR, CLIP = 1e-3, 1.0
+OptimizerOf = Callable[[Iterable[torch.Tensor]], torch.optim.Optimizer]
+ADAMW: OptimizerOf = partial(torch.optim.AdamW, lr=LR, weight_decay=0.01)
 MIB = 2**20
 
 
@@ -51,6 +55,7 @@ def plain_losses(
     parameters: dict[str, torch.Tensor] | None = None,
     device: torch.device = CPU,
     infinite: tuple[int, int] | None = None,
+    optimizer_of: OptimizerOf = ADAMW,
 ) -> list[list[float]]:
     """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step.
 
@@ -76,7 +81,7 @@ def plain_losses(
     model.train()
     freeze_params(model, freeze)
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    optimizer = torch.optim.AdamW([masters[name] for name in named], lr=LR, weight_decay=0.01)
+    optimizer = optimizer_of([masters[name] for name in named])
     losses: list[list[float]] = []
     for step in range(steps):
         losses.append([])
@@ -161,6 +166,7 @@ def engine_losses(
     close: bool = True,
     device: torch.device = CPU,
     infinite: tuple[int, int] | None = None,
+    kernel: Kernel | None = None,
 ) -> list[list[float]]:
     """What plain_losses returns from step `first` on, through the engine; of the micro-batches of `rank`."""
     losses = []
@@ -176,7 +182,7 @@ def engine_losses(
         ]
         mine = work[rank * share : (rank + 1) * share]
         more = step + 1 < steps
-        losses.append(engine.train_step(mine, AdamW(LR), max_grad_norm=clip, eager=eager, more=more).losses)
+        losses.append(engine.train_step(mine, kernel or AdamW(LR), max_grad_norm=clip, eager=eager, more=more).losses)
         if evaluate_every is not None and step % evaluate_every == 0:
             engine.evaluate(mine[:2])
     engine.flush()
