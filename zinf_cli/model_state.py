@@ -17,6 +17,8 @@ PIECE = 4 * 2**20
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Bytes of an element, by dtype as safetensors writes it."""
 FP32_BYTES = ITEM_BYTES["F32"]
+SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
+"""Elements. A rank's slice of a flat is a multiple: whole pages in any dtype."""
 CHUNK_NUMEL = PIECE // FP32_BYTES
 """Elements of an update's chunk: a piece of each fp32 field."""
 

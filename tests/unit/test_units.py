@@ -9,7 +9,8 @@ from torch import nn
 
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.store import overlap
-from zinf_cli.engine.units import ALIGN, SLICE_MULTIPLE, discover
+from zinf_cli.engine.units import ALIGN, discover
+from zinf_cli.model_state import SLICE_MULTIPLE
 from zinf_cli.train.model import build_model
 
 Shapes = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=8)

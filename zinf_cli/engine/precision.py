@@ -1,7 +1,10 @@
-"""Precisions by the names that recipes, profiles and export have for them."""
+"""Precisions by their names."""
 
 from __future__ import annotations
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that recipes, profiles and export have for them."""
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By the names that safetensors and model_state.py have for them."""

@@ -15,14 +15,12 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.life import FlatLife, Life
+from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.model_state import FROZEN, GRAD, MASTER, PARAM, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""By their names in safetensors and in model_state.py."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Flat:
         return tier.allocate(self.layout.slice_numel * self.dtype_of(field).itemsize, f"{self.unit} {field.name}")
 
     def dtype_of(self, field: Field) -> torch.dtype:
-        return self.dtype if field.dtype is None else DTYPES[field.dtype]
+        return self.dtype if field.dtype is None else STORED[field.dtype]
 
     def places(self, *, keep: bool) -> dict[str, Extent]:
         """Where an update goes: into a home, which is another one if the present version is to be kept."""

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.model_state import ITEM_BYTES, PAGE
+from zinf_cli.model_state import SLICE_MULTIPLE
 
 ALIGN = 128
-SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
 RESIDENT = "resident"
 
 

@@ -29,6 +29,7 @@ from zinf_cli.machine.profiles import (
     Drives,
     Profile,
 )
+from zinf_cli.model_state import PAGE
 from zinf_cli.recipe.recipe import Number, Paths, Section, Size
 from zinf_cli.recipe.recipe_file import plain
 from zinf_cli.screen import printable
@@ -45,7 +46,7 @@ class Best(Section):
 
     bytes_per_s: Bandwidth
     """Median of the repeats."""
-    block_size: Annotated[Size, Field(ge=4096)]
+    block_size: Annotated[Size, Field(ge=PAGE)]
     """Bytes of one transfer."""
     threads: Annotated[int, Field(ge=1, le=4096)]
     """Transfers under way at once."""

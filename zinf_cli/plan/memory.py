@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, MASTER, PAGE, PARAM, STATES, round_up
+from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, MASTER, PAGE, PARAM, SLICE_MULTIPLE, STATES, round_up
 from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
@@ -249,7 +249,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
-    chunk_numel = max(2048, min(CHUNK_NUMEL, widest))
+    chunk_numel = max(SLICE_MULTIPLE, min(CHUNK_NUMEL, widest))
     narrow = figures.precision != "fp32"
     away = {"grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
     if choice.update == "eager":  # with the gradient as compute left it

@@ -18,7 +18,7 @@ from torch import nn
 from zinf_cli.checkpoint.manifest import BUFFERS, Manifest, Region, StoredFlat, StoredParam, rank_file
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
-from zinf_cli.engine.store import DTYPES
+from zinf_cli.engine.precision import STORED
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
 from zinf_cli.model_state import FROZEN, PIECE, VALUES
 from zinf_cli.tiers.arena import Arena, Buffer
@@ -69,14 +69,24 @@ class CheckpointReader:
         return self._places[name][2].updates
 
     def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
-        """See StateSource; a parameter may have been trained and be frozen now, or the other way round."""
+        """See StateSource; a parameter may have been trained and be frozen now, or the other way round.
+
+        CheckpointError where another optimizer has trained it: its count of updates would not go with fields of zeros.
+        """
         place, flat, param = self._places[name]
         if field not in flat.fields:
-            if field not in VALUES:
+            if field in VALUES:
+                field = next(iter(flat.fields))
+            elif not flat.trainable:
                 return torch.zeros(last - first)  # as before the first update
-            field = next(iter(flat.fields))
+            else:
+                raise CheckpointError(
+                    f"of another optimizer: it has no {field} of {name}, but {', '.join(flat.fields)}",
+                    where=str(self.folder),
+                    hint="give it as model.name_or_path to begin with its weights",
+                )
         region = self._regions[(*place, field)]
-        values = torch.empty(last - first, dtype=DTYPES[flat.fields[field]])
+        values = torch.empty(last - first, dtype=STORED[flat.fields[field]])
         done = 0
         while done < values.numel():
             rank, inside = divmod(param.offset + first + done, region.numel)

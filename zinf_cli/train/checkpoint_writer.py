@@ -32,12 +32,13 @@ from zinf_cli.checkpoint.manifest import (
 from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.store import DTYPES, Unit
+from zinf_cli.engine.store import Unit
 from zinf_cli.errors import CapacityError, CheckpointError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, open_rank_file
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 _64_BITS = (1 << 64) - 1
 
 
