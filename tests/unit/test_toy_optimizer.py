@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from plain import LR, engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import dataset_for, random_source
@@ -162,7 +162,7 @@ def test_it_goes_on_in_other_slices(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.spawn(_rank_of_two, (port, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(_rank_of_two, (port, tmp_path), nprocs=2)
     by_rank = [json.loads((tmp_path / f"losses-{rank}.json").read_text()) for rank in range(2)]
     of_two = [first + second for first, second in zip(*by_rank, strict=True)]
     alone = plain_losses(random_source(MODEL), STEPS, count=4, optimizer_of=torch_sgd)
