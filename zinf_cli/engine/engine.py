@@ -221,17 +221,21 @@ class Engine:
             self._pipeline.eager.commit()
             self._pipeline.advance()
         elif speculative:
-            self._pipeline.forget_coming()
-            self._pipeline.eager.discard()
-            if sink is not None:  # the same regions will be written again, and last
-                self._pipeline.settle()
-            self._set_update(taken, update, finite=finite)
+            self._take_back(taken, update, finite=finite, written=sink is not None)
             if more:
                 self._sweep.announce_step(len(self._dealer.deal(batches)))
         if sink is not None:
             self._copy_what_stays(sink)
         updated = eager or (speculative and calm)
         return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
+
+    def _take_back(self, taken: Sequence[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
+        """A speculative update does not hold: `taken` wait for the next forward. `written`: a checkpoint got them."""
+        self._pipeline.forget_coming()
+        self._pipeline.eager.discard()
+        if written:  # the same regions will be written again, and last
+            self._pipeline.settle()
+        self._set_update(taken, update, finite=finite)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
         """The losses of `batches`, forward only; pending updates are done on the way."""
