@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from plain import everything_on
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine
-from zinf_cli.engine.pipeline import Pipeline
-from zinf_cli.engine.units import discover
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.pipeline import Pipeline
+from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.units import discover
 
 WIDTH = 64
 CHUNK = 1024

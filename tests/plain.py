@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.compute.survey import survey
+from zinf_cli.engine.compute.sweep_member import MicroBatch
+from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.engine import Engine, EngineOptions
-from zinf_cli.engine.kernel import Kernel
-from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.survey import survey
-from zinf_cli.engine.trial import Trial
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zinf_cli.engine.activations import SMALL, Activations
+from zinf_cli.engine.compute.activations import SMALL, Activations
 from zinf_cli.errors import CapacityError, ModelError
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from plain import everything_on
-from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.compute.survey import survey
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
-from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.survey import survey
+from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import ModelError
 
 WIDTH, STEPS, LR = 32, 4, 1e-2

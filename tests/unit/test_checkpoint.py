@@ -28,10 +28,10 @@ from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
 from zinf_cli.checkpoint.verify import verify
-from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import EngineOptions
-from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
 from zinf_cli.model_state import PAGE
 from zinf_cli.train.checkpoint_reader import CheckpointReader

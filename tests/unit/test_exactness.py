@@ -20,9 +20,9 @@ from plain import (
     relative_difference,
 )
 from tiny_models import CONFIGS, random_source
-from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import EngineOptions
-from zinf_cli.engine.lane import MicroBatch
+from zinf_cli.engine.traffic.adamw import AdamW
 
 CLASSES = ("params", "grads", "optimizer", "activations")
 STEPS = 10

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pieces import LR, backward, forward, layer_of, let_update, loss_of, open_layers, pipeline_of, plain_layers
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.visit import Kind, Visit
 
 
 def test_what_lies_in_the_memory_of_compute_is_used_there(tmp_path: Path) -> None:

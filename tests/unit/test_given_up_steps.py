@@ -9,10 +9,10 @@ import torch
 
 from plain import everything_on, open_engine
 from tiny_models import random_source
-from zinf_cli.engine.life import State
-from zinf_cli.engine.pipeline import Pipeline
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.pipeline import Pipeline
+from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.life import State
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.keep import Keeper
+from zinf_cli.engine.compute.activations import Activations
+from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace

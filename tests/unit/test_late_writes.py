@@ -16,10 +16,10 @@ from tiny_models import random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import verify
-from zinf_cli.engine.adamw import AdamW
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import EngineOptions
-from zinf_cli.engine.lane import MicroBatch
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import STRIPE, NvmeTier
 from zinf_cli.trace import Trace

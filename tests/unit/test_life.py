@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zinf_cli.engine import life
-from zinf_cli.engine.life import FlatLife, Life, State
+from zinf_cli.engine.units import life
+from zinf_cli.engine.units.life import FlatLife, Life, State
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace

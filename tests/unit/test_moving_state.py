@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, open_blocks
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.lane import MicroBatch
+from zinf_cli.engine.compute.sweep_member import MicroBatch
+from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.train.model import _parameters_on_meta
 
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tiny_classes import OTHERS, PAIR, SIZE, real
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
-from zinf_cli.engine.survey import survey
+from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.batches import deal

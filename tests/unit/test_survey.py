@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from plain import CPU, batches, engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import CONFIGS, random_source
-from zinf_cli.engine.survey import Survey, survey
-from zinf_cli.engine.trial import Trial
-from zinf_cli.engine.unsurveyed import guessed
+from zinf_cli.engine.compute.survey import Survey, survey
+from zinf_cli.engine.compute.trial import Trial
+from zinf_cli.engine.compute.unsurveyed import guessed
 from zinf_cli.errors import ModelError
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.micro_batch import UnitCall
-from zinf_cli.engine.moving_state import MovingState
-from zinf_cli.engine.tape import Tape
+from zinf_cli.engine.compute.activations import Activations
+from zinf_cli.engine.compute.micro_batch import UnitCall
+from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.errors import ModelError
 from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.trace import Trace

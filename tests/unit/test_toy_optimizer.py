@@ -19,10 +19,10 @@ from plain import LR, engine_losses, everything_on, open_engine, plain_losses, r
 from tiny_models import dataset_for, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
-from zinf_cli.engine.adamw import AdamW
 from zinf_cli.engine.engine import Engine, EngineOptions
-from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.errors import CheckpointError
 from zinf_cli.model_state import ADAMW, Field, OptimizerState
 from zinf_cli.plan.checkpoints import checkpoint_bytes

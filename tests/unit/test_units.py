@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tiny_models import CONFIGS, random_source
-from zinf_cli.engine.store import overlap
-from zinf_cli.engine.units import ALIGN, discover
+from zinf_cli.engine.units.store import overlap
+from zinf_cli.engine.units.units import ALIGN, discover
 from zinf_cli.model_state import SLICE_MULTIPLE
 from zinf_cli.train.model import build_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pieces import CHUNK, LR, backward, forward, layer_of, let_update, loss_of, open_layers, pipeline_of, plain_layers
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.visit import Kind, Visit
 
 LAST = [Visit(0, Kind.BACKWARD, final=True)]
 

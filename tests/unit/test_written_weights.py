@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
-from zinf_cli.engine.survey import survey
+from zinf_cli.engine.compute.survey import survey
 from zinf_cli.train.model import ModelSource
 from zoo.shrink import configs
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
-from zinf_cli.engine.survey import survey
+from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import ZinfError
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import objective_of

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from zinf_cli.bench.block import Block, pass_over
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.kernel import Kernel
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.trace import Trace
 
 ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}

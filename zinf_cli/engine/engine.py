@@ -22,22 +22,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.capture import StateSink
-from zinf_cli.engine.constant_weights import hold_constant
-from zinf_cli.engine.dealing import Dealer
-from zinf_cli.engine.kernel import Kernel
-from zinf_cli.engine.lane import MicroBatch
-from zinf_cli.engine.micro_batch import SideOutputs, intercept
-from zinf_cli.engine.moving_state import MovingState
-from zinf_cli.engine.pipeline import Pipeline
+from zinf_cli.engine.compute.activations import Activations
+from zinf_cli.engine.compute.dealing import Dealer
+from zinf_cli.engine.compute.micro_batch import SideOutputs, intercept
+from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.sweep import Sweep
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.state import StateSource, fields_of, load_state, save_state
-from zinf_cli.engine.store import Flat, TierSet, Unit, to_placeholders
-from zinf_cli.engine.sweep import Sweep
-from zinf_cli.engine.units import UnitLayout
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.traffic.capture import StateSink
+from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.traffic.pipeline import Pipeline
+from zinf_cli.engine.traffic.state import StateSource, fields_of, load_state, save_state
+from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.constant_weights import hold_constant
+from zinf_cli.engine.units.store import Flat, TierSet, Unit, to_placeholders
+from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.errors import ZinfError
 from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FP32_BYTES, FROZEN, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena

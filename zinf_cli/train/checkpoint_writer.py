@@ -34,7 +34,7 @@ from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.store import Unit
+from zinf_cli.engine.units.store import Unit
 from zinf_cli.errors import CapacityError, CheckpointError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, open_rank_file
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from zinf_cli.bench.block import Block
 from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
+from zinf_cli.engine.compute.survey import Survey, UnitUse
+from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.survey import Survey, UnitUse
-from zinf_cli.engine.trial import Trial
-from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from zinf_cli.engine.compute.loss_scale import LossScale
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine, StepResult
-from zinf_cli.engine.lane import MicroBatch
-from zinf_cli.engine.loss_scale import LossScale
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zinf_cli.engine.adamw import AdamW
-from zinf_cli.engine.kernel import Kernel
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.recipe.recipe import Optimizer
 
 

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from zinf_cli.engine.survey import Survey, survey
-from zinf_cli.engine.trial import Trial
-from zinf_cli.engine.units import UnitLayout, discover
-from zinf_cli.engine.unsurveyed import guessed
-from zinf_cli.engine.written_weights import bounded
+from zinf_cli.engine.compute.survey import Survey, survey
+from zinf_cli.engine.compute.trial import Trial
+from zinf_cli.engine.compute.unsurveyed import guessed
+from zinf_cli.engine.units.units import UnitLayout, discover
+from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.plan.layout import ModelFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.collator import Batch, Sample

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.activations import Activations
-from zinf_cli.engine.keep import Keeper
-from zinf_cli.engine.lane import Lane, MicroBatch
-from zinf_cli.engine.micro_batch import Finished
-from zinf_cli.engine.moving_state import MovingState
-from zinf_cli.engine.pipeline import Pipeline
-from zinf_cli.engine.tape import Tape
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.compute.activations import Activations
+from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.micro_batch import Finished
+from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.sweep_member import MicroBatch, SweepMember
+from zinf_cli.engine.compute.tape import Tape
+from zinf_cli.engine.traffic.pipeline import Pipeline
+from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.trace import Trace
 
 
@@ -66,7 +66,7 @@ class Sweep:
         self._kept = kept
         self._state = state
         self._trace = trace
-        self._lanes: list[Lane] = []
+        self._lanes: list[SweepMember] = []
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
@@ -125,52 +125,52 @@ class Sweep:
 
     def close(self) -> None:
         """End the threads."""
-        for lane in self._lanes:
-            lane.thread.close()
+        for member in self._lanes:
+            member.thread.close()
         self._lanes.clear()
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        with self._lanes_for(batches, grad=False) as lanes:
-            for unit in self._forward_units(lanes, self._route.forward):
-                self._visit_forward(lanes, unit)
-            self._agree(_all_finished(lanes) and (len(lanes) == 1 or not self._state.notices()))
-            return [lane.loss.detach().float() for lane in lanes]
+        with self._lanes_for(batches, grad=False) as members:
+            for unit in self._forward_units(members, self._route.forward):
+                self._visit_forward(members, unit)
+            self._agree(_all_finished(members) and (len(members) == 1 or not self._state.notices()))
+            return [member.loss.detach().float() for member in members]
 
     def _train(
         self, batches: Sequence[MicroBatch], *, last: bool, forward_done: Callable[[], None]
     ) -> list[torch.Tensor]:
-        with self._lanes_for(batches, grad=True) as lanes:
+        with self._lanes_for(batches, grad=True) as members:
             taken: list[int] = []
             losses: list[torch.Tensor] = []
-            for unit in self._forward_units(lanes, self._route.forward):
+            for unit in self._forward_units(members, self._route.forward):
                 taken.append(unit)
                 if taken == self._route.forward and not self._lockstep:
-                    losses = self._turn(lanes, last, forward_done)
+                    losses = self._turn(members, last, forward_done)
                 else:
-                    self._visit_forward(lanes, unit)
+                    self._visit_forward(members, unit)
             turned = bool(losses)
             if not turned:
-                self._agree(_all_finished(lanes) and _same_records(lanes) and not self._state.notices())
+                self._agree(_all_finished(members) and _same_records(members) and not self._state.notices())
                 forward_done()
-                losses = [lane.take_loss() for lane in lanes]
-            walked = self._backward(lanes, last)
+                losses = [member.take_loss() for member in members]
+            walked = self._backward(members, last)
             self._route = Route(taken, walked if turned or walked[:1] != taken[-1:] else walked[1:])
             self._lockstep = self._disagreed
             return [loss.float() for loss in losses]
 
-    def _forward_units(self, lanes: list[Lane], predicted: list[int]) -> Iterator[int]:
-        """The units to visit, one after another (see "The route"); Disagreement where one rank's lanes part."""
+    def _forward_units(self, members: list[SweepMember], predicted: list[int]) -> Iterator[int]:
+        """The units to visit, one after another (see "The route"); Disagreement where one rank's members part."""
         if self._ranks.world_size > 1 and not self._lockstep:
             yield from predicted
             return
         while True:
-            unit = self._next_unit({lane.called for lane in lanes}, min)
+            unit = self._next_unit({member.called for member in members}, min)
             if unit is None:
                 return
             yield unit
 
     def _next_unit(self, called: set[int | None], choose: Callable[[list[int]], int]) -> int | None:
-        """The one unit that the lanes of this rank, or one of the ranks, have called; None at the end."""
+        """The one unit that the members of this rank, or one of the ranks, have called; None at the end."""
         if self._ranks.world_size == 1:
             self._agree(len(called) == 1)
             return called.pop()
@@ -186,18 +186,18 @@ class Sweep:
         if min(self._ranks.all(int(agreed))) == 0:
             raise Disagreement
 
-    def _visit_forward(self, lanes: list[Lane], unit: int) -> None:
+    def _visit_forward(self, members: list[SweepMember], unit: int) -> None:
         visit = Visit(unit, Kind.FORWARD)
         self._pipeline.acquire(visit)
-        self._pass_unit(lanes, unit)
+        self._pass_unit(members, unit)
         self._pipeline.release(visit)
 
-    def _pass_unit(self, lanes: list[Lane], unit: int) -> None:
+    def _pass_unit(self, members: list[SweepMember], unit: int) -> None:
         name = self._units[unit].name
-        for lane in lanes:
-            if lane.called == unit:
+        for member in members:
+            if member.called == unit:
                 with self._trace.span("compute", f"{name} forward"):
-                    lane.pass_unit(name, keeper=self._keeper(unit))
+                    member.pass_unit(name, keeper=self._keeper(unit))
                 self._pipeline.advance()
 
     def _keeper(self, number: int) -> Keeper | None:
@@ -208,7 +208,7 @@ class Sweep:
         resident = [] if self._resident is None else self._units[self._resident].params
         return Keeper(self._activations, unit.params, [*unit.buffers, *resident], unit.name)
 
-    def _turn(self, lanes: list[Lane], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
+    def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Forward, loss and backward of the last unit, one micro-batch after another.
 
         Empty when the first micro-batch goes on to a further unit: then this was an ordinary forward visit.
@@ -217,24 +217,24 @@ class Sweep:
         name = self._units[visit.unit].name
         self._pipeline.acquire(visit)
         losses: list[torch.Tensor] = []
-        agreed = _same_records(lanes) and all(lane.called == visit.unit for lane in lanes)
+        agreed = _same_records(members) and all(member.called == visit.unit for member in members)
         self._agree(agreed or self._ranks.world_size > 1)
-        for lane in lanes if agreed else ():
+        for member in members if agreed else ():
             with self._trace.span("compute", f"{name} forward"):
-                lane.pass_unit(name, hot=True)
-            if not isinstance(lane.at, Finished):
-                lane.tape.cool(name)
+                member.pass_unit(name, hot=True)
+            if not isinstance(member.at, Finished):
+                member.tape.cool(name)
                 agreed = False
                 break
             if not losses:
                 forward_done()
             with self._trace.span("compute", f"{name} backward"):
-                losses.append(lane.take_loss())
-                if lane.recorded == visit.unit:
-                    lane.backward()
+                losses.append(member.take_loss())
+                if member.recorded == visit.unit:
+                    member.backward()
             self._pipeline.advance()
         if not agreed and not losses and self._ranks.world_size == 1:
-            self._pass_unit(lanes[1:], visit.unit)
+            self._pass_unit(members[1:], visit.unit)
             self._pipeline.give_up(visit)
             return []
         self._agree(agreed and not self._state.notices())
@@ -242,34 +242,34 @@ class Sweep:
         self._count_backward(visit)
         return losses
 
-    def _backward(self, lanes: list[Lane], last: bool) -> list[int]:
+    def _backward(self, members: list[SweepMember], last: bool) -> list[int]:
         """The records that are left, in reverse, all micro-batches at each unit; the units that were visited.
 
         In lockstep nobody knows which visit of a unit will be its last: `_finish_gradients` makes one more.
         """
-        left = Counter(record.call.unit for record in lanes[0].tape.records)
+        left = Counter(record.call.unit for record in members[0].tape.records)
         walked = []
-        while (unit := self._next_backward(lanes)) is not None:
+        while (unit := self._next_backward(members)) is not None:
             left[unit] -= 1
             final = last and not left[unit] and not self._lockstep
             visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=final)
             walked.append(unit)
-            _prefetch(lanes)
+            _prefetch(members)
             self._pipeline.acquire(visit)
-            for lane in lanes:
-                if lane.recorded == unit:
+            for member in members:
+                if member.recorded == unit:
                     with self._trace.span("compute", f"{self._units[unit].name} backward"):
-                        lane.backward()
-                _prefetch(lanes)
+                        member.backward()
+                _prefetch(members)
                 self._pipeline.advance()
             self._pipeline.release(visit)
             self._count_backward(visit)
         return walked
 
-    def _next_backward(self, lanes: list[Lane]) -> int | None:
+    def _next_backward(self, members: list[SweepMember]) -> int | None:
         if self._lockstep:
-            return self._next_unit({lane.recorded for lane in lanes}, max)
-        return lanes[0].recorded
+            return self._next_unit({member.recorded for member in members}, max)
+        return members[0].recorded
 
     def _back_visits(self, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
         back = self._route.forward[-1:] + self._route.backward
@@ -319,22 +319,22 @@ class Sweep:
         self._pipeline.release(visit)
 
     @contextmanager
-    def _lanes_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[Lane]]:
-        """A lane for each micro-batch, at its first unit."""
+    def _lanes_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[SweepMember]]:
+        """A member for each micro-batch, at its first unit."""
         while len(self._lanes) < len(batches):
-            self._lanes.append(Lane(len(self._lanes), self._device))
-        lanes = self._lanes[: len(batches)]
-        started: list[Lane] = []
+            self._lanes.append(SweepMember(len(self._lanes), self._device))
+        members = self._lanes[: len(batches)]
+        started: list[SweepMember] = []
         try:
-            for lane, batch in zip(lanes, batches, strict=True):
-                started.append(lane)
-                lane.start(
+            for member, batch in zip(members, batches, strict=True):
+                started.append(member)
+                member.start(
                     batch, Tape(self._device, self._activations, self._state, trainable=self._trainable), grad=grad
                 )
-            yield lanes
+            yield members
         except BaseException:
-            for lane in started:
-                lane.give_up()
+            for member in started:
+                member.give_up()
             raise
 
 
@@ -342,19 +342,19 @@ _NOTHING, _PARTED = -1, -2
 """What a rank tells instead of a unit: its micro-batches have ended; they call different units."""
 
 
-def _all_finished(lanes: list[Lane]) -> bool:
-    return all(isinstance(lane.at, Finished) for lane in lanes)
+def _all_finished(members: list[SweepMember]) -> bool:
+    return all(isinstance(member.at, Finished) for member in members)
 
 
-def _same_records(lanes: list[Lane]) -> bool:
-    return len({tuple(record.call.unit for record in lane.tape.records) for lane in lanes}) <= 1
+def _same_records(members: list[SweepMember]) -> bool:
+    return len({tuple(record.call.unit for record in member.tape.records) for member in members}) <= 1
 
 
-def _prefetch(lanes: list[Lane]) -> None:
+def _prefetch(members: list[SweepMember]) -> None:
     """Bring back the inputs of the records that come next, in their order, as far as there is room."""
-    most = max(len(lane.tape.records) for lane in lanes)
-    this_unit = [lane for lane in lanes if len(lane.tape.records) == most]
-    next_unit = [lane for lane in lanes if len(lane.tape.records) < most]
-    for lane in this_unit + next_unit:
-        if not lane.tape.prefetch():
+    most = max(len(member.tape.records) for member in members)
+    this_unit = [member for member in members if len(member.tape.records) == most]
+    next_unit = [member for member in members if len(member.tape.records) < most]
+    for member in this_unit + next_unit:
+        if not member.tape.prefetch():
             return

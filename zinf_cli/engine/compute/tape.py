@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.activations import Activations, Saved
-from zinf_cli.engine.carriers import Carrier, Reach, differentiable, opened, parts_of
-from zinf_cli.engine.keep import Keeper
-from zinf_cli.engine.micro_batch import UnitCall
-from zinf_cli.engine.moving_state import Moment, MovingState
-from zinf_cli.engine.written_weights import storage_of
+from zinf_cli.engine.compute.activations import Activations, Saved
+from zinf_cli.engine.compute.carriers import Carrier, Reach, differentiable, opened, parts_of
+from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.micro_batch import UnitCall
+from zinf_cli.engine.compute.moving_state import Moment, MovingState
+from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
 _Edge = torch.autograd.graph.GradientEdge

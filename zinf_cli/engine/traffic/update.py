@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.capture import Destination, StateSink
-from zinf_cli.engine.kernel import Kernel
-from zinf_cli.engine.store import Flat, Unit, overlap
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.traffic.capture import Destination, StateSink
+from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.units.store import Flat, Unit, overlap
 from zinf_cli.model_state import GRAD, MASTER, PARAM, Field
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.eager import EagerUpdates
-from zinf_cli.engine.fetch import Fetch
 from zinf_cli.engine.ranks import Flags, Ranks
-from zinf_cli.engine.store import Unit
-from zinf_cli.engine.update import Updates
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.traffic.eager import EagerUpdates
+from zinf_cli.engine.traffic.fetch import Fetch
+from zinf_cli.engine.traffic.update import Updates
+from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.store import Unit
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace

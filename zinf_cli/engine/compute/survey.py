@@ -19,13 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.activations import SMALL
-from zinf_cli.engine.carriers import Reach, differentiable, opened
-from zinf_cli.engine.meta_answers import answer_of
-from zinf_cli.engine.moving_state import MovingState
-from zinf_cli.engine.trial import Trial, TrialWeights
-from zinf_cli.engine.units import UnitLayout, discover
-from zinf_cli.engine.written_weights import WrittenWeights, storage_of
+from zinf_cli.engine.compute.activations import SMALL
+from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
+from zinf_cli.engine.compute.meta_answers import answer_of
+from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.trial import Trial, TrialWeights
+from zinf_cli.engine.units.units import UnitLayout, discover
+from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.model_state import round_up
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zinf_cli.engine.keep import Keeper
-from zinf_cli.engine.micro_batch import Finished, MicroBatchThread, UnitCall
-from zinf_cli.engine.tape import RngState, Tape
+from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.micro_batch import Finished, MicroBatchThread, UnitCall
+from zinf_cli.engine.compute.tape import RngState, Tape
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MicroBatch:
     """Where its random numbers (dropout) start."""
 
 
-class Lane:
+class SweepMember:
     """One micro-batch in a sweep: its thread, its tape, its random state."""
 
     def __init__(self, number: int, device: torch.device) -> None:

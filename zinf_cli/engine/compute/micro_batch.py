@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from zinf_cli.engine.forwards import replace_forward
+from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.errors import ModelError
 
 

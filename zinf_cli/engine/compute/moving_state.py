@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zinf_cli.engine.carriers import Carrier, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.compute.carriers import Carrier, ends_walk, holds_values, read_carrier
 
 _ASIDE = frozenset({*vars(nn.Module()), "forward"})
 _NONE = object()

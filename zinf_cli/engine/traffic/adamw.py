@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from zinf_cli.engine.kernel import Kernel
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.model_state import ADAMW, OptimizerState
 
 BLOCK = 128 * 1024

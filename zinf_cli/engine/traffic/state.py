@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.store import Flat, Unit, overlap
-from zinf_cli.engine.units import FlatLayout
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.units.store import Flat, Unit, overlap
+from zinf_cli.engine.units.units import FlatLayout
 from zinf_cli.model_state import MASTER, PIECE, Field
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer

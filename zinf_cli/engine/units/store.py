@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from zinf_cli.engine.life import FlatLife, Life
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.units import FlatLayout, ParamLayout, UnitLayout
+from zinf_cli.engine.units.life import FlatLife, Life
+from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.model_state import FROZEN, GRAD, MASTER, PARAM, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import Extent, Tier, Transfer

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from zinf_cli.engine.survey import Survey, UnitUse
-from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.compute.survey import Survey, UnitUse
+from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.model_state import round_up
 
 PER_PRODUCT = 4

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from zinf_cli.engine.activations import PARCEL, Activations, Kept, Offloaded, Saved
+from zinf_cli.engine.compute.activations import PARCEL, Activations, Kept, Offloaded, Saved
 
 _Unpack = Callable[[], torch.Tensor]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.units.units import UnitLayout
 
 Bounds = tuple[float | None, float | None]
 

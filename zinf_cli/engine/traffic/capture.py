@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zinf_cli.engine.store import Flat
+from zinf_cli.engine.units.store import Flat
 from zinf_cli.tiers.tier import Extent
 
 

@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.fetch import Fetch
-from zinf_cli.engine.kernel import Kernel
-from zinf_cli.engine.store import Unit
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.traffic.fetch import Fetch
+from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.units.store import Unit
 from zinf_cli.tiers.tier import Transfer
 
 

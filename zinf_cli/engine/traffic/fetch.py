@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-from zinf_cli.engine.buffers import Memory
-from zinf_cli.engine.capture import destination
-from zinf_cli.engine.kernel import Kernel
-from zinf_cli.engine.store import Unit
-from zinf_cli.engine.update import SliceUpdate, Updates
-from zinf_cli.engine.visit import Kind, Visit
+from zinf_cli.engine.traffic.buffers import Memory
+from zinf_cli.engine.traffic.capture import destination
+from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.traffic.update import SliceUpdate, Updates
+from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.store import Unit
 from zinf_cli.model_state import GRAD
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import Extent, Transfer

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.store import to_placeholders
-from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.units.store import to_placeholders
+from zinf_cli.engine.units.units import UnitLayout
 
 
 @dataclass(frozen=True)

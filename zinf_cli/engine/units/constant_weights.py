@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zinf_cli.engine.forwards import replace_forward
-from zinf_cli.engine.units import UnitLayout
+from zinf_cli.engine.units.forwards import replace_forward
+from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.errors import ModelError
 
 

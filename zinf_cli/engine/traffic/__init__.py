@@ -1,0 +1,1 @@
+"""Bytes on their way: fetches, gathers, updates, checkpoints in passing."""
