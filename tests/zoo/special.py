@@ -98,6 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {**_sections(1, 1, 2), "text_config.moe_intermediate_size": [48, 48]},
     "esm": {"vocab_size": 128, "mask_token_id": 5, "pad_token_id": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_groups": 1},
+    "funnel": {"initializer_std": 0.02},
     "gemma3n": _of_text(GEMMA3N),
     "gemma3n_text": GEMMA3N,
     "gemma4": _of_text(GEMMA4),
