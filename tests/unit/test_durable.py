@@ -103,9 +103,9 @@ def test_nothing_else_renames_what_it_wrote() -> None:
     """A name that is given elsewhere is given to a folder or a link that was there before, or by the kernel."""
     allowed = {
         "checkpoint/folder.py",  # a link, and checkpoints that are whole
-        "launch/mirror.py", "launch/run_folder.py",  # what an earlier run left goes to earlier/N
+        "run_folder/names.py",  # what an earlier run left goes to earlier/N
         "launch/sync.py",  # on another host
-    }  # fmt: skip
+    }
     found = {
         str(path.relative_to(ROOT))
         for path in ROOT.rglob("*.py")

@@ -179,7 +179,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_masking_is_that_of_transformers(tokenizer: Path) -> None:
     """The same shares, by their own collator; never a special token; the same for a sequence wherever it is dealt."""
     fast = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-    ids = torch.from_numpy(np.random.default_rng(1).integers(0, len(WORDS), (400, 64)))
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, len(WORDS), (2000, 64)))
     masking = Masking(fast.mask_token_id, np.array(fast.all_special_ids), len(WORDS), seed=3)
 
     def shares(input_ids: torch.Tensor, labels: torch.Tensor) -> list[float]:
@@ -193,7 +193,8 @@ def test_masking_is_that_of_transformers(tokenizer: Path) -> None:
         return [float(chosen.sum() / candidates.sum()), float(hidden.float().mean()), float(kept.float().mean())]
 
     ours = [torch.stack(part) for part in zip(*(masking.apply(row, row, n) for n, row in enumerate(ids)), strict=True)]
-    theirs = DataCollatorForLanguageModeling(fast, seed=3).torch_mask_tokens(ids.clone())
+    torch.manual_seed(3)  # it draws from the global generator
+    theirs = DataCollatorForLanguageModeling(fast).torch_mask_tokens(ids.clone())
     assert shares(*ours) == pytest.approx(shares(*theirs), abs=0.02)
     assert shares(*ours) == pytest.approx([0.15, 0.8, 0.1], abs=0.02)
 
