@@ -45,6 +45,31 @@ def final_name(name: str) -> str:
     return being_written["name"] if being_written else name
 
 
+def reserve(folder: Path, num_bytes: int) -> int | None:
+    """The descriptor of a nameless file with room for `num_bytes`, for `write_reserved`; None where none is to be had.
+
+    What has to be said when a drive is full has its place there already, and a process that is killed leaves nothing.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+    return None
+
+
+def write_reserved(descriptor: int, path: Path, content: bytes) -> None:
+    """Write a file whole into what was reserved for it, once, where none has its name; OSError leaves nothing."""
+    os.pwrite(descriptor, content, 0)
+    os.ftruncate(descriptor, len(content))
+    os.fsync(descriptor)
+    os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)  # which makes it follow the link there
+    sync_folder(path.parent)
+
+
 def publish(partial: Path, path: Path) -> None:
     """Give a file, or a folder with all that is in it, its final name: synced before, the name after."""
     for folder, _, names in os.walk(partial):

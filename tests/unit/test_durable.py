@@ -14,7 +14,7 @@ import pytest
 
 from programs import command
 from zinf_cli import durable
-from zinf_cli.durable import publish, write_durably
+from zinf_cli.durable import publish, reserve, write_durably, write_reserved
 
 ROOT = Path(durable.__file__).parent
 
@@ -73,6 +73,29 @@ def test_a_failure_leaves_what_was_there(call: str, tmp_path: Path, monkeypatch:
             write_durably(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_reserved_is_written_though_the_drive_is_full(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", tmp_path], check=True)
+    try:
+        reserved = [reserve(tmp_path, 8192) for _ in range(2)]
+        subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path}/filler", "bs=4k"], capture_output=True, check=False)
+        with pytest.raises(OSError, match="No space left"):
+            write_durably(tmp_path / "record", "content")
+        first, second = reserved
+        assert first is not None
+        assert second is not None
+        write_reserved(first, tmp_path / "record", b"content")
+        assert (tmp_path / "record").read_bytes() == b"content"
+        with pytest.raises(FileExistsError):
+            write_reserved(second, tmp_path / "record", b"other")
+        for descriptor in (first, second):
+            os.close(descriptor)
+        assert {path.name for path in tmp_path.iterdir()} == {"filler", "record"}
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 @pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOTSUP])

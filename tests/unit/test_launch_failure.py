@@ -15,6 +15,7 @@ from zinf_cli.errors import CapacityError, HostError, NonFiniteError, ReportedEr
 from zinf_cli.launch.failure import Ending, Failure, first_failure
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.recipe.hosts import Host
+from zinf_cli.run_folder.error_records import ErrorPlace
 from zinf_cli.train.rank_process import _run_main
 
 
@@ -93,7 +94,7 @@ def recorded(run_dir: Path, error: Exception) -> Failure:
         raise error
 
     (run_dir / "logs").mkdir()
-    _run_main(life, 3, run_dir)
+    _run_main(life, 3, ErrorPlace(run_dir, 3))
     failure = first_failure(run_dir, [])
     assert failure is not None
     return failure

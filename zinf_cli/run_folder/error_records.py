@@ -6,12 +6,16 @@ import json
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zinf_cli.durable import write_durably
+from zinf_cli.durable import reserve, write_durably, write_reserved
 from zinf_cli.run_folder.names import error_file, files_of_ranks
+
+_RECORD_BYTES = 2**16
+_MOST_SAID = 2**12
+"""Characters of a traceback in a record on a full drive. In JSON each takes 6 bytes at most."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,26 @@ class ErrorRecord:
     """Seconds since 1970."""
 
 
-def write_error(record: ErrorRecord, run_dir: Path) -> None:
-    """Whole or not at all, since the launcher may be reading."""
-    write_durably(run_dir / error_file(record.rank), json.dumps(asdict(record), indent=1))
+class ErrorPlace:
+    """Where a rank's record goes, with room for it from the start: a full drive is one of the reasons to fail."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._path = run_dir / error_file(rank)
+        self._reserved = reserve(self._path.parent, _RECORD_BYTES)
+
+    def write(self, record: ErrorRecord) -> None:
+        """Whole or not at all, since the launcher may be reading."""
+        try:
+            write_durably(self._path, _as_json(record))
+        except OSError:
+            if self._reserved is None:
+                raise
+            short = replace(record, traceback=record.traceback[-_MOST_SAID:])
+            write_reserved(self._reserved, self._path, _as_json(short).encode())
+
+
+def _as_json(record: ErrorRecord) -> str:
+    return json.dumps(asdict(record), indent=1)
 
 
 def errors_in(run_dir: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from zinf_cli.errors import RankError, ReportedError, ZinfError
-from zinf_cli.run_folder.error_records import ErrorRecord, write_error
+from zinf_cli.run_folder.error_records import ErrorPlace, ErrorRecord
 from zinf_cli.run_folder.names import rank_log
 from zinf_cli.unfailing_stream import make_unfailing
 
@@ -59,6 +59,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _redirect_output(run_dir / rank_log(rank), rank)
+    place = ErrorPlace(run_dir, rank)
     oom_kills = _count_oom_kills()
     signal.pthread_sigmask(signal.SIG_BLOCK, _GUARDED)
     guard = os.getpid()
@@ -69,10 +70,10 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
         code = 1
         try:
-            code = _run_main(main, rank, run_dir)
+            code = _run_main(main, rank, place)
         finally:
             os._exit(code)
-    code = _guard(child, oom_kills, rank, run_dir)
+    code = _guard(child, oom_kills, rank, place)
     if code != 0:
         os._exit(code)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
@@ -87,7 +88,7 @@ def stop_requested() -> bool:
     return descriptor is not None and os.fstat(int(descriptor)).st_size > 0
 
 
-def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
+def _run_main(main: Callable[[], int], rank: int, place: ErrorPlace) -> int:
     """The rank's life; its exit code."""
     record = None
     code = 1
@@ -103,7 +104,7 @@ def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
         code = known.exit_code
     with suppress(OSError):  # a full disk must not hide the exit code
         if record is not None:
-            write_error(record, run_dir)
+            place.write(record)
             print(record.traceback, end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -112,7 +113,7 @@ def _run_main(main: Callable[[], int], rank: int, run_dir: Path) -> int:
     return code
 
 
-def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
+def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> int:
     """Wait for the rank and record the signal that killed it, if one did; its exit code, as in a shell."""
     torn_down = False
     ended = 0
@@ -127,7 +128,7 @@ def _guard(child: int, oom_kills: int | None, rank: int, run_dir: Path) -> int:
     if number != signal.SIGTERM or not torn_down:
         error = RankError(_describe_signal(number, oom_kills))
         with suppress(OSError):
-            write_error(ErrorRecord(rank, child, error.to_json()), run_dir)
+            place.write(ErrorRecord(rank, child, error.to_json()))
             print(error, file=sys.stderr)
     return 128 + number
 
