@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.keep import Keeper
@@ -70,6 +71,23 @@ def test_a_storage_goes_once_and_the_weight_not_at_all(activations: Activations,
     del loss
     keeper.saved[0].free()
     assert tier.used == 0
+
+
+def test_memory_of_what_is_saved_more_than_once_is_free_after_the_forward(
+    activations: Activations, tier: NvmeTier
+) -> None:
+    weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
+    keeper = Keeper(activations, [weight], [x], "a layer")
+    with keeper.keeping():
+        hidden = (x @ weight).tanh()
+        loss = (hidden * hidden.t()).sum()  # which saves it, and a view of it, again
+        memory = StorageWeakRef(hidden.untyped_storage())
+        del hidden
+        assert not memory.expired()
+    assert memory.expired()
+    assert tier.write_bytes == 64 * 64 * 4
+    del loss
+    keeper.saved[0].free()
 
 
 def test_without_a_tier_below_the_tensors_themselves_wait(tier: NvmeTier) -> None:
