@@ -19,7 +19,7 @@ def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> N
     assert "step 14: loss " in ended.message
     assert "after 9 steps that were skipped too" in ended.message
     good = ended.run_dir / "checkpoints" / "step-00000003"
-    assert f"the last good checkpoint: checkpoint.resume={good})" in ended.message
+    assert f"the last good checkpoint: checkpoint.resume={good}; log: " in ended.message
     assert ended.err.count("note: skipped step") == 9
     assert "note: no checkpoint step-00000005: its step changes nothing" in ended.err
     there = sorted(path.name for path in good.parent.iterdir() if path.name.startswith("step-"))
