@@ -1,7 +1,7 @@
 """What the state of a model is made of, said once and without torch; plan, checkpoint, engine and tiers read it.
 
 A parameter that is trained has a gradient, the fields of its optimizer and, where it is 16-bit, an fp32 master that the
-optimizer works on. Another optimizer is another `OptimizerState` here, and a kernel in the engine (engine/kernel.py).
+optimizer works on. Another optimizer is another `OptimizerState` here, and a kernel in engine/traffic/kernel.py.
 """
 
 from __future__ import annotations
