@@ -66,7 +66,9 @@ class Sweep:
         self._kept = kept
         self._state = state
         self._trace = trace
-        self._lanes: list[SweepMember] = []
+        self._members: list[SweepMember] = []
+        self._compare = True
+        """Recomputes with what they repeat: in the first step."""
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
@@ -107,6 +109,7 @@ class Sweep:
             for number, batches in enumerate(sweeps):
                 losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
             self._finish_gradients()
+        self._compare = False
         return losses
 
     def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
@@ -125,12 +128,12 @@ class Sweep:
 
     def close(self) -> None:
         """End the threads."""
-        for member in self._lanes:
+        for member in self._members:
             member.thread.close()
-        self._lanes.clear()
+        self._members.clear()
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
-        with self._lanes_for(batches, grad=False) as members:
+        with self._members_for(batches, grad=False) as members:
             for unit in self._forward_units(members, self._route.forward):
                 self._visit_forward(members, unit)
             self._agree(_all_finished(members) and (len(members) == 1 or not self._state.notices()))
@@ -139,7 +142,7 @@ class Sweep:
     def _train(
         self, batches: Sequence[MicroBatch], *, last: bool, forward_done: Callable[[], None]
     ) -> list[torch.Tensor]:
-        with self._lanes_for(batches, grad=True) as members:
+        with self._members_for(batches, grad=True) as members:
             taken: list[int] = []
             losses: list[torch.Tensor] = []
             for unit in self._forward_units(members, self._route.forward):
@@ -319,18 +322,23 @@ class Sweep:
         self._pipeline.release(visit)
 
     @contextmanager
-    def _lanes_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[SweepMember]]:
+    def _members_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[SweepMember]]:
         """A member for each micro-batch, at its first unit."""
-        while len(self._lanes) < len(batches):
-            self._lanes.append(SweepMember(len(self._lanes), self._device))
-        members = self._lanes[: len(batches)]
+        while len(self._members) < len(batches):
+            self._members.append(SweepMember(len(self._members), self._device))
+        members = self._members[: len(batches)]
         started: list[SweepMember] = []
         try:
             for member, batch in zip(members, batches, strict=True):
                 started.append(member)
-                member.start(
-                    batch, Tape(self._device, self._activations, self._state, trainable=self._trainable), grad=grad
+                tape = Tape(
+                    self._device,
+                    self._activations,
+                    self._state,
+                    trainable=self._trainable,
+                    compare=self._compare,
                 )
+                member.start(batch, tape, grad=grad)
             yield members
         except BaseException:
             for member in started:

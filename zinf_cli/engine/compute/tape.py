@@ -31,6 +31,7 @@ from zinf_cli.engine.compute.carriers import Carrier, Reach, differentiable, ope
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment, MovingState
+from zinf_cli.engine.compute.second_run import compare, some_of
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
@@ -79,6 +80,7 @@ class Record:
     """One call of a unit by one micro-batch."""
 
     number: int
+    label: str
     call: UnitCall
     leaves: list[Any]
     """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
@@ -94,6 +96,8 @@ class Record:
     """What its forward has left in objects, until it enters the glue."""
     kept: list[Saved] = field(default_factory=list)
     """What the graph needs back on the device."""
+    results: list[torch.Tensor] | None = None
+    """Some values of what its forward returned, for the recompute to compare with (second_run.py)."""
     shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
     """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
 
@@ -159,15 +163,22 @@ class Emit(torch.autograd.Function):
 
 
 class Tape:
-    """The records of one micro-batch, newest last."""
+    """The records of one micro-batch, newest last. With `compare`, a recompute has to give what the forward gave."""
 
     def __init__(
-        self, device: torch.device, activations: Activations, state: MovingState, *, trainable: set[int]
+        self,
+        device: torch.device,
+        activations: Activations,
+        state: MovingState,
+        *,
+        trainable: set[int],
+        compare: bool = False,
     ) -> None:
         self._device = device
         self._activations = activations
         self._state = state
         self._trainable = trainable
+        self._compare = compare
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.records: list[Record] = []
@@ -184,7 +195,7 @@ class Tape:
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
-        record = Record(len(self.records), call, [], spec, RngState(self._device))
+        record = Record(len(self.records), label, call, [], spec, RngState(self._device))
         if self._state.moving and keeper is None:
             record.moment = self._state.moment()
         versions = [tensor._version for tensor in tensors]
@@ -199,6 +210,8 @@ class Tape:
         for tensor, version in zip(tensors, versions, strict=True):
             if tensor._version != version:
                 raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
+        if recompute and self._compare:
+            record.results = some_of(_results(outputs, record))
         emitted = self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
         record.shared = _shared_storage(tensors, emitted)
         if keeper is not None:
@@ -281,7 +294,9 @@ class Tape:
             assert glue.saved is not None
             values[id(glue)] = glue.saved.get()
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
-        self._run(record, values)
+        outputs, _, _ = self._run(record, values)
+        if record.results is not None:
+            compare(record.label, record.results, some_of(_results(outputs, record)))
         found.put()
 
     def _run_once(
@@ -315,8 +330,10 @@ class Tape:
         left = before.after(outputs)
         record.added = left.added_since(before)
         if grad:
-            floating = [*filter(differentiable, pytree.tree_leaves(outputs)), *record.added]
-            edges = [torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in floating]
+            edges = [
+                torch.autograd.graph.get_gradient_edge(leaf) if leaf.requires_grad else None
+                for leaf in _results(outputs, record)
+            ]
             record.graph = Graph(inputs, edges)
         return outputs, left, {**given, **{id(leaf): leaf for leaf in record.plain_inputs()}}
 
@@ -347,6 +364,11 @@ class Tape:
             record.add_output_grad(glue.edge.output_nr, grad)
         else:
             torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)
+
+
+def _results(outputs: Any, record: Record) -> list[torch.Tensor]:
+    """Differentiable tensors that a call returns, and that it leaves in objects."""
+    return [*filter(differentiable, pytree.tree_leaves(outputs)), *record.added]
 
 
 def _shared_storage(inputs: Sequence[torch.Tensor], outputs: Any) -> list[tuple[Callable[[], int], int]]:

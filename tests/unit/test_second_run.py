@@ -1,0 +1,89 @@
+"""A unit that computes something else when it runs again is refused, whatever makes it differ; or it is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from blocks import MODES, Block, Blocks, Mode, assert_exact
+from zinf_cli.engine.compute.second_run import compare, some_of
+from zinf_cli.errors import ModelError
+
+
+class ChangesItsInput(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        x.data += 1
+        return x + torch.tanh(self.linear(x))
+
+
+class AsksOfItsInput(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.tanh(self.linear(x)) * (2 if x.requires_grad else 1)
+
+
+class AsksTheMode(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.tanh(self.linear(x)) * (2 if torch.is_grad_enabled() else 1)
+
+
+class TakesTurns(Block):
+    """With an argument that no tensor is in."""
+
+    def forward(self, x: torch.Tensor, given: Any = None) -> Any:
+        if isinstance(given, torch.Generator):
+            return x + torch.tanh(self.linear(x)) * torch.rand((), generator=given)
+        if given is not None:
+            given += 1
+            return x + torch.tanh(self.linear(x)) * float(given[0])
+        return x + torch.tanh(self.linear(x))
+
+
+class Giving(Blocks):
+    def __init__(self, make: Callable[[], Any]) -> None:
+        super().__init__(TakesTurns)
+        self.make = make
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = self.make()
+        for layer in self.layers:
+            x = layer(x, given)
+        return x.square().mean()
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "data of an input": partial(Blocks, ChangesItsInput),
+    "requires_grad": partial(Blocks, AsksOfItsInput),
+    "is_grad_enabled": partial(Blocks, AsksTheMode),
+    "an array": partial(Giving, partial(np.zeros, 1)),
+    "a generator": partial(Giving, lambda: torch.Generator().manual_seed(3)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_refused_or_exact(kind: str, mode: Mode, tmp_path: Path) -> None:
+    if mode.keep:
+        assert_exact(KINDS[kind], mode, tmp_path)
+        return
+    with pytest.raises(ModelError, match="computes something else when it runs again in backward"):
+        assert_exact(KINDS[kind], mode, tmp_path)
+
+
+def test_last_places_and_single_tokens_are_no_difference() -> None:
+    result = torch.linspace(-3, 3, 1000)
+    moved = result * (1 + 1e-4)
+    moved[:20] = 7.0
+    compare("layers.0", some_of([result]), some_of([moved]))
+    compare("layers.0", some_of([torch.full((4,), torch.nan)]), some_of([torch.full((4,), torch.nan)]))
+    compare("layers.0", some_of([torch.zeros(0)]), some_of([torch.zeros(0)]))
+    with pytest.raises(ModelError, match=r"^layers\.0 computes something else"):
+        compare("layers.0", some_of([result]), some_of([result + 1]))
+    with pytest.raises(ModelError, match="something else"):
+        compare("layers.0", some_of([result]), some_of([result, result]))

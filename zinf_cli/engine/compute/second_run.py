@@ -1,0 +1,49 @@
+"""Whether a unit computes the same when it runs again: a recompute that differs has the gradient of another function.
+
+Arguments and the model's own state are put back before a recompute. What else may differ is out of sight: an argument
+that is changed past autograd (`x.data += 1`), a generator or an iterator among the arguments, code that asks whether a
+gradient is wanted. So in the first step a few values of each result are kept and compared.
+
+Kernels may differ in their last places with and without a gradient, and a route of a mixture of experts may then differ
+for single tokens. A result counts as another one where many of its values are far apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from zinf_cli.errors import ModelError
+
+VALUES = 256
+"""Of each result, evenly spread."""
+FAR = 0.05
+"""Of the largest value among them."""
+MANY = 0.1
+"""Of the values that are compared."""
+
+
+def some_of(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of up to VALUES values of each of `results` (floating or complex, any shape), 1-D."""
+    flats = [result.detach().reshape(-1) for result in results]
+    return [flat[:: -(-flat.numel() // VALUES) or 1].clone() for flat in flats]
+
+
+def compare(unit: str, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
+    """ModelError where what `some_of` took of a unit's forward and of its recompute are two things."""
+    if len(first) == len(second) and all(map(_alike, first, second)):
+        return
+    raise ModelError(
+        f"{unit} computes something else when it runs again in backward: it changes an argument out of autograd's "
+        "sight (.data, numpy), draws from a generator among its arguments, or asks whether a gradient is wanted",
+        hint="keep its activations instead: activation_checkpointing=none",
+    )
+
+
+def _alike(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    scale = one.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if one.numel() else 0.0
+    close = torch.isclose(one, two, rtol=0.0, atol=FAR * scale, equal_nan=True)
+    return int((~close).sum()) <= MANY * one.numel()
