@@ -10,7 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny_models import CONFIGS, random_source
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import ModelSource, _config_from_dict, build_model
+from zinf_cli.train.model import (
+    ModelSource,
+    _config_from_dict,
+    _parameters_on_meta,
+    build_model,
+    refuse_made_of_weights,
+)
 from zinf_cli.train.model_files import config_of
 
 
@@ -158,3 +164,36 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path, model_type: s
         with pytest.raises(ModelError, match=r"config\.json names code of its own \(auto_map\)"):
             build_model(source)
     assert not (tmp_path / "ran").exists()
+
+
+class KeepsAView(torch.nn.Module):
+    """Of its own weight, in the way that `how` names."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        view = self.linear.weight[:2]
+        if how == "attribute":
+            self.view = view
+        elif how == "list":
+            self.views = [view]
+        elif how == "buffer":
+            self.register_buffer("view", view.detach())
+        else:
+            self.same = [self.linear.weight]  # the parameter itself follows
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("attribute", "attribute view"), ("list", "attribute views"), ("buffer", "buffer view")]
+)
+def test_what_is_made_of_a_weight_is_refused(how: str, said: str) -> None:
+    with _parameters_on_meta():
+        model = KeepsAView(how)
+    with pytest.raises(ModelError, match=f"^{said} is made of a parameter"):
+        refuse_made_of_weights(model)
+
+
+def test_a_weight_in_a_list_is_none_of_it() -> None:
+    with _parameters_on_meta():
+        model = KeepsAView("itself")
+    refuse_made_of_weights(model)

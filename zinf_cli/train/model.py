@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves as leaves
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
@@ -84,11 +85,28 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
     for module in model.modules():  # sub-models may hold copies of the configuration made by their __init__
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta:
-            raise ModelError(f"buffer {name} is made of a parameter, which is not there yet", where=where)
+    refuse_made_of_weights(model, where)
     trainable: nn.Module = model.train()
     return trainable
+
+
+_OF_MODULE = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def refuse_made_of_weights(model: nn.Module, where: str | None = None) -> None:
+    """ModelError where a module's `__init__` has kept something of a parameter: a buffer, or a view of one.
+
+    Its values are not there yet, and a view would not follow the parameter from slot to slot.
+    """
+    params = {id(param) for param in model.parameters()}
+    for path, module in model.named_modules():
+        attributes = {name: value for name, value in vars(module).items() if name not in _OF_MODULE}
+        for what, values in (("buffer", module._buffers), ("attribute", attributes)):
+            for name, value in values.items():
+                tensors = [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
+                if any(tensor.is_meta and id(tensor) not in params for tensor in tensors):
+                    full = f"{path}.{name}" if path else name
+                    raise ModelError(f"{what} {full} is made of a parameter, which is not there yet", where=where)
 
 
 def _compute_buffers(model: PreTrainedModel, seed: int) -> None:
