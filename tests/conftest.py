@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from small_drives import mounted_small_drive
+
 SPEED = float(os.environ.get("ZINF_TEST_SPEED", "1"))
 """How many times as fast as this one a machine seems whose speeds are measured. No outcome may follow from it."""
 
@@ -41,3 +43,10 @@ def other_speeds(no_files_of_the_users: Path) -> Iterator[None]:
         patch.setattr(links, "time", clock)
         patch.setattr(nvme, "time", clock)
         yield
+
+
+@pytest.fixture
+def small_drive(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 file system of 64 MiB, in the folder `drive` of the test's own."""
+    with mounted_small_drive(tmp_path) as drive:
+        yield drive

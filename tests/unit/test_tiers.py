@@ -179,23 +179,6 @@ def test_the_page_cache_is_not_used(tmp_path: Path) -> None:
         assert fcntl.fcntl(tier._files[0], fcntl.F_GETFL) & os.O_DIRECT
 
 
-@pytest.fixture
-def small_drive(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 file system of 64 MiB on a loop device."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    image, mount = tmp_path / "image", tmp_path / "drive"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 * MIB)
-    subprocess.run(["mkfs.ext4", "-qF", str(image)], check=True)
-    done = subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=False, capture_output=True)
-    if done.returncode != 0:
-        pytest.skip("no loop devices here")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
 def test_a_full_drive_is_found_at_the_start(small_drive: Path) -> None:
     with nvme(small_drive) as tier:
         tier.reserve(16 * MIB)

@@ -14,6 +14,7 @@ from typing import Any
 from zinf_cli.checkpoint.reading import exists, patiently
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import TierError
+from zinf_cli.run_folder.board import Board
 from zinf_cli.run_folder.names import METRICS, TENSORBOARD
 from zinf_cli.run_folder.start import announced
 
@@ -51,7 +52,7 @@ class Metrics:
         self._pending = b""
         self._said = False
         self._interval = interval
-        self._board: Any = None
+        self._board: Board | None = None
         if tensorboard:
             self._on_board(lambda: self._open_board(run_dir, step))
 
@@ -60,8 +61,9 @@ class Metrics:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         self._flush()
-        if self._board is not None and values["step"] % self._interval == 0:
-            self._on_board(lambda: self._add_scalars(values))
+        if (board := self._board) is not None and values["step"] % self._interval == 0 and not values.get("skipped"):
+            scalars = {name: values[name] for name in SCALARS if name in values}
+            self._on_board(lambda: board.add(scalars, values["step"]))
 
     def sync(self) -> None:
         """Return when every line is on the drive, if it takes them."""
@@ -72,7 +74,7 @@ class Metrics:
         self._flush()
         self._try(lambda: os.close(self._file))
         if self._board is not None:
-            self._on_board(self._board.close)
+            self._board.close()
 
     def _flush(self) -> None:
         if self._try(self._write_pending):
@@ -95,19 +97,14 @@ class Metrics:
         return True
 
     def _open_board(self, run_dir: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=step + 1 if step else None)
-
-    def _add_scalars(self, values: dict[str, Any]) -> None:
-        for name in SCALARS:
-            if name in values and not values.get("skipped"):
-                self._board.add_scalar(name, values[name], values["step"])
+        self._board = Board(run_dir / TENSORBOARD, step)
 
     def _on_board(self, call: Callable[[], object]) -> None:
         try:
             call()
         except OSError as error:
+            if self._board is not None:
+                self._board.close()
             self._board = None
             self._notice(f"no more TensorBoard files: {error.strerror or error}; the run goes on")
 
