@@ -1,6 +1,6 @@
 """`python -m benchmarks.checkpoints`: what a checkpoint costs the steps around it, all state on NVMe.
 
-A run takes a checkpoint every fourth step and keeps one. Its state passes in the step after (engine/capture.py); fsync,
+A run takes a checkpoint every fourth step and keeps one. Its state passes in the step after (engine/destination.py); fsync,
 manifest and the removal of the checkpoint before are under way then, too, and after. So each checkpoint has two steps
 of its own, and two without one to be compared with. The last checkpoint is verified.
 """

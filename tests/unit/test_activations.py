@@ -45,7 +45,7 @@ def test_more_than_fits_into_memory_is_saved_and_comes_back(
         tensor.zero_()  # nothing of it is needed any more
     for one, value in reversed(list(zip(saved, expected, strict=True))):
         assert torch.equal(one.get(), value)
-        one.drop()
+        one.evict()
         assert torch.equal(one.get(), value)  # it is still at home
         one.free()
     assert staging.peak <= 32 * KIB
@@ -65,7 +65,7 @@ def test_it_is_brought_ahead_only_where_there_is_room(activations: Activations) 
     first, second = (activations.save(torch.randn(6 * KIB), "a") for _ in range(2))  # 24 KiB each
     first.get()
     assert not second.prefetch()
-    first.drop()
+    first.evict()
     assert second.prefetch()
     for one in (first, second):
         one.free()

@@ -32,7 +32,7 @@ TRANSITIONS: dict[str, Callable[[Life], None]] = {
     "update_nothing": Life.update_nothing,
     "finish_update": Life.finish_update,
     "commit": Life.commit,
-    "discard": Life.discard,
+    "roll_back": Life.roll_back,
     "resume": lambda unit: unit.resume([5, 6, 7]),
 }
 
@@ -99,19 +99,19 @@ def test_a_transition_leads_where_it_says_or_is_refused(transition: str, state: 
 def test_what_a_visit_reads_is_settled(state: State) -> None:
     """Parameters are read where they are new, or where the visit carries the update that makes them so."""
     unit, _ = unit_in(state)
-    assert unit.settled(0) == (state in (State.CLEAN, State.ACCUMULATING, State.DUE))
+    assert unit.readable(0) == (state in (State.CLEAN, State.ACCUMULATING, State.DUE))
     assert unit.update_due == (state is State.DUE)
     assert unit.undecided == (state in (State.SPECULATING, State.UNDECIDED))
 
 
 def test_a_visit_that_adds_to_a_gradient_waits_for_the_visits_before() -> None:
     unit, _ = unit_in(State.ACCUMULATING)
-    assert not unit.settled(1)
+    assert not unit.readable(1)
     unit.count_backward()
-    assert unit.settled(1)
-    assert not unit.settled(2)
-    unit.begin_step()  # the step was given up
-    assert not unit.settled(1)
+    assert unit.readable(1)
+    assert not unit.readable(2)
+    unit.begin_step()  # the step was abandoned
+    assert not unit.readable(1)
 
 
 def test_an_update_counts_what_got_a_gradient_and_moves_the_unit() -> None:
@@ -148,7 +148,7 @@ def test_a_speculative_update_that_holds_moves_the_unit(finished: bool) -> None:
 def test_one_that_does_not_hold_leaves_nothing_behind() -> None:
     unit, flats = unit_in(State.UNDECIDED)
     before = [flat.at for flat in flats]
-    unit.discard()
+    unit.roll_back()
     assert unit.update_due
     assert [flat.at for flat in flats] == before
     assert [flat.proposed for flat in flats] == [None, None]

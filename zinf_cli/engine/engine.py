@@ -6,8 +6,8 @@
         result = engine.train_step(micro_batches, AdamW(lr))
     engine.flush()
 
-`model` stays an ordinary module: a micro-batch's `forward` calls it as always. Only the gradient norm and the loss of a
-step are known when `train_step` returns; its update happens inside the next forward (see pipeline.py), or in `flush`.
+`model` stays an ordinary module, which a micro-batch's `forward` calls as always. When `train_step` returns, the loss
+and the gradient norm of the step are known. The update is made in the next forward (see pipeline.py), or by `flush`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zinf_cli.engine.compute.sweep import Sweep
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.buffers import Memory
-from zinf_cli.engine.traffic.capture import StateSink
+from zinf_cli.engine.traffic.destination import StateSink
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.state import StateSource, fields_of, load_state, save_state
@@ -49,48 +49,47 @@ from zinf_cli.trace import Trace
 log = logging.getLogger("zinf")
 CPU = torch.device("cpu")
 CALM_STEPS = 2
-"""Steps without clipping after which the next is expected to be without, too."""
+"""After so many steps in a row that did not clip, the next one is expected not to."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Where things lie and how much memory the engine works in, per rank. Sizes in bytes."""
+    """Where state lies, and how much memory the engine works in, per rank. Sizes are in bytes."""
 
     params: str = "cpu"
     grads: str = "cpu"
     optimizer: str = "cpu"
     activations: str = "cpu"
-    """Each "device", "cpu" or "nvme"."""
+    """The tier of each class of state: "device", "cpu" or "nvme"."""
     cached_units: frozenset[int] = frozenset()
     cached_states: frozenset[str] = frozenset()
-    """Units of which these classes lie in CPU memory, whatever the tier of the class."""
+    """Of `cached_units`, these classes lie in CPU memory, whatever the tier of the class."""
     nvme_folders: tuple[Path, ...] = ()
     nvme_bytes: int = 0
     """Space taken on the drives at the start."""
     nvme_readers: int = 2
     nvme_writers: int = 2
-    """Threads for each folder."""
+    """Threads per folder."""
     nvme_block_bytes: int = STRIPE
-    """Of one transfer."""
+    """Bytes of one transfer."""
     nvme_verify: bool = True
-    """Compare what drives give with what was written to them."""
+    """Whether to compare what drives give with what was written to them."""
     slot_bytes: int = 0
     resident_bytes: int = 0
     chunk_numel: int = CHUNK_NUMEL
-    """Elements of an update's chunk: CHUNK_NUMEL, which is a piece of state, or no fewer than the widest slice has."""
+    """Elements of an update's chunk: CHUNK_NUMEL, which is a piece of state, or fewer where no slice is as wide."""
     num_chunks: int = 8
     staging_bytes: int = 0
     """Memory through which activations go to another tier than the compute device's."""
     pin_memory: bool = True
-    """Page-lock CPU memory that an accelerator copies from and to."""
+    """Whether to page-lock CPU memory that an accelerator copies from and to."""
     device: torch.device = CPU
     micro_batches_per_sweep: int | None = None
-    """None: all of a step."""
+    """None stands for all of a step."""
     kept_units: frozenset[int] = frozenset()
     """Units whose activations are kept for backward instead of being recomputed."""
     speculate: bool = False
-    """Keep second places for parameters and optimizer states of units that are not cached, for speculative updates (see
-    eager.py)."""
+    """Whether units that are not cached have shadows for speculative updates (see eager.py)."""
 
     @property
     def placement(self) -> tuple[str, str, str, str]:
@@ -100,17 +99,18 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step knows when its backward is done. `losses`: this rank's, one fp32 value per micro-batch, unscaled."""
+    """What is known of a step when its backward is done."""
 
     losses: list[float]
+    """Of this rank: one unscaled fp32 value per micro-batch."""
     grad_norm: float
-    """Before clipping, over all ranks; NaN or infinite where the gradient was."""
+    """The 2-norm before clipping, over all ranks; NaN or infinite where the gradient is."""
     finite: bool
-    """Whether the gradient and the losses of all ranks are finite; if not, nothing is updated."""
+    """Whether the gradient and the losses of all ranks are finite. If not, nothing is updated."""
     wait_s: float
     """Seconds the compute thread waited for data."""
     updated: bool
-    """Whether the update has been made in the backward pass already."""
+    """Whether the update was made in the backward pass."""
 
 
 class Engine:
@@ -130,9 +130,12 @@ class Engine:
         side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
-        """`optimizer` is what the kernel of every step keeps. `order` is the expected order of units in a forward (by
-        index); without it, the first sweep finds out. `written` names parameters that the forward writes to: a write
-        that changes one is an error."""
+        """`optimizer` declares the state that the kernel of every step updates. `order` is the expected order of units
+        in a forward, by index; without it the first sweep finds out. `written` names parameters that the forward writes
+        to: a write that changes one raises ModelError.
+
+        Allocates every tier and buffer: CapacityError where one does not fit, TierError where a drive fails.
+        """
         assert optimizer.grain == "element", "an update of whole parameters can't be cut into chunks"
         self.model = model
         self._options = options
@@ -159,16 +162,16 @@ class Engine:
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
         self._left: list[StateSink] = []
-        """Checkpoints that have been completed, and that units may lie in."""
+        """Completed checkpoints that units may still lie in."""
         self._calm_steps = 0
         """Steps since the gradient was last clipped."""
         if options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
             for number, unit in enumerate(self.units):
                 if number not in options.cached_units:
-                    unit.add_home()
+                    unit.add_shadow()
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
-        """Fill every unit from `read(parameter names)`; memory is one unit's."""
+        """Fill every unit from `read(parameter names)`, which gives tensors of any dtype. Memory is one unit's."""
         for unit in self.units:
             unit.fill(read, self.memory.slots)
 
@@ -183,15 +186,18 @@ class Engine:
         more: bool = True,
         sink: StateSink | None = None,
     ) -> StepResult:
-        """Forward and backward of all `batches` of this rank, each weighted; the update is left pending.
+        """Forward and backward of all `batches` of this rank, each weighted. The update is left pending.
 
-        Every rank passes the same number of batches. The losses, and so the gradients, are `loss_scale` times too
-        large in the backward pass, lest they vanish in fp16. `more` says that another step will follow. Where a loss
-        or the gradient is not finite, on any rank, there is no update: nothing changes. With `eager`, which needs a
-        step that is not clipped, each unit is updated as soon as its gradient is complete; then it is too late.
+        Every rank passes the same number of batches. In the backward pass the losses are multiplied by `loss_scale`, so
+        that gradients do not vanish in fp16. `more` says that another step follows. Where a loss or the gradient is not
+        finite, on any rank, nothing is updated. With `eager` each unit is updated as soon as its gradient is complete,
+        finite or not.
 
         `sink` gets the state after this step. It is told to `complete` when the last update has been made: in the
         forward of the next step, or in `flush`.
+
+        ValueError where `eager` meets a `max_grad_norm` or a `loss_scale`, ModelError where the model can't be trained
+        this way, TierError where a transfer failed, CapacityError where buffers are too small.
         """
         assert kernel.state == self._optimizer, f"{kernel.state.name} does not update what {self._optimizer.name} keeps"
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
@@ -221,7 +227,7 @@ class Engine:
             self._pipeline.eager.commit()
             self._pipeline.advance()
         elif speculative:
-            self._take_back(taken, update, finite=finite, written=sink is not None)
+            self._roll_back(taken, update, finite=finite, written=sink is not None)
             if more:
                 self._sweep.announce_step(len(self._dealer.deal(batches)))
         if sink is not None:
@@ -229,39 +235,42 @@ class Engine:
         updated = eager or (speculative and calm)
         return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
 
-    def _take_back(self, taken: Sequence[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
-        """A speculative update does not hold: `taken` wait for the next forward. `written`: a checkpoint got them."""
-        self._pipeline.forget_coming()
-        self._pipeline.eager.discard()
-        if written:  # the same regions will be written again, and last
+    def _roll_back(self, taken: Sequence[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
+        """Undo the speculative updates of the units `taken`: they get deferred ones. `written`: into a checkpoint."""
+        self._pipeline.drop_coming()
+        self._pipeline.eager.roll_back()
+        if written:  # the deferred updates write the same regions: theirs has to be the last write
             self._pipeline.settle()
         self._set_update(taken, update, finite=finite)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[float]:
-        """The losses of `batches`, forward only; pending updates are done on the way."""
+        """The unscaled losses of `batches`, forward only. Pending updates are made on the way."""
         losses = self._dealer.until_agreed(lambda: self._sweep.evaluate(self._dealer.deal(batches)))
         return [loss.item() for loss in losses]
 
     def flush(self) -> None:
-        """Do every pending update; afterwards the tiers hold the parameters of the last step."""
-        self._pipeline.forget_coming()
+        """Make every pending update. Afterwards the tiers hold the parameters of the last step."""
+        self._pipeline.drop_coming()
         self._flush_pending()
         self._pipeline.settle()
         self._go_on_to(None)
 
     def save(self, sink: StateSink) -> None:
-        """Copy the state of every unit to `sink`, pending updates done; announced fetches are forgotten."""
+        """Make every pending update, then copy the state of every unit to `sink`."""
         self.flush()
         self._pipeline.updates.sink = sink
         self._copy([field for unit in self.units for field in fields_of(unit)], sink)
         self._go_on_to(None)
 
     def load_state(self, source: StateSource) -> None:
-        """Take the state of every unit from `source`, in place of `load`."""
+        """Take the state of every unit from `source`, instead of `load`."""
         load_state(self.units, self.memory, source)
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
-        """The parameters of a unit (cloned, in their dtype, whole on every rank); pending updates are done first."""
+        """Copies of a unit's parameters by name: each of its shape and dtype, whole on every rank.
+
+        The unit's pending update is made first. Every rank has to call this.
+        """
         unit = self.units[number]
         visit = Visit(number, Kind.FORWARD)
         self._pipeline.acquire_aside(visit)
@@ -274,13 +283,13 @@ class Engine:
         return named
 
     def device_bytes(self) -> int:
-        """The most the engine's buffers and the device tier have held on the compute device."""
+        """The most bytes that buffers have held on the compute device, and those that the device tier holds."""
         arenas = (self.memory.slots, self.memory.resident, self.memory.chunks)
         kept = self.opened["device"].used if "device" in self.opened else 0
         return kept + sum(arena.peak for arena in arenas)
 
     def close(self) -> None:
-        """Give back threads, files and memory; the model's forwards are its own again."""
+        """End threads and close files; the model gets its own forwards back."""
         self._restore()
         while self._watched:
             self._watched.pop()()
@@ -291,14 +300,14 @@ class Engine:
             tier.close()
 
     def _forward_done(self, kernel: Kernel | None, sink: StateSink | None) -> None:
-        """Every update of the step before has been done, or is done now (a unit this forward passed by)."""
+        """The forward is over: make the updates of units that it passed by, and take the settings of this step."""
         self._flush_pending()
         self._pipeline.eager.finish()
         self._go_on_to(sink)
         self._pipeline.updates.kernel, self._pipeline.eager.kernel = None, kernel
 
     def _go_on_to(self, sink: StateSink | None) -> None:
-        """Updates go into `sink` from here on; the one before has got all it gets."""
+        """Updates go into `sink` from now on. The sink before is complete; those that no unit lies in are closed."""
         before = self._pipeline.updates.sink
         if before is not None and before is not sink:
             before.complete()
@@ -311,7 +320,7 @@ class Engine:
                 self._left.remove(left)
 
     def _copy_what_stays(self, sink: StateSink) -> None:
-        """What this step does not update goes into its checkpoint as it is."""
+        """Copy what this step does not update into its checkpoint."""
         updated = {self.units[number].name for number in self._pipeline.completed}
         stays = [
             (flat, field, extent)
@@ -320,7 +329,7 @@ class Engine:
             if field == FROZEN or unit.name not in updated
         ]
         if stays:
-            self._pipeline.forget_coming()
+            self._pipeline.drop_coming()
             self._pipeline.settle()
             self._copy(stays, sink)
 
@@ -334,7 +343,7 @@ class Engine:
                 self._pipeline.flush(number)
 
     def _grad_norm(self) -> torch.Tensor:
-        """The 2-norm over all gradients (fp32 scalar), computed as clip_grad_norm_ does at one rank."""
+        """The 2-norm over all gradients (fp32 scalar). With one rank, computed as clip_grad_norm_ does."""
         norms = self._pipeline.norms
         if self._ranks.world_size == 1:
             ordered = [norms[index] for index in sorted(norms)]
@@ -343,12 +352,12 @@ class Engine:
         return self._ranks.sum(squares.cpu()).sqrt().float()
 
     def _all_finite(self, batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
-        """Whether the losses of all ranks are finite; those without weight do not count."""
+        """Whether the losses of all ranks are finite. Losses without weight do not count."""
         counted = [loss for batch, loss in zip(batches, losses, strict=True) if batch.weight]
         return min(self._ranks.all(int(all(math.isfinite(loss.item()) for loss in counted)))) == 1
 
     def _set_update(self, units: Sequence[Unit], update: Kernel, *, finite: bool) -> None:
-        """Let the pending updates of `units` begin: the norm is known."""
+        """The norm is known: start the pending updates of `units` with the settings `update`."""
         for unit in units:
             if finite:
                 unit.life.count_update()

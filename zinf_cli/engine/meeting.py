@@ -1,9 +1,10 @@
-"""Where the ranks of a run find each other: a store of torch.distributed that nobody else is to reach.
+"""Where the ranks of a run find each other: a store of torch.distributed that nobody else should reach.
 
-On one host it is a file in memory without a name, which ranks inherit from the process that forks them: nothing
-listens. On several it is a TCPStore of the first host, bound to the one address by which the others reach it; torch's
-own (env://) takes connections on every interface. A TCPStore asks nobody who they are, so the keys of a run lie under a
-word that only its ranks are told; who can connect can still list, and change, what there is: that takes a firewall.
+On one host the store is a nameless file in memory. Ranks inherit it from the process that forks them, and nothing
+listens. On several hosts it is a TCPStore of the first one, bound to the address by which the others reach it; torch's
+own store (env://) takes connections on every interface. A TCPStore asks nobody who they are, so the keys of a run lie
+under a word that only its ranks are told. Whoever can connect can still list and change all keys: only a firewall stops
+that.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _VARIABLE = "ZINF_MEETING"
 
 
 def prepare_here() -> None:
-    """For ranks that are forked from this process, and no others."""
+    """Prepare the store for ranks that are forked from this process, and no others."""
     os.environ[_VARIABLE] = json.dumps({"path": f"/proc/self/fd/{os.memfd_create('zinf ranks')}"})
 
 
 def prepare_across(meeting: Mapping[str, Any], *, serve: bool) -> Any:
-    """For ranks of several hosts: `meeting` has "address", "port" and "word". One host has to `serve`.
+    """Prepare the store for ranks of several hosts: `meeting` has "address", "port" and "word". One host has to `serve`.
 
-    What is returned has to live as long as the ranks. HostError where the port is taken.
+    Returns the store, which has to live as long as the ranks; None on other hosts. HostError where the port is taken.
     """
     os.environ[_VARIABLE] = json.dumps(dict(meeting))
     if not serve:
@@ -45,7 +46,7 @@ def prepare_across(meeting: Mapping[str, Any], *, serve: bool) -> Any:
 
 
 def store(timeout: timedelta) -> Any:
-    """The store, for who waits up to `timeout` for a key; None where nothing was prepared."""
+    """The store, whose calls wait up to `timeout` for a key; None where nothing was prepared."""
     if _VARIABLE not in os.environ:
         return None
     meeting = json.loads(os.environ[_VARIABLE])

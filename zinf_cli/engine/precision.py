@@ -5,6 +5,6 @@ from __future__ import annotations
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that recipes, profiles and export have for them."""
+"""By the names that recipes, profiles and export use."""
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""By the names that safetensors and model_state.py have for them."""
+"""By the names that safetensors and model_state.py use."""

@@ -4,8 +4,9 @@ Order of collectives: every rank must start the same collectives in the same ord
 the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. So each kind has
 a process group of its own; a few numbers now and then travel in a third, from CPU memory.
 
-gloo's own all-gather and reduce-scatter copy what they move, once or twice. A broadcast or a reduction of each rank's
-slice does not, and sends the same bytes over every link: a third, and 0.4 to 0.55, of the time on one machine.
+gloo's own all-gather and reduce-scatter copy what they move, once or twice. A broadcast, or a reduction, of each rank's
+slice copies nothing, and sends the same bytes over every link. On one machine a gather takes a third of the time that
+way, and a reduction 0.4 to 0.55 of it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Ranks:
         return cls(rank, world_size, gather, reduce, dist.group.WORLD)
 
     def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:
-        """Fill `flat` with every rank's slice; `own_slice` may be this rank's range of `flat`."""
+        """Start filling `flat` (1-D, divisible by world_size) with every rank's slice.
+
+        `own_slice` (1-D, of the flat's dtype) is this rank's; it may be this rank's range of `flat`.
+        """
         if self.world_size == 1:
             return DONE
         if flat.is_cuda:
@@ -71,7 +75,10 @@ class Ranks:
         return Collective(works, trace, "gather", label, flat.numel() * flat.element_size())
 
     def reduce_scatter(self, flat: torch.Tensor, trace: Trace, label: str) -> Transfer:
-        """Sum `flat` over ranks, each rank's range of it on that rank; what the others hold there is lost."""
+        """Start summing `flat` (1-D, divisible by world_size) over ranks: each rank gets the sum of its own range.
+
+        The rest of `flat` holds no meaningful values afterwards.
+        """
         if self.world_size == 1:
             return DONE
         slices = flat.chunk(self.world_size)
@@ -84,13 +91,13 @@ class Ranks:
         return Collective(works, trace, "reduce", label, flat.numel() * flat.element_size())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a CPU tensor, in place."""
+        """The sum over ranks of a CPU tensor (any shape and dtype), in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.control_group)
         return values
 
     def any(self, flags: Sequence[bool]) -> Flags:
-        """Start telling the other ranks; the result says where any rank's flag is set."""
+        """Start telling the other ranks. The result says which flags are set on any rank."""
         values = torch.tensor(flags, dtype=torch.int32)
         work = None
         if self.world_size > 1:
@@ -110,7 +117,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Flags:
-    """Flags on their way around."""
+    """Flags on their way between ranks; `wait` gives them."""
 
     values: torch.Tensor
     work: Any

@@ -37,7 +37,7 @@ class Buffer:
 
     def free(self) -> None:
         """Give the range back; the tensor must not be used afterwards."""
-        self._arena.give_back(self._offset, round_up(self.data.numel()))
+        self._arena._take_back(self._offset, round_up(self.data.numel()))
 
     def split(self, first_bytes: int) -> tuple[Buffer, Buffer]:
         """Two buffers in place of this one, each freed by itself; `first_bytes` is a multiple of PAGE."""
@@ -86,7 +86,7 @@ class Arena:
                 return Buffer(self, offset, self._region[offset : offset + num_bytes])
         return None
 
-    def give_back(self, offset: int, size: int) -> None:
+    def _take_back(self, offset: int, size: int) -> None:
         """Merge a range with the holes beside it (Buffer.free calls this)."""
         self.used -= size
         index = bisect_left(self._holes, (offset, 0))

@@ -57,7 +57,7 @@ class Position:
 class CheckpointWriter:
     """Writes the checkpoints of one run, on every rank in the same order; `notice` gets a line for the user.
 
-    `begin` opens this rank's file, which the engine fills in training (engine/traffic/capture.py); `describe` tells the
+    `begin` opens this rank's file, which the engine fills in training (engine/traffic/destination.py); `describe` tells the
     rest when the step is done. When every rank's file is on its drive, which `advance` looks for, rank 0 makes it a
     checkpoint and removes the oldest ones, in a thread of its own. `model_files` yields (name, content) of what else
     makes the folder a model: its configuration and tokenizer.

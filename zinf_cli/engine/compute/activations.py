@@ -30,7 +30,7 @@ class Saved(Protocol):
     def get(self) -> torch.Tensor:
         """The tensor, detached."""
 
-    def drop(self) -> None:
+    def evict(self) -> None:
         """Not needed for now, but again later."""
 
     def free(self) -> None: ...
@@ -55,7 +55,7 @@ class Kept:
             )
         return self._tensor
 
-    def drop(self) -> None:
+    def evict(self) -> None:
         return
 
     def free(self) -> None:
@@ -144,14 +144,14 @@ class Parcel:
         self._home.wait(self._read)
         return self._buffer.data
 
-    def drop(self) -> None:
+    def evict(self) -> None:
         if self._read is not None and self._buffer is not None:
             self._home.wait(self._read)
             self._buffer.free()
         self._buffer = self._read = None
 
     def free(self) -> None:
-        self.drop()
+        self.evict()
         if self._extent is not None:
             for write in self._extent.writes:
                 self._home.wait(write)  # the extent may be handed out again at once
@@ -173,7 +173,7 @@ class Offloaded:
         self._shape = shape
         self._dtype = dtype
         self.prefetch = parcel.prefetch
-        self.drop = parcel.drop
+        self.evict = parcel.evict
         self.free = parcel.free
 
     def get(self) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Keeper:
     def _send(self, storages: Sequence[_Storage]) -> None:
         parts = self._activations.save_together([storage.get() for storage in storages], self._label)
         for storage, part in zip(storages, parts, strict=True):
-            storage.leave(part)
+            storage.move_to(part)
         self.saved.append(parts[0].parcel)
 
 
@@ -92,7 +92,7 @@ class _Storage:
         tensor = self._tensor.get()
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
-    def leave(self, home: Offloaded) -> None:
+    def move_to(self, home: Offloaded) -> None:
         self._tensor, self._home = None, home
 
 

@@ -249,7 +249,7 @@ class _Watch(TorchFunctionMode):
             yield
         finally:
             self._binding = True
-            self._weights.release(self._units[number])
+            self._weights.unbind(self._units[number])
             self._binding = False
 
     def _note_weights(self, number: int) -> None:

@@ -105,7 +105,7 @@ class Sweep:
         losses: list[torch.Tensor] = []
         if self._pipeline.idle:
             self.announce_step(len(sweeps))
-        with self._given_up_on_disagreement(), self._resident_held(Kind.TURN):
+        with self._abandoned_on_disagreement(), self._resident_held(Kind.TURN):
             for number, batches in enumerate(sweeps):
                 losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
             self._finish_gradients()
@@ -115,13 +115,13 @@ class Sweep:
     def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
         """Forward only; the losses (fp32 scalars) in order. Pending updates are done on the way."""
         losses: list[torch.Tensor] = []
-        self._pipeline.forget_coming()
+        self._pipeline.drop_coming()
         self._state.begin()
         if not self._lockstep:
             if self._resident is not None:
                 self._pipeline.expect([self._hold_resident(Kind.FORWARD)])
             self._pipeline.expect(Visit(unit, Kind.FORWARD) for _ in sweeps for unit in self._route.forward)
-        with self._given_up_on_disagreement(), self._resident_held(Kind.FORWARD):
+        with self._abandoned_on_disagreement(), self._resident_held(Kind.FORWARD):
             for batches in sweeps:
                 losses += self._evaluate(batches)
         return losses
@@ -238,7 +238,7 @@ class Sweep:
             self._pipeline.advance()
         if not agreed and not losses and self._ranks.world_size == 1:
             self._pass_unit(members[1:], visit.unit)
-            self._pipeline.give_up(visit)
+            self._pipeline.abandon(visit)
             return []
         self._agree(agreed and not self._state.notices())
         self._pipeline.release(visit)
@@ -300,13 +300,13 @@ class Sweep:
         return Visit(self._resident, kind, final=kind is Kind.TURN)
 
     @contextmanager
-    def _given_up_on_disagreement(self) -> Iterator[None]:
+    def _abandoned_on_disagreement(self) -> Iterator[None]:
         """Several ranks go on in lockstep (see "The route"), so all of them come here together."""
         try:
             yield
         except Disagreement:
             self._state.put_back()
-            self._pipeline.give_up_step()
+            self._pipeline.abandon_step()
             self._lockstep = self._disagreed = self._ranks.world_size > 1
             raise
 
@@ -342,7 +342,7 @@ class Sweep:
             yield members
         except BaseException:
             for member in started:
-                member.give_up()
+                member.abandon()
             raise
 
 

@@ -62,7 +62,7 @@ class SweepMember:
         """Backward of the newest record."""
         self.tape.backward(self.tape.records[-1])
 
-    def give_up(self) -> None:
+    def abandon(self) -> None:
         self.thread.abandon()
         self.tape.close()
 

@@ -31,7 +31,7 @@ from zinf_cli.engine.compute.carriers import Carrier, Reach, differentiable, ope
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment, MovingState
-from zinf_cli.engine.compute.second_run import compare, some_of
+from zinf_cli.engine.compute.recompute import compare, some_of
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
@@ -97,7 +97,7 @@ class Record:
     kept: list[Saved] = field(default_factory=list)
     """What the graph needs back on the device."""
     results: list[torch.Tensor] | None = None
-    """Some values of what its forward returned, for the recompute to compare with (second_run.py)."""
+    """Some values of what its forward returned, for the recompute to compare with (recompute.py)."""
     shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
     """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
 
@@ -120,7 +120,7 @@ class Record:
             for value in carrier.held.values():
                 yield from parts_of(value)
 
-    def forget_inputs(self) -> None:
+    def free_inputs(self) -> None:
         """The graph goes on without their values, which an output may have shared."""
         assert self.graph is not None
         for _, leaf in self.graph.inputs:
@@ -134,7 +134,7 @@ class Record:
                 hint="a layer that returns its input, or one tensor twice, has to return a copy",
             )
 
-    def let_go(self) -> None:
+    def free(self) -> None:
         """Of the graph, and what it saved."""
         self.graph = None
         for saved in self.kept:
@@ -215,7 +215,7 @@ class Tape:
         emitted = self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
         record.shared = _shared_storage(tensors, emitted)
         if keeper is not None:
-            record.forget_inputs()
+            record.free_inputs()
         return emitted
 
     def backward(self, record: Record) -> None:
@@ -247,12 +247,12 @@ class Tape:
                 glue.add_grad(leaf.grad)
             if now is not None:
                 self._state.go_to(now)
-        self.records.pop().let_go()
+        self.records.pop().free()
         for glue in record.glue_inputs():
             if glue.first_record == record.number:
                 self._glue_backward(glue)
             elif glue.saved is not None:
-                glue.saved.drop()
+                glue.saved.evict()
 
     def prefetch(self) -> bool:
         """Start bringing back what the newest record needs; False when there was no room."""
@@ -272,7 +272,7 @@ class Tape:
             if glue.saved is not None:
                 glue.saved.free()
         for record in self.records:
-            record.let_go()
+            record.free()
         self._glue.clear()
         self.records.clear()
 

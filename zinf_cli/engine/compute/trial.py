@@ -41,7 +41,7 @@ class TrialWeights:
             param = self._params[name]
             param.data = value.to(self._trial.device, param.dtype, copy=True)
 
-    def release(self, unit: UnitLayout) -> None:
+    def unbind(self, unit: UnitLayout) -> None:
         """Forget them."""
         for place in unit.params():
             param = self._params[place.name]

@@ -1,9 +1,9 @@
 """AdamW on a range of a slice, bit for bit what torch.optim.AdamW computes on a whole parameter.
 
 The operations and their order are those of torch's `_single_tensor_adamw` (the default on the CPU, and equal to the
-foreach form). They act element by element, so cutting a slice into ranges changes nothing; ranges of BLOCK elements
-stay in the cache between operations, which makes this twice as fast as the same operations on a whole tensor.
-torch's fused kernel would be twice as fast again, but differs from torch.optim.AdamW's default in the last bit.
+foreach form). They act element by element, so cutting a slice into ranges changes no bit. Ranges of BLOCK elements stay
+in the processor's cache between operations, which is twice as fast as the same operations on a whole tensor. torch's
+fused kernel is twice as fast again, but its last bit differs from the default's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 128 * 1024
 
 @dataclass(frozen=True)
 class AdamW(Kernel):
-    """The settings of one step, see Kernel."""
+    """The settings of AdamW for one step: see Kernel."""
 
     state: ClassVar[OptimizerState] = ADAMW
     lr: float

@@ -1,4 +1,4 @@
-"""The buffers that a step works in, and when those are free again whose bytes are still on their way."""
+"""The buffers that a step works in. A buffer whose bytes are on their way is freed when the transfer is done."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Memory:
     resident: Arena
     """The resident unit, for the whole step."""
     chunks: Arena
-    """Equal buffers of the update."""
+    """Buffers of one size, for the update."""
     chunk_numel: int
     _draining: deque[tuple[list[Transfer], list[Buffer]]] = field(default_factory=deque, init=False, repr=False)
 
     @property
     def draining(self) -> bool:
-        """Whether some buffers wait for a transfer."""
+        """Whether some buffers wait for transfers to be freed."""
         return bool(self._draining)
 
     def free_after(self, transfers: Sequence[Transfer], buffers: Sequence[Buffer]) -> None:
@@ -47,7 +47,7 @@ class Memory:
                 self._draining.append((transfers, buffers))
 
     def drain_one(self, wait: Callable[[Transfer], None]) -> None:
-        """Wait for the oldest transfers, and free their buffers. There have to be some."""
+        """Wait for the oldest transfers, and free their buffers. There has to be one: see `draining`."""
         transfers, buffers = self._draining.popleft()
         for transfer in transfers:
             wait(transfer)

@@ -1,13 +1,14 @@
 """Updates in the backward pass: a unit is updated as soon as its gradient is complete.
 
-It needs no second read of the parameters and, where nothing has to wait for the gradient norm, no trip of the gradient
-to its tier; and the drive is as busy in backward as in forward.
+The update uses the parameters that the backward has in its slot, so they are not read again. Where nothing waits for
+the gradient norm, the gradient never goes to its tier. The drive is as busy in backward as in forward.
 
-**Speculation.** Where the norm may clip the gradient but lately did not, the update is made as if it would not again,
-into the unit's other home (ping-pong), and the gradient is kept on its tier too. When the norm is known, either the
-unit moves there, or the deferred update is made from where it was as if nothing had happened. Either way the bits are
-those of an update that waited: the coefficient is exactly 1 where the norm is not clipped. Units that have no second
-home, because their state is in memory anyway, wait for the next forward as ever.
+**Speculation.** The norm may clip the gradient, but has not done so lately. Then the update assumes that it will not.
+It writes into the unit's shadow, and the gradient goes to its tier too. When the norm is known and clips nothing, the
+update is committed: the unit lies in the shadow, and its old home is the next shadow. If the norm clips, the update is
+rolled back: the unit lies where it lay, and gets a deferred update. The bits are those of a deferred update either way,
+since a gradient that is not clipped is multiplied by exactly 1. Units without a shadow, whose state is in memory
+anyway, get deferred updates.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class EagerUpdates:
         self.active = False
         """Whether this step's updates are made in its backward pass."""
         self.speculative = False
-        """Whether they have to be confirmed: see `commit` and `discard`."""
+        """Whether they may be rolled back: each waits for `commit` or `roll_back`."""
         self.kernel: Kernel | None = None
-        """The settings they go by."""
+        """The settings of these updates."""
         self._units = units
         self._memory = memory
         self._wait = wait
@@ -44,10 +45,10 @@ class EagerUpdates:
 
     def takes(self, unit: Unit) -> bool:
         """Whether this step's update of `unit` is one of them."""
-        return self.active and (not self.speculative or unit.has_second_home)
+        return self.active and (not self.speculative or unit.has_shadow)
 
     def start(self, fetch: Fetch, own: Sequence[torch.Tensor]) -> None:
-        """Update the unit of `fetch` with its gradient slices `own` (fp32), which lie in its buffer or home."""
+        """Update the unit of `fetch`. `own` are this rank's slices of its gradient (fp32, 1-D), in memory."""
         assert self.kernel is not None
         writes: list[Transfer] = []
         if self.speculative:
@@ -58,7 +59,7 @@ class EagerUpdates:
     def advance(self) -> None:
         """Move what can move without waiting."""
         while self._under_way and self._under_way[0][0].progress():
-            self._let_go()
+            self._free_oldest()
         for fetch, _ in self._under_way:
             if not fetch.issue():
                 break
@@ -67,7 +68,7 @@ class EagerUpdates:
         """Wait for the next chunk of the oldest update."""
         fetch, _ = self._under_way[0]
         if fetch.progress(self._wait):
-            self._let_go()
+            self._free_oldest()
         elif fetch.starved:
             self._memory.drain_one(self._wait)
 
@@ -76,21 +77,21 @@ class EagerUpdates:
             self.wait_for_chunk()
 
     def commit(self) -> None:
-        """The updates of this step hold; those under way will be finished in their time."""
+        """The updates of this step hold. Those under way go on."""
         for unit in self._undecided():
             unit.life.commit()
 
-    def discard(self) -> None:
-        """They do not hold: each unit gets its deferred update instead."""
+    def roll_back(self) -> None:
+        """The updates of this step do not hold: each unit gets a deferred update instead."""
         self.finish()
         for unit in self._undecided():
-            unit.life.discard()
+            unit.life.roll_back()
 
     def _undecided(self) -> list[Unit]:
-        """Each unit with an update that is yet to be confirmed."""
+        """The units with a speculative update of this step."""
         return [unit for unit in self._units if unit.life.undecided]
 
-    def _let_go(self) -> None:
+    def _free_oldest(self) -> None:
         fetch, writes = self._under_way.popleft()
-        fetch.let_go_of_slot()
-        fetch.let_go_of_grad(writes)
+        fetch.free_slot()
+        fetch.free_grad(writes)

@@ -1,4 +1,4 @@
-"""One visit on its way: its buffers, the reads that fill them, the update, the gather."""
+"""A fetch: what brings a unit's bytes for one visit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from zinf_cli.engine.traffic.buffers import Memory
-from zinf_cli.engine.traffic.capture import destination
+from zinf_cli.engine.traffic.destination import destination
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.update import SliceUpdate, Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
@@ -20,7 +20,7 @@ from zinf_cli.trace import Trace
 
 
 class Fetch:
-    """One visit on its way: buffers, transfers, the update, the gather."""
+    """One visit on its way: its buffers, the reads that fill them, the update, the gather."""
 
     def __init__(self, visit: Visit, unit: Unit, memory: Memory, updates: Updates, trace: Trace) -> None:
         self.visit = visit
@@ -31,12 +31,12 @@ class Fetch:
         self._trace = trace
         self.flats: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
-        """Of each trainable flat the whole gradient of this visit (fp32); none where the visit computes none."""
-        self.carries: list[torch.Tensor] = []
-        """This rank's slices of what earlier visits of the step left, if there were any."""
+        """The whole gradient of each trainable flat (fp32, 1-D), as this visit computes it; empty in a forward."""
+        self.earlier_grads: list[torch.Tensor] = []
+        """This rank's slices of the gradient that earlier visits of the step left; empty where there were none."""
         self._slot: Buffer | None = None
         self._grad_buffer: Buffer | None = None
-        self._carry_buffer: Buffer | None = None
+        self._earlier_buffer: Buffer | None = None
         self._reads: list[Transfer] = []
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
@@ -50,7 +50,7 @@ class Fetch:
 
     @property
     def starved(self) -> bool:
-        """Whether it can't go on before some buffer is freed."""
+        """Whether it waits for some buffer to be freed."""
         return not self.placed or (self._update is not None and self._update.starved)
 
     @property
@@ -64,12 +64,15 @@ class Fetch:
 
     def issue(self) -> bool:
         """Start as many reads as memory allows; True when all of them are under way."""
-        if not self.placed and not (self.unit.life.settled(self.visit.nth) and self._place()):
+        if not self.placed and not (self.unit.life.readable(self.visit.nth) and self._place()):
             return False
         return self._update is None or self._update.read_ahead()
 
     def _place(self) -> bool:
-        """Find room for the slot, the gradient and its carry, in one block; start the reads and the update."""
+        """Allocate one block for slot, gradient and earlier gradient; start the reads and the update.
+
+        False where there is no room now.
+        """
         unit, layout = self.unit, self.unit.layout
         in_place = unit.in_place()
         sizes = [0, 0, 0]
@@ -93,7 +96,7 @@ class Fetch:
             self.flats = in_place
         self._read_params()
         if unit.life.update_due:
-            unit.life.start_update(self._start_update(None, keep=False))
+            unit.life.start_update(self._start_update(None, speculative=False))
         self.placed = True
         return True
 
@@ -103,24 +106,24 @@ class Fetch:
             if size and block is not None:
                 last = not any(sizes[index + 1 :])
                 buffers[index], block = (block, None) if last else block.split(size)
-        self._slot, self._grad_buffer, self._carry_buffer = buffers
+        self._slot, self._grad_buffer, self._earlier_buffer = buffers
         trained = self.unit.trained
         if self._grad_buffer is not None:
             values = self._grad_buffer.data.view(torch.float32)
             self.grads = list(values.split([flat.layout.numel for flat in trained]))
         elif grads is not None:
             self.grads = grads
-        if self._carry_buffer is not None:
-            values = self._carry_buffer.data.view(torch.float32)
-            self.carries = list(values.split([flat.layout.slice_numel for flat in trained]))
-            for flat, carry in zip(trained, self.carries, strict=True):
+        if self._earlier_buffer is not None:
+            values = self._earlier_buffer.data.view(torch.float32)
+            self.earlier_grads = list(values.split([flat.layout.slice_numel for flat in trained]))
+            for flat, earlier in zip(trained, self.earlier_grads, strict=True):
                 assert flat.grad is not None
-                self._reads.append(flat.grad.read(0, carry.view(torch.uint8)))
+                self._reads.append(flat.grad.read(0, earlier.view(torch.uint8)))
         elif self.visit.accumulate and grads is not None:
-            self.carries = grads
+            self.earlier_grads = grads
 
     def _read_params(self) -> None:
-        """Bring this rank's slices into the slot, unless they are gathered straight from memory."""
+        """Start reading this rank's slices into the slot. Those in memory are gathered from where they lie."""
         if self._slot is None:
             return
         start = 0
@@ -133,7 +136,7 @@ class Fetch:
                 self._reads.append(flat.slice.read(0, own.view(torch.uint8)))
 
     def own_slices(self) -> list[torch.Tensor]:
-        """This rank's slice of each flat, where the update writes and the gather reads."""
+        """This rank's slice of each flat (1-D): the update writes there, and the gather reads there."""
         own = []
         for flat, values in zip(self.unit.flats, self.flats, strict=True):
             memory = flat.slice.view()
@@ -141,7 +144,10 @@ class Fetch:
         return own
 
     def progress(self, wait: Callable[[Transfer], None] | None = None) -> bool:
-        """Do what the bytes that have arrived allow; with `wait`, wait for the next piece. True when ready to bind."""
+        """Go on as far as the bytes that have arrived allow. True when the unit can be bound.
+
+        With `wait`, wait for the transfers that come next. TierError where one of them failed.
+        """
         if not self.placed:
             return False
         if not self._settle(self._reads, wait):
@@ -155,7 +161,7 @@ class Fetch:
             self._gathers = self._start_gathers()
         if not self._settle(self._gathers, wait):
             return False
-        # what a forward clamps must be on its way no more: writes read the slot
+        # a forward that clamps would change bytes of the slot that are still being written
         return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
 
     def _start_gathers(self) -> list[Transfer]:
@@ -177,18 +183,24 @@ class Fetch:
         return True
 
     def update_now(self, grads: Sequence[torch.Tensor], kernel: Kernel, *, speculative: bool) -> None:
-        """The eager update, with gradient slices in memory; slot and gradient are kept until `progress` is True."""
+        """Start the eager update by `grads`, this rank's gradient slices (fp32, 1-D, in memory).
+
+        Slot and gradient are held until `progress` returns True.
+        """
         self._kernel = kernel
-        into = self._start_update(grads, keep=speculative)
+        into = self._start_update(grads, speculative=speculative)
         if speculative:
             self.unit.life.speculate(into)
         else:
             self.unit.life.start_update(into)
             self.unit.life.count_update()
 
-    def _start_update(self, grads: Sequence[torch.Tensor] | None, *, keep: bool) -> list[dict[str, Extent]]:
-        """The update of the trained flats, with their gradients unless these are on their tier; where each will lie."""
-        goes = [destination(flat, self._updates.sink, keep=keep) for flat in self.unit.trained]
+    def _start_update(self, grads: Sequence[torch.Tensor] | None, *, speculative: bool) -> list[dict[str, Extent]]:
+        """Make the update of the trained flats, by `grads` or, where None, by what their tier holds.
+
+        Returns where each flat will lie, by name of the field.
+        """
+        goes = [destination(flat, self._updates.sink, speculative=speculative) for flat in self.unit.trained]
         own = self.own_slices()[: len(goes)]
         before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
         self._update = SliceUpdate(self.unit, own, self._memory, self._trace, goes, grads, before)
@@ -205,19 +217,19 @@ class Fetch:
                 grad.zero_()
             self.unit.bind_grads(self.grads)
 
-    def forget(self) -> None:
-        """Give back what it holds: its visit will not take place."""
+    def free(self) -> None:
+        """Free all buffers; no visit follows."""
         if self.placed:
-            self.let_go_of_slot()
-            self.let_go_of_grad([])
+            self.free_slot()
+            self.free_grad([])
 
-    def let_go_of_slot(self) -> None:
+    def free_slot(self) -> None:
         if self._slot is not None:
             writes = self._update.writes if self._update is not None else []
             self._memory.free_after(writes, [self._slot])
 
-    def let_go_of_grad(self, writes: list[Transfer]) -> None:
-        buffers = [b for b in (self._grad_buffer, self._carry_buffer) if b is not None]
+    def free_grad(self, writes: list[Transfer]) -> None:
+        buffers = [b for b in (self._grad_buffer, self._earlier_buffer) if b is not None]
         self._memory.free_after(writes, buffers)
 
     @property

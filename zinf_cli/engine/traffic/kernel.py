@@ -15,7 +15,7 @@ from zinf_cli.model_state import OptimizerState
 class Kernel(ABC):
     """An optimizer's settings for one step.
 
-    `clip` (fp32 scalar tensor) multiplies the gradient, as clip_grad_norm_ does.
+    The gradient is multiplied by `clip` (fp32 scalar tensor), as clip_grad_norm_ does; None stands for 1.
     """
 
     state: ClassVar[OptimizerState]
@@ -23,8 +23,9 @@ class Kernel(ABC):
 
     @abstractmethod
     def update(self, param: torch.Tensor, grad: torch.Tensor, *fields_and_step: Any) -> None:
-        """Update `param` and the fields of `state`, in their order, in place (1-D, one length); `grad` is scratch.
+        """Update `param` and the fields of `state` in place; `grad` may be overwritten.
 
-        `param` and `grad` are fp32. The step, which comes last, counts these parameters' updates from 1. Where the
-        state's grain is an element, any range may come by itself.
+        `fields_and_step` are the fields, in the order of `state`, and last the step: it counts these parameters'
+        updates from 1. All tensors are 1-D and of one length; `param` and `grad` are fp32. Where the state's grain is
+        an element, a call may get any range of a slice.
         """

@@ -1,9 +1,9 @@
 """The fetch pipeline: everything a visit of a unit needs, started ahead of time and waited for one by one.
 
-The sweep announces its visits in order (`expect`). The pipeline issues their reads as far ahead as memory allows,
-always in visit order, so that memory is never held by a later visit while an earlier one starves: no deadlock. A visit
-that carries an update streams the gradient and the optimizer's fields through chunk buffers, updates chunks as they
-arrive and writes them back behind itself; the new parameters then go on to the other ranks and into compute. See
+The sweep announces its visits in order (`expect`). The pipeline issues their reads in that order, as far ahead as
+memory allows. So a later visit never holds memory that an earlier one waits for, and there is no deadlock. A visit that
+makes an update streams the gradient and the optimizer's fields through chunk buffers. It updates chunks as they arrive
+and writes them back behind itself; the new parameters go on to the other ranks and into compute. See
 docs/architecture.md, "The deferred update".
 
 All methods run on the compute thread; drives and collectives work in threads of their own.
@@ -36,9 +36,9 @@ class Reduction:
 
     fetch: Fetch
     reduced: Sequence[Transfer]
-    """Of each trainable flat."""
+    """A transfer for each trainable flat."""
     touched: Flags | None
-    """Which parameters have a gradient on any rank; known with the last visit of a step."""
+    """Which parameters have a gradient on any rank. None before the last visit of a step, which tells."""
 
     @property
     def what(self) -> str:
@@ -65,7 +65,8 @@ class Pipeline:
         self.updates = Updates()
         self.wait_s = 0.0
         self.norms: dict[int, torch.Tensor] = {}
-        """Gradient norms of this step by parameter index; of a slice of a flat, by that of the flat's first."""
+        """Gradient norms of this step (scalars), by index of the parameter. With several ranks, the norm of a flat's
+        slice, by index of the flat's first parameter."""
         self.completed: set[int] = set()
         """Units whose gradient of this step is complete."""
         self._coming: deque[Visit] = deque()
@@ -75,7 +76,7 @@ class Pipeline:
         self.eager = EagerUpdates(units, memory, self.wait)
 
     def expect(self, visits: Iterable[Visit]) -> None:
-        """Announce visits that will follow all announced before, and start on them."""
+        """Announce `visits`, which follow all that were announced before, and start their fetches."""
         self._coming.extend(visits)
         self.advance()
 
@@ -85,7 +86,7 @@ class Pipeline:
         return not self._coming and not self._fetches
 
     def begin_step(self) -> None:
-        """Forget the gradients of the step before, or of a step that was given up."""
+        """Drop the gradients of the step before, or of an abandoned step."""
         self.wait_s = 0.0
         self.norms.clear()
         self.completed.clear()
@@ -105,24 +106,27 @@ class Pipeline:
         self._issue_ahead()
 
     def acquire(self, visit: Visit) -> None:
-        """Bind the unit of the next visit; blocks until its bytes are there."""
+        """Bind the unit of the next visit. Blocks until its bytes are there.
+
+        TierError where a transfer failed, CapacityError where the buffers are too small for the unit.
+        """
         fetch = self._next(visit)
         self._complete(fetch)
         self._fetches.popleft()
         self._hold(fetch)
 
     def acquire_aside(self, visit: Visit) -> None:
-        """Bind a unit outside of the announced order, which is forgotten."""
-        self.forget_coming()
+        """Bind a unit out of order; the announced visits are dropped. Errors are those of `acquire`."""
+        self.drop_coming()
         fetch = self._fetch(visit)
         self._complete(fetch)
         self._hold(fetch)
 
     def flush(self, unit: int) -> None:
-        """Do a unit's pending update; what is announced stays."""
+        """Make a unit's pending update. The announced visits stay. Errors are those of `acquire`."""
         fetch = self._fetch(Visit(unit, Kind.FLUSH))
         self._complete(fetch)
-        fetch.forget()
+        fetch.free()
 
     def _complete(self, fetch: Fetch) -> None:
         while not fetch.progress(self.wait):
@@ -137,26 +141,26 @@ class Pipeline:
         self._held[fetch.visit.unit] = fetch
         self.advance()
 
-    def give_up(self, visit: Visit) -> None:
-        """Release without a gradient: the visit turned out to be none."""
+    def abandon(self, visit: Visit) -> None:
+        """Release the unit without a gradient: the model did not make this visit."""
         fetch = self._held.pop(visit.unit)
-        fetch.unit.release()
-        fetch.forget()
+        fetch.unit.unbind()
+        fetch.free()
 
-    def give_up_step(self) -> None:
-        """Release everything without a gradient: the step will be begun again."""
+    def abandon_step(self) -> None:
+        """Release all units without a gradient, and drop the announced visits: the step will begin again."""
         for fetch in list(self._held.values()):
-            self.give_up(fetch.visit)
-        self.forget_coming()  # may finish a gather that waits for a gradient
+            self.abandon(fetch.visit)
+        self.drop_coming()  # may finish a gather that waits for a gradient
         while self._reducing:
             reduction = self._reducing.popleft()
             self.wait(reduction)
-            reduction.fetch.let_go_of_grad([])
+            reduction.fetch.free_grad([])
 
     def release(self, visit: Visit) -> None:
-        """Unbind the unit; its gradient leaves for its tier and its slot becomes free."""
+        """Unbind the unit, start reducing its gradient, and free its slot unless an eager update follows."""
         fetch = self._held.pop(visit.unit)
-        fetch.unit.release()
+        fetch.unit.unbind()
         if fetch.grads:
             reduced = [self.ranks.reduce_scatter(grad, self.trace, fetch.unit.name) for grad in fetch.grads]
             touched = self.ranks.any(fetch.unit.life.touched) if visit.final else None
@@ -167,31 +171,31 @@ class Pipeline:
             else:
                 fetch.unit.life.accumulate()
         if not (self.eager.takes(fetch.unit) and visit.final):
-            fetch.let_go_of_slot()
+            fetch.free_slot()
         self.advance()
 
     def finish_gradients(self) -> None:
-        """Wait until every gradient of the step is reduced (not until it is written)."""
+        """Wait until every gradient of the step is reduced. Writes to tiers may still be under way."""
         while self._reducing:
             self.wait(self._reducing[0])
             self._finish_gradient(self._reducing.popleft())
 
     def settle(self) -> None:
-        """Wait for everything under way, announced fetches excepted."""
+        """Wait for every reduction, eager update and write. Announced fetches go on."""
         self.finish_gradients()
         self.eager.finish()
         while self.memory.draining:
             self.memory.drain_one(self.wait)
 
     def held_flats(self, unit: int) -> list[torch.Tensor]:
-        """The flats of a held unit."""
+        """The flats of a held unit (1-D, each of its dtype)."""
         return self._held[unit].flats
 
-    def forget_coming(self) -> None:
+    def drop_coming(self) -> None:
         """Drop the announced visits: the prediction failed.
 
-        Updates under way are finished; and gathers that a rank has started are finished on every rank, see "Order of
-        collectives" in ranks.py.
+        Updates under way are finished first. Gathers that some rank has started are finished on every rank: see "Order
+        of collectives" in ranks.py.
         """
         started = max(self.ranks.all(sum(fetch.gathering for fetch in self._fetches)))
         while len(self._fetches) < started:
@@ -202,7 +206,7 @@ class Pipeline:
             fetch.gather = number < started
             if fetch.gather or fetch.placed:
                 self._complete(fetch)
-            fetch.forget()
+            fetch.free()
             self._fetches.popleft()
 
     def _fetch(self, visit: Visit) -> Fetch:
@@ -213,7 +217,7 @@ class Pipeline:
         if not self._fetches and self._coming:
             self._fetches.append(self._fetch(self._coming.popleft()))
         if self._fetches and self._fetches[0].visit != visit:
-            self.forget_coming()
+            self.drop_coming()
         if not self._fetches:
             self._fetches.append(self._fetch(visit))
         return self._fetches[0]
@@ -228,7 +232,7 @@ class Pipeline:
                 return
 
     def _make_room(self, fetch: Fetch) -> None:
-        """Wait for something that frees buffers; nothing left to wait for means the plan was wrong."""
+        """Wait for something that frees buffers. CapacityError where nothing is under way: the plan was wrong."""
         if self._reducing:
             self.wait(self._reducing[0])
             self._finish_gradient(self._reducing.popleft())
@@ -243,7 +247,7 @@ class Pipeline:
             )
 
     def _update_others(self, fetch: Fetch) -> bool:
-        """Let updates that read ahead finish, where a visit out of order needs their chunk buffers."""
+        """Go on with another fetch's update, which holds chunk buffers. False where there is none."""
         for other in self._fetches:
             if other is not fetch and other.placed and other.updating:
                 other.progress(self.wait)
@@ -261,13 +265,13 @@ class Pipeline:
             transfer.wait()
 
     def _finish_gradient(self, reduction: Reduction) -> None:
-        """Add what earlier visits left, note the norm; update, or write the slice to its tier."""
+        """Add the earlier gradient and note the norm. Then update, or write the slice to its tier."""
         reduction.wait()
         fetch, unit = reduction.fetch, reduction.fetch.unit
         own = [flat.layout.slice_of(grad, flat.rank) for flat, grad in zip(unit.trained, fetch.grads, strict=True)]
         homes = unit.grads_in_place()
-        if fetch.carries:
-            own = [carry.add_(values) for carry, values in zip(fetch.carries, own, strict=True)]
+        if fetch.earlier_grads:
+            own = [earlier.add_(values) for earlier, values in zip(fetch.earlier_grads, own, strict=True)]
         elif homes is not None and fetch.grad_in_buffer:
             for home, values in zip(homes, own, strict=True):
                 home.copy_(values)
@@ -279,7 +283,7 @@ class Pipeline:
             if self.eager.takes(unit):
                 self.eager.start(fetch, own)
                 return
-        fetch.let_go_of_grad(unit.write_grads(own))
+        fetch.free_grad(unit.write_grads(own))
 
     def _note_norms(self, unit: Unit, own: Sequence[torch.Tensor]) -> None:
         for flat, values in zip(unit.trained, own, strict=True):

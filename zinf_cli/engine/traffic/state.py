@@ -1,7 +1,8 @@
-"""The state of the units in and out, a piece at a time: what a checkpoint is written from and read into.
+"""State between the units and a checkpoint, a piece at a time, out and in.
 
-A flat's state on one rank is its slice of the fields that a checkpoint stores (`Flat.stored`). Gradients and 16-bit
-parameters that are trained are no state between two steps: the ones are used up, the others are the masters, rounded.
+A flat's state on one rank is its slice of the fields that a checkpoint stores (`Flat.stored`). Gradients are no state
+between two steps, since they are used up. 16-bit parameters that are trained are none either: they are the masters,
+rounded.
 """
 
 from __future__ import annotations
@@ -24,24 +25,30 @@ AHEAD = 8
 
 
 class StateSource(Protocol):
-    """Where state comes from, cut into slices or not: it is asked for by parameter."""
+    """Where state comes from. It is asked for by parameter, however it is cut into slices."""
 
     def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a parameter's field, on the CPU, in any dtype."""
+        """Elements [first, last) of a parameter's field: 1-D, on the CPU, in any dtype.
+
+        `field` is the name in a checkpoint. DamagedError where checksums do not match.
+        """
 
     def updates(self, name: str) -> int:
         """How often the parameter has been updated."""
 
 
 def fields_of(unit: Unit) -> Iterator[tuple[Flat, Field, Extent]]:
-    """Each flat of a unit with each of its stored fields and where the slice of that lies now."""
+    """(flat, field, extent) for each stored field of a unit: where this rank's slice of it lies now."""
     for flat in unit.flats:
         for field in flat.stored:
             yield flat, field, flat.at[field.name]
 
 
 def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
-    """Copy what lies in each extent to a region of a StateSink; no update is pending and no buffer in use."""
+    """Copy each (extent, region of a StateSink). No update may be pending and no buffer in use.
+
+    TierError where a read or a write failed.
+    """
     under_way: deque[_Copy] = deque()
     for extent, region in fields:
         for start in range(0, extent.num_bytes, PIECE):
@@ -97,7 +104,7 @@ class _Copy:
 
 
 def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> None:
-    """Fill every unit's slices from `source`; nothing of the engine is in use."""
+    """Fill every unit's slices from `source`. No buffer may be in use. TierError where a write failed."""
     writes: deque[tuple[Transfer, Buffer]] = deque()
     for unit in units:
         unit.life.resume([source.updates(place.name) for flat in unit.trained for place in flat.layout.params])
@@ -117,7 +124,7 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
 def _gather(
     source: StateSource, layout: FlatLayout, rank: int, field: str, begin: int, numel: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Elements [begin, begin + numel) of this rank's slice, from the parameters they belong to."""
+    """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero."""
     values = torch.zeros(numel, dtype=dtype)
     base = rank * layout.slice_numel + begin
     for place in layout.params:
@@ -132,7 +139,7 @@ def _gather(
 def _put(
     extent: Extent, start: int, values: torch.Tensor, memory: Memory, writes: deque[tuple[Transfer, Buffer]]
 ) -> None:
-    """Bring `values` to their place in an extent; writes are left under way."""
+    """Put `values` into an extent at byte `start`. A write is left under way, in `writes`."""
     data = values.view(torch.uint8)
     view = extent.view()
     if view is not None:
@@ -151,5 +158,5 @@ def _finish(writes: deque[tuple[Transfer, Buffer]]) -> None:
 
 
 def _buffer(memory: Memory, num_bytes: int) -> Buffer | None:
-    """A buffer of the update, or of the slots where the plan gave the update none."""
+    """A chunk buffer; where the plan has none, or all are taken, a part of the slot arena; None where both are full."""
     return memory.chunks.allocate(num_bytes) or memory.slots.allocate(num_bytes)

@@ -1,8 +1,8 @@
 """The update of a slice, chunk by chunk.
 
-A chunk's gradient and optimizer states are used where they lie when that is memory of the compute device; otherwise
-they are read into chunk buffers and written back after the kernel has changed them. The parameters are updated in the
-slot (or in place). Where parameters are 16-bit, the kernel acts on the fp32 master and the slot gets its rounding.
+Where a chunk's gradient and optimizer states lie in memory of the compute device, they are used in place. Otherwise
+they are read into chunk buffers, and written back when the kernel has changed them. The parameters are updated in the
+slot (or in place). Where parameters are 16-bit, the kernel acts on the fp32 master, and the slot gets it rounded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from zinf_cli.engine.traffic.buffers import Memory
-from zinf_cli.engine.traffic.capture import Destination, StateSink
+from zinf_cli.engine.traffic.destination import Destination, StateSink
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
 from zinf_cli.model_state import GRAD, MASTER, PARAM, Field
@@ -25,12 +25,12 @@ from zinf_cli.trace import Trace
 
 @dataclass
 class Updates:
-    """What updates go by. The engine says it, step by step."""
+    """What the engine tells the updates of a step."""
 
     kernel: Kernel | None = None
     """The settings of deferred updates; None while they wait for the step's gradient norm."""
     sink: StateSink | None = None
-    """The checkpoint that updates go into, see capture.py."""
+    """The checkpoint that updates go into, see destination.py."""
 
 
 class ChunkUpdate:
@@ -59,7 +59,7 @@ class ChunkUpdate:
         self.reads: list[Transfer] = []
 
     def read(self, chunks: Arena) -> bool:
-        """Start reading what is not in place; False when there are not enough chunk buffers now."""
+        """Start reading what does not lie in memory of the compute device. False where chunk buffers are lacking."""
         begin, end = self._begin, self._begin + self._param.numel()
         away = [field for field, extent in self._sources.items() if extent.view() is None]
         buffers: list[Buffer] = []
@@ -82,12 +82,13 @@ class ChunkUpdate:
             else:
                 self._fields[field] = memory.view(dtype)[begin:end]
         for extent in self._goes.into.values():
-            if extent.view() is not None:  # a copy of the version before may be on its way
+            if extent.view() is not None:  # a checkpoint may still be copying the version before
                 self.reads.extend(extent.writes)
         return True
 
     def apply(self, kernel: Kernel) -> list[Transfer]:
-        """Compute, start the write-back; returns the parameter writes, which hold the slot until they are done."""
+        """Compute, and start to write back. Returns the writes of the parameters: the slot is held until these are
+        done."""
         with self._trace.span("update", self._flat.unit, self._param.numel() * GRAD.item_bytes):
             target = self._fields.get(MASTER, self._param)
             if target is self._param:
@@ -102,7 +103,7 @@ class ChunkUpdate:
         return self._send(PARAM, self._param)
 
     def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
-        """Start writing new values to where they go, unless they are there."""
+        """Start writing the new values of `field` to where they go; values in place need no write."""
         data = values.view(torch.uint8)
         start = self._begin * values.element_size()
         home, copy = self._goes.into[field.name], self._goes.also.get(field.name)
@@ -114,11 +115,11 @@ class ChunkUpdate:
         return writes
 
     def trailing(self) -> tuple[list[Transfer], list[Buffer]]:
-        """The write-backs, and the buffers they free."""
+        """The write-backs, and the buffers that are free when these are done."""
         return self._writes, self._buffers
 
     def _hold_to_bounds(self) -> None:
-        """As the forward has done before it computed the gradient, to a copy."""
+        """Clamp the parameters to their bounds, as the forward did with its copy."""
         layout = self._flat.layout
         base = self._flat.rank * layout.slice_numel + self._begin
         for place, touched in zip(layout.params, self._flat.touched, strict=True):
@@ -127,7 +128,7 @@ class ChunkUpdate:
                 self._param[first - base : last - base].clamp_(*place.bounds)
 
     def _segments(self) -> Iterator[tuple[int, int, int]]:
-        """(start, end, step) of ranges that share an update count; parameters without a gradient are left out."""
+        """(start, end, step) of ranges that share an update count, without those of parameters that are not touched."""
         flat, layout = self._flat, self._flat.layout
         if all(flat.touched) and len(set(flat.steps)) == 1:
             yield 0, self._param.numel(), flat.steps[0]
@@ -140,12 +141,12 @@ class ChunkUpdate:
 
 
 class SliceUpdate:
-    """The update of this rank's trainable slices of a unit; reads run ahead as far as there are chunk buffers.
+    """The update of this rank's trainable slices of a unit. Reads run ahead as far as there are chunk buffers.
 
-    Of each trainable flat, `own` is the parameter slice where compute sees it, and `grads` the gradient slice, where it
-    is not to be read from its tier. Whoever holds the memory of the two keeps it until `progress` has returned True and
-    `writes` are done. The new values go where `goes` says. `after` are writes that still read `own`: nothing is changed
-    in place before they are done.
+    `own` has the parameter slice of each trainable flat, in the flat's dtype, where compute sees it. `grads` has the
+    gradient slices (fp32); without them the update reads the gradient from its tier. The memory of both is held until
+    `progress` has returned True and `writes` are done. `goes` says where the new values of each flat go. `after` are
+    writes that still read `own`: nothing is changed before they are done.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class SliceUpdate:
         chunk_numel = memory.chunk_numel
         chunks: list[ChunkUpdate] = []
         for number, flat in enumerate(unit.trained):
-            # as it is now: it may be said to lie elsewhere while the update is under way
+            # where it lies now: a transition of its life may move it while the update is under way
             sources = {field: flat.at[field.name] for field in flat.beside}
             grad = None if grads is None else grads[number]
             if grad is None:
@@ -184,7 +185,7 @@ class SliceUpdate:
         self._unread = deque(chunks)
         self._chunks[0].reads.extend(after)
         self.writes = list(after)
-        """Of the parameters."""
+        """Writes of the parameters, which read the slot."""
 
     @property
     def finished(self) -> bool:
@@ -192,7 +193,7 @@ class SliceUpdate:
 
     @property
     def starved(self) -> bool:
-        """Whether it can't go on before a chunk buffer is freed."""
+        """Whether it waits for a chunk buffer to be freed."""
         return bool(self._unread) and self._unread[0] is self._chunks[0]
 
     @property
@@ -201,7 +202,7 @@ class SliceUpdate:
         return not self._unread
 
     def read_ahead(self) -> bool:
-        """Start as many reads as there are buffers for; True when all are under way."""
+        """Start as many reads as there are chunk buffers for. True when all have been started."""
         while self._unread and self._unread[0].read(self._memory.chunks):
             self._unread.popleft()
         return not self._unread
@@ -211,7 +212,10 @@ class SliceUpdate:
         kernel: Kernel,
         settle: Callable[[list[Transfer]], bool],
     ) -> bool:
-        """Compute what has arrived, by the word of `settle`, which may wait; True when all is computed."""
+        """Compute the chunks whose reads are done. True when all are computed.
+
+        `settle` tells whether reads are done, and may wait for them.
+        """
         while self._chunks:
             self.read_ahead()
             if self.starved or not settle(self._chunks[0].reads):

@@ -9,7 +9,7 @@ from enum import Enum
 class Kind(Enum):
     FORWARD = "forward"
     TURN = "turn"
-    """The last unit of a sweep: forward and backward in one visit. The resident unit: the whole step."""
+    """Forward and backward in one visit: of a sweep's last unit, and of the resident unit for the whole step."""
     BACKWARD = "backward"
     FLUSH = "flush"
     """Only the pending update."""
@@ -22,9 +22,9 @@ class Visit:
     unit: int
     kind: Kind
     nth: int = 0
-    """How many backward visits of this step came before; their gradient is added to."""
+    """How many backward visits of the unit came before in this step. The gradient is added to theirs."""
     final: bool = False
-    """The gradient of the step is complete after this visit."""
+    """Whether the unit's gradient of the step is complete after this visit."""
 
     @property
     def accumulate(self) -> bool:

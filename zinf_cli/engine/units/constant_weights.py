@@ -1,7 +1,7 @@
-"""Weights that a forward writes to. What it writes into a slot is gone after the visit, and plain PyTorch keeps it.
+"""Weights that a forward writes to. Plain PyTorch keeps what a forward writes; a slot loses it after the visit.
 
-Most such writes change nothing: a padding row, say, is set to what it is. So they are let be as long as they don't,
-and the first that does ends the run before anything wrong is learned. (Clamps are kept: see written_weights.py.)
+Most such writes change nothing: they set a padding row to what it is. These are allowed. The first write that changes a
+weight ends the run before anything wrong is learned. (Clamps are kept: see written_weights.py.)
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from zinf_cli.errors import ModelError
 def hold_constant(
     model: nn.Module, layouts: Sequence[UnitLayout], written: Collection[str]
 ) -> list[Callable[[], None]]:
-    """Let a forward raise ModelError where it changes one of the parameters `written`.
+    """From now on a forward raises ModelError when it changes one of the parameters named in `written`.
 
-    Returns what undoes it, to be called from the last to the first.
+    Returns the calls that undo this, to be made from the last to the first.
     """
     undo = []
     for layout in layouts:

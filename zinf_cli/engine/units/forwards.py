@@ -9,7 +9,7 @@ from torch import nn
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Have calls of `module` run `forward`; returns what undoes it. Of several, the last is undone first."""
+    """Have calls of `module` run `forward`; returns the call that undoes it. Of several, undo the last one first."""
     before = module.__dict__.get("forward")
     module.forward = forward
 

@@ -1,6 +1,6 @@
 """A unit's life in a step: what has become of its gradient and of its update.
 
-A trained unit goes round once a step. What other files do to it are the transitions; they set no field.
+A trained unit goes round once a step. Other files call the transitions; they set no field themselves.
 
     CLEAN ─► ACCUMULATING ─► REDUCING ─► DUE ─► UPDATING ─► CLEAN        deferred and eager updates
                                          DUE ─► SPECULATING ─► UNDECIDED  speculative ones (eager.py):
@@ -21,12 +21,12 @@ Every transition, and where it leads. From any other state it is an error.
     update_nothing    DUE → DUE, UPDATING → UPDATING
     finish_update     UPDATING → CLEAN, SPECULATING → UNDECIDED
     commit            SPECULATING → UPDATING, UNDECIDED → CLEAN
-    discard           UNDECIDED → DUE
+    roll_back           UNDECIDED → DUE
     resume            CLEAN → CLEAN
 
-One enum is enough. Gradient and update follow each other: no gradient is begun before the update of the one before is
-over. Whether the unit is bound is another matter, and a fetch's (fetch.py): it binds what is CLEAN or ACCUMULATING. A
-unit without trained parameters stays CLEAN.
+One enum is enough, since gradient and update follow each other: the next gradient begins when the update by the last
+one is over. Whether the unit is bound is no part of its state: a fetch (fetch.py) binds what is CLEAN or ACCUMULATING.
+A unit without trained parameters stays CLEAN.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class State(Enum):
     UPDATING = auto()
     """The update is under way. The unit lies where the update writes, and nobody reads it there yet."""
     SPECULATING = auto()
-    """An update is under way of which nobody knows yet whether it holds. The unit lies where it lay."""
+    """A speculative update is under way. The unit still lies where it lay."""
     UNDECIDED = auto()
-    """That update is computed, and nobody knows yet whether it holds."""
+    """The speculative update is computed. The gradient norm will tell whether it holds."""
 
 
 class FlatLife:
@@ -59,9 +59,9 @@ class FlatLife:
 
     def __init__(self, home: Mapping[str, Extent], num_params: int) -> None:
         self.at = dict(home)
-        """Where each field lies now: at home, or in a checkpoint that the last update went into (capture.py)."""
+        """Where each field lies now: at home, or in a checkpoint that the last update went into (destination.py)."""
         self.proposed: dict[str, Extent] | None = None
-        """Where an update has put them of which nobody knows yet whether it holds."""
+        """Where a speculative update puts each field: the flat lies there if the update holds."""
         self.steps = [0] * num_params
         """Updates of each parameter so far."""
         self.touched = [False] * num_params
@@ -92,13 +92,13 @@ class Life:
 
     @property
     def undecided(self) -> bool:
-        """Whether it has an update of which nobody knows yet whether it holds."""
+        """Whether it has a speculative update that may or may not hold."""
         return self.state in (State.SPECULATING, State.UNDECIDED)
 
-    def settled(self, backwards: int) -> bool:
-        """Whether what a visit reads has been handed to the tiers, where `backwards` visits have added to the gradient.
+    def readable(self, backwards: int) -> bool:
+        """Whether the tiers hold what a visit reads: the parameters, and the gradient of `backwards` visits.
 
-        Where the update is due, the visit carries it, and reads what it needs.
+        Where the update is due, the visit makes it, and reads what that needs.
         """
         if self.state in (State.CLEAN, State.ACCUMULATING):
             return self.backwards >= backwards
@@ -110,7 +110,7 @@ class Life:
         return [touched for flat in self._flats for touched in flat.touched]
 
     def begin_step(self) -> None:
-        """A step begins. What a step that was given up left of a gradient is forgotten."""
+        """A step begins. The gradient that an abandoned step left is dropped."""
         self._go(
             {
                 State.CLEAN: State.CLEAN,
@@ -159,7 +159,7 @@ class Life:
             flat.count_update(1)
 
     def count_update(self) -> None:
-        """The settings of the update are known: it is one more of each parameter that got a gradient."""
+        """The settings of the update are known. Every parameter that got a gradient has one update more."""
         self._go({State.DUE: State.DUE, State.UPDATING: State.UPDATING})
         for flat in self._flats:
             flat.count_update(1)
@@ -180,7 +180,7 @@ class Life:
             assert flat.proposed is not None
             flat.at, flat.proposed = flat.proposed, None
 
-    def discard(self) -> None:
+    def roll_back(self) -> None:
         """The speculative update does not hold. It is due again, from where the unit lies."""
         self._go({State.UNDECIDED: State.DUE})
         for flat in self._flats:
@@ -200,7 +200,7 @@ class Life:
             flat.touched = [next(given) for _ in flat.touched]
 
     def _go(self, leads: Mapping[State, State]) -> None:
-        """To where the present state leads."""
+        """Move to the state that the present one leads to. AssertionError where it leads nowhere."""
         if self.state not in leads:
             allowed = " or ".join(dict.fromkeys(state.name for state in leads.values()))
             raise AssertionError(f"{self._unit} can't go from {self.state.name} to {allowed}")

@@ -1,7 +1,7 @@
 """Where each unit's bytes live: extents on tiers, and the model's parameters bound to flats while a unit is held.
 
-A parameter of a unit that is not held keeps its shape and dtype but shares one NaN element: code that looks at
-`weight.dtype` still works, and code that computes with it outside of its unit shows at once instead of silently.
+A parameter of a unit that is not held is a *placeholder*: it keeps its shape and dtype, and all its elements are one
+NaN. So code that asks for `weight.dtype` works, and code that computes with the weight outside of its unit gives NaN.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Flat:
             torch.full((1,), math.nan, dtype=self.dtype, device=p.device).expand(p.shape) for p in self.params
         ]
         self.homes: list[dict[str, Extent]] = []
-        """Places of its own for each field. With speculative updates (eager.py) a trainable flat has two, for two
-        versions."""
+        """Extents of its own for each field. With speculative updates (eager.py) there are two sets of them: the flat
+        lies in one, and the other is its shadow."""
         self.add_home()
         self.life = FlatLife(self.homes[0], len(self.params))
         self.grad: Extent | None = None
@@ -78,7 +78,7 @@ class Flat:
                 param.register_post_accumulate_grad_hook(partial(self._touch, place))
 
     def add_home(self) -> None:
-        """Room for one version of all fields."""
+        """Allocate extents for one version of all fields."""
         self.homes.append({field.name: self._allocate(field) for field in (PARAM, *self.beside)})
 
     def _allocate(self, field: Field) -> Extent:
@@ -88,13 +88,17 @@ class Flat:
     def dtype_of(self, field: Field) -> torch.dtype:
         return self.dtype if field.dtype is None else STORED[field.dtype]
 
-    def places(self, *, keep: bool) -> dict[str, Extent]:
-        """Where an update goes: into a home, which is another one if the present version is to be kept."""
+    def next_home(self, *, speculative: bool) -> dict[str, Extent]:
+        """The extents that the next update writes, by name of the field.
+
+        A speculative update keeps the present version, and so writes the other extents. Any other update writes in
+        place, or from a checkpoint back home.
+        """
         places = {}
         for name, now in self.at.items():
             homes = [home[name] for home in self.homes]
             others = [home for home in homes if home is not now]
-            places[name] = now if not keep and len(others) < len(homes) else others[0]
+            places[name] = now if not speculative and len(others) < len(homes) else others[0]
         return places
 
     @property
@@ -123,7 +127,7 @@ class Flat:
             param.data = place.view(flat)
 
     def hold_to_bounds(self) -> None:
-        """As the forward before this backward has done, to another copy (written_weights.py)."""
+        """Clamp the bound parameters to their bounds, as the forward did with its copy (written_weights.py)."""
         for place, param in zip(self.layout.params, self.params, strict=True):
             if place.bounds is not None:
                 param.data.clamp_(*place.bounds)
@@ -133,14 +137,14 @@ class Flat:
         for place, param in zip(self.layout.params, self.params, strict=True):
             param.grad = place.view(flat)
 
-    def release(self) -> None:
-        """Unbind: nothing of the model points into a slot any more."""
+    def unbind(self) -> None:
+        """Let nothing of the model point into a slot any more."""
         for param, placeholder in zip(self.params, self._placeholders, strict=True):
             param.grad = None
             param.data = placeholder
 
     def fill(self, values: Mapping[str, torch.Tensor], arena: Arena) -> None:
-        """Keep this rank's slice of `values`, by parameter name."""
+        """Write this rank's slice of `values` (by parameter name, any dtype) home, through a buffer of `arena`."""
         for field in (PARAM, MASTER):
             if field.name in self.at:
                 self._store(self.at[field.name], values, self.dtype_of(field), arena)
@@ -182,27 +186,30 @@ class Unit:
             Flat(layout.name, number, flat, model, tiers, ranks, optimizer) for number, flat in enumerate(layout.flats)
         ]
         self.trained = [flat for flat in self.flats if flat.layout.trainable]
-        """The first of them."""
+        """The trainable ones, which come first in `flats`."""
         self.life = Life(layout.name, [flat.life for flat in self.trained])
         self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
-        self.release()
+        self.unbind()
 
     @property
     def params(self) -> list[nn.Parameter]:
         """The model's parameters, trainable ones first."""
         return [param for flat in self.flats for param in flat.params]
 
-    def add_home(self) -> None:
-        """Room for a second version of what an update changes."""
+    def add_shadow(self) -> None:
+        """Allocate a shadow for every trained flat: speculative updates write there."""
         for flat in self.trained:
             flat.add_home()
 
     @property
-    def has_second_home(self) -> bool:
+    def has_shadow(self) -> bool:
         return any(len(flat.homes) > 1 for flat in self.trained)
 
     def in_place(self) -> list[torch.Tensor] | None:
-        """The flats themselves, where they lie whole in memory the compute device can use."""
+        """The flats (1-D, each of its dtype) where they lie, if that is whole in memory of the compute device.
+
+        None elsewhere, and with more than one rank.
+        """
         if self.ranks.world_size > 1:
             return None
         views = [flat.slice.view() for flat in self.flats]
@@ -211,14 +218,14 @@ class Unit:
         return [view.view(flat.dtype) for flat, view in zip(self.flats, views, strict=True) if view is not None]
 
     def grads_in_place(self) -> list[torch.Tensor] | None:
-        """This rank's slices of the gradient (fp32), where they lie in memory the compute device can use."""
+        """This rank's slices of the gradient (fp32, 1-D), if they lie in memory of the compute device; else None."""
         views = [flat.grad.view() for flat in self.trained if flat.grad is not None]
         if any(view is None for view in views):
             return None
         return [view.view(torch.float32) for view in views if view is not None]
 
     def write_grads(self, own: Sequence[torch.Tensor]) -> list[Transfer]:
-        """Start writing this rank's slices of the gradient to their tier, unless they are there."""
+        """Start writing this rank's slices of the gradient (`own`: fp32, 1-D) to their tier, unless they lie there."""
         extents = [flat.grad for flat in self.trained if flat.grad is not None]
         return [
             extent.write(0, values.view(torch.uint8))
@@ -227,7 +234,7 @@ class Unit:
         ]
 
     def bind(self, flats: Sequence[torch.Tensor]) -> None:
-        """Let the model's parameters be views of `flats`, one per flat."""
+        """Let the model's parameters be views of `flats` (1-D, one per flat, each of its dtype)."""
         for flat, values in zip(self.flats, flats, strict=True):
             flat.bind(values)
 
@@ -237,22 +244,22 @@ class Unit:
         return any(place.bounds is not None for flat in self.flats for place in flat.layout.params)
 
     def hold_to_bounds(self) -> None:
-        """Of parameters that a forward clamps."""
+        """Clamp the bound parameters that a forward clamps."""
         for flat in self.flats:
             flat.hold_to_bounds()
 
     def bind_grads(self, grads: Sequence[torch.Tensor]) -> None:
-        """Let `p.grad` of the trainable parameters be views of `grads`, one per trainable flat."""
+        """Let `p.grad` of the trainable parameters be views of `grads` (fp32, 1-D, one per trainable flat)."""
         for flat, grad in zip(self.trained, grads, strict=True):
             flat.bind_grads(grad)
 
-    def release(self) -> None:
-        """Unbind: nothing of the model points into a slot any more."""
+    def unbind(self) -> None:
+        """Let nothing of the model point into a slot any more."""
         for flat in self.flats:
-            flat.release()
+            flat.unbind()
 
     def fill(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], arena: Arena) -> None:
-        """Take the parameters' values from `read(names)`, keep this rank's slices; memory is one unit's."""
+        """Take the parameters' values from `read(names)` and write this rank's slices home. Memory is one unit's."""
         values = read([param.name for param in self.layout.params()])
         for flat in self.flats:
             flat.fill(values, arena)
@@ -264,9 +271,9 @@ def overlap(place: ParamLayout, begin: int, end: int) -> tuple[int, int]:
 
 
 def to_placeholders(model: nn.Module, device: torch.device) -> None:
-    """Replace every parameter (on the meta device) by an empty-storage one on `device`, tied ones tied.
+    """Replace every parameter (on the meta device) by a placeholder on `device`; tied ones stay tied.
 
-    A meta parameter's `.data` can't become real memory, so the module gets a fresh Parameter object.
+    A meta parameter's `.data` can't become real memory, so the module gets a new Parameter object.
     """
     fresh: dict[int, nn.Parameter] = {}
     for module in model.modules():

@@ -4,10 +4,10 @@ A unit is an element of one of the model's outermost module lists (a transformer
 them that is worth streaming (an embedding, the head). Modules that share a parameter share one unit. What belongs to
 none (a final norm, a bare parameter of the root) forms the resident unit, which is held for the whole step.
 
-A unit has a flat for the parameters that are trained and one for those that are frozen; where a model keeps some of
-them in another dtype than the rest (a router in fp32 among bf16), one of each for each dtype. Every parameter starts at
-a multiple of ALIGN elements, so that kernels see the alignment torch's own allocator gives; a flat is padded so that it
-cuts into world_size equal slices of whole pages in any dtype.
+A unit has a flat for its trained parameters and one for its frozen ones. Where a model keeps some of them in another
+dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own. Every parameter starts at a multiple
+of ALIGN elements, so that kernels see the alignment that torch's allocator gives. A flat is padded so that it cuts into
+world_size equal slices, each of whole pages in any dtype.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def discover(model: nn.Module, world_size: int, demoted: frozenset[str] = frozen
         for _, module in group:
             taken.update((id(param), number) for param in module.parameters())
     for param in _params_outside(model, {id(m) for group in groups for _, m in group}):
-        taken.pop(id(param), None)  # also owned by a module outside of every unit: held for the whole step
+        taken.pop(id(param), None)  # a module outside of every unit owns it, too: it is held for the whole step
 
     units = []
     for number, group in enumerate(groups):

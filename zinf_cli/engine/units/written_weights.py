@@ -1,9 +1,9 @@
 """Weights that a model's own forward writes to, as the dry forward shows them.
 
-What a forward writes goes to a copy in a slot and is lost with it. One kind of write needs no copy: Gemma 3n clamps
-whole weights to fixed bounds, `weight.data.clamp_(-c, c)`. The bounds are kept with the parameter, and a backward and
-its update begin by holding to them; nothing but a forward reads a weight before, so that comes to the same. All other
-writes are only named, and constant_weights.py sees to it that they change nothing.
+A forward writes to a copy in a slot, and the write is lost with the slot. One kind of write is kept: Gemma 3n clamps
+whole weights to fixed bounds, `weight.data.clamp_(-c, c)`. The layout keeps the bounds with the parameter; the unit's
+backward and its update begin by clamping to them. That comes to the same, since nothing but a forward reads a weight
+before. All other writes are only named; constant_weights.py refuses those that change something.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Bounds = tuple[float | None, float | None]
 
 _CLAMPS = {"clamp_": ("min", "max"), "clip_": ("min", "max"), "clamp_min_": ("min",), "clamp_max_": ("max",)}
 _NO_WRITE = {"requires_grad_", "detach_", "share_memory_"}
-"""They end as writes in place do."""
+"""They end in "_" as writes in place do, and write nothing."""
 _SET_DATA = vars(torch._C.TensorBase)["data"].__set__
 
 
 class WrittenWeights:
-    """Notices functions that write to parameters."""
+    """Watches functions run, and notices those that write to parameters."""
 
     def __init__(self) -> None:
         self._params: dict[int, tuple[str, nn.Parameter]] = {}
@@ -34,11 +34,11 @@ class WrittenWeights:
         self._otherwise: set[str] = set()
 
     def watch(self, name: str, param: nn.Parameter) -> None:
-        """What is written to where `param` lies now is written to `name`."""
+        """From now on a write to the memory of `param` counts as a write to the parameter `name`."""
         self._params[storage_of(param)] = (name, param)
 
     def see(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """A function is about to run."""
+        """Note what `func(*args, **kwargs)`, which is about to run, writes to."""
         name = getattr(func, "__name__", "")
         written = args[0] if func == _SET_DATA else _written(name, args, kwargs)
         for tensor in written if isinstance(written, list | tuple) else (written,):
@@ -50,16 +50,16 @@ class WrittenWeights:
 
     @property
     def names(self) -> frozenset[str]:
-        """Parameters that are written to in a way that can't be kept."""
+        """Parameters with a write that can't be kept."""
         return frozenset(self._otherwise)
 
     def bounds_in(self, units: Sequence[UnitLayout]) -> tuple[UnitLayout, ...]:
-        """The same units, whose parameters know their bounds."""
+        """`units` with the bounds that were noticed."""
         return bounded(units, {name: bounds for name, bounds in self._bounds.items() if name not in self._otherwise})
 
 
 def bounded(units: Sequence[UnitLayout], bounds: Mapping[str, Bounds]) -> tuple[UnitLayout, ...]:
-    """The units with the bounds of the parameters that have some, by name."""
+    """`units`, whose parameters have the `bounds` (by parameter name: the least and the most, None where open)."""
     if not bounds:
         return tuple(units)
     return tuple(
@@ -75,7 +75,7 @@ def bounded(units: Sequence[UnitLayout], bounds: Mapping[str, Bounds]) -> tuple[
 
 
 def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a function of that name writes to, if it does."""
+    """What a function of that name writes to; None where it writes to nothing."""
     if kwargs.get("out") is not None:
         return kwargs["out"]
     if name == "embedding" and (kwargs.get("max_norm") is not None or (len(args) > 3 and args[3] is not None)):
@@ -86,7 +86,7 @@ def _written(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _bounds(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Bounds | None:
-    """Of a clamp to numbers."""
+    """The bounds of a clamp to numbers; None where the function is no such clamp."""
     if name not in _CLAMPS:
         return None
     found = {**dict(zip(_CLAMPS[name], given, strict=False)), **kwargs}
@@ -97,7 +97,8 @@ def _bounds(name: str, given: Sequence[Any], kwargs: Mapping[str, Any]) -> Bound
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What a tensor shares with its views, and with nothing else; vmap's wrappers have what they wrap."""
+    """A number of the tensor's storage, which its views share and no other tensor. A wrapper of vmap's has the number
+    of the tensor it wraps."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)

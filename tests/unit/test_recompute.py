@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from blocks import MODES, Block, Blocks, Mode, assert_exact
-from zinf_cli.engine.compute.second_run import compare, some_of
+from zinf_cli.engine.compute.recompute import compare, some_of
 from zinf_cli.errors import ModelError
 
 

@@ -1,11 +1,11 @@
-"""A checkpoint in passing: the updates of one step write the new state into it as they are made.
+"""Where an update writes: a home of the unit, or a checkpoint in passing.
 
 An update reads parameters and optimizer states and writes them all anew. In a checkpoint step the new values go into
 the checkpoint's file instead of in place, if that lies on the drive of the tier: not a byte more is moved. The unit
-then lies in the checkpoint, which nothing changes any more; the next update reads it there and writes to the unit's
-home. What an update leaves in memory, or on another drive, is written to the file as well, behind the update.
+then lies in the checkpoint, which nothing changes any more. The next update reads it there and writes to a home again.
+What an update leaves in memory, or on another drive, is written to the file as well, behind the update.
 
-What no update touches in the step (frozen parameters, a unit without a gradient) is copied, see `Engine.train_step`.
+What is not updated in the step (frozen parameters, a unit without a gradient) is copied: see `Engine.train_step`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from zinf_cli.tiers.tier import Extent
 
 
 class StateSink(Protocol):
-    """Where the state after one step goes: a region for each field of each flat, which is written once, from its start
-    on in pieces of PIECE bytes, and may be read from then on."""
+    """Where the state after one step goes: a region for each field of each flat.
+
+    A region is written once, from its start on, in pieces of PIECE bytes. It may be read from then on.
+    """
 
     def region(self, unit: str, flat: int, field: str) -> Extent:
-        """Of the flat by its place in the unit, and the field by its name in a checkpoint."""
+        """The region of a field: `flat` is the flat's place in the unit, `field` the name in a checkpoint."""
 
     def replaces(self, extent: Extent) -> bool:
         """Whether a flat may lie in a region instead of this extent for a step."""
@@ -32,7 +34,7 @@ class StateSink(Protocol):
         """Whether an extent is one of its regions."""
 
     def complete(self) -> None:
-        """Everything has been handed to its region; writes may be under way."""
+        """Every region has been given its bytes. Writes may be under way."""
 
     def close(self) -> None:
         """No flat lies here any more."""
@@ -40,17 +42,17 @@ class StateSink(Protocol):
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an update puts what it changes of a flat, by names of `Flat.at`."""
+    """Where an update puts what it changes of a flat, by name of the field."""
 
     into: dict[str, Extent]
-    """Where it lies from now on."""
+    """Where the flat lies from now on."""
     also: Mapping[str, Extent] = field(default_factory=dict)
     """Where a copy goes."""
 
 
-def destination(flat: Flat, sink: StateSink | None, *, keep: bool) -> Destination:
-    """Where an update of `flat` goes; with `keep` it leaves the present version as it is."""
-    into = flat.places(keep=keep)
+def destination(flat: Flat, sink: StateSink | None, *, speculative: bool) -> Destination:
+    """Where an update of `flat` writes; a `speculative` one leaves the present version as it is."""
+    into = flat.next_home(speculative=speculative)
     also: dict[str, Extent] = {}
     if sink is None:
         return Destination(into)

@@ -1,4 +1,4 @@
-"""A step that is given up: what is under way then."""
+"""A step that is abandoned: what is under way then."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_gather_that_a_peer_has_started_gets_the_gradient_it_waits_for(tmp_pat
     pipeline.expect([first, Visit(1, Kind.BACKWARD, nth=1)])
     pipeline.acquire(first)
     pipeline.release(first)
-    assert not unit.life.settled(1)
-    pipeline.give_up_step()
+    assert not unit.life.readable(1)
+    pipeline.abandon_step()
     pipeline.settle()
     assert pipeline.idle
     assert engine.memory.slots.used == 0
