@@ -1,8 +1,9 @@
 """`python -m benchmarks.checkpoints`: what a checkpoint costs the steps around it, all state on NVMe.
 
-A run takes a checkpoint every fourth step and keeps one. Its state passes in the step after (engine/destination.py); fsync,
-manifest and the removal of the checkpoint before are under way then, too, and after. So each checkpoint has two steps
-of its own, and two without one to be compared with. The last checkpoint is verified.
+A run takes a checkpoint every fourth step and keeps one. Updates write its state in the step after
+(engine/traffic/destination.py). fsync, manifest and the removal of the checkpoint before are under way in that step and
+the next. So each checkpoint has two steps of its own, and two without one to be compared with. The last checkpoint is
+verified.
 """
 
 from __future__ import annotations

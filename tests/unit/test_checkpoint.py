@@ -117,7 +117,7 @@ def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype:
             result = engine.train_step(work, AdamW(LR), max_grad_norm=clip, eager=how == "eager", sink=sink)
             position = Position(step + 1, "fp32", 3, "text", None, {"seed": 0})
             if sink is not None:
-                writer.describe(position)
+                writer.complete(position)
             elif step + 1 in PASSING:
                 writer.write(position)
             writer.advance()
@@ -249,7 +249,7 @@ def test_a_drive_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(CapacityError, match="no room for a checkpoint: rank 0 needs"):
             save(engine, tmp_path, 2)
         assert writer.begin(3, required=False) is None
-        assert not writer.describe(position)
+        assert not writer.complete(position)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert said[0].startswith("no checkpoint step-00000003, the run goes on without: ")

@@ -51,7 +51,7 @@ def train(folder: Path, options: EngineOptions, dtype: torch.dtype, how: str, *,
             ).losses
         )
         if save:
-            writer.describe(Position(step + 1, "fp32", 3, "text", None, {"seed": 0}))
+            writer.complete(Position(step + 1, "fp32", 3, "text", None, {"seed": 0}))
             writer.advance()
     engine.flush()
     writer.finish()

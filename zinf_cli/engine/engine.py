@@ -132,10 +132,8 @@ class Engine:
     ) -> None:
         """`optimizer` declares the state that the kernel of every step updates. `order` is the expected order of units
         in a forward, by index; without it the first sweep finds out. `written` names parameters that the forward writes
-        to: a write that changes one raises ModelError.
-
-        Allocates every tier and buffer: CapacityError where one does not fit, TierError where a drive fails.
-        """
+        to: a write that changes one raises ModelError. CapacityError where a tier does not fit, TierError where a drive
+        fails."""
         assert optimizer.grain == "element", "an update of whole parameters can't be cut into chunks"
         self.model = model
         self._options = options
@@ -190,14 +188,11 @@ class Engine:
 
         Every rank passes the same number of batches. In the backward pass the losses are multiplied by `loss_scale`, so
         that gradients do not vanish in fp16. `more` says that another step follows. Where a loss or the gradient is not
-        finite, on any rank, nothing is updated. With `eager` each unit is updated as soon as its gradient is complete,
-        finite or not.
-
-        `sink` gets the state after this step. It is told to `complete` when the last update has been made: in the
-        forward of the next step, or in `flush`.
-
-        ValueError where `eager` meets a `max_grad_norm` or a `loss_scale`, ModelError where the model can't be trained
-        this way, TierError where a transfer failed, CapacityError where buffers are too small.
+        finite, on any rank, nothing is updated. With `eager`, which allows no `max_grad_norm` and no `loss_scale`, each
+        unit is updated as soon as its gradient is complete. `sink` gets the state after this step; it is told to
+        `complete` when the last update has been made, in the forward of the next step or in `flush`. ModelError where
+        the model can't be trained this way, TierError where a transfer failed, CapacityError where buffers are too
+        small.
         """
         assert kernel.state == self._optimizer, f"{kernel.state.name} does not update what {self._optimizer.name} keeps"
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
@@ -267,10 +262,7 @@ class Engine:
         load_state(self.units, self.memory, source)
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
-        """Copies of a unit's parameters by name: each of its shape and dtype, whole on every rank.
-
-        The unit's pending update is made first. Every rank has to call this.
-        """
+        """Copies of a unit's parameters by name, whole on every rank; its pending update is made first."""
         unit = self.units[number]
         visit = Visit(number, Kind.FORWARD)
         self._pipeline.acquire_aside(visit)

@@ -29,7 +29,7 @@ def prepare_here() -> None:
 
 
 def prepare_across(meeting: Mapping[str, Any], *, serve: bool) -> Any:
-    """Prepare the store for ranks of several hosts: `meeting` has "address", "port" and "word". One host has to `serve`.
+    """Prepare the store for ranks of several hosts: `meeting` has "address", "port" and "word". One host must `serve`.
 
     Returns the store, which has to live as long as the ranks; None on other hosts. HostError where the port is taken.
     """

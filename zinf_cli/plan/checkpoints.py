@@ -27,7 +27,7 @@ class CheckpointDrive:
 
     @property
     def takes_updates(self) -> bool:
-        """Whether updates of what lies on the tier can write into a checkpoint instead (engine/traffic/destination.py)."""
+        """Whether updates can write into a checkpoint instead of the tier (engine/traffic/destination.py)."""
         return self.shared == 1
 
     def left(self, nvme_bytes: int) -> int:

@@ -57,8 +57,8 @@ class Position:
 class CheckpointWriter:
     """Writes the checkpoints of one run, on every rank in the same order; `notice` gets a line for the user.
 
-    `begin` opens this rank's file, which the engine fills in training (engine/traffic/destination.py); `describe` tells the
-    rest when the step is done. When every rank's file is on its drive, which `advance` looks for, rank 0 makes it a
+    `begin` opens this rank's file, which the engine fills in training (engine/traffic/destination.py). `complete` adds
+    the rest when the step is done. `advance` looks whether every rank's file is on its drive; then rank 0 makes it a
     checkpoint and removes the oldest ones, in a thread of its own. `model_files` yields (name, content) of what else
     makes the folder a model: its configuration and tokenizer.
     """
@@ -108,7 +108,7 @@ class CheckpointWriter:
             return file
         if file is not None:
             file.close()
-        self._forget(folder)
+        self._remove(folder)
         problem = problem or TierError(f"rank {failed[0]} has no room for a checkpoint", where=str(folder))
         if required:
             raise problem
@@ -144,8 +144,9 @@ class CheckpointWriter:
         except (CapacityError, TierError) as error:
             return None, error
 
-    def describe(self, position: Position) -> bool:
-        """What goes with the state: `position.step` updates are made, or pending. Whether there was room for it."""
+    def complete(self, position: Position) -> bool:
+        """Add what goes with the state after `position.step` updates, made or pending. False where `begin` found no
+        room."""
         if not self._begun:
             return False
         coming = self._coming[-1]
@@ -167,7 +168,7 @@ class CheckpointWriter:
         if self._begun:
             self._begun = False
             folder = self._coming.pop().folder
-            self._forget(folder)
+            self._remove(folder)
             self._notice(f"no checkpoint {folder.name}: its step changes nothing")
 
     def write(self, position: Position) -> None:
@@ -176,7 +177,7 @@ class CheckpointWriter:
         if file is None:
             return
         self._engine.save(file)
-        self.describe(position)
+        self.complete(position)
         self.finish()
 
     def advance(self) -> None:
@@ -197,7 +198,7 @@ class CheckpointWriter:
         for file in self._files:
             file.close()
         for coming in self._coming:
-            self._forget(coming.folder)
+            self._remove(coming.folder)
 
     def traffic(self) -> tuple[int, int]:
         """Bytes (read, written) of all checkpoints so far."""
@@ -257,7 +258,7 @@ class CheckpointWriter:
             with suppress(OSError):
                 (coming.folder / MANIFEST).unlink(missing_ok=True)
             if self._ranks.world_size == 1:  # units of other ranks may lie in their files, which NFS would take away
-                self._forget(coming.folder)
+                self._remove(coming.folder)
             if coming.required:
                 raise
             self._say_missing(coming.folder, error)
@@ -276,7 +277,7 @@ class CheckpointWriter:
         except (OSError, UnreadableError) as error:
             self._notice(f"checkpoints before {folder.name} can't be removed: {error}")
 
-    def _forget(self, folder: Path) -> None:
+    def _remove(self, folder: Path) -> None:
         """Remove what was written of a checkpoint that will not be."""
         with suppress(OSError, UnreadableError):
             if self._ranks.rank != 0:

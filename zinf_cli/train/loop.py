@@ -152,7 +152,7 @@ class Run:
             if save and values.get("skipped") and not self._blow_ups.skips:
                 self._writer.write(self._position(step))
                 saved = step
-            elif save and self._writer.describe(self._position(step)):
+            elif save and self._writer.complete(self._position(step)):
                 saved = step
         self.engine.flush()
         if save_interval and saved < step:  # the run was to stop after this step
