@@ -110,8 +110,10 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
 def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
     from zinf_cli.plan.search import make_plan
     from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
+    from zinf_cli.train import describe as describing
     from zinf_cli.train.describe import describe
 
+    describing._flops = lambda *_: 1e13  # to measure it takes as long as the run
     loaded = load_recipe(Path(recipe))
     (run_dir / "plan.json").write_text(json.dumps(make_plan(loaded, describe(loaded, ranks)).to_json()))
     (run_dir / "recipe.yaml").write_text(dump_recipe(loaded))

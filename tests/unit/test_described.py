@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from programs import command
 from tiny_recipes import recipe_of
@@ -21,8 +22,9 @@ from zinf_cli.train import describe, described
 
 @pytest.fixture
 def looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """The recipes that were really looked at."""
+    """The recipes that were really looked at; the machine's speed is stated, which takes no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(describe, "_flops", lambda *_: 1e13)
     seen: list[Recipe] = []
     really = describe.describe
 
@@ -69,6 +71,16 @@ def test_what_changed_is_looked_at_again(tmp_path: Path, looked: list[Recipe], m
     monkeypatch.setattr(described, "OLDEST_S", 0.0)
     described.answer(recipe, 1, None)
     assert len(looked) == 6
+
+
+def test_to_look_changes_nothing_for_what_computes_then(tmp_path: Path, looked: list[Recipe]) -> None:
+    """Beside tests that run in turns, two threads of each for two cores take many times as long as one."""
+    before, count = torch.get_num_threads(), len(os.sched_getaffinity(0)) + 1
+    torch.set_num_threads(count)
+    described.answer(recipe_of(tmp_path, "llama"), 1, None)
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert (found, len(looked)) == (count, 1)
 
 
 def test_an_error_is_found_each_time(tmp_path: Path, looked: list[Recipe]) -> None:

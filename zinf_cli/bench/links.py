@@ -171,12 +171,19 @@ def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = 
             work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / count
+        return time.perf_counter() - start
 
     once = timed(1)
-    if times is None and once > ENOUGH_S:
+    if times is not None:
+        return timed(times) / times
+    if once > ENOUGH_S:
         return once
-    return timed(times or max(1, round(SECONDS / once)))
+    calls, took = 0, 0.0
+    while took < SECONDS:  # not as often as the first call promises: on a busy machine that may be 100 times too often
+        more = max(1, calls)
+        took += timed(more)
+        calls += more
+    return took / calls
 
 
 def measure(run_dir: Path, part: str) -> int:

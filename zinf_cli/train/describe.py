@@ -6,6 +6,8 @@ Everything about the input that can be wrong is found here: the model's config, 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -146,14 +148,24 @@ def _machine(
     free = 0
     if device.type == "cuda":
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    else:
-        torch.set_num_threads(max(1, cores // ranks))
-    a = torch.randn(1024, 1024, dtype=DTYPES[precision], device=device)
-    (a @ a).sum().item()  # libraries are loaded and threads started now, as in a rank
-    memory = process_memory()
-    shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
-    flops = _flops(device, precision, shape)
+    with _threads(max(1, cores // ranks)):
+        a = torch.randn(1024, 1024, dtype=DTYPES[precision], device=device)
+        (a @ a).sum().item()  # libraries are loaded and threads started now, as in a rank
+        memory = process_memory()
+        shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
+        flops = _flops(device, precision, shape)
     return MachineFigures(torch.cuda.device_count(), free, cores, flops, memory["VmRSS"], shared)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch computes with so many; afterwards with as many as before, for whoever has asked."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _flops(device: torch.device, precision: str, shape: tuple[int, int]) -> float:
