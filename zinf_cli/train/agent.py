@@ -36,13 +36,14 @@ def main() -> None:
     question = Question(line, out) if json.loads(line) else None
     if question is not None and question.answered_at_once():
         question = None
+    gc.disable()  # it would look through what is imported again and again, for a tenth of the time
     module = import_module(sys.argv[1])
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from zinf_cli.train.elastic import launch_ranks
 
-    gc.collect()
     gc.freeze()  # else the ranks' garbage collector touches, and so copies, all of it
+    gc.enable()
     if question is not None:
         question.answer()
     order = json.loads(sys.stdin.readline())
