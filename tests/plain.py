@@ -129,12 +129,13 @@ def open_engine(
     freeze_params(model, freeze)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
-    seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size)
+    side = CapturedOutputs()
+    seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, side=side)
     weights = open_weights(model, source)
     if seen.failure:  # it asks for data
         ids = batches(0, 1)[0].to(options.device)
         trial = Trial(weights.read, options.device)
-        seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, trial, seen.demoted)
+        seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, trial, seen.demoted, side)
     place_buffers(model, options.device)
     options = replace(
         options,
@@ -146,7 +147,7 @@ def open_engine(
         staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),
     )
-    more = {"order": seen.order, "written": seen.written, "side_outputs": CapturedOutputs(), **more}
+    more = {"order": seen.order, "written": seen.written, "side_outputs": side, **more}
     engine = Engine(model, seen.units, options, ranks, **more)
     engine.load(weights.read)
     return engine

@@ -224,7 +224,9 @@ class Stashes(nn.Module):
 def test_what_a_layer_leaves_in_itself_for_others_is_refused() -> None:
     """Its gradient would be lost, and another micro-batch may put its own there meanwhile."""
     model = Stashes(returned=False, read=True).to("meta")
-    with pytest.raises(ModelError, match=r"layers\.0\.extra"):
+    with pytest.raises(ModelError, match=r"layers\.1 leaves the result of mean .* in add"):
         survey(model, model, 1)
+    with pytest.raises(ModelError, match=r"layers\.1"):  # what it returns as well is another tensor where it is read
+        survey(both := Stashes(returned=True, read=True).to("meta"), both, 1)
     for fine in (Stashes(returned=False, read=False).to("meta"), Stashes(returned=True, read=False).to("meta")):
         assert not survey(fine, fine, 1).failure

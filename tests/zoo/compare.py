@@ -18,6 +18,7 @@ from zinf_cli.errors import ZinfError
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import objective_of
 from zinf_cli.train.setup import model_loss
+from zinf_cli.train.side_outputs import CapturedOutputs
 from zoo.shrink import class_names, configs, model_types
 
 STEPS = 3
@@ -72,7 +73,7 @@ def _look_at(source: ModelSource) -> None:
     model = build_model(source)
     objective_of(model)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
-    survey(model, partial(model_loss, model, ids, ids), world_size=1)
+    survey(model, partial(model_loss, model, ids, ids), world_size=1, side=CapturedOutputs())
 
 
 def _compare(source: ModelSource, expected: list[list[float]]) -> Verdict:

@@ -18,6 +18,7 @@ from zinf_cli.train.collator import Batch, Sample
 from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.process_memory import return_free_memory
 from zinf_cli.train.setup import Text, model_loss, model_source
+from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.weights import load_buffers
 
 TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
@@ -35,7 +36,7 @@ def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
     """The units of `model`, and what one micro-batch of no values moves through them, if it can do without."""
     ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    return survey(model, partial(model_loss, model, ids, ids, attention), world_size)
+    return survey(model, partial(model_loss, model, ids, ids, attention), world_size, side=CapturedOutputs())
 
 
 def survey_on_data(
@@ -47,7 +48,7 @@ def survey_on_data(
         load_buffers(model, model_source(recipe))
         given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
         forward = partial(model_loss, model, *(tensor.to(trial.device) for tensor in given))
-        seen = survey(model, forward, world_size, trial, dry.demoted)
+        seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs())
         return_free_memory()
         if trial.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -143,10 +144,21 @@ class MicroBatchThread:
     def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         kind = self._device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        self._outbox.put(UnitCall(unit, forward, args, kwargs, torch.is_grad_enabled(), autocast))
+        variables = copy_context()
+        runs: list[Context] = []
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            """With this thread's context variables, every time as they are now."""
+            runs.append(variables.copy())
+            return runs[-1].run(forward, *args, **kwargs)
+
+        self._outbox.put(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast))
         outputs = self._inbox.get()
         if isinstance(outputs, _Abandoned):
             raise outputs
+        for variable, value in runs[0].items():
+            if variable not in variables or variables[variable] is not value:
+                variable.set(value)
         return outputs
 
 

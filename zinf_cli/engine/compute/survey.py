@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.compute.activations import SMALL
 from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
+from zinf_cli.engine.compute.leaks import Calls, through_door
 from zinf_cli.engine.compute.meta_answers import answer_of
+from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
 from zinf_cli.engine.units.units import UnitLayout, discover
@@ -78,12 +80,14 @@ def survey(
     world_size: int,
     trial: Trial | None = None,
     demoted: frozenset[str] = frozenset(),
+    side: SideOutputs | None = None,
 ) -> Survey:
     """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
 
     Modules whose parameters are used outside of their own call become resident, and the units are found again;
     `demoted` names some of them beforehand. A unit that is neither called nor read, such as a part for images, stays
-    where it is. With a `trial`, `forward()` computes on its device, with real weights.
+    where it is. With a `trial`, `forward()` computes on its device, with real weights. ModelError where the loss
+    depends on what goes past the arguments and results of a unit (leaks.py), those of `side` excepted.
     """
     trained = _trained(model)
     state = MovingState(model)
@@ -93,11 +97,11 @@ def survey(
         with ExitStack() as undo:
             undo.callback(state.put_back)
             undo.enter_context(_untouched(model, trial.device if trial is not None else torch.device("meta")))
-            watch = _Watch(model, units, TrialWeights(model, trial) if trial is not None else None)
+            watch = _Watch(model, units, TrialWeights(model, trial) if trial is not None else None, side)
             failure = ""
             try:
                 with watch.watching():
-                    forward()
+                    loss = forward()
             except ModelError:
                 raise
             except Exception as error:  # a model may do with what it gets whatever it likes
@@ -111,6 +115,7 @@ def survey(
         if failure:
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, written=written, demoted=demoted, failure=failure)
+        watch.calls.check(loss)
         return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written, demoted)
 
 
@@ -125,8 +130,12 @@ def _trained(model: nn.Module) -> list[str]:
 class _Watch(TorchFunctionMode):
     """Counts what goes in and out of units, and notices parameters that are used outside of theirs."""
 
-    def __init__(self, model: nn.Module, units: Sequence[UnitLayout], weights: TrialWeights | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, units: Sequence[UnitLayout], weights: TrialWeights | None, side: SideOutputs | None
+    ) -> None:
         super().__init__()
+        self.calls = Calls()
+        self._side = side
         self.order: list[int] = []
         self.uses: dict[int, UnitUse] = {}
         self.misused: set[str] = set()
@@ -149,8 +158,6 @@ class _Watch(TorchFunctionMode):
         for number in range(len(units)):
             self._note_weights(number)
         self._inputs: dict[tuple[int, int], Any] = {}
-        self._stashed: dict[int, tuple[torch.Tensor, str]] = {}
-        """By id: what a unit's call has left in attributes of its modules, and where."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._binding:
@@ -158,11 +165,6 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
-                if id(leaf) in self._stashed:
-                    raise ModelError(
-                        f"a layer leaves a tensor in {self._stashed[id(leaf)][1]}, and the model goes on with it there",
-                        hint="a layer that hands it on as a return value, or in an argument, can be trained",
-                    )
                 owner = self._owner.get(storage_of(leaf)) if isinstance(leaf, torch.Tensor) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
@@ -195,45 +197,57 @@ class _Watch(TorchFunctionMode):
 
     def _wrap(self, number: int, path: str) -> nn.Module:
         module = self._model.get_submodule(path)
-        forward = module.forward
+        own = module.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             # One inside of another has to be resident; so has one whose graph the model makes in a backward of its own.
             if self._active or (self._units[number].trainable and not torch.is_grad_enabled()):
                 self.misused.update(self._units[number].modules)
-                return forward(*args, **kwargs)
-            use = self.uses.setdefault(number, UnitUse())
-            reach = Reach(opened(args, kwargs)[0])
-            leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
-            inputs = {id(t): t for t in leaves if t.requires_grad}.values()
-            self._note_seen(t for t in leaves if not t.requires_grad)
-            self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
-            sizes = {id(t): round_up(t.numel() * t.element_size()) for t in inputs}
-            use.input_bytes += sum(sizes[id(t)] for t in inputs if self._is_new(t))
-            use.call_bytes = max(use.call_bytes, sum(sizes.values()))
-            self.order.append(number)
-            self.glue_bytes += self.tail_bytes
-            self.tail_bytes = 0
-            self._active.append(number)
-            try:
-                with self._bound(number):
-                    outputs = forward(*args, **kwargs)
-            finally:
-                self._active.pop()
-            left = reach.after(outputs)
-            added = left.added_since(reach)
-            taken = {id(t) for t in leaves}
-            leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
-            self._note_stashed(path, taken | {id(t) for t in leaves})
-            use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
-            if not torch.is_grad_enabled():
-                return outputs
-            emitted = {id(tensor): _as_emitted(tensor) for tensor in added}
-            left.put(lambda value: emitted.get(id(value), value))
-            return pytree.tree_map(_as_emitted, outputs)
+                return own(*args, **kwargs)
+            collector = self._side.collector() if self._side is not None else None
+            if self._side is None or collector is None:
+                return self._watched(number, own, args, kwargs)
+            outputs, captured = self._watched(number, self._side.capture(collector, own), args, kwargs)
+            self._side.deliver(collector, captured)
+            return outputs
 
         module.forward = watched
         return module
+
+    def _watched(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call of a unit, as the tape has it: through doors."""
+        use = self.uses.setdefault(number, UnitUse())
+        flat, spec = opened(args, kwargs)
+        reach = Reach(flat)
+        leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
+        inputs = {id(t): t for t in leaves if t.requires_grad}
+        self._note_seen(t for t in leaves if not t.requires_grad)
+        self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
+        sizes = {key: round_up(t.numel() * t.element_size()) for key, t in inputs.items()}
+        use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
+        use.call_bytes = max(use.call_bytes, sum(sizes.values()))
+        self.order.append(number)
+        self.glue_bytes += self.tail_bytes
+        self.tail_bytes = 0
+        self._active.append(number)
+        try:
+            with self._bound(number), self.calls.of(self._units[number].name):
+                entered = {key: through_door(tensor) for key, tensor in inputs.items()}
+                reach.put(lambda value: entered.get(id(value), value))
+                flat = [entered.get(id(leaf), leaf) for leaf in flat]
+                before = Reach(flat)
+                args, kwargs = pytree.tree_unflatten(flat, spec)
+                outputs = forward(*args, **kwargs)
+        finally:
+            self._active.pop()
+        left = before.after(outputs)
+        added = left.added_since(before)
+        leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
+        use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
+        back = {id(entered[key]): tensor for key, tensor in inputs.items()}
+        back |= {id(tensor): _as_emitted(tensor) for tensor in added}
+        left.put(lambda value: back.get(id(value), value))
+        return pytree.tree_map(_as_emitted, outputs)
 
     @contextmanager
     def _bound(self, number: int) -> Iterator[None]:
@@ -267,13 +281,6 @@ class _Watch(TorchFunctionMode):
             self._seen.add(storage_of(tensor))
             self._known.append(StorageWeakRef(tensor.untyped_storage()))
 
-    def _note_stashed(self, path: str, known: set[int]) -> None:
-        """A unit's call is over. What its modules hold is no output: no gradient would come back through it."""
-        for name, module in self._model.get_submodule(path).named_modules(prefix=path):
-            for attribute, value in vars(module).items():
-                if isinstance(value, torch.Tensor) and value.grad_fn is not None and id(value) not in known:
-                    self._stashed[id(value)] = (value, f"{name}.{attribute}")
-
     def _is_new(self, tensor: torch.Tensor) -> bool:
         """Whether no unit has taken this tensor before: the tape keeps it once."""
         edge = torch.autograd.graph.get_gradient_edge(tensor)
@@ -299,9 +306,9 @@ class _Watch(TorchFunctionMode):
 
 def _as_emitted(leaf: Any) -> Any:
     """The tape makes every floating output of a unit one with a gradient."""
-    if differentiable(leaf) and not leaf.requires_grad:
-        return leaf.detach().requires_grad_()
-    return leaf
+    if not differentiable(leaf) or not torch.is_grad_enabled():
+        return leaf
+    return through_door(leaf if leaf.requires_grad else leaf.detach().requires_grad_())
 
 
 @contextmanager
