@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,17 @@ class Workshop:
 
     def left_behind(self) -> list[str]:
         """Processes of a run in this folder, and files on its drives."""
-        alive = []
-        for process in psutil.process_iter():
-            try:
-                if str(self.folder) in " ".join(process.cmdline()):
-                    alive.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue
+        alive = [" ".join(process.cmdline()) for process in self.processes()]
         return alive + [str(path) for path in self.nvme.rglob("*")]
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs in this folder: the launcher and all that it has started."""
+        cache, found = self.environment()["XDG_CACHE_HOME"], []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("XDG_CACHE_HOME") == cache:
+                    found.append(process)
+        return found
 
 
 class FarWorkshop(Workshop):

@@ -5,6 +5,7 @@ Whoever finds a file under its final name finds all of it, whatever ended its wr
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 PARTIAL = ".partial"
 """How the name ends under which a file is written."""
 _BEING_WRITTEN = re.compile(rf"(?P<name>.+)\.\d+{re.escape(PARTIAL)}")
+_KEEP_SIZE = 1
+"""FALLOC_FL_KEEP_SIZE of Linux."""
 _CANT_SYNC_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 """What file systems answer that keep names without being asked, or never (some network and FUSE file systems)."""
 
@@ -68,6 +71,15 @@ def write_reserved(descriptor: int, path: Path, content: bytes) -> None:
     os.fsync(descriptor)
     os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)  # which makes it follow the link there
     sync_folder(path.parent)
+
+
+def reserve_behind(descriptor: int, num_bytes: int) -> None:
+    """Room behind the end of a file for what will be appended, where its file system can do that.
+
+    The file is as long as before. What is not used stays with the file.
+    """
+    end = os.fstat(descriptor).st_size
+    ctypes.CDLL(None).fallocate(descriptor, _KEEP_SIZE, ctypes.c_int64(end), ctypes.c_int64(num_bytes))
 
 
 def publish(partial: Path, path: Path) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from checkpoints import params_of, resumed, save
 from plain import LR, batches, engine_losses, every_other_unit_cached, everything_on, open_engine
+from small_drives import fill
 from tiny_models import CONFIGS, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
@@ -260,6 +261,29 @@ def test_a_drive_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
     assert [folders.step_of(folder) for folder in folders.checkpoints_of(tmp_path)] == [4]
     writer.close()
     engine.close()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_checkpoint_that_finds_no_room_in_the_end_ends_a_run_if_it_is_its_last(ends: bool, small_drive: Path) -> None:
+    """A run that is told to stop in a step whose checkpoint is due learns it when that one is under way."""
+    engine = open_engine(random_source("llama"), EngineOptions())
+    said: list[str] = []
+    files = [("licence", bytes(1 << 20))]
+    writer = CheckpointWriter(small_drive, engine, Ranks(), lambda: iter(files), 1, said.append)
+    file = writer.begin(3, required=False)
+    assert file is not None
+    engine.save(file)
+    writer.complete(Position(3, "fp32", 9, "text", None, {}))
+    fill(small_drive)
+    if ends:
+        with pytest.raises(CapacityError, match="step-00000003: no room for a checkpoint: No space left on device"):
+            writer.finish()
+    else:
+        writer.begin(6, required=False)
+        assert said[0].startswith("no checkpoint step-00000003, the run goes on without: ")
+    writer.close()
+    engine.close()
+    assert not folders.checkpoints_of(small_drive)
 
 
 def zinf(*arguments: object) -> subprocess.CompletedProcess[str]:

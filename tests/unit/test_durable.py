@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from programs import command
+from small_drives import fill
 from zinf_cli import durable
-from zinf_cli.durable import publish, reserve, write_durably, write_reserved
+from zinf_cli.durable import publish, reserve, reserve_behind, write_durably, write_reserved
 
 ROOT = Path(durable.__file__).parent
 
@@ -96,6 +97,20 @@ def test_what_was_reserved_is_written_though_the_drive_is_full(tmp_path: Path) -
         assert {path.name for path in tmp_path.iterdir()} == {"filler", "record"}
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_what_is_appended_has_its_room_though_the_drive_is_full(small_drive: Path) -> None:
+    log = os.open(small_drive / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(log, b"began\n")
+    reserve_behind(log, 16384)
+    assert os.fstat(log).st_size == 6
+    fill(small_drive)
+    assert os.write(log, b"x" * 16000) == 16000
+    os.fsync(log)
+    os.close(log)
+    assert (small_drive / "log").read_bytes() == b"began\n" + b"x" * 16000
+    with pytest.raises(OSError, match="No space left"):
+        (small_drive / "other").write_bytes(b"x")
 
 
 @pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOTSUP])

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from zinf_cli.commands.launch import _may_restart
-from zinf_cli.errors import CapacityError, HostError, NonFiniteError, ReportedError, TierError, ZinfError
+from zinf_cli.errors import CapacityError, HostError, NonFiniteError, RankError, ReportedError, TierError, ZinfError
 from zinf_cli.launch.failure import Ending, Failure, first_failure
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.recipe.hosts import Host
-from zinf_cli.run_folder.error_records import ErrorPlace
-from zinf_cli.train.rank_process import _run_main
+from zinf_cli.run_folder.error_records import ErrorPlace, ErrorRecord
+from zinf_cli.train.rank_process import _is_secondary, _run_main
 
 
 def record(run_dir: Path, rank: int, **changes: object) -> None:
     """What a rank records, by hand."""
-    error = {"rank": rank, "host": "its-own-name", "error": {"message": "m"}, "time": 10.0 + rank, "secondary": False}
+    error = {"rank": rank, "host": "its-own-name", "error": {"message": "m"}, "time": 10.0 + rank}
+    error |= {"secondary": False, "traceback": ""}
     (run_dir / "logs").mkdir(exist_ok=True)
     (run_dir / "logs" / f"error-{rank:05d}.json").write_text(json.dumps(error | changes))
 
@@ -80,6 +81,24 @@ def test_an_error_of_a_rank_keeps_its_fields(tmp_path: Path, error: ZinfError, m
     place, log = f"{socket.gethostname()}:rank 3", f"log: {tmp_path}/logs/rank-00003.log"
     assert shown.where == (f"{place}: {error.where}" if error.where else place)
     assert shown.hint == (f"{error.hint}; {log}" if error.hint else log)
+
+
+def test_what_a_rank_raises_after_ctrl_c_is_how_the_run_ended(tmp_path: Path) -> None:
+    failure = recorded(tmp_path, CapacityError("no room for a checkpoint"))
+    assert not Outcome(4, failure, interrupted=True).ended_as_asked
+    ErrorPlace(tmp_path, 3).write(ErrorRecord(3, 1, RankError("killed by SIGTERM").to_json()))
+    killed = first_failure(tmp_path, [])
+    assert killed is not None
+    assert Outcome(1, killed, interrupted=True).ended_as_asked
+    assert not Outcome(1, killed, interrupted=False).ended_as_asked
+
+
+def test_what_a_rank_says_of_a_peer_is_not_the_first_failure(tmp_path: Path) -> None:
+    record(tmp_path, 3, time=1.0, secondary=_is_secondary(RankError("rank 4 can't write a checkpoint")))
+    record(tmp_path, 4, time=2.0, secondary=_is_secondary(CapacityError("no room for a checkpoint")))
+    failure = first_failure(tmp_path, [])
+    assert failure is not None
+    assert failure.rank == 4
 
 
 def test_an_error_that_zinf_does_not_know_is_told_with_its_kind(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
         program = Program(Agent("zinf_cli.bench.links"), "measure", [part], run_dir, {}, (), False, {})
         with console.status(f"measuring, {count} {'rank' if count == 1 else 'ranks'} ..."):
             outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
-        if outcome.interrupted:
+        if outcome.ended_as_asked:
             raise Interrupted("interrupted")
         if outcome.failure is not None:
             raise outcome.failure.reported(log=False)  # which goes with the folder

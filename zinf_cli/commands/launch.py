@@ -192,7 +192,7 @@ def _report(ended: Ended, request: Request, console: Console) -> None:
     console.print(f"the run is in {ended.run_dir}", highlight=False, soft_wrap=True)
     if request.as_json:
         _print_summary(ended, console)
-    if outcome.interrupted:
+    if outcome.ended_as_asked:
         raise Interrupted(f"interrupted after {ended.summary['steps']} steps")
     if outcome.failure is not None:
         raise outcome.failure.reported(log=True)

@@ -40,6 +40,8 @@ class Failure:
     error: ZinfError
     """As it was raised there."""
     log: Path
+    raised: bool = False
+    """Whether the rank has raised it itself: it was not killed, and no peer is the cause."""
 
     def reported(self, *, log: bool) -> ReportedError:
         """The error as it is here: its place is on that host, of that rank. With `log` it names the log."""
@@ -88,6 +90,7 @@ def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
         local_rank=local_rank,
         error=ReportedError(**first["error"]),
         log=run_dir / rank_log(first["rank"]),
+        raised=bool(first["traceback"]) and not first["secondary"],
     )
 
 

@@ -106,10 +106,17 @@ class Outcome:
     exit_code: int
     failure: Failure | None
     interrupted: bool
+    """Whether the user has asked it to stop."""
     others: str = ""
     """What became of the other hosts, where one failed."""
     host_cpu_bytes: int = 0
     """CPU memory of the run's processes on the host that took most, at its peak."""
+
+    @property
+    def ended_as_asked(self) -> bool:
+        """Whether it ended since the user said so, and no rank has raised an error on the way: a last checkpoint that
+        could not be written is one."""
+        return self.interrupted and (self.failure is None or not self.failure.raised)
 
 
 def run_ranks(

@@ -18,7 +18,7 @@ from zinf_cli.run_folder.names import TRACE, files_of_ranks
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
-    status = "interrupted" if outcome.interrupted else "failed" if outcome.failure else "done"
+    status = "interrupted" if outcome.ended_as_asked else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
     trained = [line for line in steps if not line.get("skipped")]
     evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]

@@ -28,7 +28,7 @@ class ErrorRecord:
     """The fields of an error (errors.py)."""
     traceback: str = ""
     secondary: bool = False
-    """Caused by the loss of a peer."""
+    """Caused by a peer: by its loss, or by an error that the peer records itself."""
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""

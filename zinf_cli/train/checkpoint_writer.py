@@ -35,8 +35,8 @@ from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.store import Unit
-from zinf_cli.errors import CapacityError, CheckpointError, TierError, UnreadableError, ZinfError
-from zinf_cli.train.rank_file import RankFile, open_rank_file
+from zinf_cli.errors import CapacityError, CheckpointError, RankError, TierError, UnreadableError, ZinfError
+from zinf_cli.train.rank_file import RankFile, cant_write, open_rank_file
 
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 _64_BITS = (1 << 64) - 1
@@ -109,7 +109,7 @@ class CheckpointWriter:
         if file is not None:
             file.close()
         self._remove(folder)
-        problem = problem or TierError(f"rank {failed[0]} has no room for a checkpoint", where=str(folder))
+        problem = problem or RankError(f"rank {failed[0]} can't write a checkpoint", where=str(folder))
         if required:
             raise problem
         self._say_missing(folder, problem)
@@ -122,7 +122,7 @@ class CheckpointWriter:
             try:
                 with _disk_errors(folder):
                     folders.begin(folder)
-            except (CheckpointError, TierError) as error:
+            except (CapacityError, CheckpointError, TierError) as error:
                 problem = error
         if any(self._ranks.all(int(problem is not None))):  # nobody writes into a folder that is about to be emptied
             return None, problem
@@ -171,14 +171,17 @@ class CheckpointWriter:
             self._remove(folder)
             self._notice(f"no checkpoint {folder.name}: its step changes nothing")
 
-    def write(self, position: Position) -> None:
-        """A whole checkpoint of the state as it is now, with pending updates made."""
-        file = self.begin(position.step, required=self._trusted)
-        if file is None:
-            return
-        self._engine.save(file)
-        self.complete(position)
-        self.finish()
+    def write(self, position: Position, *, required: bool = True) -> bool:
+        """A whole checkpoint of the state as it is now, with pending updates made. Whether there was room for it.
+
+        `required` is as in `begin`; while steps are not finite it is not required.
+        """
+        file = self.begin(position.step, required=required and self._trusted)
+        if file is not None:
+            self._engine.save(file)
+            self.complete(position)
+            self._wait_for_all()
+        return file is not None
 
     def advance(self) -> None:
         """Make the oldest a checkpoint, if it is on every rank's drive. Called between two steps."""
@@ -188,9 +191,14 @@ class CheckpointWriter:
             self._seal_oldest()
 
     def finish(self) -> None:
-        """Return when every checkpoint is whole; each one's file has been completed."""
-        while self._coming:
-            self._finish_oldest()
+        """Return when every checkpoint is whole; each one's file has been completed.
+
+        The run ends here: its last checkpoint has to be whole, also where it was begun as one of many (a run that is
+        told to stop in a step whose checkpoint is due).
+        """
+        if self._coming:
+            self._coming[-1].required = self._trusted
+        self._wait_for_all()
 
     def close(self) -> None:
         """Files of checkpoints that will not be are removed."""
@@ -212,6 +220,10 @@ class CheckpointWriter:
 
     def _layout(self) -> Layout:
         return Layout(tuple(map(stored_unit, self._engine.units)), self._ranks.world_size)
+
+    def _wait_for_all(self) -> None:
+        while self._coming:
+            self._finish_oldest()
 
     def _finish_oldest(self) -> None:
         self._seal_oldest()
@@ -254,7 +266,7 @@ class CheckpointWriter:
                     **vars(coming.position), world_size=self._ranks.world_size, units=coming.layout.units, files=files
                 )
                 folders.commit(coming.folder, manifest.dump())
-        except TierError as error:
+        except (CapacityError, TierError) as error:
             with suppress(OSError):
                 (coming.folder / MANIFEST).unlink(missing_ok=True)
             if self._ranks.world_size == 1:  # units of other ranks may lie in their files, which NFS would take away
@@ -294,8 +306,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "earlier checkpoints are as they were"
-        raise TierError(f"can't write a checkpoint: {error.strerror}", where=str(folder), hint=hint) from error
+        raise cant_write(error, folder) from error
 
 
 @dataclass

@@ -150,12 +150,13 @@ class Run:
                 values["eval_loss"] = self._evaluate()
             self._write(values)
             if save and values.get("skipped") and not self._blow_ups.skips:
-                self._writer.write(self._position(step))
-                saved = step
-            elif save and self._writer.complete(self._position(step)):
+                written = self._writer.write(self._position(step), required=last)
+            else:
+                written = save and self._writer.complete(self._position(step))
+            if written:
                 saved = step
         self.engine.flush()
-        if save_interval and saved < step:  # the run was to stop after this step
+        if save_interval and saved < step:  # the run was told to stop after this step, or there was no room in it
             self._writer.write(self._position(step))
         self._writer.finish()
 

@@ -14,10 +14,20 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Layout, rank_file
 from zinf_cli.checksum import checksum
 from zinf_cli.errors import CapacityError, PreflightError, TierError
-from zinf_cli.machine.drive_files import set_direct, what_is_left, why_buffered
+from zinf_cli.machine.drive_files import FULL, set_direct, what_is_left, why_buffered
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
+
+_KEPT = "earlier checkpoints are as they were"
+_NO_ROOM = f"free space, or set checkpoint.keep_latest_k; {_KEPT}"
+
+
+def cant_write(error: OSError, where: Path) -> CapacityError | TierError:
+    """What a drive says that does not take a file of a checkpoint."""
+    if error.errno in FULL:
+        return CapacityError(f"no room for a checkpoint: {error.strerror}", where=str(where), hint=_NO_ROOM)
+    return TierError(f"can't write a checkpoint: {error.strerror}", where=str(where), hint=_KEPT)
 
 
 def open_rank_file(
@@ -135,7 +145,7 @@ def _create(path: Path, layout: Layout, rank: int) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except OSError as error:
-        raise TierError(f"rank {rank} can't write a checkpoint: {error.strerror}", where=str(path)) from error
+        raise cant_write(error, path) from error
     try:
         os.posix_fallocate(descriptor, 0, layout.num_bytes)
         os.pwrite(descriptor, layout.header, 0)
@@ -145,6 +155,6 @@ def _create(path: Path, layout: Layout, rank: int) -> int:
         raise CapacityError(
             f"no room for a checkpoint: rank {rank} needs {format_bytes(layout.num_bytes)}, {left}",
             where=str(path.parent),
-            hint="free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were",
+            hint=_NO_ROOM,
         ) from error
     return descriptor

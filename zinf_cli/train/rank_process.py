@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from zinf_cli.durable import reserve_behind
 from zinf_cli.errors import RankError, ReportedError, ZinfError
 from zinf_cli.run_folder.error_records import ErrorPlace, ErrorRecord
 from zinf_cli.run_folder.names import rank_log
@@ -32,6 +33,9 @@ _PR_SET_NAME = 15
 
 _GUARDED = {signal.SIGTERM, signal.SIGCHLD}
 """What a guard waits for: torchrun's teardown, which it hands on, and the end of its rank."""
+
+_LOG_BYTES = 2**16
+"""Room for a log from the start: what a run says on a full drive is there to be read."""
 
 _PATIENCE_S = 2.0
 """How long a rank with a secondary error stays: its exit makes torchrun terminate the others, and the rank
@@ -165,8 +169,9 @@ def _count_oom_kills() -> int | None:
 
 
 def _is_secondary(error: BaseException) -> bool:
-    """Whether the loss of a peer caused `error`: how torch.distributed, gloo and NCCL tell the survivors."""
-    kinds: tuple[type[BaseException], ...] = (ConnectionError,)
+    """Whether a peer caused `error`: by its loss, as torch.distributed, gloo and NCCL tell the survivors, or by an
+    error of its own that it has told (RankError)."""
+    kinds: tuple[type[BaseException], ...] = (ConnectionError, RankError)
     if (dist := sys.modules.get("torch.distributed")) is not None:  # else the rank had no peers yet
         kinds += (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
     return any(
@@ -184,6 +189,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _redirect_output(log: Path, rank: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    reserve_behind(descriptor, _LOG_BYTES)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
     os.close(descriptor)
