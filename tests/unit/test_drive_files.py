@@ -20,12 +20,13 @@ from zinf_cli.engine.engine import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.facts import facts
-from zinf_cli.launch.preflight import drives_of
+from zinf_cli.launch.preflight import Row, _judge_drive, drives_of
 from zinf_cli.launch.runner import _marked
 from zinf_cli.machine import drive_files
 from zinf_cli.machine.drive_files import file_system_of, open_nameless, set_direct
 from zinf_cli.machine.hardware import Space, drive_space, room_of, share_in_memory
 from zinf_cli.machine.profile_file import Best, Measured, Nvme
+from zinf_cli.recipe.hosts import Host
 from zinf_cli.run_folder.folder import locked
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 
@@ -211,7 +212,10 @@ def test_a_mount_that_turned_read_only_is_found_by_writing(mount: Mount) -> None
     assert not os.statvfs(folder).f_flag & os.ST_RDONLY
     with pytest.raises(PreflightError, match=r"a drive 0/x: can't create a file: .*choose another offload\.nvme_path"):
         drive_space(folder / "x")
-    assert "can't create a file" in facts([], [str(folder / "x")])["drives"][str(folder / "x")]["problem"]
+    row = Row(Host("node1", (0,)))
+    _judge_drive(row, facts([], [str(folder / "x")])["drives"][str(folder / "x")])
+    assert row.problems["nvme"].startswith(f"{folder}/x: can't create a file: ")
+    assert row.problems["nvme"].endswith(" (choose another offload.nvme_path)")
 
 
 def test_an_output_dir_that_is_or_turns_read_only_is_said(mount: Mount) -> None:

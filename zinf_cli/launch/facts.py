@@ -36,13 +36,13 @@ def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
 
 
 def _drive(folder: Path) -> dict[str, Any]:
-    """What can lie there; "problem" where nothing can be written."""
+    """What can lie there; where nothing can be written, "problem" has the fields of an error (errors.py)."""
     try:
         return {**asdict(drive_space(folder)), "problem": None}
     except PreflightError as error:
-        return {"problem": error.message}
+        return {"problem": error.to_json()}
     except OSError as error:
-        return {"problem": f"can't look at it: {error.strerror}"}
+        return {"problem": PreflightError(f"can't look at it: {error.strerror}", where=str(folder)).to_json()}
 
 
 def _contents(path: Path) -> str | None:

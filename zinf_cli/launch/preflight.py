@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.errors import HostError, PreflightError
+from zinf_cli.errors import HostError, PreflightError, ReportedError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
 from zinf_cli.machine.hardware import Space, room_of
@@ -152,8 +152,8 @@ def _judge(row: Row, answered: Sequence[Row]) -> None:
     )
     _judge_slots(row, any(other.facts["accelerators"] for other in answered))
     row.note("memory", format_bytes(facts["memory"]))
-    for folder, drive in facts["drives"].items():
-        _judge_drive(row, folder, drive)
+    for drive in facts["drives"].values():
+        _judge_drive(row, drive)
     skew = facts["skew"]
     row.note(
         "clock",
@@ -177,9 +177,9 @@ def _judge_slots(row: Row, accelerated: bool) -> None:
     row.note("slots", f"{len(wanted)} of {there}", problem)
 
 
-def _judge_drive(row: Row, folder: str, drive: dict[str, Any]) -> None:
+def _judge_drive(row: Row, drive: dict[str, Any]) -> None:
     if drive["problem"] is not None:
-        row.note("nvme", "no", f"offload.nvme_path {folder}: {drive['problem']}")
+        row.note("nvme", "no", ReportedError(**drive["problem"]).describe())
     elif "nvme" not in row.problems:
         spaces = drives_of(row.facts)
         how = "memory" if any(space.in_memory for space in spaces) else "buffered"
