@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class TakesTurns(Block):
     def forward(self, x: torch.Tensor, given: Any = None) -> Any:
         if isinstance(given, torch.Generator):
             return x + torch.tanh(self.linear(x)) * torch.rand((), generator=given)
+        if isinstance(given, Iterator):
+            return x + torch.tanh(self.linear(x)) * next(given)
         if given is not None:
             given += 1
             return x + torch.tanh(self.linear(x)) * float(given[0])
@@ -62,6 +65,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "requires_grad": partial(Blocks, AsksOfItsInput),
     "is_grad_enabled": partial(Blocks, AsksTheMode),
     "an array": partial(Giving, partial(np.zeros, 1)),
+    "an iterator": partial(Giving, lambda: iter([1.0, 2.0, 3.0, 4.0])),
+    "an iterator that goes on": partial(Giving, partial(count, 1)),
+    "a function that yields": partial(Giving, lambda: (float(number) for number in range(1, 5))),
     "a generator": partial(Giving, lambda: torch.Generator().manual_seed(3)),
 }
 

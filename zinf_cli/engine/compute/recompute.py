@@ -32,11 +32,16 @@ def some_of(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def compare(unit: str, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
     """ModelError where what `some_of` took of a unit's forward and of its recompute are two things."""
-    if len(first) == len(second) and all(map(_alike, first, second)):
-        return
-    raise ModelError(
+    if len(first) != len(second) or not all(map(_alike, first, second)):
+        raise differs(unit)
+
+
+def differs(unit: str) -> ModelError:
+    """What to raise where the recompute of `unit` has turned out to be another computation."""
+    return ModelError(
         f"{unit} computes something else when it runs again in backward: it changes an argument out of autograd's "
-        "sight (.data, numpy), draws from a generator among its arguments, or asks whether a gradient is wanted",
+        "sight (.data, numpy), draws from a generator or an iterator among its arguments, or asks whether a gradient "
+        "is wanted",
         hint="keep its activations instead: activation_checkpointing=none",
     )
 

@@ -31,7 +31,7 @@ from zinf_cli.engine.compute.carriers import Carrier, Reach, differentiable, ope
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment, MovingState
-from zinf_cli.engine.compute.recompute import compare, some_of
+from zinf_cli.engine.compute.recompute import compare, differs, some_of
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
@@ -294,7 +294,10 @@ class Tape:
             assert glue.saved is not None
             values[id(glue)] = glue.saved.get()
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
-        outputs, _, _ = self._run(record, values)
+        try:
+            outputs, _, _ = self._run(record, values)
+        except StopIteration as error:  # the forward has used up an iterator among the arguments
+            raise differs(record.label) from error
         if record.results is not None:
             compare(record.label, record.results, some_of(_results(outputs, record)))
         found.put()
