@@ -98,9 +98,20 @@ def check_language_model(model_class: type[PreTrainedModel], where: str) -> None
         raise ModelError(f"{name} takes no {' and no '.join(sorted(missing))}: its loss is not its own", where=where)
 
 
+_WANTS = (
+    r"forward\(\) missing \d+ required|\b(specify|provide|pass|required|has to be not-None|(can't|cannot) be None)\b"
+)
+"""What a model says where an argument is missing: Python's own words, or those of its checks."""
+
+
 def wants_more_than_text(model: nn.Module, error: Exception) -> ModelError | None:
-    """What to raise for an `error` of its forward that names an argument which it was not given: pixel_values, bbox."""
+    """What to raise for an `error` of its forward that asks for an argument which it was not given: pixel_values, bbox.
+
+    None for any other, whatever arguments it names.
+    """
     said = " ".join(str(error).split())
+    if not re.search(_WANTS, said) or (isinstance(error, TypeError) and "forward() missing" not in said):
+        return None
     words = set(re.findall(r"\w+", said.lower()))
     if words & {*inspect.signature(model.forward).parameters} - {"input_ids", "labels", "attention_mask", "use_cache"}:
         return ModelError(f"{type(model).__name__} can't be trained on text alone: {said}")
