@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 PAGE = 4096
 """Bytes. Buffers, extents and regions of files begin at a multiple, as direct I/O asks."""
@@ -22,7 +22,6 @@ SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
 CHUNK_NUMEL = PIECE // FP32_BYTES
 """Elements of an update's chunk: a piece of each fp32 field."""
 
-Grain = Literal["element", "parameter"]
 STATES = ("params", "grads", "optimizer")
 """The classes of state; each has a tier."""
 
@@ -43,8 +42,6 @@ class Field:
     """Its class, one of STATES."""
     dtype: str | None = "F32"
     """None: the parameter's own."""
-    shape: Literal["parameter"] = "parameter"
-    """The parameter's own is the only one so far."""
 
     @property
     def item_bytes(self) -> int:
@@ -69,8 +66,6 @@ class OptimizerState:
 
     name: str
     fields: tuple[Field, ...]
-    grain: Grain = "element"
-    """What an update needs at once: any element by itself, or a whole parameter."""
 
     def beside(self, *, narrow: bool) -> tuple[Field, ...]:
         """The fields of the class "optimizer"; `narrow`: of a 16-bit parameter."""

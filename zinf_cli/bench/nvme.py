@@ -41,7 +41,7 @@ COMPUTE_S = 1.0
 """For which the cores compute by themselves, before they do beside the drives."""
 SHARE = 4
 """A point of the sweep moves one SHARE-th of the file."""
-READ, WRITE, BOTH = "read", "write", "both"
+READ, WRITE = "read", "write"
 
 
 @dataclass(frozen=True)

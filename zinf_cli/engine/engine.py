@@ -134,7 +134,6 @@ class Engine:
         in a forward, by index; without it the first sweep finds out. `written` names parameters that the forward writes
         to: a write that changes one raises ModelError. CapacityError where a tier does not fit, TierError where a drive
         fails."""
-        assert optimizer.grain == "element", "an update of whole parameters can't be cut into chunks"
         self.model = model
         self._options = options
         self._optimizer = optimizer

@@ -49,7 +49,6 @@ class ModelFigures:
 
     architecture: str
     num_params: int
-    num_trainable: int
     units: tuple[UnitFigures, ...]
     order: tuple[int, ...]
     glue_bytes: int
@@ -78,7 +77,6 @@ class DataFigures:
 
     num_tokens: int
     num_windows: int
-    num_eval_windows: int
     max_steps: int
     texts: tuple[str, ...] = ()
     """What each path contributed, and what was left out of it."""

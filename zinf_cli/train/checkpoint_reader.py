@@ -80,8 +80,9 @@ class CheckpointReader:
             elif not flat.trainable:
                 return torch.zeros(last - first)  # as before the first update
             else:
+                trained_by = self.manifest.recipe["optimizer"]["name"]
                 raise CheckpointError(
-                    f"of another optimizer: it has no {field} of {name}, but {', '.join(flat.fields)}",
+                    f"of another optimizer, {trained_by}: it has no {field} of {name}, but {', '.join(flat.fields)}",
                     where=str(self.folder),
                     hint="give it as model.name_or_path to begin with its weights",
                 )

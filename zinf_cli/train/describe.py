@@ -66,9 +66,8 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
         trial = Trial(weights.read, device)
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops)
         left_out.append(said)
-    held_out = text.held_out.num_windows(recipe.train.seq_len) if text.held_out is not None else 0
     windows = text.train.num_windows(recipe.train.seq_len)
-    data = DataFigures(len(text.train), windows, held_out, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
+    data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = _model_figures(model, seen, recipe, tuple(left_out))
@@ -85,7 +84,6 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[
     return ModelFigures(
         architecture=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
-        num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=tuple(
             _unit_figures(layout, seen.uses.get(number, UnitUse()), seen.order.count(number))
             for number, layout in enumerate(seen.units)

@@ -26,6 +26,6 @@ class Kernel(ABC):
         """Update `param` and the fields of `state` in place; `grad` may be overwritten.
 
         `fields_and_step` are the fields, in the order of `state`, and last the step: it counts these parameters'
-        updates from 1. All tensors are 1-D and of one length; `param` and `grad` are fp32. Where the state's grain is
-        an element, a call may get any range of a slice.
+        updates from 1. All tensors are 1-D and of one length; `param` and `grad` are fp32. A call
+        may get any range of a slice.
         """

@@ -60,10 +60,6 @@ class FlatLayout:
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    @property
-    def slice_bytes(self) -> int:
-        return self.slice_numel * self.dtype.itemsize
-
     def slice_of(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         return flat[rank * self.slice_numel : (rank + 1) * self.slice_numel]
 
