@@ -126,6 +126,22 @@ def test_a_gradient_that_would_have_to_pass_is_refused(place: str, use: str) -> 
         surveyed(on_meta(partial(Collecting, place, whole, USES[use])))
 
 
+class AsksForData(Collecting):
+    """No dry forward comes to its end."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert float(x.sum()) < 1e9
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_where_no_survey_sees_it_the_first_step_does(place: str, mode: Mode, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a layer leaves a tensor somewhere else"):
+        assert_exact(partial(AsksForData, place, whole, USES["sum"]), mode, tmp_path)
+    assert_exact(partial(AsksForData, place, detached, USES["sum"]), mode, tmp_path)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("given", [detached, without_grad])
 @pytest.mark.parametrize("place", PLACES)

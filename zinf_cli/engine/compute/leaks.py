@@ -6,12 +6,15 @@ forward, and another micro-batch's in the recompute. In the survey every tensor 
 through a door when it enters a call of a unit and when it leaves one. So in the graph of the loss, an edge from the
 nodes of a call to any others that does not pass a door is such a way. What the loss does not depend on (a statistic
 without a gradient, what is kept to be looked at) may go any way it likes.
+
+A model that no survey has seen to its end is looked at in its first step: what it makes between units of their results
+leads to these and to resident weights alone. What one layer takes from another is not seen there.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from zinf_cli.errors import ModelError
 
 _Node = torch.autograd.graph.Node
+_HINT = "a layer that returns it, or puts it into an argument, can be trained; so can one that detaches it"
 
 
 class _Door(torch.autograd.Function):
@@ -88,8 +92,31 @@ class Calls:
         return ModelError(
             f"{self._units[maker]} leaves the result of {_operation(before)} somewhere else than in its arguments or "
             f"return values, and {taker} goes on with it there in {_operation(node)}: its gradient would be lost",
-            hint="a layer that returns it, or puts it into an argument, can be trained; so can one that detaches it",
+            hint=_HINT,
         )
+
+
+def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor]) -> None:
+    """ModelError where the graph between units, from its `ends` back to what the tape emits, leads into a unit.
+
+    `at_home` are the weights that may be used there.
+    """
+    known = {id(weight) for weight in at_home}
+    ahead = [end for end in ends if end is not None]
+    seen = {*ahead}
+    while ahead:
+        node = ahead.pop()
+        if hasattr(node, "record"):  # see tape.Emit
+            continue
+        if hasattr(node, "variable") and id(node.variable) not in known:
+            raise ModelError(
+                "a layer leaves a tensor somewhere else than in its arguments or return values, and the model's loss "
+                "depends on it there: its gradient would be lost",
+                hint=_HINT,
+            )
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        ahead += new
 
 
 def _operation(node: _Node) -> str:

@@ -67,8 +67,9 @@ class Sweep:
         self._state = state
         self._trace = trace
         self._members: list[SweepMember] = []
-        self._compare = True
-        """Recomputes with what they repeat: in the first step."""
+        self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
+        """Of the first steps, one each: that recomputes repeat what they repeat; before that, of a model that no survey
+        has seen, that nothing goes past the arguments and results of units (leaks.py)."""
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
@@ -109,7 +110,7 @@ class Sweep:
             for number, batches in enumerate(sweeps):
                 losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
             self._finish_gradients()
-        self._compare = False
+        del self._checks[:1]
         return losses
 
     def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
@@ -208,8 +209,10 @@ class Sweep:
         if number not in self._kept:
             return None
         unit = self._units[number]
-        resident = [] if self._resident is None else self._units[self._resident].params
-        return Keeper(self._activations, unit.params, [*unit.buffers, *resident], unit.name)
+        return Keeper(self._activations, unit.params, [*unit.buffers, *self._resident_params()], unit.name)
+
+    def _resident_params(self) -> list[torch.nn.Parameter]:
+        return [] if self._resident is None else list(self._units[self._resident].params)
 
     def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Forward, loss and backward of the last unit, one micro-batch after another.
@@ -336,9 +339,10 @@ class Sweep:
                     self._activations,
                     self._state,
                     trainable=self._trainable,
-                    compare=self._compare,
+                    compare=self._checks[:1] == ["recompute"],
                 )
-                member.start(batch, tape, grad=grad)
+                at_home = self._resident_params() if self._checks[:1] == ["leaks"] else None
+                member.start(batch, tape, grad=grad, at_home=at_home)
             yield members
         except BaseException:
             for member in started:

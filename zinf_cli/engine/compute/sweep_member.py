@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.leaks import check_between
 from zinf_cli.engine.compute.micro_batch import Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.compute.tape import RngState, Tape
 
@@ -29,12 +30,16 @@ class SweepMember:
         self.thread = MicroBatchThread(number, device)
         self._device = device
         self._rng: RngState | None = None
+        self._at_home: Sequence[torch.Tensor] | None = None
         self.batch: MicroBatch
         self.tape: Tape
         self.at: UnitCall | Finished
 
-    def start(self, batch: MicroBatch, tape: Tape, *, grad: bool) -> None:
-        self.batch, self.tape = batch, tape
+    def start(
+        self, batch: MicroBatch, tape: Tape, *, grad: bool, at_home: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """Go to the first unit. With the weights that are `at_home` between units, leaks are looked for (leaks.py)."""
+        self.batch, self.tape, self._at_home = batch, tape, at_home
         torch.manual_seed(batch.seed)
         self.at = self.thread.start(batch.forward, grad=grad)
         self._rng = RngState(self._device)
@@ -44,7 +49,11 @@ class SweepMember:
         assert isinstance(self.at, UnitCall)
         assert self._rng is not None
         self._rng.restore()
-        outputs = self.tape.forward(self.at, name, hot=hot, keeper=keeper)
+        num_records = len(self.tape.records)
+        seen = self._at_home is not None and not hot and keeper is None  # a leak shows by its graph
+        outputs = self.tape.forward(self.at, name, hot=hot or seen, keeper=keeper)
+        if seen and len(self.tape.records) > num_records:
+            self.tape.cool(name)
         self.at = self.thread.resume(outputs)
         self._rng = RngState(self._device)
 
@@ -75,6 +84,9 @@ class SweepMember:
     def take_loss(self) -> torch.Tensor:
         """The loss, backward through the glue behind it."""
         loss = self.loss
+        if self._at_home is not None:
+            glue = [glue.edge.node for record in self.tape.records for glue in record.glue_inputs()]
+            check_between([loss.grad_fn, *glue], self._at_home)
         self.at = Finished(loss.detach())
         scale = torch.full_like(loss, self.batch.weight)
         torch.autograd.backward((loss,), (scale,), retain_graph=True)
