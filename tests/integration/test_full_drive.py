@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ NO_ROOM = ("metrics.jsonl: can't be written now", "no more TensorBoard files")
 
 
 class FullDrive:
-    """A run, all of it on one small drive, with a checkpoint every six steps, that ends when it is told to."""
+    """A run on one small drive, with a checkpoint every six steps, that ends when it is told to."""
 
     def __init__(self, drive: Path) -> None:
         self.workshop = Workshop(drive)
@@ -79,7 +80,13 @@ def run(small_drive: Path) -> Iterator[FullDrive]:
 
 @pytest.mark.parametrize(("ranks", "room"), [(1, 64 << 10), (2, 0)])
 def test_a_run_goes_on_without_checkpoints_and_keeps_those_it_has(run: FullDrive, ranks: int, room: int) -> None:
-    """The drive has `room` for the folder of a checkpoint and not for its files, or not even for that."""
+    """The drive has `room` for the folder of a checkpoint and not for its files, or not even for that.
+
+    Without room, state lies elsewhere: no file of it goes before the rank records why it failed.
+    """
+    if not room:
+        run.workshop.nvme = run.drive.parent / "nvme"
+        run.workshop.content["offload"]["nvme_path"] = str(run.workshop.nvme)
     process = run.workshop.start("train.max_steps=100000", "--slots", str(ranks))
     with run.standing_still() as whole:
         others = fill(run.drive, leave=room)
@@ -100,6 +107,7 @@ def test_a_run_goes_on_without_checkpoints_and_keeps_those_it_has(run: FullDrive
     assert "No space left on device" in ended.message
     assert "free space, or set checkpoint.keep_latest_k; earlier checkpoints are as they were" in ended.message
     assert "Exception in thread" not in said
+    assert "CapacityError: " in json.loads((run.run_dir / "logs" / "error-00000.json").read_text())["traceback"]
 
     assert run.names == {LATEST, *(path.name for path in whole)}
     assert not [verdict for path in whole for verdict in verify(path) if verdict.problem]
