@@ -116,16 +116,17 @@ def engine(make: Callable[[], nn.Module], mode: Mode, folder: Path) -> Result:
         opened.close()
 
 
-def open_blocks(model: nn.Module, mode: Mode, folder: Path) -> Engine:
+def open_blocks(model: nn.Module, mode: Mode, folder: Path, ranks: Ranks | None = None) -> Engine:
     """An engine for a model whose parameters lie on the meta device."""
-    seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta")), 1)
+    ranks = ranks or Ranks()
+    seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta")), ranks.world_size)
     options = replace(
         everything_on(mode.tier, folder), nvme_bytes=8 * MIB, slot_bytes=2 * MIB, resident_bytes=MIB, chunk_numel=4096,
         num_chunks=16, staging_bytes=2 * MIB, micro_batches_per_sweep=mode.per_sweep,
         kept_units=frozenset(seen.order if mode.keep else ()),
     )  # fmt: skip
     order = seen.order if not seen.failure else None
-    opened = Engine(model, seen.units, options, Ranks(), order=order, written=seen.written, notice=lambda line: None)
+    opened = Engine(model, seen.units, options, ranks, order=order, written=seen.written, notice=lambda line: None)
     shapes = {name: param.shape for name, param in model.named_parameters()}
     opened.load(lambda names: {name: _weights(name, shapes[name]) for name in names})
     return opened
