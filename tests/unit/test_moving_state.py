@@ -17,6 +17,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, open_blocks
+from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
@@ -222,6 +223,21 @@ def test_what_moves_once_shares_sweeps_again(tmp_path: Path) -> None:
         reads.append(len(opened._dealer.deal(work)))
     opened.close()
     assert reads == [2, 1, 1, 1]
+
+
+def test_what_has_not_moved_is_compared_and_not_copied_again() -> None:
+    model = Blocks(WithBuffer)
+    state = MovingState(model)
+    state.begin()
+    before = dict(state._states)
+    assert not state.notices()
+    state.begin()
+    assert all(
+        state._states[key][1] is copy for key, (owner, copy) in before.items() if isinstance(owner, torch.Tensor)
+    )
+    next(model.buffers()).data[0] = -0.0
+    assert state.notices()
+    assert state.moving == {("layers.0", "mean")}
 
 
 def test_the_dry_forward_moves_nothing(tmp_path: Path) -> None:

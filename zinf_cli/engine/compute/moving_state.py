@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType, SimpleNamespace
@@ -50,8 +50,8 @@ class _Held:
     """What a place held at some moment, and all that could be reached from there and from no place before."""
 
     value: Any
-    carriers: list[Carrier]
-    states: list[tuple[Any, Any]]
+    carriers: Sequence[Carrier] = ()
+    states: Sequence[tuple[Any, Any]] = ()
     """(object, its state)."""
 
     def same_as(self, other: _Held) -> bool:
@@ -72,9 +72,11 @@ class _Space:
     put: Callable[[str, Any], None]
 
 
+_States = Mapping[int, tuple[Any, Any]]
+"""(object, its state), by the object's id."""
 Moment = dict[tuple[str, str], _Held]
 """What places held, by space and name."""
-_ABSENT = _Held(_NONE, [], [])
+_ABSENT = _Held(_NONE)
 
 
 class MovingState:
@@ -85,6 +87,8 @@ class MovingState:
         self._spaces: dict[str, _Space] = {}
         self._before: Moment = {}
         self._last: Moment = {}
+        self._states: _States = {}
+        """Those of the last look at the whole model. What holds them still is compared and not copied again."""
         self.moving: set[tuple[str, str]] = set()
         """The places that a forward has changed."""
 
@@ -129,17 +133,19 @@ class MovingState:
 
     def _now(self) -> Moment:
         seen: set[int] = set()
-        return {
-            (label, name): _held(value, seen)
+        now = {
+            (label, name): _Held(value) if type(value) in _PLAIN else _held(value, seen, self._states)
             for label, space in self._spaces.items()
             for name, value in space.values().items()
             if name not in _ASIDE
         }
+        self._states = {id(pair[0]): pair for held in now.values() for pair in held.states}
+        return now
 
     def _of_those_that_move(self) -> Moment:
         seen: set[int] = set()
         values = {label: self._spaces[label].values() for label, _ in self.moving}
-        return {(label, name): _held(values[label].get(name, _NONE), seen) for label, name in sorted(self.moving)}
+        return {(label, name): _held(values[label].get(name, _NONE), seen, {}) for label, name in sorted(self.moving)}
 
 
 def named(place: tuple[str, str]) -> str:
@@ -147,8 +153,10 @@ def named(place: tuple[str, str]) -> str:
     return ".".join(part for part in place if part)
 
 
-def _held(value: Any, seen: set[int]) -> _Held:
-    held = _Held(value, [], [])
+def _held(value: Any, seen: set[int], known: _States) -> _Held:
+    """`known` states are taken for those of objects that hold them still."""
+    carriers: list[Carrier] = []
+    states: list[tuple[Any, Any]] = []
     ahead = [value]
     while ahead:
         part = ahead.pop()
@@ -163,12 +171,14 @@ def _held(value: Any, seen: set[int]) -> _Held:
             continue  # the one moves by updates alone; the other is of one call
         elif (stateful := _stateful(part)) is not None:
             seen.add(id(part))
-            held.states.append((part, stateful[0](part)))
+            owner, state = known.get(id(part), (None, None))
+            still = owner is part and isinstance(part, torch.Tensor) and _same(part, state)
+            states.append((part, state if still else stateful[0](part)))
         elif not ends_walk(part) and not _foreign(kind) and holds_values(part):
             seen.add(id(part))
-            held.carriers.append(Carrier(part, read_carrier(part)))
-            ahead.extend(reversed(held.carriers[-1].held.values()))
-    return held
+            carriers.append(Carrier(part, read_carrier(part)))
+            ahead.extend(reversed(carriers[-1].held.values()))
+    return _Held(value, carriers, states)
 
 
 def _stateful(value: Any) -> Any:
@@ -209,7 +219,12 @@ def _same_carrier(one: Carrier, two: Carrier) -> bool:
 
 
 def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    raw = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, two)]
+    """Not as numbers, of which a NaN is unlike itself and two zeros are alike."""
+    if one.dtype is torch.bool or one.element_size() > 8:
+        integer = torch.uint8
+    else:  # as wide as an element: byte by byte, torch compares at a fraction of the speed
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    raw = [tensor.detach().contiguous().reshape(-1).view(integer) for tensor in (one, two)]
     return bool(torch.equal(*raw))
 
 
