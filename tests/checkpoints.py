@@ -10,7 +10,8 @@ import torch
 from plain import open_engine
 from tiny_models import random_source
 from zinf_cli.checkpoint import folder as folders
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position

@@ -16,13 +16,16 @@ from torch import nn
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.compute.trial import Trial
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.units.tiles import cut
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import open_weights
 
 CPU = torch.device("cpu")
@@ -119,23 +122,26 @@ def open_engine(
     dtype: torch.dtype = torch.float32,
     room: int = 1,
     chunk_numel: int = 8192,
+    most: int | None = None,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
-    `room`: how many times as large buffers are as a model of width 32 needs.
+    `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
     """
     model = build_model(source, dtype)
     freeze_params(model, freeze)
+    weights = TiledWeights(open_weights(model, source), model)
+    if most is not None:
+        cut(model, most)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
     side = CapturedOutputs()
-    seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, side=side)
-    weights = open_weights(model, source)
+    seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, side=side, most=most)
     if seen.failure:  # it asks for data
         ids = batches(0, 1)[0].to(options.device)
         trial = Trial(weights.read, options.device)
-        seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, trial, seen.demoted, side)
+        seen = survey(model, partial(model_loss, model, ids, ids), ranks.world_size, trial, seen.demoted, side, most)
     place_buffers(model, options.device)
     options = replace(
         options,
@@ -146,6 +152,7 @@ def open_engine(
         num_chunks=32,
         staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),
+        glue_leaves=most is not None,
     )
     more = {"order": seen.order, "written": seen.written, "side_outputs": side, **more}
     engine = Engine(model, seen.units, options, ranks, **more)

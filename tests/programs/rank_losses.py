@@ -1,7 +1,7 @@
 """One rank: STEPS COUNT FOLDER CASES. Prints, for each case of a JSON list, the losses of its micro-batches.
 
 A case is an architecture, changes to its configuration, and where its state lies: fields of EngineOptions, and
-`cached`, `late`, `dtype` and `settings` of engine_losses().
+`cached`, `late`, `dtype`, `most` and `settings` of engine_losses().
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from late_writes import late_writes
 from plain import engine_losses, every_other_unit_cached, open_engine
 from tiny_models import random_source
-from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -27,11 +27,11 @@ for name, changes, placement in json.loads(sys.argv[4]):
     if "infinite" in settings:
         settings["infinite"] = tuple(settings["infinite"])
     cached, late = placement.pop("cached", False), placement.pop("late", False)
-    dtype = getattr(torch, placement.pop("dtype", "float32"))
+    dtype, most = getattr(torch, placement.pop("dtype", "float32")), placement.pop("most", None)
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
     if cached:
         options = every_other_unit_cached(options)
-    engine = open_engine(random_source(name, **changes), options, ranks, dtype=dtype)
+    engine = open_engine(random_source(name, **changes), options, ranks, dtype=dtype, most=most)
     with late_writes() if late else nullcontext():
         losses = engine_losses(engine, steps, count=count, rank=ranks.rank, world_size=ranks.world_size, **settings)
     print(json.dumps(losses), flush=True)

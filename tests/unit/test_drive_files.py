@@ -16,7 +16,7 @@ import pytest
 
 from plain import open_engine
 from tiny_models import random_source
-from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.facts import facts

@@ -116,8 +116,8 @@ def test_the_screen_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     shown = screen(capsys, params="1T", hardware="dgx2", explain=True)
     for text in ("1.01T on 1 × dgx2", "18.3 TiB", "fits", "bound by", "give or take 20 %", "16 · hidden²", "█"):
         assert text in shown
-    assert "computes blocks whole" in shown
-    assert "computes blocks whole" not in screen(capsys, params="7B", hardware="dgx2")
+    assert "computed in parts" in shown
+    assert "computed in parts" not in screen(capsys, params="7B", hardware="dgx2")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from plain import (
 )
 from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.compute.sweep_member import MicroBatch
-from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
 
 CLASSES = ("params", "grads", "optimizer", "activations")

@@ -21,7 +21,8 @@ from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest, StoredFile
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.compute.sweep_member import MicroBatch
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UsageError
 from zinf_cli.train.checkpoint_reader import CheckpointReader

@@ -36,6 +36,7 @@ FLOORS = (
     {"engine.units"},
     {"engine.traffic"},
     {"engine.compute"},
+    {"engine.options"},
     {"engine.engine", "launch"},
     {"bench"},
     {"train", "screens"},

@@ -50,26 +50,28 @@ def test_backward_has_the_same_bits_although_the_weight_has_moved(activations: A
 
     weight, x = nn.Parameter(values.clone()), data.clone().requires_grad_()
     keeper = Keeper(activations, [weight], [], "a layer")
-    with keeper.keeping():
+    with keeper.packing():
         loss = compute(weight, x)
+    parcels, _ = keeper.send()
     weight.data.fill_(torch.nan)  # as a slot is used by the next unit
     weight.data = values.clone()  # bound again, elsewhere
     torch.autograd.backward(loss)
     for found, right in zip(gradients(weight, x), expected, strict=True):
         assert torch.equal(found, right)
-    for saved in keeper.saved:
+    for saved in parcels:
         saved.free()
 
 
 def test_a_storage_goes_once_and_the_weight_not_at_all(activations: Activations, tier: NvmeTier) -> None:
     weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
     keeper = Keeper(activations, [weight], [x], "a layer")  # x stays where it is
-    with keeper.keeping():
+    with keeper.packing():
         loss = compute(weight, x)
+    parcels, _ = keeper.send()
     assert tier.write_bytes == 2 * 64 * 64 * 4  # tanh and exp
-    assert len(keeper.saved) == 1  # in one parcel
+    assert len(parcels) == 1
     del loss
-    keeper.saved[0].free()
+    parcels[0].free()
     assert tier.used == 0
 
 
@@ -78,24 +80,44 @@ def test_memory_of_what_is_saved_more_than_once_is_free_after_the_forward(
 ) -> None:
     weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
     keeper = Keeper(activations, [weight], [x], "a layer")
-    with keeper.keeping():
+    with keeper.packing():
         hidden = (x @ weight).tanh()
         loss = (hidden * hidden.t()).sum()  # which saves it, and a view of it, again
         memory = StorageWeakRef(hidden.untyped_storage())
         del hidden
         assert not memory.expired()
+    parcels, _ = keeper.send()
     assert memory.expired()
     assert tier.write_bytes == 64 * 64 * 4
     del loss
-    keeper.saved[0].free()
+    parcels[0].free()
+
+
+def test_what_is_saved_again_later_does_not_go_again(activations: Activations, tier: NvmeTier) -> None:
+    x = torch.randn(64, 64).requires_grad_()
+    keeper = Keeper(activations, [], [x], "glue")
+    with keeper.packing():
+        hidden = x.tanh()
+        first, none = keeper.send()
+        loss = hidden.square().sum()
+        none_more, again = keeper.send()
+    assert (none, none_more, again) == ([], [], first)
+    assert tier.write_bytes == 64 * 64 * 4
+    torch.autograd.backward(loss)
+    plain = x.detach().clone().requires_grad_()
+    torch.autograd.backward(plain.tanh().square().sum())
+    assert x.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(x.grad, plain.grad)
+    first[0].free()
 
 
 def test_without_a_tier_below_the_tensors_themselves_wait(tier: NvmeTier) -> None:
     here = Activations(tier, None, lambda transfer: transfer.wait())
     weight, x = nn.Parameter(torch.randn(64, 64)), torch.randn(64, 64).requires_grad_()
     keeper = Keeper(here, [weight], [], "a layer")
-    with keeper.keeping():
+    with keeper.packing():
         loss = compute(weight, x)
-    assert (tier.write_bytes, keeper.saved) == (0, [])
+    assert (tier.write_bytes, *keeper.send()) == (0, [], [])
     torch.autograd.backward(loss)
     assert x.grad is not None

@@ -17,7 +17,7 @@ from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.compute.sweep_member import MicroBatch
-from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.tiers.arena import Arena

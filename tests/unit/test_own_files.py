@@ -19,7 +19,7 @@ from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
 from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.checkpoint.verify import read_file, verify
-from zinf_cli.engine.engine import EngineOptions
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError
 from zinf_cli.run_folder.mirror import RunFolder

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from forked_ranks import ForkedRanks
+from in_process import run
 from tiny_models import CONFIGS, random_source
 from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.amounts import format_bytes
@@ -32,12 +33,11 @@ from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
-from zinf_cli.recipe.recipe import Checkpoint, Recipe
+from zinf_cli.recipe.recipe import Checkpoint
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.train import describe as describing
-from zinf_cli.train import loop
 from zinf_cli.train.describe import describe
 from zinf_cli.train.model import build_model
 from zinf_cli.train.surveyed import GUESSED, TRIAL_FLOPS, TRIED
@@ -77,16 +77,6 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
 
     monkeypatch.setattr(NvmeTier, "close", note_and_close)
     return tiers
-
-
-def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
-    """The metrics of a run in this process."""
-    recipe.output_dir.mkdir(exist_ok=True)
-    (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
-    (recipe.output_dir / "plan.json").write_text(json.dumps(plan.to_json()))
-    (recipe.output_dir / "logs").mkdir(exist_ok=True)
-    assert loop.train(recipe.output_dir) == 0
-    return [json.loads(line) for line in (recipe.output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("per_sweep", [1, 3])

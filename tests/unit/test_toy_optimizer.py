@@ -19,7 +19,8 @@ from plain import LR, engine_losses, everything_on, open_engine, plain_losses, r
 from tiny_models import dataset_for, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
@@ -171,7 +172,7 @@ def test_it_goes_on_in_other_slices(tmp_path: Path) -> None:
     one, two = (CheckpointReader(folders.find_checkpoint(tmp_path / name)) for name in ("one", "two"))
     assert (one.manifest.world_size, two.manifest.world_size) == (1, 2)
     for name, shape in one.shapes.items():
-        assert one.updates(name) == two.updates(name) == CUT
+        assert one.updates(name, 0) == two.updates(name, 0) == CUT
         for field in FIELDS:
             values = (reader.read(name, field, 0, torch.Size(shape).numel()) for reader in (one, two))
             assert torch.equal(*values), (name, field)

@@ -44,17 +44,22 @@ _HEAD, _DIGITS = b'{"xxh3": "', 16
 
 @dataclass(frozen=True)
 class StoredParam:
-    """A parameter inside a flat: `numel` elements from element `offset`."""
+    """A parameter inside a flat, or a part of one: `numel` elements from element `offset`."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the whole parameter."""
     offset: int
     updates: int
     """How often it has been updated."""
+    first: int = 0
+    """Element of the parameter with which this begins: it may be a tile of a larger one (engine/units/tiles.py)."""
+    count: int | None = None
+    """Elements of it that are here; None: all."""
 
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) if self.count is None else self.count
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,9 @@ class Manifest:
         for flat in (flat for unit in document["units"] for flat in unit["flats"]):
             if flat["fields"] == _usual_fields(flat):
                 del flat["fields"]
+            for param in flat["params"]:
+                if param["count"] is None:
+                    del param["first"], param["count"]
         document["files"] = {name: dataclasses.asdict(file) for name, file in self.files.items()}
         rest = b'",\n' + json.dumps(document, indent=1).encode()[1:].lstrip()
         return _HEAD + xxh3_64_hexdigest(rest).encode() + rest

@@ -23,8 +23,9 @@ from zinf_cli.machine.profile_file import find_measured, load_measured, load_pro
 from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.predict import predict, profile_here
-from zinf_cli.plan.search import best_plan, does_not_fit, nvme_folders
+from zinf_cli.plan.search import does_not_fit, nvme_folders
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
@@ -47,14 +48,19 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             Screen(stderr=True).status("reading the model, its checkpoint and the text ..."),
             Lifelines(transport_to(())) as lifelines,
         ):
-            figures = describe(question(recipe, ranks, hosts), lifelines.connect(this_machine(1)))
-        if elsewhere is not None:
-            profile = elsewhere.with_accelerators(figures.ranks_per_host) if elsewhere.accelerators else elsewhere
-            figures = replace(figures, machine=_machine(profile, figures, recipe))
-        else:
-            measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
-            profile = profile_here(figures, nvme_folders(recipe), measured)
-        plan = best_plan(recipe, figures, profile, hosts)
+            connection = lifelines.connect(this_machine(1))
+
+            def described(most: int | None) -> Figures:
+                figures = describe(question(recipe, ranks, hosts, most), connection)
+                return figures if elsewhere is None else _there(elsewhere, figures, recipe)
+
+            figures = described(None)
+            if elsewhere is not None:
+                profile = _with_ranks(elsewhere, figures)
+            else:
+                measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
+                profile = profile_here(figures, nvme_folders(recipe), measured)
+            plan = plan_in_parts(recipe, figures, described, profile, hosts)
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:
@@ -128,10 +134,15 @@ def _around(config: dict[str, Any], folder: Path, name: str, ranks: int) -> Path
     return recipe
 
 
-def _machine(profile: Profile, figures: Figures, recipe: Recipe) -> Any:
-    """The machine of `profile` in the words of the plan."""
+def _with_ranks(elsewhere: Profile, figures: Figures) -> Profile:
+    return elsewhere.with_accelerators(figures.ranks_per_host) if elsewhere.accelerators else elsewhere
+
+
+def _there(elsewhere: Profile, figures: Figures, recipe: Recipe) -> Figures:
+    """The figures, with the machine of a profile in the words of the plan."""
+    profile = _with_ranks(elsewhere, figures)
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
-    return replace(
+    machine = replace(
         figures.machine,
         name=profile.name,
         accelerators=profile.accelerators,
@@ -140,3 +151,4 @@ def _machine(profile: Profile, figures: Figures, recipe: Recipe) -> Any:
         cpu_bytes=profile.cpu_memory,
         nvme_bytes=profile.drives.may_use,
     )
+    return replace(figures, machine=machine)

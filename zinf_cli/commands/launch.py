@@ -28,9 +28,10 @@ from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.machine.profile_file import find_measured
 from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
-from zinf_cli.plan.search import make_plan, nvme_folders
+from zinf_cli.plan.search import does_not_fit, nvme_folders
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import filled_in, load_recipe
@@ -112,9 +113,11 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         else:
             ready = _this_machine_ready(recipe, request, lifelines)
         with console.status("reading the model, its checkpoint and the text ..."):
-            figures = ready.describe()
+            figures = ready.describe(None)
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        plan = make_plan(recipe, figures, profile, ready.hosts, ready.room)
+        plan = plan_in_parts(recipe, figures, ready.describe, profile, ready.hosts, ready.room)
+        if not plan.fits:
+            raise does_not_fit(plan)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
@@ -141,18 +144,23 @@ class _Ready:
     hosts: Sequence[Host]
     """Those of a hostfile; none: this machine."""
     room: Room
-    describe: Callable[[], Figures]
-    """What the plan needs to know of the recipe."""
+    describe: Callable[[int | None], Figures]
+    """What the plan needs to know of the recipe, its model in parts of so many elements at most."""
 
 
 def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
     connection = lifelines.connect(this_machine(request.slots or 1))
     room = room_here(nvme_folders(recipe))
-    asked = question(recipe, request.slots, request.hosts)
-    figures = partial(describe, asked, connection)
-    if not request.dry_run:
+    standing_by = not request.dry_run
+    if standing_by:
+        asked = question(recipe, request.slots, request.hosts)
         connection.request("stand_by", **_agent(request).start(asked))
-        figures = partial(overheard, connection)
+
+    def figures(most: int | None) -> Figures:
+        if standing_by and most is None:
+            return overheard(connection)
+        return describe(question(recipe, request.slots, request.hosts, most), connection)
+
     return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
 
 
@@ -177,9 +185,12 @@ def _hosts_ready(
     connections = preflight.connections
     hosts = [connection.host for connection in connections]
     world = World(lifelines, connections, preflight.rendezvous)
-    figures = partial(overheard, connections[0])
-    if hosts != list(request.hosts):
-        figures = partial(describe, question(recipe, None, hosts), connections[0])
+
+    def figures(most: int | None) -> Figures:
+        if hosts == list(request.hosts) and most is None:
+            return overheard(connections[0])
+        return describe(question(recipe, None, hosts, most), connections[0])
+
     return _Ready(world, hosts, _least_room(preflight), figures)
 
 

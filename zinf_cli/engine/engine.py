@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,8 +27,8 @@ from zinf_cli.engine.compute.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.sweep import Sweep
 from zinf_cli.engine.compute.sweep_member import MicroBatch
+from zinf_cli.engine.options import EngineOptions, open_memory, open_tiers
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import StateSink
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.pipeline import Pipeline
@@ -38,63 +37,15 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.constant_weights import hold_constant
 from zinf_cli.engine.units.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.units.units import UnitLayout
-from zinf_cli.errors import ZinfError
-from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FP32_BYTES, FROZEN, Field, OptimizerState
+from zinf_cli.model_state import ADAMW, FROZEN, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.memory import MemoryTier
-from zinf_cli.tiers.nvme import STRIPE, NvmeTier
-from zinf_cli.tiers.tier import Extent, Tier
+from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
 CPU = torch.device("cpu")
 CALM_STEPS = 2
 """After so many steps in a row that did not clip, the next one is expected not to."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Where state lies, and how much memory the engine works in, per rank. Sizes are in bytes."""
-
-    params: str = "cpu"
-    grads: str = "cpu"
-    optimizer: str = "cpu"
-    activations: str = "cpu"
-    """The tier of each class of state: "device", "cpu" or "nvme"."""
-    cached_units: frozenset[int] = frozenset()
-    cached_states: frozenset[str] = frozenset()
-    """Of `cached_units`, these classes lie in CPU memory, whatever the tier of the class."""
-    nvme_folders: tuple[Path, ...] = ()
-    nvme_bytes: int = 0
-    """Space taken on the drives at the start."""
-    nvme_readers: int = 2
-    nvme_writers: int = 2
-    """Threads per folder."""
-    nvme_block_bytes: int = STRIPE
-    """Bytes of one transfer."""
-    nvme_verify: bool = True
-    """Whether to compare what drives give with what was written to them."""
-    slot_bytes: int = 0
-    resident_bytes: int = 0
-    chunk_numel: int = CHUNK_NUMEL
-    """Elements of an update's chunk: CHUNK_NUMEL, which is a piece of state, or fewer where no slice is as wide."""
-    num_chunks: int = 8
-    staging_bytes: int = 0
-    """Memory through which activations go to another tier than the compute device's."""
-    pin_memory: bool = True
-    """Whether to page-lock CPU memory that an accelerator copies from and to."""
-    device: torch.device = CPU
-    micro_batches_per_sweep: int | None = None
-    """None stands for all of a step."""
-    kept_units: frozenset[int] = frozenset()
-    """Units whose activations are kept for backward instead of being recomputed."""
-    speculate: bool = False
-    """Whether units that are not cached have shadows for speculative updates (see eager.py)."""
-
-    @property
-    def placement(self) -> tuple[str, str, str, str]:
-        """The tiers of the classes, in the order of TierSet."""
-        return self.params, self.grads, self.optimizer, self.activations
 
 
 @dataclass(frozen=True)
@@ -142,19 +93,28 @@ class Engine:
         self.verifies = options.nvme_verify
         self.trace = trace or Trace()
         to_placeholders(model, options.device)
-        self.opened = _open_tiers(options, self.trace, self._ranks.rank, notice)
+        self.opened = open_tiers(options, self.trace, self._ranks.rank, notice)
         self.tiers = TierSet(*(self.opened[tier] for tier in options.placement))
         cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get("cpu")))
         self.units = [
             Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks, optimizer)
             for number, layout in enumerate(layouts)
         ]
-        self.memory = _open_memory(options)
+        self.memory = open_memory(options)
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
         state = MovingState(model)
-        self._sweep = Sweep(self._pipeline, activations, options.device, order, options.kept_units, state, self.trace)
+        self._sweep = Sweep(
+            self._pipeline,
+            activations,
+            options.device,
+            order,
+            options.kept_units,
+            state,
+            list(model.buffers()) if options.glue_leaves and staging is not None else None,
+            self.trace,
+        )
         self._watched = hold_constant(model, layouts, written)
         self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
         self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
@@ -357,41 +317,3 @@ class Engine:
         if units:
             self._pipeline.updates.kernel = update
             self._pipeline.advance()
-
-
-def _open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable[[str], None]) -> dict[str, Tier]:
-    opened: dict[str, Tier] = {}
-    for name in (*options.placement, *(["cpu"] if options.cached_states else [])):
-        if name in opened:
-            continue
-        if name == "nvme":
-            tier = NvmeTier(
-                options.nvme_folders,
-                trace,
-                rank=rank,
-                readers=options.nvme_readers,
-                writers=options.nvme_writers,
-                block_bytes=options.nvme_block_bytes,
-                verify=options.nvme_verify,
-                notice=notice,
-            )
-            try:
-                tier.reserve(options.nvme_bytes)
-            except ZinfError:
-                tier.close()
-                raise
-            opened[name] = tier
-        else:
-            device = options.device if name == "device" else torch.device("cpu")
-            opened[name] = MemoryTier(name, device, options.device, trace, pin=options.pin_memory, notice=notice)
-    return opened
-
-
-def _open_memory(options: EngineOptions) -> Memory:
-    device = options.device
-    return Memory(
-        slots=Arena(options.slot_bytes, device),
-        resident=Arena(options.resident_bytes, device),
-        chunks=Arena(options.num_chunks * options.chunk_numel * FP32_BYTES, device),
-        chunk_numel=options.chunk_numel,
-    )

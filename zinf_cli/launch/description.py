@@ -18,10 +18,10 @@ _MOST_S = 24 * 3600.0
 """Tokenising may take long; Ctrl-C ends it."""
 
 
-def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host]) -> str:
-    """A line: `slots` are asked for on this machine, or there are `hosts`."""
+def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host], most: int | None = None) -> str:
+    """A line: `slots` are asked for on this machine, or there are `hosts`; parts of the model have `most` elements."""
     counts = [len(host.slots) for host in hosts]
-    asked: dict[str, Any] = {"recipe": dump_recipe(recipe), "slots": slots, "world_size": None}
+    asked: dict[str, Any] = {"recipe": dump_recipe(recipe), "slots": slots, "world_size": None, "most": most}
     if hosts:
         asked |= {"slots": max(counts), "world_size": sum(counts)}
     return json.dumps(asked) + "\n"

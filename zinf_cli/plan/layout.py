@@ -33,6 +33,8 @@ class UnitFigures:
     saved_bytes: int
     """What autograd saves inside it, weights excepted: kept, or made again when it is recomputed."""
     output_bytes: int
+    before_bytes: int
+    """What autograd saves between the unit called before and this one."""
 
     @property
     def numel(self) -> int:
@@ -53,6 +55,8 @@ class ModelFigures:
     order: tuple[int, ...]
     glue_bytes: int
     loss_bytes: int
+    live_bytes: int
+    """What lies between units while one of them is called."""
     surveyed: bool
     """Whether a forward was run to its end; otherwise activations are guessed, and the order is module order."""
     demoted: tuple[str, ...]
@@ -62,6 +66,8 @@ class ModelFigures:
     bounds: tuple[tuple[str, float | None, float | None], ...]
     """Parameters that the forward clamps, with the least and the most that they may be."""
     flops_per_token: float
+    most: int | None = None
+    """Elements that a part has at most, where blocks and matrices are cut into parts."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the model and its checkpoint go together."""
 

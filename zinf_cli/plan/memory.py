@@ -137,7 +137,7 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     return {
         **_model_states(units, figures),
         "second": second["params"] + second["optimizer"],
-        "activations": choice.per_sweep * sum(activation_bytes(figures, choice)),
+        "activations": choice.per_sweep * (sum(activation_bytes(figures, choice)) + sent_between(figures, choice)),
     }
 
 
@@ -184,6 +184,16 @@ def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
                 yield unit.input_bytes
             else:
                 yield int(unit.saved_bytes * (KEPT_MORE if choice.in_place("activations") else 1))
+
+
+def sent_between(figures: Figures, choice: Choice) -> int:
+    """What is saved between units and leaves the compute device's memory, per micro-batch."""
+    return figures.model.glue_bytes if glue_leaves(figures, choice) else 0
+
+
+def glue_leaves(figures: Figures, choice: Choice) -> bool:
+    """Whether what is saved between units goes to the tier of activations: between parts of a block it is a lot."""
+    return figures.model.most is not None and not choice.in_place("activations")
 
 
 def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
@@ -241,8 +251,9 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     fields with the master where parameters are 16-bit. Each takes one buffer of `chunk_numel` elements (a piece, or no
     more than the widest slice) at a time; with 8 of each, reads and writes are under way while one is computed.
 
-    Staging. An activation on its way to its tier or back takes one buffer, of the largest call: 2 are the least (one
-    arrives, one leaves), 8 keep the drive busy.
+    Staging. Activations on their way to their tier or back take buffers: those of the largest call, of the code before
+    it, and of what that shares with earlier code. Twice that is the least (one arrives, one leaves); 8 times keeps the
+    drive busy.
     """
     units = figures.model.units
     blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
@@ -261,6 +272,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
             unit.saved_bytes // max(1, unit.calls) if number in choice.kept else unit.call_bytes
             for number, unit in enumerate(units)
         )
+    if glue_leaves(figures, choice):
+        staging += 2 * max(unit.before_bytes for unit in units)
     # loading writes one slice of one flat through the slots
     loaded = (PARAM, MASTER) if narrow else (PARAM,)
     away_from_compute = not all(choice.in_place(field.state) for field in loaded)
@@ -288,5 +301,9 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
     turn = 0
     if last is not None:
         turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + grad * last.largest_param_numel
-    between = model.glue_bytes + max((unit.call_bytes for unit in model.units), default=0)
-    return int(max(inside, turn) * TEMPORARIES_MORE) + between * choice.per_sweep
+    waiting = max(model.live_bytes, *(unit.call_bytes for unit in model.units), 0)
+    if glue_leaves(figures, choice):
+        inside += max((unit.before_bytes for unit in model.units), default=0)
+    else:
+        waiting += model.glue_bytes
+    return int(max(inside, turn) * TEMPORARIES_MORE) + waiting * choice.per_sweep

@@ -75,6 +75,31 @@ def best_plan(
     room: Room | None = None,
 ) -> Plan:
     """The fastest placement that fits; where none does, the most frugal one."""
+    judge, micro_batches = _judge(recipe, figures, hosts, room)
+    profile = profile or profile_here(figures, nvme_folders(recipe), None)
+    frugal = None
+    for choices in _choices(recipe, figures, micro_batches):
+        plans = [judge(choice) for choice in choices]
+        fitting = [(plan.placement, plan) for plan in plans if plan.fits]
+        if fitting:
+            ways = [way for plan in undominated(fitting) for way in _improvements(recipe, plan, judge)]
+            timed = (_with_time(plan, recipe, profile) for plan in ways)
+            return min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
+        frugal = plans[-1]
+    assert frugal is not None
+    return _with_time(frugal, recipe, profile)
+
+
+def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> bool:
+    """Whether any placement does."""
+    judge, micro_batches = _judge(recipe, figures, hosts, room)
+    return any(judge(choice).fits for choices in _choices(recipe, figures, micro_batches) for choice in choices)
+
+
+def _judge(
+    recipe: Recipe, figures: Figures, hosts: Sequence[Host], room: Room | None
+) -> tuple[Callable[[Choice], Plan], int]:
+    """What makes a plan of a choice, without its time, and the micro-batches of a step on a rank."""
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -89,19 +114,7 @@ def best_plan(
         room = Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
     room = room or room_here(nvme_folders(recipe))
     drive = checkpoint_drive(recipe, nvme_folders(recipe), figures.data.max_steps)
-    judge = partial(_plan, recipe, figures, hosts, room, micro_batches, sequences, drive)
-    profile = profile or profile_here(figures, nvme_folders(recipe), None)
-    frugal = None
-    for choices in _choices(recipe, figures, micro_batches):
-        plans = [judge(choice) for choice in choices]
-        fitting = [(plan.placement, plan) for plan in plans if plan.fits]
-        if fitting:
-            ways = [way for plan in undominated(fitting) for way in _improvements(recipe, plan, judge)]
-            timed = (_with_time(plan, recipe, profile) for plan in ways)
-            return min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
-        frugal = plans[-1]
-    assert frugal is not None
-    return _with_time(frugal, recipe, profile)
+    return partial(_plan, recipe, figures, hosts, room, micro_batches, sequences, drive), micro_batches
 
 
 def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:

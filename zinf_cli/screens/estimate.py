@@ -123,9 +123,9 @@ def _verdict(answer: Estimate) -> Table:
     table.add_row("busy", busy)
     if not answer.block_fits:
         table.add_row(
-            "but",
-            "zinf launch computes blocks whole so far, and one of these takes "
-            f"{format_bytes(answer.block_bytes)} of each rank; the figures are those of a block cut up",
+            "parts",
+            f"a block takes {format_bytes(answer.block_bytes)} of each rank, so it is computed in parts, "
+            f"its largest matrix in {answer.needs.tiles} {'tile' if answer.needs.tiles == 1 else 'tiles'}",
         )
     return table
 

@@ -32,6 +32,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
         f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
     )
+    if model.most is not None:
+        head.add_row("parts", f"blocks are computed in parts of up to {format_count(model.most)} parameters")
     head.add_row("backward", _recomputed(plan))
     if plan.cached_units:
         names = ", ".join(NAMES[state] for state in STATES if state in plan.cached_states)

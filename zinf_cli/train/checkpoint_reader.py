@@ -5,10 +5,12 @@ Slices are cut and joined by parameter name, so the reader needs to know nothing
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from zinf_cli.checkpoint.manifest import BUFFERS, Manifest, Region, StoredFlat, 
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
 from zinf_cli.engine.precision import STORED
+from zinf_cli.engine.units.tiles import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
 from zinf_cli.model_state import FROZEN, PIECE, VALUES
 from zinf_cli.tiers.arena import Arena, Buffer
@@ -28,6 +31,21 @@ _KEPT = 4
 """Pieces kept in memory: a parameter's neighbours lie in the same ones, and ask next."""
 _WILL_NEED = 4
 """Pieces the kernel is told to read ahead."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter, or a part of it, is stored."""
+
+    key: tuple[str, int]
+    """Its unit and flat."""
+    flat: StoredFlat
+    param: StoredParam
+
+    @property
+    def last(self) -> int:
+        """The element behind its last one."""
+        return self.param.first + self.param.numel
 
 
 class CheckpointReader:
@@ -43,10 +61,13 @@ class CheckpointReader:
         for name in self.manifest.files:
             if (problem := size_problem(folder, self.manifest, name)) is not None:
                 raise DamagedError(problem, where=str(folder / name))
-        self._places: dict[str, tuple[tuple[str, int], StoredFlat, StoredParam]] = {}
+        self._places: dict[str, list[_Place]] = {}
         for unit in self.manifest.units:
             for number, flat in enumerate(unit.flats):
-                self._places.update((param.name, ((unit.name, number), flat, param)) for param in flat.params)
+                for param in flat.params:
+                    self._places.setdefault(param.name, []).append(_Place((unit.name, number), flat, param))
+        for places in self._places.values():
+            places.sort(key=lambda place: place.param.first)
         self._regions = {region.key: region for region in self.manifest.layout.regions}
         self._files: dict[str, int] = {}
         self._arena = Arena(_KEPT * PIECE, torch.device("cpu"))
@@ -62,18 +83,26 @@ class CheckpointReader:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The parameters it holds."""
-        return {name: param.shape for name, (_, _, param) in self._places.items()}
+        return {name: places[0].param.shape for name, places in self._places.items()}
 
-    def updates(self, name: str) -> int:
+    def updates(self, name: str, first: int) -> int:
         """See StateSource."""
-        return self._places[name][2].updates
+        return next(place.param.updates for place in self._places[name] if first < place.last)
 
     def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
         """See StateSource; a parameter may have been trained and be frozen now, or the other way round.
 
         CheckpointError where another optimizer has trained it: its count of updates would not go with fields of zeros.
         """
-        place, flat, param = self._places[name]
+        parts = [
+            self._read_place(place, field, max(first, place.param.first), min(last, place.last))
+            for place in self._places[name]
+            if first < place.last and place.param.first < last
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _read_place(self, place: _Place, field: str, first: int, last: int) -> torch.Tensor:
+        flat, param = place.flat, place.param
         if field not in flat.fields:
             if field in VALUES:
                 field = next(iter(flat.fields))
@@ -82,15 +111,16 @@ class CheckpointReader:
             else:
                 trained_by = self.manifest.recipe["optimizer"]["name"]
                 raise CheckpointError(
-                    f"of another optimizer, {trained_by}: it has no {field} of {name}, but {', '.join(flat.fields)}",
+                    f"of another optimizer, {trained_by}: "
+                    f"it has no {field} of {param.name}, but {', '.join(flat.fields)}",
                     where=str(self.folder),
                     hint="give it as model.name_or_path to begin with its weights",
                 )
-        region = self._regions[(*place, field)]
+        region = self._regions[(*place.key, field)]
         values = torch.empty(last - first, dtype=STORED[flat.fields[field]])
         done = 0
         while done < values.numel():
-            rank, inside = divmod(param.offset + first + done, region.numel)
+            rank, inside = divmod(param.offset + first - param.first + done, region.numel)
             count = min(region.numel - inside, values.numel() - done)
             self._read(rank_file(rank), region, inside, values[done : done + count])
             done += count
@@ -98,8 +128,8 @@ class CheckpointReader:
 
     def param(self, name: str) -> torch.Tensor:
         """A whole parameter in its shape: fp32 where it was trained."""
-        _, _, param = self._places[name]
-        return self.read(name, FROZEN.stored, 0, param.numel).view(param.shape)
+        shape = self._places[name][0].param.shape
+        return self.read(name, FROZEN.stored, 0, math.prod(shape)).view(shape)
 
     def _read(self, file: str, region: Region, begin: int, into: torch.Tensor) -> None:
         """Elements `begin` and on of a region of a rank's file."""
@@ -156,10 +186,16 @@ class StoredWeights:
         self._reader.close()  # its pieces are memory; files open again when asked
         return values
 
+    def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """See RangedWeights."""
+        values = self._reader.read(name, FROZEN.stored, first, last)
+        self._reader.close()
+        return values
+
 
 def check_params(reader: CheckpointReader, model: nn.Module) -> None:
     """CheckpointError where a checkpoint's parameters are not those of `model`, in name or shape."""
-    stored, wanted = reader.shapes, {name: tuple(param.shape) for name, param in model.named_parameters()}
+    stored, wanted = reader.shapes, shapes_of(model)
     different = [name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)]
     if different:
         name = min(different)

@@ -35,6 +35,7 @@ from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.store import Unit
+from zinf_cli.engine.units.units import ParamLayout
 from zinf_cli.errors import CapacityError, CheckpointError, RankError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, cant_write, open_rank_file
 
@@ -328,13 +329,16 @@ def stored_unit(unit: Unit) -> StoredUnit:
     flats = []
     for flat in unit.flats:
         layout = flat.layout
-        params = tuple(
-            StoredParam(place.name, tuple(place.shape), place.offset, count)
-            for place, count in zip(layout.params, flat.steps, strict=True)
-        )
+        params = tuple(_stored_param(place, count) for place, count in zip(layout.params, flat.steps, strict=True))
         fields = {field.stored: _DTYPE_NAMES[flat.dtype_of(field)] for field in flat.stored}
         flats.append(StoredFlat(next(iter(fields.values())), layout.trainable, layout.numel, params, fields))
     return StoredUnit(unit.name, tuple(flats))
+
+
+def _stored_param(place: ParamLayout, updates: int) -> StoredParam:
+    if place.part is None:
+        return StoredParam(place.name, tuple(place.shape), place.offset, updates)
+    return StoredParam(place.origin, tuple(place.part.shape), place.offset, updates, place.first, place.numel)
 
 
 def _buffers(model: nn.Module) -> Sequence[tuple[str, bytes]]:

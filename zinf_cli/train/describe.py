@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
+from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
@@ -34,14 +36,15 @@ from zinf_cli.train.setup import (
 )
 from zinf_cli.train.surveyed import first_micro_batch, survey_model, survey_on_data
 from zinf_cli.train.text_files import find_texts
+from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import open_weights
 
 
-def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -> Figures:
+def describe(recipe: Recipe, slots: int | None, world_size: int | None = None, most: int | None = None) -> Figures:
     """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine.
 
     `slots` is the number of ranks on this host, `world_size` on all of them; by default every accelerator here, or
-    one CPU rank.
+    one CPU rank. The model is cut into parts of `most` elements, if that is given.
     """
     forked_with = process_memory().get("RssAnon", 0)
     accelerators = torch.cuda.device_count()
@@ -55,22 +58,24 @@ def describe(recipe: Recipe, slots: int | None, world_size: int | None = None) -
     weights = open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
     text = open_text(recipe, model, notes.append)
-    if isinstance(text.train, PairStream) and (cut := text.train.num_cut(recipe.train.seq_len)):
-        notes.append(f"{cut} pairs are longer than train.seq_len={recipe.train.seq_len} and are cut there")
+    if isinstance(text.train, PairStream) and (count := text.train.num_cut(recipe.train.seq_len)):
+        notes.append(f"{count} pairs are longer than train.seq_len={recipe.train.seq_len} and are cut there")
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
-    seen = survey_model(model, recipe, world_size)
+    if most is not None:
+        cut(model, most)
+    seen = survey_model(model, recipe, world_size, most)
     if seen.failure:
         batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
         flops = _flops_per_token(model, recipe.train.seq_len) / 3 * batch.input_ids.numel()
-        trial = Trial(weights.read, device)
-        seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops)
+        trial = Trial(TiledWeights(weights, model).read, device)
+        seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)
         left_out.append(said)
     windows = text.train.num_windows(recipe.train.seq_len)
     data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    figures = _model_figures(model, seen, recipe, tuple(left_out))
+    figures = replace(_model_figures(model, seen, recipe, tuple(left_out)), most=most)
     optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
     return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
 
@@ -91,6 +96,7 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[
         order=seen.order,
         glue_bytes=seen.glue_bytes,
         loss_bytes=seen.loss_bytes,
+        live_bytes=seen.live_bytes,
         surveyed=not seen.failure,
         demoted=tuple(sorted(seen.demoted)),
         written=tuple(sorted(seen.written)),
@@ -115,6 +121,7 @@ def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
         call_bytes=use.call_bytes,
         saved_bytes=use.saved_bytes,
         output_bytes=use.output_bytes,
+        before_bytes=use.before_bytes,
     )
 
 

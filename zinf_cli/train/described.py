@@ -1,7 +1,7 @@
 """`python -m zinf_cli.train.described`: what the plan needs to know, as torchrun's agent, too, tells the launcher.
 
-The launcher stays light that way. A question is a line of JSON, {"recipe": ..., "slots": N, "world_size": N}, and so
-is an answer; an error is {"error": ...} with its fields (errors.py).
+The launcher stays light that way. A question is a line of JSON, {"recipe": ..., "slots": N, "world_size": N,
+"most": N}, and so is an answer; an error is {"error": ...} with its fields (errors.py).
 
 To look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So the
 answer is kept: as long as the recipe, zinf, torch, transformers, this machine's cores and every file that was looked at
@@ -45,15 +45,15 @@ OLDEST_S = 24 * 3600.0
 """The speed of the machine is part of an answer, and may have been measured in a bad moment."""
 
 
-def answer(recipe: Recipe, slots: int | None, world_size: int | None) -> dict[str, Any]:
+def answer(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None = None) -> dict[str, Any]:
     """The figures of `describe`, which see."""
-    entry = _entry(recipe, slots, world_size)
+    entry = _entry(recipe, slots, world_size, most)
     kept = _kept(entry)
     if kept is not None:
         return kept
     from zinf_cli.train.describe import describe
 
-    figures = describe(recipe, slots, world_size)
+    figures = describe(recipe, slots, world_size, most)
     text = json.dumps(dataclasses.asdict(figures))
     if entry is not None and not figures.data.notes:  # which are said once
         with contextlib.suppress(OSError):
@@ -74,12 +74,12 @@ def _kept(entry: Path | None) -> dict[str, Any] | None:
     return None
 
 
-def _entry(recipe: Recipe, slots: int | None, world_size: int | None) -> Path | None:
+def _entry(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> Path | None:
     """The file that holds the answer, if it was found before; None where it is not to be kept."""
     if accelerators_here():
         return None
     try:
-        return cache_folder("figures") / f"{_key(recipe, slots, world_size)}.json"
+        return cache_folder("figures") / f"{_key(recipe, slots, world_size, most)}.json"
     except (ZinfError, OSError):  # there is something wrong, which `describe` will say
         return None
 
@@ -91,7 +91,7 @@ def _keep(entry: Path, text: str) -> None:
         old.unlink()
 
 
-def _key(recipe: Recipe, slots: int | None, world_size: int | None) -> str:
+def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> str:
     """Of all that the answer follows from."""
     software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
     machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
@@ -99,7 +99,7 @@ def _key(recipe: Recipe, slots: int | None, world_size: int | None) -> str:
     seen = [*_seen(recipe), *(file for text in texts for file in text.files)]
     files = [(str(file), *identity(file)) for file in seen]
     said = [text.line() for text in texts]
-    parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, files, said]
+    parts = [code_digest(), software, machine, dump_recipe(recipe), slots, world_size, most, files, said]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -151,11 +151,12 @@ class Question:
             return _failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
 
     @cached_property
-    def _parts(self) -> tuple[Recipe, int | None, int | None]:
+    def _parts(self) -> tuple[Recipe, int | None, int | None, int | None]:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(self._asked["recipe"])
             file.flush()
-            return load_recipe(Path(file.name)), self._asked["slots"], self._asked["world_size"]
+            asked = self._asked
+            return load_recipe(Path(file.name)), asked["slots"], asked["world_size"], asked["most"]
 
     def _say(self, document: Mapping[str, Any]) -> None:
         print(json.dumps(document), file=self._out, flush=True)

@@ -104,8 +104,10 @@ class _Weights:
         return self._groups(lambda name: self.reader.param(name).to(self._dtypes[name]))
 
     def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
-        for unit in self.reader.manifest.units:
-            names = [param.name for flat in unit.flats for param in flat.params]
+        seen: set[str] = set()
+        for unit in self.reader.manifest.units:  # several may hold tiles of one parameter
+            names = [param.name for flat in unit.flats for param in flat.params if param.name not in seen]
+            seen.update(names)
             yield self._published({self._stored_as[name]: value_of(name) for name in names})
         persistent = self._model.state_dict().keys()
         yield self._published({name: value for name, value in self._model.named_buffers() if name in persistent})

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from zinf_cli.engine.engine import Engine, EngineOptions
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
@@ -15,6 +16,7 @@ from zinf_cli.trace import Trace
 from zinf_cli.train.setup import model_source, open_model, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.surveyed import units_of
+from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 
 
@@ -23,7 +25,7 @@ def open_engine(
 ) -> tuple[Engine, torch.nn.Module, WeightSource]:
     """The model with room for its state on the plan's tiers, and where its first weights come from."""
     model = open_model(recipe, plan.precision)
-    weights = open_weights(model, model_source(recipe))
+    weights = TiledWeights(open_weights(model, model_source(recipe)), model)
     load_buffers(model, model_source(recipe))
     found = plan.figures.model
     place_buffers(model, device)
@@ -46,6 +48,7 @@ def open_engine(
         kept_units=frozenset(plan.kept_units),
         cached_units=frozenset(plan.cached_units),
         cached_states=frozenset(plan.cached_states),
+        glue_leaves=found.most is not None,
         speculate=plan.update == "speculative",
     )
     engine = Engine(

@@ -55,6 +55,10 @@ class RandomWeights:
             drawn.update((source, values[source]) for source in sources.values() if source in values)
         return {name: drawn[source] for name, source in sources.items()}
 
+    def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """See RangedWeights."""
+        return self.read([name])[name].reshape(-1)[first:last]
+
     def _draw(self, subtree: str) -> dict[str, torch.Tensor]:
         seed = derived_seed(self._seed, subtree)
         above = list(_path(self._skeleton, subtree))

@@ -10,6 +10,7 @@ from torch import nn
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
+from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.plan.layout import ModelFigures
@@ -32,15 +33,25 @@ TRIED = (
 GUESSED = "what the model's activations take is guessed, and generously, since "
 
 
-def survey_model(model: nn.Module, recipe: Recipe, world_size: int) -> Survey:
-    """The units of `model`, and what one micro-batch of no values moves through them, if it can do without."""
+def survey_model(model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None) -> Survey:
+    """The units of `model`, and what one micro-batch of no values moves through them, if it can do without.
+
+    Of a model that was cut, `most` is the largest number of elements of a part.
+    """
     ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    return survey(model, partial(model_loss, model, ids, ids, attention), world_size, side=CapturedOutputs())
+    return survey(model, partial(model_loss, model, ids, ids, attention), world_size, side=CapturedOutputs(), most=most)
 
 
 def survey_on_data(
-    model: nn.Module, recipe: Recipe, world_size: int, dry: Survey, batch: Batch, trial: Trial, flops: float
+    model: nn.Module,
+    recipe: Recipe,
+    world_size: int,
+    dry: Survey,
+    batch: Batch,
+    trial: Trial,
+    flops: float,
+    most: int | None = None,
 ) -> tuple[Survey, str]:
     """What a `dry` survey that failed left open, and what the plan says of it; `flops` are those of a forward."""
     why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
@@ -48,7 +59,7 @@ def survey_on_data(
         load_buffers(model, model_source(recipe))
         given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
         forward = partial(model_loss, model, *(tensor.to(trial.device) for tensor in given))
-        seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs())
+        seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs(), most)
         return_free_memory()
         if trial.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -66,6 +77,8 @@ def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
 
 
 def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[UnitLayout, ...]:
-    """The units that a survey found, from what the plan has of it."""
-    units = discover(model, world_size, frozenset(figures.demoted))
+    """The units that a survey found, from what the plan has of it; the model is cut as the plan says."""
+    if figures.most is not None:
+        cut(model, figures.most)
+    units = discover(model, world_size, frozenset(figures.demoted), figures.most)
     return bounded(units, {name: (least, most) for name, least, most in figures.bounds})

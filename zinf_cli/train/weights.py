@@ -49,7 +49,14 @@ class WeightSource(Protocol):
         """
 
 
-def open_weights(model: nn.Module, source: ModelSource, notice: Callable[[str], None] = lambda _: None) -> WeightSource:
+class RangedWeights(WeightSource, Protocol):
+    def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Elements [first, last) of a parameter, flat."""
+
+
+def open_weights(
+    model: nn.Module, source: ModelSource, notice: Callable[[str], None] = lambda _: None
+) -> RangedWeights:
     """The weights of a model from `build_model(source)`, which keeps its parameters on the meta device.
 
     A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing or misshaped. Tensors
@@ -105,6 +112,10 @@ class PretrainedWeights:
                     copies[stored_name] = converted[id(conversion)][stored_name]
                 values.update(self._agreed(name, copies))
         return values
+
+    def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
+        """See RangedWeights; a view of a mapped file, unless a conversion made the parameter."""
+        return self.read([name])[name].reshape(-1)[first:last]
 
     def _agreed(self, name: str, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not copies:

@@ -70,6 +70,8 @@ class Activations:
         self._staging = staging
         self.wait = wait
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
+        self.ahead: list[Parcel] = []
+        """What was prefetched and is not in use yet, what is needed last at the end."""
 
     def keeps(self, num_bytes: int) -> bool:
         """Whether a tensor of this size stays where it is."""
@@ -94,9 +96,13 @@ class Activations:
         return [Offloaded(parcel, start, t.shape, t.dtype) for t, start in zip(tensors, starts, strict=False)]
 
     def take(self, num_bytes: int) -> Buffer:
-        """A staging buffer, waiting for the oldest writes where none is free."""
+        """A staging buffer. Where none is free, it waits for the oldest writes, and lets go of what was read ahead."""
         buffer = self.try_take(num_bytes)
         while buffer is None:
+            if not self._leaving and self.ahead:
+                self.ahead[-1].evict()
+                buffer = self.try_take(num_bytes)
+                continue
             if not self._leaving:
                 assert self._staging is not None
                 raise CapacityError(
@@ -128,14 +134,33 @@ class Parcel:
         self._extent: Extent | None = extent
         self._buffer: Buffer | None = None
         self._read: Transfer | None = None
+        self._held = False
 
     def prefetch(self) -> bool:
         if self._read is None and self._extent is not None:
             self._start(self._home.try_take(self._extent.num_bytes))
+            if self._read is not None:
+                self._home.ahead.append(self)
         return self._read is not None
 
     def get(self) -> torch.Tensor:
-        """Its bytes."""
+        """Its bytes, which stay until it is evicted or freed."""
+        self._held = True
+        if self in self._home.ahead:
+            self._home.ahead.remove(self)
+        return self._bytes()
+
+    def peek(self) -> torch.Tensor:
+        """Its bytes; a copy of them, unless they stay."""
+        if self._held:
+            return self._bytes()
+        coming = self._read is not None
+        copy = self._bytes().clone()
+        if not coming:
+            self.evict()
+        return copy
+
+    def _bytes(self) -> torch.Tensor:
         assert self._extent is not None
         if self._read is None:
             self._start(self._home.take(self._extent.num_bytes))
@@ -145,6 +170,9 @@ class Parcel:
         return self._buffer.data
 
     def evict(self) -> None:
+        self._held = False
+        if self in self._home.ahead:
+            self._home.ahead.remove(self)
         if self._read is not None and self._buffer is not None:
             self._home.wait(self._read)
             self._buffer.free()
@@ -178,6 +206,10 @@ class Offloaded:
 
     def get(self) -> torch.Tensor:
         return _part(self.parcel.get(), self._start, self._shape, self._dtype)
+
+    def peek(self) -> torch.Tensor:
+        """The tensor; a copy, unless the parcel stays."""
+        return _part(self.parcel.peek(), self._start, self._shape, self._dtype)
 
 
 def _part(data: torch.Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -1,27 +1,29 @@
-"""What a unit's graph saves for backward, packed so that the graph can outlive the visit that made it.
+"""What autograd saves for backward, packed so that it needs no memory of the compute device meanwhile.
 
 A unit whose activations are kept runs its forward once, with grad. While it runs, autograd hands over every tensor it
 saves (torch.autograd.graph.saved_tensors_hooks). A weight is packed as a window into its parameter, whose bytes are
 back in the backward visit, probably elsewhere. All else is an activation: it stays, or goes to its tier when the
 forward is over, each storage once and all of a call in a few large transfers, and comes back with the strides it had.
+
+So does what a micro-batch's glue saves between two units: it is sent while the micro-batch waits at the second one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from zinf_cli.engine.compute.activations import PARCEL, Activations, Kept, Offloaded, Saved
+from zinf_cli.engine.compute.activations import PARCEL, Activations, Kept, Offloaded, Parcel, Saved
 
 _Unpack = Callable[[], torch.Tensor]
 
 
 class Keeper:
-    """Packs what one call of a unit saves; `saved` is what has to be brought back for its backward.
+    """Packs what one call of a unit saves, or the glue of one micro-batch.
 
     `params` are the unit's, bound now and in its backward; `present` are tensors that stay where they are until then.
     """
@@ -35,27 +37,38 @@ class Keeper:
         self._present: set[int] = set()
         self.add_present(present)
         self._leaving: dict[int, _Storage] = {}
-        self.saved: list[Saved] = []
+        self._sent: dict[int, tuple[StorageWeakRef, _Storage]] = {}
+        """By storage, as long as that lives: what is saved again is not sent again."""
+        self._again: dict[int, Saved] = {}
+        """Parcels sent before of which something was saved again."""
 
     def add_present(self, tensors: Iterable[torch.Tensor]) -> None:
         self._present.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """The time of the unit's forward."""
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-            yield
+    def packing(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context, in the thread that computes, in which autograd saves here."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def send(self) -> tuple[list[Saved], list[Saved]]:
+        """Send off what was saved since the last time.
+
+        Returns the parcels, and those sent before that it needs as well.
+        """
+        again, self._again = list(self._again.values()), {}
+        sent: list[Saved] = []
+        self._sent = {key: (alive, kept) for key, (alive, kept) in self._sent.items() if not alive.expired()}
         together: list[_Storage] = []
         num_bytes = 0
         for storage in self._leaving.values():
             if together and num_bytes + storage.num_bytes > PARCEL:
-                self._send(together)
+                sent.append(self._send(together))
                 together, num_bytes = [], 0
             together.append(storage)
             num_bytes += storage.num_bytes
         if together:
-            self._send(together)
+            sent.append(self._send(together))
         self._leaving.clear()
+        return sent, again
 
     def _pack(self, tensor: torch.Tensor) -> _Unpack:
         for begin, end, param in self._params:
@@ -65,15 +78,24 @@ class Keeper:
         storage = tensor.untyped_storage()
         if storage._cdata in self._present or self._activations.keeps(storage.nbytes()):
             return Kept(tensor).get
-        if storage._cdata not in self._leaving:
-            self._leaving[storage._cdata] = _Storage(tensor)
-        return _Window(self._leaving[storage._cdata].get, tensor, int(tensor.storage_offset()))
+        return _Window(self._kept(tensor, storage).get, tensor, int(tensor.storage_offset()))
 
-    def _send(self, storages: Sequence[_Storage]) -> None:
+    def _kept(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Storage:
+        alive, sent = self._sent.get(storage._cdata, (None, None))
+        if alive is not None and sent is not None and not alive.expired() and sent.is_as_saved(tensor):
+            if sent.home is not None:
+                self._again[id(sent.home.parcel)] = sent.home.parcel
+            return sent
+        kept = _Storage(tensor)
+        self._leaving[storage._cdata] = kept
+        self._sent[storage._cdata] = StorageWeakRef(storage), kept
+        return kept
+
+    def _send(self, storages: Sequence[_Storage]) -> Parcel:
         parts = self._activations.save_together([storage.get() for storage in storages], self._label)
         for storage, part in zip(storages, parts, strict=True):
             storage.move_to(part)
-        self.saved.append(parts[0].parcel)
+        return parts[0].parcel
 
 
 class _Storage:
@@ -81,19 +103,24 @@ class _Storage:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.num_bytes = tensor.untyped_storage().nbytes()
+        self._version = tensor._version
         self._tensor: Kept | None = Kept(tensor)
-        self._home: Offloaded | None = None
+        self.home: Offloaded | None = None
+
+    def is_as_saved(self, tensor: torch.Tensor) -> bool:
+        """Whether nothing has changed the storage, which is the tensor's, since it was saved."""
+        return tensor._version == self._version
 
     def get(self) -> torch.Tensor:
         """All of them, as uint8."""
-        if self._home is not None:
-            return self._home.get()
+        if self.home is not None:
+            return self.home.peek()
         assert self._tensor is not None
         tensor = self._tensor.get()
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
     def move_to(self, home: Offloaded) -> None:
-        self._tensor, self._home = None, home
+        self._tensor, self.home = None, home
 
 
 class _Window:

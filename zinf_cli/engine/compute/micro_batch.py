@@ -16,6 +16,7 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,8 +87,11 @@ class MicroBatchThread:
         self._thread = threading.Thread(target=self._loop, name=f"micro-batch-{number}", daemon=True)
         self._thread.start()
 
-    def start(self, forward: Callable[[], torch.Tensor], *, grad: bool) -> UnitCall | Finished:
-        return self._hand_over((forward, grad))
+    def start(
+        self, forward: Callable[[], torch.Tensor], *, grad: bool, within: AbstractContextManager[Any] | None = None
+    ) -> UnitCall | Finished:
+        """Run `forward` in the thread, within a context of that thread."""
+        return self._hand_over((forward, grad, within or nullcontext()))
 
     def resume(self, outputs: Any) -> UnitCall | Finished:
         return self._hand_over(outputs)
@@ -119,14 +123,14 @@ class MicroBatchThread:
             if hasattr(_symbols, limit):
                 getattr(_symbols, limit)(1)
         while (job := self._inbox.get()) is not None:
-            forward, grad = job
+            forward, grad, within = job
             answer: Finished | _Failed
             try:
-                with torch.set_grad_enabled(grad):
+                with torch.set_grad_enabled(grad), within:
                     answer = Finished(forward())
             except BaseException as error:
                 answer = _Failed(error)
-            del job, forward
+            del job, forward, within
             self._outbox.put(answer)
             del answer
 

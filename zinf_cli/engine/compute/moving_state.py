@@ -27,12 +27,15 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.compute.carriers import Carrier, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.units.tiles import TiledWeight
 
 _ASIDE = frozenset({*vars(nn.Module()), "forward"})
 _NONE = object()
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 _VARIABLES = (bool, int, float, type(None), torch.Tensor, list, dict, set, deque, np.ndarray, torch.Generator)
 """What a class or a variable beside it holds where it is state, and no function, module or class."""
+
+_WEIGHTS = (nn.Parameter, TiledWeight)
 
 _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
     torch.Generator: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
@@ -167,7 +170,7 @@ def _held(value: Any, seen: set[int], known: _States) -> _Held:
             ahead.extend(reversed(part))
         elif kind is MethodType:
             ahead.append(part.__self__)
-        elif isinstance(part, torch.Tensor) and (isinstance(part, nn.Parameter) or part.grad_fn is not None):
+        elif isinstance(part, torch.Tensor) and (isinstance(part, _WEIGHTS) or part.grad_fn is not None):
             continue  # the one moves by updates alone; the other is of one call
         elif (stateful := _stateful(part)) is not None:
             seen.add(id(part))
@@ -243,7 +246,7 @@ def _spaces(model: nn.Module) -> Iterator[tuple[str, _Space]]:
     kinds: dict[type, None] = {}
     for path, module in model.named_modules():
         for kind in type(module).__mro__ if type(module) not in kinds else ():
-            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "transformers"):
+            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "transformers", "zinf_cli"):
                 kinds.setdefault(kind)
         yield path, _Space(partial(_both, module), partial(_set, module))
     for kind in kinds:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from zinf_cli.engine.compute.meta_answers import answer_of
 from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
+from zinf_cli.engine.units.tiles import TiledWeight, computed_by_tiles
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
@@ -43,6 +44,8 @@ class UnitUse:
     saved_bytes: int = 0
     """What autograd saves inside the unit, in whole pages, without weights and what is there anyway."""
     output_bytes: int = 0
+    before_bytes: int = 0
+    """What autograd saves between the unit that was called before and this one, at most, in whole pages."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Survey:
     """What autograd saves between units, the part after the last unit (the loss) excepted."""
     loss_bytes: int = 0
     """What autograd saves after the last unit."""
+    live_bytes: int = 0
+    """What lies between units while one of them is called, at most."""
     written: frozenset[str] = frozenset()
     """Parameters that the forward itself writes to, by name, but for clamps: see constant_weights.py."""
     demoted: frozenset[str] = frozenset()
@@ -71,7 +76,8 @@ class Survey:
             return round_up(int(num_bytes * factor))
 
         uses = {number: UnitUse(*map(more, astuple(use))) for number, use in self.uses.items()}
-        return replace(self, uses=uses, glue_bytes=more(self.glue_bytes), loss_bytes=more(self.loss_bytes))
+        glue, loss, live = map(more, (self.glue_bytes, self.loss_bytes, self.live_bytes))
+        return replace(self, uses=uses, glue_bytes=glue, loss_bytes=loss, live_bytes=live)
 
 
 def survey(
@@ -81,6 +87,7 @@ def survey(
     trial: Trial | None = None,
     demoted: frozenset[str] = frozenset(),
     side: SideOutputs | None = None,
+    most: int | None = None,
 ) -> Survey:
     """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
 
@@ -88,11 +95,12 @@ def survey(
     `demoted` names some of them beforehand. A unit that is neither called nor read, such as a part for images, stays
     where it is. With a `trial`, `forward()` computes on its device, with real weights. ModelError where the loss
     depends on what goes past the arguments and results of a unit (leaks.py), those of `side` excepted.
+    Of a model that was cut (tiles.py), `most` is the largest number of elements of a part.
     """
     trained = _trained(model)
     state = MovingState(model)
     while True:
-        units = discover(model, world_size, demoted)
+        units = discover(model, world_size, demoted, most)
         state.begin()
         with ExitStack() as undo:
             undo.callback(state.put_back)
@@ -116,7 +124,8 @@ def survey(
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
             return Survey(units, order, written=written, demoted=demoted, failure=failure)
         watch.calls.check(loss)
-        return Survey(units, tuple(watch.order), watch.uses, watch.glue_bytes, watch.tail_bytes, written, demoted)
+        sizes = watch.glue_bytes, watch.tail_bytes, watch.live_bytes
+        return Survey(units, tuple(watch.order), watch.uses, *sizes, written, demoted)
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -141,6 +150,9 @@ class _Watch(TorchFunctionMode):
         self.misused: set[str] = set()
         self.glue_bytes = 0
         self.tail_bytes = 0
+        self.live_bytes = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        """Storages that were made between units, and their bytes."""
         self._model = model
         self._units = units
         self._weights = weights
@@ -162,10 +174,13 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._binding:
             return func(*args, **(kwargs or {}))
+        if (by_tiles := computed_by_tiles(func, types)) is not None:
+            with self:
+                return by_tiles(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
-                owner = self._owner.get(storage_of(leaf)) if isinstance(leaf, torch.Tensor) else None
+                owner = self._owner.get(storage_of(leaf)) if _is_state(leaf) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
         if name == "register_hook" and not self._active:
@@ -175,9 +190,10 @@ class _Watch(TorchFunctionMode):
             )
         self.writes.see(func, args, kwargs or {})
         answer = answer_of(name, func, args, kwargs or {})
-        if answer is not NotImplemented:
-            return answer
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {})) if answer is NotImplemented else answer
+        if not self._active:
+            self._note_live(pytree.tree_leaves(result))
+        return result
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -227,8 +243,10 @@ class _Watch(TorchFunctionMode):
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
         self.order.append(number)
+        use.before_bytes = max(use.before_bytes, self.tail_bytes)
         self.glue_bytes += self.tail_bytes
         self.tail_bytes = 0
+        self._count_live()
         self._active.append(number)
         try:
             with self._bound(number), self.calls.of(self._units[number].name):
@@ -244,6 +262,7 @@ class _Watch(TorchFunctionMode):
         added = left.added_since(before)
         leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
         use.output_bytes += sum(t.numel() * t.element_size() for t in leaves)
+        self._note_live(leaves)
         back = {id(entered[key]): tensor for key, tensor in inputs.items()}
         back |= {id(tensor): _as_emitted(tensor) for tensor in added}
         left.put(lambda value: back.get(id(value), value))
@@ -281,6 +300,19 @@ class _Watch(TorchFunctionMode):
             self._seen.add(storage_of(tensor))
             self._known.append(StorageWeakRef(tensor.untyped_storage()))
 
+    def _note_live(self, values: Iterable[Any]) -> None:
+        """What a micro-batch holds between units, as long as something refers to it."""
+        for value in values:
+            if not _is_state(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):  # vmap's have no storage
+                continue
+            if (key := storage_of(value)) not in self._live and key not in self._seen:
+                storage = value.untyped_storage()
+                self._live[key] = (StorageWeakRef(storage), storage.nbytes())
+
+    def _count_live(self) -> None:
+        self._live = {key: held for key, held in self._live.items() if not held[0].expired()}
+        self.live_bytes = max(self.live_bytes, sum(num_bytes for _, num_bytes in self._live.values()))
+
     def _is_new(self, tensor: torch.Tensor) -> bool:
         """Whether no unit has taken this tensor before: the tape keeps it once."""
         edge = torch.autograd.graph.get_gradient_edge(tensor)
@@ -300,8 +332,8 @@ class _Watch(TorchFunctionMode):
                 self._saved.add(storage)
                 self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
             else:
-                self.tail_bytes += num_bytes
-        return tensor if tensor.is_meta else None
+                self.tail_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _as_emitted(leaf: Any) -> Any:
@@ -309,6 +341,10 @@ def _as_emitted(leaf: Any) -> Any:
     if not differentiable(leaf) or not torch.is_grad_enabled():
         return leaf
     return through_door(leaf if leaf.requires_grad else leaf.detach().requires_grad_())
+
+
+def _is_state(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and not isinstance(value, TiledWeight)
 
 
 @contextmanager
@@ -322,7 +358,7 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         for module, _ in modules:
             for owner in (module._buffers, module.__dict__):
-                tensors = {n: value for n, value in owner.items() if isinstance(value, torch.Tensor)}
+                tensors = {n: value for n, value in owner.items() if _is_state(value)}
                 owner.update({n: value.to(device, copy=True) for n, value in tensors.items()})
         with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
             yield

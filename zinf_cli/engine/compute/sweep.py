@@ -55,9 +55,11 @@ class Sweep:
         order: Sequence[int] | None,
         kept: frozenset[int],
         state: MovingState,
+        glue_leaves: Sequence[torch.Tensor] | None,
         trace: Trace,
     ) -> None:
-        """`order`: the units a forward calls, if it is known; `kept`: those whose activations are not recomputed."""
+        """`order`: the units a forward calls, if it is known; `kept`: those whose activations are not recomputed;
+        `glue_leaves`: what glue saves goes to the tier of activations, but for these tensors; None: it stays."""
         self._pipeline = pipeline
         self._ranks = pipeline.ranks
         self._units = pipeline.units
@@ -66,6 +68,7 @@ class Sweep:
         self._kept = kept
         self._state = state
         self._trace = trace
+        self._staying = glue_leaves
         self._members: list[SweepMember] = []
         self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
         """Of the first steps, one each: that recomputes repeat what they repeat; before that, of a model that no survey
@@ -214,6 +217,12 @@ class Sweep:
     def _resident_params(self) -> list[torch.nn.Parameter]:
         return [] if self._resident is None else list(self._units[self._resident].params)
 
+    def _glue_keeper(self) -> Keeper | None:
+        """What packs what a micro-batch's glue saves, where that leaves the compute device's memory."""
+        if self._staying is None:
+            return None
+        return Keeper(self._activations, (), [*self._staying, *self._resident_params()], "glue")
+
     def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Forward, loss and backward of the last unit, one micro-batch after another.
 
@@ -340,6 +349,7 @@ class Sweep:
                     self._state,
                     trainable=self._trainable,
                     compare=self._checks[:1] == ["recompute"],
+                    glue=self._glue_keeper() if grad else None,
                 )
                 at_home = self._resident_params() if self._checks[:1] == ["leaks"] else None
                 member.start(batch, tape, grad=grad, at_home=at_home)

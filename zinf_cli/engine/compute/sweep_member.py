@@ -10,7 +10,8 @@ import torch
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.leaks import check_between
 from zinf_cli.engine.compute.micro_batch import Finished, MicroBatchThread, UnitCall
-from zinf_cli.engine.compute.tape import RngState, Tape
+from zinf_cli.engine.compute.record import RngState
+from zinf_cli.engine.compute.tape import Tape
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class SweepMember:
         """Go to the first unit. With the weights that are `at_home` between units, leaks are looked for (leaks.py)."""
         self.batch, self.tape, self._at_home = batch, tape, at_home
         torch.manual_seed(batch.seed)
-        self.at = self.thread.start(batch.forward, grad=grad)
+        within = tape.glue.packing() if grad and tape.glue is not None else None
+        self._goes_on(self.thread.start(batch.forward, grad=grad, within=within))
         self._rng = RngState(self._device)
 
     def pass_unit(self, name: str, *, hot: bool = False, keeper: Keeper | None = None) -> None:
@@ -54,8 +56,13 @@ class SweepMember:
         outputs = self.tape.forward(self.at, name, hot=hot or seen, keeper=keeper)
         if seen and len(self.tape.records) > num_records:
             self.tape.cool(name)
-        self.at = self.thread.resume(outputs)
+        self._goes_on(self.thread.resume(outputs))
         self._rng = RngState(self._device)
+
+    def _goes_on(self, to: UnitCall | Finished) -> None:
+        self.at = to
+        if isinstance(to, UnitCall):
+            self.tape.send_glue()
 
     @property
     def called(self) -> int | None:

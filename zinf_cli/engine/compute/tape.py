@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,123 +26,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.compute.activations import Activations, Saved
-from zinf_cli.engine.compute.carriers import Carrier, Reach, differentiable, opened, parts_of
+from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
-from zinf_cli.engine.compute.moving_state import Moment, MovingState
+from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
+from zinf_cli.engine.compute.record import GlueTensor, Graph, Record, RngState
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
-
-_Edge = torch.autograd.graph.GradientEdge
-
-
-class RngState:
-    """The CPU's and the device's random state."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-
-@dataclass
-class GlueTensor:
-    """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
-
-    edge: _Edge
-    first_record: int
-    saved: Saved | None = None
-    """Where a consumer will be recomputed."""
-    grad: torch.Tensor | None = None
-
-    def add_grad(self, grad: torch.Tensor | None) -> None:
-        if grad is not None:
-            self.grad = grad if self.grad is None else self.grad + grad
-
-
-@dataclass
-class Graph:
-    """A unit's forward with grad, ready for its backward."""
-
-    inputs: list[tuple[GlueTensor, torch.Tensor]]
-    outputs: list[_Edge | None]
-
-
-@dataclass
-class Record:
-    """One call of a unit by one micro-batch."""
-
-    number: int
-    label: str
-    call: UnitCall
-    leaves: list[Any]
-    """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
-    spec: pytree.TreeSpec
-    rng: RngState
-    moment: Moment | None = None
-    """What the places that move in the model held, for the recompute."""
-    carriers: list[Carrier] = field(default_factory=list)
-    """Objects among the leaves and what they held before the call, glue tensors standing in for tensors."""
-    output_grads: list[torch.Tensor | None] = field(default_factory=list)
-    graph: Graph | None = None
-    added: list[torch.Tensor] = field(default_factory=list)
-    """What its forward has left in objects, until it enters the glue."""
-    kept: list[Saved] = field(default_factory=list)
-    """What the graph needs back on the device."""
-    results: list[torch.Tensor] | None = None
-    """Some values of what its forward returned, for the recompute to compare with (recompute.py)."""
-    shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
-    """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
-
-    def needs(self) -> list[Saved]:
-        """What its backward needs back on the device."""
-        if self.graph is not None:
-            return self.kept
-        return [glue.saved for glue in self.glue_inputs() if glue.saved is not None]
-
-    def glue_inputs(self) -> list[GlueTensor]:
-        return list({id(leaf): leaf for leaf in self._taken() if isinstance(leaf, GlueTensor)}.values())
-
-    def plain_inputs(self) -> list[torch.Tensor]:
-        """What it keeps of tensors without a gradient."""
-        return [leaf for leaf in self._taken() if isinstance(leaf, torch.Tensor)]
-
-    def _taken(self) -> Iterator[Any]:
-        yield from self.leaves
-        for carrier in self.carriers:
-            for value in carrier.held.values():
-                yield from parts_of(value)
-
-    def free_inputs(self) -> None:
-        """The graph goes on without their values, which an output may have shared."""
-        assert self.graph is not None
-        for _, leaf in self.graph.inputs:
-            leaf.data = leaf.new_empty(1).expand(leaf.shape)
-
-    def check_shared(self) -> None:
-        """An operation in place on one is unknown to the graph of the other."""
-        if any(version_of() != version for version_of, version in self.shared):
-            raise ModelError(
-                "the model changes a layer's result in place, and another tensor shares its memory",
-                hint="a layer that returns its input, or one tensor twice, has to return a copy",
-            )
-
-    def free(self) -> None:
-        """Of the graph, and what it saved."""
-        self.graph = None
-        for saved in self.kept:
-            saved.free()
-
-    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
-        if grad is not None:
-            before = self.output_grads[index]
-            self.output_grads[index] = grad if before is None else before + grad
 
 
 class Emit(torch.autograd.Function):
@@ -173,7 +63,9 @@ class Tape:
         *,
         trainable: set[int],
         compare: bool = False,
+        glue: Keeper | None = None,
     ) -> None:
+        """`glue` packs what the code between units saves, in the micro-batch's thread."""
         self._device = device
         self._activations = activations
         self._state = state
@@ -181,6 +73,9 @@ class Tape:
         self._compare = compare
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
+        self.glue = glue
+        self._between: tuple[list[Saved], list[Saved]] = ([], [])
+        """What the glue has saved since the last record, and what it needs beside that."""
         self.records: list[Record] = []
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
@@ -196,6 +91,7 @@ class Tape:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
         record = Record(len(self.records), label, call, [], spec, RngState(self._device))
+        (record.before, record.before_again), self._between = self._between, ([], [])
         if self._state.moving and keeper is None:
             record.moment = self._state.moment()
         versions = [tensor._version for tensor in tensors]
@@ -217,6 +113,12 @@ class Tape:
         if keeper is not None:
             record.free_inputs()
         return emitted
+
+    def send_glue(self) -> None:
+        """Let what the glue has saved go to its tier: the micro-batch waits at a unit."""
+        if self.glue is not None:
+            for parcels, more in zip(self._between, self.glue.send(), strict=True):
+                parcels += more
 
     def backward(self, record: Record) -> None:
         """Backward of the newest record, into p.grad of the bound unit and into the glue before it."""
@@ -248,11 +150,14 @@ class Tape:
             if now is not None:
                 self._state.go_to(now)
         self.records.pop().free()
+        for saved in (*record.before, *record.before_again):
+            saved.get()
         for glue in record.glue_inputs():
             if glue.first_record == record.number:
                 self._glue_backward(glue)
             elif glue.saved is not None:
                 glue.saved.evict()
+        record.free_before()
 
     def prefetch(self) -> bool:
         """Start bringing back what the newest record needs; False when there was no room."""
@@ -273,6 +178,10 @@ class Tape:
                 glue.saved.free()
         for record in self.records:
             record.free()
+            record.free_before()
+        for saved in self._between[0]:
+            saved.free()
+        self._between = ([], [])
         self._glue.clear()
         self.records.clear()
 
@@ -309,9 +218,9 @@ class Tape:
         if keeper is None:
             return self._run(record, values, grad=grad)
         keeper.add_present(record.plain_inputs())
-        with keeper.keeping():
+        with keeper.packing():
             done = self._run(record, values)
-        record.kept = keeper.saved
+        record.kept, _ = keeper.send()
         return done
 
     def _run(

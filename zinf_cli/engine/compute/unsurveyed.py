@@ -46,7 +46,7 @@ def guessed(model: nn.Module, seen: Survey, sequences: int, seq_len: int) -> Sur
     loss = SCORES * tokens * vocabulary * 4
     glue = NORMS * state + sum(unit.num_bytes for unit in seen.units if unit.resident)
     written = frozenset(place.name for unit in seen.units for place in unit.params() if place.bounds is None)
-    return replace(seen, uses=uses, glue_bytes=glue, loss_bytes=loss, written=written)
+    return replace(seen, uses=uses, glue_bytes=glue, loss_bytes=loss, live_bytes=glue, written=written)
 
 
 def _widths(unit: UnitLayout) -> Iterator[int]:

@@ -33,8 +33,8 @@ class StateSource(Protocol):
         `field` is the name in a checkpoint. DamagedError where checksums do not match.
         """
 
-    def updates(self, name: str) -> int:
-        """How often the parameter has been updated."""
+    def updates(self, name: str, first: int) -> int:
+        """How often the parameter has been updated, at its element `first`."""
 
 
 def fields_of(unit: Unit) -> Iterator[tuple[Flat, Field, Extent]]:
@@ -107,7 +107,8 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
     """Fill every unit's slices from `source`. No buffer may be in use. TierError where a write failed."""
     writes: deque[tuple[Transfer, Buffer]] = deque()
     for unit in units:
-        unit.life.resume([source.updates(place.name) for flat in unit.trained for place in flat.layout.params])
+        trained = [place for flat in unit.trained for place in flat.layout.params]
+        unit.life.resume([source.updates(place.origin, place.first) for place in trained])
         for flat, field, extent in fields_of(unit):
             dtype = flat.dtype_of(field)
             rounded = flat.slice if field == MASTER else None
@@ -130,8 +131,9 @@ def _gather(
     for place in layout.params:
         first, last = overlap(place, base, base + numel)
         if first < last:
+            begin_there = first - place.offset + place.first
             values[first - base : last - base] = source.read(
-                place.name, field, first - place.offset, last - place.offset
+                place.origin, field, begin_there, begin_there + last - first
             )
     return values
 

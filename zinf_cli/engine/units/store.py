@@ -17,6 +17,7 @@ from torch import nn
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.life import FlatLife, Life
+from zinf_cli.engine.units.tiles import move_tiled
 from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.model_state import FROZEN, GRAD, MASTER, PARAM, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
@@ -288,3 +289,4 @@ def to_placeholders(model: nn.Module, device: torch.device) -> None:
                 fresh[id(old)] = new
                 fresh[id(new)] = new
             module._parameters[name] = fresh[id(old)]
+    move_tiled(model, device)

@@ -8,6 +8,9 @@ A unit has a flat for its trained parameters and one for its frozen ones. Where 
 dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own. Every parameter starts at a multiple
 of ALIGN elements, so that kernels see the alignment that torch's allocator gives. A flat is padded so that it cuts into
 world_size equal slices, each of whole pages in any dtype.
+
+A block that is larger than a part may be is taken apart: its own modules become units, down to single matrices, and
+tiles of them (tiles.py). Norms and biases of such a block are resident.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zinf_cli.engine.units.tiles import Part, Tile
 from zinf_cli.model_state import SLICE_MULTIPLE
 
 ALIGN = 128
@@ -35,10 +39,22 @@ class ParamLayout:
     offset: int
     bounds: tuple[float | None, float | None] | None = None
     """Least and most that the model's own forward lets it be (written_weights.py)."""
+    part: Part | None = None
+    """Where it lies in a larger parameter, if it is a tile of one."""
 
     @property
     def numel(self) -> int:
         return self.shape.numel()
+
+    @property
+    def origin(self) -> str:
+        """The parameter in the model as it was before it was cut: what a checkpoint knows it by."""
+        return self.name if self.part is None else self.part.name
+
+    @property
+    def first(self) -> int:
+        """The element of it with which this one begins."""
+        return 0 if self.part is None else self.part.first
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         """The parameter's own shape, as a view of a whole flat."""
@@ -89,14 +105,18 @@ class UnitLayout:
             yield from flat.params
 
 
-def discover(model: nn.Module, world_size: int, demoted: frozenset[str] = frozenset()) -> tuple[UnitLayout, ...]:
+def discover(
+    model: nn.Module, world_size: int, demoted: frozenset[str] = frozenset(), most: int | None = None
+) -> tuple[UnitLayout, ...]:
     """The units of a model (any device, meta included), in module order; the resident unit last, if there is one.
 
-    `demoted` names modules whose parameters are used outside of their own forward: they become resident.
+    `demoted` names modules whose parameters are used outside of their own forward: they become resident. A block of
+    more than `most` elements is taken apart.
     """
-    groups = _merge_shared([(name, module) for name, module in _candidates(model) if name not in demoted])
+    groups = _merge_shared([(name, module) for name, module in _candidates(model, most) if name not in demoted])
     names = {id(param): name for name, param in model.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
+    parts = {id(tile.weight): tile.part for tile in model.modules() if isinstance(tile, Tile)}
     taken: dict[int, int] = {}
     for number, group in enumerate(groups):
         for _, module in group:
@@ -109,20 +129,21 @@ def discover(model: nn.Module, world_size: int, demoted: frozenset[str] = frozen
         params = [p for p in model.parameters() if taken.get(id(p)) == number]
         if params:
             paths = tuple(name for name, _ in group)
-            units.append(UnitLayout(paths[0], paths, _flats(params, names, order, world_size)))
+            units.append(UnitLayout(paths[0], paths, _flats(params, names, order, parts, world_size)))
     rest = [p for p in model.parameters() if id(p) not in taken]
     if rest:
-        units.append(UnitLayout(RESIDENT, (), _flats(rest, names, order, world_size)))
+        units.append(UnitLayout(RESIDENT, (), _flats(rest, names, order, parts, world_size)))
     return tuple(units)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module, most: int | None) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of list elements and of leaf modules with a weight of two or more dimensions."""
 
     def walk(path: str, module: nn.Module, *, in_list: bool) -> Iterator[tuple[str, nn.Module]]:
         is_list = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         has_children = any(True for _ in module.children())
-        if is_list or (has_children and not in_list):
+        too_large = most is not None and sum(param.numel() for param in module.parameters()) > most
+        if is_list or (has_children and (too_large or not in_list)):
             for name, child in module.named_children():
                 yield from walk(f"{path}.{name}" if path else name, child, in_list=is_list)
         elif in_list or any(param.dim() >= 2 for param in module.parameters(recurse=False)):
@@ -167,7 +188,11 @@ def _params_outside(model: nn.Module, unit_modules: set[int]) -> Iterator[nn.Par
 
 
 def _flats(
-    params: Sequence[nn.Parameter], names: dict[int, str], order: dict[str, int], world_size: int
+    params: Sequence[nn.Parameter],
+    names: dict[int, str],
+    order: dict[str, int],
+    parts: dict[int, Part],
+    world_size: int,
 ) -> tuple[FlatLayout, ...]:
     kinds = {(not param.requires_grad, param.dtype.itemsize, str(param.dtype)): param.dtype for param in params}
     flats = []
@@ -178,7 +203,7 @@ def _flats(
         for param in params:
             if (param.requires_grad, param.dtype) == (trainable, dtype):
                 name = names[id(param)]
-                layouts.append(ParamLayout(name, order[name], param.shape, offset))
+                layouts.append(ParamLayout(name, order[name], param.shape, offset, part=parts.get(id(param))))
                 offset += -(-param.numel() // ALIGN) * ALIGN
         multiple = world_size * SLICE_MULTIPLE
         numel = max(1, -(-offset // multiple)) * multiple

@@ -1,0 +1,167 @@
+"""Parts: a model whose blocks are taken apart and whose matrices are cut into tiles learns as it does whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoints import resumed, save
+from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
+from tiny_models import CONFIGS, random_source
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.options import EngineOptions
+from zinf_cli.engine.units.tiles import TiledWeight, cut
+from zinf_cli.engine.units.units import discover
+from zinf_cli.errors import ModelError
+from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.train.model import build_model
+
+STEPS = 5
+MODULES, TILES = 4000, 1000
+"""Elements of a part: tiny models then are cut into their own modules, or into tiles."""
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "opt": {"dropout": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+CLASSES = ("params", "grads", "optimizer", "activations")
+
+
+@cache
+def whole(name: str) -> list[list[float]]:
+    return plain_losses(random_source(name, **NO_DROPOUT.get(name, {})), STEPS)
+
+
+def in_parts(name: str, options: EngineOptions, most: int | None, **more: Any) -> Engine:
+    return open_engine(random_source(name, **NO_DROPOUT.get(name, {})), options, most=most, **more)
+
+
+def one_on_nvme(state: str, folder: Path) -> EngineOptions:
+    placement: dict[str, Any] = {state: "nvme"}
+    return EngineOptions(nvme_folders=(folder,), **placement)
+
+
+@pytest.mark.parametrize("most", [MODULES, TILES])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_learns_as_plain_pytorch_does(name: str, most: int, tmp_path: Path) -> None:
+    engine = in_parts(name, everything_on("nvme", tmp_path), most)
+    assert len(engine.units) > len(discover(build_model(random_source(name)), 1))
+    assert relative_difference(engine_losses(engine, STEPS), whole(name)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5"])
+def test_all_placements_of_one_cut_have_the_same_bits(name: str, tmp_path: Path) -> None:
+    nvme = everything_on("nvme", tmp_path)
+    placements = [
+        EngineOptions(),
+        EngineOptions("device", "device", "device", "device"),
+        *(one_on_nvme(state, tmp_path) for state in CLASSES),
+        replace(nvme, speculate=True),
+        every_other_unit_cached(nvme),
+    ]
+    expected = engine_losses(in_parts(name, nvme, TILES), STEPS)
+    for options in placements:
+        assert engine_losses(in_parts(name, options, TILES), STEPS) == expected, options
+    for options, keep in ((nvme, True), (replace(nvme, micro_batches_per_sweep=2), False)):  # sums in another order
+        losses = engine_losses(in_parts(name, options, TILES, keep=keep), STEPS)
+        assert relative_difference(losses, expected) < 1e-6
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_with_eager_updates_and_with_a_clip_that_bites(clip: float | None, tmp_path: Path) -> None:
+    expected = plain_losses(random_source("llama"), STEPS, clip=clip)
+    engine = in_parts("llama", everything_on("nvme", tmp_path), TILES)
+    assert relative_difference(engine_losses(engine, STEPS, clip=clip, eager=clip is None), expected) < 1e-6
+
+
+def test_in_bf16_a_cut_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    expected = plain_losses(random_source("llama"), STEPS, dtype=torch.bfloat16)
+    engine = in_parts("llama", everything_on("nvme", tmp_path), TILES, dtype=torch.bfloat16)
+    assert relative_difference(engine_losses(engine, STEPS), expected) < 1e-2
+
+
+def test_dropout_draws_the_same_numbers(tmp_path: Path) -> None:
+    source = random_source("llama", attention_dropout=0.2)
+    engine = open_engine(source, everything_on("nvme", tmp_path), most=TILES)
+    assert relative_difference(engine_losses(engine, STEPS), plain_losses(source, STEPS)) < 1e-6
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, TILES), (TILES, None), (TILES, MODULES), (MODULES, 700)])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3_moe"])
+def test_a_checkpoint_goes_on_with_another_cut(
+    name: str, before: int | None, after: int | None, tmp_path: Path
+) -> None:
+    options = everything_on("nvme", tmp_path / "nvme")
+    (tmp_path / "nvme").mkdir()
+    first = in_parts(name, options, before)
+    engine_losses(first, 2, close=False)
+    folder = save(first, tmp_path / "run", 2)
+    first.close()
+    second = resumed(folder, name, options, most=after)
+    losses = engine_losses(second, STEPS, first=2, close=False)
+    again = save(second, tmp_path / "run", STEPS)
+    second.close()
+    assert relative_difference(losses, whole(name)[2:]) < 1e-6
+    one, two = CheckpointReader(folder), CheckpointReader(again)
+    assert one.shapes == two.shapes
+    assert all(two.updates(parameter, 0) == STEPS for parameter in two.shapes)
+    one.close()
+    two.close()
+
+
+def test_a_checkpoint_in_parts_holds_what_the_whole_one_does(tmp_path: Path) -> None:
+    readers = []
+    for most in (None, TILES, 700):
+        engine = in_parts("llama", EngineOptions(), most)
+        readers.append(CheckpointReader(save(engine, tmp_path / str(most), 1)))
+        engine.close()
+    for name in readers[0].shapes:
+        values = [reader.param(name) for reader in readers]
+        assert torch.equal(values[0], values[1])
+        assert torch.equal(values[0], values[2])
+    for reader in readers:
+        reader.close()
+
+
+def test_units_of_parts_are_no_larger_than_a_part_may_be() -> None:
+    model = build_model(random_source("llama"))
+    names = {name: param.shape for name, param in model.named_parameters()}
+    cut(model, TILES)
+    units = discover(model, 2, most=TILES)
+    assert max(sum(param.numel for param in unit.params()) for unit in units) <= TILES
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for place in (place for unit in units for place in unit.params()):
+        pieces.setdefault(place.origin, []).append((place.first, place.first + place.numel))
+    assert pieces.keys() == names.keys()
+    for name, shape in names.items():  # without a gap, each element once
+        ends = [0, *(last for _, last in sorted(pieces[name]))]
+        assert [first for first, _ in sorted(pieces[name])] == ends[:-1]
+        assert ends[-1] == shape.numel()
+
+
+def test_what_cant_be_cut_is_named() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(32, 64, device="meta")})
+    cut(model, 512)
+    weight: Any = model["proj"].weight
+    assert isinstance(weight, TiledWeight)
+    assert (weight.shape, weight.dtype, weight.device.type) == (torch.Size((64, 32)), torch.float32, "meta")
+    x = torch.zeros(3, 32, device="meta")
+    assert F.linear(x, weight).shape == model["proj"](x).shape == (3, 64)
+    uses: list[Callable[[], Any]] = [
+        lambda: weight.t(),
+        lambda: weight + 1,
+        lambda: torch.norm(weight),
+        lambda: weight[0],
+    ]
+    for use in uses:
+        with pytest.raises(ModelError, match=r"proj\.weight is larger than the memory for it, and can't be cut"):
+            use()

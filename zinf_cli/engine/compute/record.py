@@ -1,0 +1,138 @@
+"""What the tape keeps of one call of a unit (tape.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from zinf_cli.engine.compute.activations import Saved
+from zinf_cli.engine.compute.carriers import Carrier, parts_of
+from zinf_cli.engine.compute.micro_batch import UnitCall
+from zinf_cli.engine.compute.moving_state import Moment
+from zinf_cli.errors import ModelError
+
+Edge = torch.autograd.graph.GradientEdge
+
+
+class RngState:
+    """The CPU's and the device's random state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+@dataclass
+class GlueTensor:
+    """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
+
+    edge: Edge
+    first_record: int
+    saved: Saved | None = None
+    """Where a consumer will be recomputed."""
+    grad: torch.Tensor | None = None
+
+    def add_grad(self, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            self.grad = grad if self.grad is None else self.grad + grad
+
+
+@dataclass
+class Graph:
+    """A unit's forward with grad, ready for its backward."""
+
+    inputs: list[tuple[GlueTensor, torch.Tensor]]
+    outputs: list[Edge | None]
+
+
+@dataclass
+class Record:
+    """One call of a unit by one micro-batch."""
+
+    number: int
+    label: str
+    call: UnitCall
+    leaves: list[Any]
+    """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
+    spec: pytree.TreeSpec
+    rng: RngState
+    moment: Moment | None = None
+    """What the places that move in the model held, for the recompute."""
+    carriers: list[Carrier] = field(default_factory=list)
+    """Objects among the leaves and what they held before the call, glue tensors standing in for tensors."""
+    output_grads: list[torch.Tensor | None] = field(default_factory=list)
+    graph: Graph | None = None
+    added: list[torch.Tensor] = field(default_factory=list)
+    """What its forward has left in objects, until it enters the glue."""
+    kept: list[Saved] = field(default_factory=list)
+    """What the graph needs back on the device."""
+    before: list[Saved] = field(default_factory=list)
+    """What the glue between the record before and this one needs there."""
+    before_again: list[Saved] = field(default_factory=list)
+    """The same, of what earlier glue has saved and needs as well."""
+    results: list[torch.Tensor] | None = None
+    """Some values of what its forward returned, for the recompute to compare with (recompute.py)."""
+    shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
+    """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
+
+    def needs(self) -> list[Saved]:
+        """What its backward needs back on the device."""
+        between = [*self.before, *self.before_again]
+        if self.graph is not None:
+            return [*self.kept, *between]
+        return [*(glue.saved for glue in self.glue_inputs() if glue.saved is not None), *between]
+
+    def glue_inputs(self) -> list[GlueTensor]:
+        return list({id(leaf): leaf for leaf in self._taken() if isinstance(leaf, GlueTensor)}.values())
+
+    def plain_inputs(self) -> list[torch.Tensor]:
+        """What it keeps of tensors without a gradient."""
+        return [leaf for leaf in self._taken() if isinstance(leaf, torch.Tensor)]
+
+    def _taken(self) -> Iterator[Any]:
+        yield from self.leaves
+        for carrier in self.carriers:
+            for value in carrier.held.values():
+                yield from parts_of(value)
+
+    def free_inputs(self) -> None:
+        """The graph goes on without their values, which an output may have shared."""
+        assert self.graph is not None
+        for _, leaf in self.graph.inputs:
+            leaf.data = leaf.new_empty(1).expand(leaf.shape)
+
+    def check_shared(self) -> None:
+        """An operation in place on one is unknown to the graph of the other."""
+        if any(version_of() != version for version_of, version in self.shared):
+            raise ModelError(
+                "the model changes a layer's result in place, and another tensor shares its memory",
+                hint="a layer that returns its input, or one tensor twice, has to return a copy",
+            )
+
+    def free(self) -> None:
+        """Of the graph, and what it saved."""
+        self.graph = None
+        for saved in self.kept:
+            saved.free()
+
+    def free_before(self) -> None:
+        """Of what the glue before it saved: nothing that comes later in backward needs it."""
+        for saved in self.before:
+            saved.free()
+        for saved in self.before_again:
+            saved.evict()
+
+    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            before = self.output_grads[index]
+            self.output_grads[index] = grad if before is None else before + grad

@@ -1,0 +1,88 @@
+"""Parts: into how large ones a model is cut, where its blocks are larger than the memory that computes them.
+
+A unit takes room for its parameters and their gradient, so the largest one decides what a rank needs at least. Where no
+placement fits, the model is cut: blocks into their own modules, and matrices into tiles of rows
+(engine/units/tiles.py). Parts are as large as fit, since each one costs a visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from zinf_cli.machine.hardware import Room
+from zinf_cli.machine.profiles import Profile
+from zinf_cli.plan.layout import Figures, UnitFigures
+from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.search import best_plan, fits
+from zinf_cli.recipe.hosts import Host
+from zinf_cli.recipe.recipe import Recipe
+
+LEAST = 1 << 16
+"""Elements of the smallest part."""
+ATTEMPTS = 4
+"""Cuts that are tried, each with half of the elements of the one before: what can't be cut shows only then."""
+
+
+def plan_in_parts(
+    recipe: Recipe,
+    figures: Figures,
+    described: Callable[[int], Figures],
+    profile: Profile | None = None,
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> Plan:
+    """The best plan of the model as it is, or, where none fits, cut into parts; it may not fit all the same.
+
+    `described(most)` looks at the model again, cut into parts of `most` elements.
+    """
+    plan = best_plan(recipe, figures, profile, hosts, room)
+    most = None if plan.fits else largest_that_fits(recipe, figures, hosts, room)
+    for _ in range(ATTEMPTS):
+        if most is None or plan.fits:
+            break
+        plan = best_plan(recipe, described(most), profile, hosts, room)
+        most = most // 2 if most > LEAST else None
+    return plan
+
+
+def largest_that_fits(
+    recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None
+) -> int | None:
+    """Elements of the largest parts with which some placement fits, as far as can be told before the model is cut.
+
+    None where even the smallest do not help.
+    """
+    most = max((unit.numel for unit in figures.model.units if not unit.resident), default=0) // 2
+    while most >= LEAST:
+        if fits(recipe, _in_parts(figures, most), hosts, room):
+            return most
+        most = most * 3 // 4
+    return None
+
+
+def _in_parts(figures: Figures, most: int) -> Figures:
+    """What the figures of the model may be when it is cut: every unit in equal parts of `most` elements at most."""
+    units: list[UnitFigures] = []
+    for unit in figures.model.units:
+        count = 1 if unit.resident else -(-unit.numel // most)
+        units += [_part(unit, count)] * count
+    return replace(figures, model=replace(figures.model, units=tuple(units), order=()))
+
+
+def _part(unit: UnitFigures, count: int) -> UnitFigures:
+    """One of `count` parts of a unit; each saves its own share of what the unit saves."""
+    shared = {
+        name: getattr(unit, name) // count
+        for name in (
+            "trainable_numel",
+            "frozen_numel",
+            "trainable_bytes",
+            "frozen_bytes",
+            "master_numel",
+            "input_bytes",
+            "saved_bytes",
+            "output_bytes",
+        )
+    }
+    return replace(unit, **shared, largest_param_numel=min(unit.largest_param_numel, max(1, unit.numel // count)))

@@ -1,0 +1,32 @@
+"""The weights of a model some of whose parameters were cut into tiles (engine/units/tiles.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.units.tiles import Part, Tile
+from zinf_cli.train.weights import RangedWeights
+
+
+class TiledWeights:
+    """A WeightSource for `model`, out of one for the model as it was before it was cut."""
+
+    def __init__(self, source: RangedWeights, model: nn.Module) -> None:
+        self._source = source
+        self._model = model
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See WeightSource."""
+        parts = {name: part for name in names if (part := self._part(name)) is not None}
+        values = self._source.read([name for name in names if name not in parts])
+        for name, part in parts.items():
+            shape = self._model.get_parameter(name).shape
+            values[name] = self._source.read_part(part.name, part.first, part.first + shape.numel()).view(shape)
+        return values
+
+    def _part(self, name: str) -> Part | None:
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        return owner.part if isinstance(owner, Tile) else None
