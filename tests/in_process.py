@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train import loop
+
+
+class Closed(NamedTuple):
+    """What a tier on drives had come to when it was closed, in bytes: the length of its files, what went into them."""
+
+    allocated: int
+    written: int
 
 
 def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:

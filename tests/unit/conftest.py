@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from in_process import Closed
+    from zinf_cli.tiers.nvme import NvmeTier
+
+FLOPS = 1e13
+"""What a machine computes a second where `stated_speed` is used; drives hold up each step then."""
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +24,35 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_word_tokenizer(folder, WORDS, eos_token="<end>", template=WORD_TEMPLATE)
     return folder
+
+
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What zinf keeps in the user's folders, for one test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+@pytest.fixture
+def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan follows no measurement."""
+    from zinf_cli.train import describe
+
+    monkeypatch.setattr(describe, "_flops", lambda *_: FLOPS)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
+    """All tiers on drives that are closed, in this process."""
+    from in_process import Closed
+    from zinf_cli.tiers.nvme import NvmeTier
+
+    tiers: list[Closed] = []
+    close = NvmeTier.close
+
+    def note_and_close(tier: NvmeTier) -> None:
+        tiers.append(Closed(sum(os.fstat(file).st_size for file in tier._files), tier.write_bytes))
+        close(tier)
+
+    monkeypatch.setattr(NvmeTier, "close", note_and_close)
+    return tiers

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -18,65 +15,23 @@ from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from forked_ranks import ForkedRanks
-from in_process import run
+from in_process import Closed, run
 from tiny_models import CONFIGS, random_source
-from tiny_recipes import CLASSES, recipe_of
-from zinf_cli.amounts import format_bytes
-from zinf_cli.checkpoint.manifest import Manifest
+from tiny_recipes import recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room, room_here
-from zinf_cli.plan import memory, search
-from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
-from zinf_cli.recipe.recipe import Checkpoint
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
-from zinf_cli.tiers.nvme import NvmeTier
-from zinf_cli.train import describe as describing
 from zinf_cli.train.describe import describe
 from zinf_cli.train.model import build_model
 from zinf_cli.train.surveyed import GUESSED, TRIAL_FLOPS, TRIED
-from zoo.shrink import configs
 
-FLOPS = 1e13
-"""What every machine computes a second here, so that a plan follows no measurement; drives hold up each step."""
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-
-
-@pytest.fixture(autouse=True)
-def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(describing, "_flops", lambda *_: FLOPS)
-
-
-class Closed(NamedTuple):
-    """What a tier on drives had come to when it was closed, in bytes: the length of its files, what went into them."""
-
-    allocated: int
-    written: int
-
-
-@pytest.fixture
-def closed(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
-    """All that are closed, in this process."""
-    tiers: list[Closed] = []
-    close = NvmeTier.close
-
-    def note_and_close(tier: NvmeTier) -> None:
-        tiers.append(Closed(sum(os.fstat(file).st_size for file in tier._files), tier.write_bytes))
-        close(tier)
-
-    monkeypatch.setattr(NvmeTier, "close", note_and_close)
-    return tiers
+pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
 
 
 @pytest.mark.parametrize("per_sweep", [1, 3])
@@ -158,19 +113,6 @@ def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
     assert plan.limits[0].needed <= needed + one_more
 
 
-@pytest.mark.parametrize("clip", [1.0, None])
-@pytest.mark.parametrize("per_sweep", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert", "deepseek_v3"])
-def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tmp_path: Path) -> None:
-    """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
-    train: dict[str, Any] = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
-    recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
-    plan = make_plan(recipe, describe(recipe, 1))
-    lines = run(recipe, plan)
-    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
-    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
-
-
 EXACT = {"llama": ("fp32", "bf16", "fp16"), "deepseek_v3": ("bf16",), "glm4_moe": ("bf16",), "t5": ("fp16",)}
 """All but llama keep parameters in fp32 then."""
 
@@ -191,44 +133,6 @@ def test_states_are_exact(name: str, precision: str, tmp_path: Path, monkeypatch
     states = {line.what: line.num_bytes for line in plan.lines}
     assert used["states"] == sum(states.get(name, 0) for name in ("params", "grads", "optimizer", "second"))
     assert ("second" in states) == (precision != "fp16")
-
-
-@pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])
-def test_memory_that_is_left_holds_units(
-    precision: str, clip: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_of(tmp_path, "llama", precision=precision, max_grad_norm=clip, max_steps=12)
-    config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": 5}
-    monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
-    monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    figures = describe(recipe, 1)
-    streamed = make_plan(recipe, figures)
-    losses = [line["loss"] for line in run(recipe, streamed)]
-    states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
-    budget = streamed.limits[0].needed + states // 3
-    auto = {"params": "auto", "grads": "auto", "optimizer": "auto", "cpu_memory": budget}
-    recipe = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=auto)})
-    plan = make_plan(recipe, figures)
-    assert plan.cached_units
-    assert plan.limits[0].needed <= budget
-    held: list[int] = []
-    close = Engine.close
-
-    def note_and_close(engine: Engine) -> None:
-        held.append(engine.opened["cpu"].used)
-        close(engine)
-
-    monkeypatch.setattr(Engine, "close", note_and_close)
-    lines = run(recipe, plan)
-    assert held == [
-        sum(line.num_bytes for line in plan.lines if line.tier == "cpu" and line.what in (*CLASSES, "cached"))
-    ]
-    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes < 0.8 * streamed.nvme_bytes
-    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
-    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
-    assert plan.nvme_traffic < 0.8 * streamed.nvme_traffic
-    assert [line["loss"] for line in lines] == losses
 
 
 def test_what_is_left_out_of_a_checkpoint_stands_in_the_plan(tmp_path: Path) -> None:
@@ -263,106 +167,6 @@ def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
         make_plan(recipe.model_copy(update={"offload": budget.model_copy(update={"cpu_memory": 1 << 20})}), figures)
 
 
-@pytest.mark.parametrize(("kept", "count"), [(None, 50), (2, 3), (80, 50)])
-def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "llama", max_steps=99).model_copy(
-        update={"checkpoint": Checkpoint(interval=2, keep_latest_k=kept)}
-    )
-    figures = describe(recipe, 2)
-    (limit,) = (limit for limit in make_plan(recipe, figures).limits if limit.tier == "checkpoints")
-    assert limit.needed == count * checkpoint_bytes(figures)
-    many = recipe.model_copy(update={"checkpoint": Checkpoint(interval=1)})
-    endless = replace(figures, data=replace(figures.data, max_steps=10**9))
-    with pytest.raises(CapacityError, match=r"checkpoints need .*TiB, this machine allows .*keep_latest_k"):
-        make_plan(many, endless)
-
-
-def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "llama").model_copy(update={"checkpoint": Checkpoint(interval=3)})
-    figures = describe(recipe, 1)
-    run(recipe, make_plan(recipe, figures))
-    manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
-    assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
-
-
-@pytest.fixture
-def other_drive() -> Iterator[Path]:
-    folder = Path("/dev/shm") / f"zinf-test-{os.getpid()}"
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.parametrize(
-    ("tiers", "precision", "share"),
-    [
-        ({}, "fp32", 0),  # updates write into the checkpoint
-        ({"params": "cpu"}, "bf16", 0),  # which holds the masters, a part of the optimizer's states
-        ({"params": "cpu"}, "fp32", 1 / 3),
-        (dict.fromkeys(CLASSES, "cpu"), "fp32", 1),
-    ],
-)
-def test_a_checkpoint_moves_what_the_plan_says(
-    tiers: dict[str, str], precision: str, share: float, tmp_path: Path, closed: list[Closed]
-) -> None:
-    assert_checkpoint_moves(tmp_path, closed, tiers, precision, share)
-
-
-def test_a_checkpoint_on_another_drive_is_a_second_copy(
-    tmp_path: Path, other_drive: Path, closed: list[Closed]
-) -> None:
-    plan = assert_checkpoint_moves(tmp_path, closed, {"nvme_path": str(other_drive)}, "fp32", 1)
-    assert plan.checkpoint is not None
-    assert not plan.checkpoint.drive_shared
-
-
-def assert_checkpoint_moves(
-    folder: Path, closed: list[Closed], tiers: dict[str, str], precision: str, share: float
-) -> Plan:
-    """A step with a checkpoint writes `share` of it beside what a step writes."""
-    recipe = recipe_of(folder, "llama", precision=precision, max_steps=4)
-    offload = recipe.offload.model_validate({**recipe.offload.model_dump(exclude_none=True), **tiers})
-    recipe = recipe.model_copy(update={"offload": offload})
-    figures = describe(recipe, 1)
-    plain = make_plan(recipe, figures)
-    assert plain.checkpoint is None
-    losses = [line["loss"] for line in run(recipe, plain)]
-    written = sum(tier.written for tier in closed)
-    closed.clear()
-    recipe = recipe.model_copy(update={"checkpoint": Checkpoint(interval=2)})
-    plan = make_plan(recipe, figures)
-    assert plan.checkpoint is not None
-    assert plan.checkpoint.num_bytes == checkpoint_bytes(figures)
-    assert plan.checkpoint.traffic == round(share * plan.checkpoint.num_bytes)
-    assert Plan.load(written_to(folder / "plan.json", plan)) == plan
-    screen = StringIO()
-    Console(width=500, file=screen).print(plan_screen(plan, "tiny", []))
-    assert f"every 2 steps {format_bytes(plan.checkpoint.num_bytes)} to {recipe.output_dir}" in screen.getvalue()
-    assert [line["loss"] for line in run(recipe, plan)] == losses
-    assert sum(tier.written for tier in closed) - written == 2 * plan.checkpoint.traffic
-    return plan
-
-
-def written_to(path: Path, plan: Plan) -> Path:
-    path.write_text(json.dumps(plan.to_json()))
-    return path
-
-
-def test_a_slow_drive_of_checkpoints_holds_up_their_steps(tmp_path: Path) -> None:
-    """Beside the tier's traffic where it is the same drive, and beside nothing else where it is another."""
-    recipe = recipe_of(tmp_path, "llama", tier="cpu").model_copy(update={"checkpoint": Checkpoint(interval=2)})
-    figures = describe(recipe, 1)
-    profile = profile_here(figures, [tmp_path], None)
-    slow = replace(profile, drives=replace(profile.drives, read=1e6, write=1e6, both=1e6))
-    for name, tier in (("cpu", recipe), ("nvme", recipe_of(tmp_path, "llama"))):
-        plan = make_plan(tier.model_copy(update={"checkpoint": recipe.checkpoint}), figures, slow)
-        assert plan.checkpoint is not None
-        if name == "cpu":
-            assert plan.checkpoint.step_s == pytest.approx(plan.checkpoint.num_bytes / 1e6)
-            assert plan.checkpoint.step_s > plan.step_s
-        else:
-            assert plan.checkpoint.step_s == plan.step_s
-
-
 @pytest.mark.parametrize("said", [TRIED, GUESSED])
 def test_a_model_that_needs_data_is_planned_and_says_so(
     said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -389,21 +193,3 @@ def test_a_model_that_needs_data_is_planned_and_says_so(
         assert seen.saved_bytes >= 1.5 * dry.saved_bytes
     plan = make_plan(recipe, unknown)
     assert [line["loss"] for line in run(recipe, plan)] == [line["loss"] for line in whole]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
-    """A vision tower is neither held in memory nor read again and again; its parameters are what they were."""
-    recipe = recipe_of(tmp_path, "llama", max_steps=8)
-    config = next(iter(configs("llava")))
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    figures = describe(recipe, 1)
-    called = {unit.name: unit.calls for unit in figures.model.units}
-    assert called["model.vision_tower.encoder.layers.0"] == 0
-    assert called["model.language_model.layers.0"] == 1
-    plan = make_plan(recipe, figures)
-    assert plan.working.resident_bytes < sum(unit.param_bytes for unit in figures.model.units if not unit.calls)
-    lines = run(recipe, plan)
-    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
-    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
-    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes

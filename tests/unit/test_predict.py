@@ -26,13 +26,9 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.describe import describe
 
+pytestmark = pytest.mark.usefixtures("own_folders")
+
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 def measured(folder: Path, rate: float = 2e9) -> Measured:

@@ -1,0 +1,88 @@
+"""What the plan says is moved in a step is what is moved; memory that is left saves some of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from in_process import run
+from tiny_models import CONFIGS
+from tiny_recipes import CLASSES, recipe_of
+from zinf_cli.engine.engine import Engine
+from zinf_cli.plan import memory, search
+from zinf_cli.plan.search import make_plan
+from zinf_cli.train.describe import describe
+from zoo.shrink import configs
+
+pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("per_sweep", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert", "deepseek_v3"])
+def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tmp_path: Path) -> None:
+    """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
+    train: dict[str, Any] = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
+    recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
+    plan = make_plan(recipe, describe(recipe, 1))
+    lines = run(recipe, plan)
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+
+
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])
+def test_memory_that_is_left_holds_units(
+    precision: str, clip: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, "llama", precision=precision, max_grad_norm=clip, max_steps=12)
+    config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": 5}
+    monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
+    monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = describe(recipe, 1)
+    streamed = make_plan(recipe, figures)
+    losses = [line["loss"] for line in run(recipe, streamed)]
+    states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
+    budget = streamed.limits[0].needed + states // 3
+    auto = {"params": "auto", "grads": "auto", "optimizer": "auto", "cpu_memory": budget}
+    recipe = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=auto)})
+    plan = make_plan(recipe, figures)
+    assert plan.cached_units
+    assert plan.limits[0].needed <= budget
+    held: list[int] = []
+    close = Engine.close
+
+    def note_and_close(engine: Engine) -> None:
+        held.append(engine.opened["cpu"].used)
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", note_and_close)
+    lines = run(recipe, plan)
+    assert held == [
+        sum(line.num_bytes for line in plan.lines if line.tier == "cpu" and line.what in (*CLASSES, "cached"))
+    ]
+    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes < 0.8 * streamed.nvme_bytes
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+    assert plan.nvme_traffic < 0.8 * streamed.nvme_traffic
+    assert [line["loss"] for line in lines] == losses
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
+    """A vision tower is neither held in memory nor read again and again; its parameters are what they were."""
+    recipe = recipe_of(tmp_path, "llama", max_steps=8)
+    config = next(iter(configs("llava")))
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = describe(recipe, 1)
+    called = {unit.name: unit.calls for unit in figures.model.units}
+    assert called["model.vision_tower.encoder.layers.0"] == 0
+    assert called["model.language_model.layers.0"] == 1
+    plan = make_plan(recipe, figures)
+    assert plan.working.resident_bytes < sum(unit.param_bytes for unit in figures.model.units if not unit.calls)
+    lines = run(recipe, plan)
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+    assert max(line["nvme_bytes"] for line in lines) <= plan.nvme_bytes
