@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
-CALM = 1e4
+NEVER_CLIPS = 1e4
 MODELS: dict[str, dict[str, Any]] = {
     "216M": {
         **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 16,
@@ -37,7 +37,7 @@ class Case:
     checkpointing: bool = True
     """Whether activations are recomputed."""
     clip: float | None = 1.0
-    """Largest gradient norm: 1 clips every step of this training, CALM none. Without one, zinf updates in backward."""
+    """Largest gradient norm: 1 clips every step of this training, NEVER_CLIPS none. None: zinf updates in backward."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -56,6 +56,6 @@ class Case:
         return (
             f"{self.micro_batches}×{self.tokens}"
             + ("" if self.checkpointing else ", no recompute")
-            + {None: ", no clipping", CALM: ", norm never clips"}.get(self.clip, "")
+            + {None: ", no clipping", NEVER_CLIPS: ", norm never clips"}.get(self.clip, "")
             + ("" if self.model == "216M" else f", {self.model}")
         )

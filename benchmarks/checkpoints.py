@@ -26,7 +26,7 @@ INTERVAL = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps with a checkpoint beside steps without.")
-    parser.add_argument("--cases", nargs="*", default=["8x16", "8x16-calm"], choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=["8x16", "8x16-never-clips"], choices=CASES)
     parser.add_argument("--checkpoints", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
     arguments = parser.parse_args()

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from zinf_cli.machine.profiles import BUILT_IN
 from zinf_cli.plan.estimate import estimate, largest_model, paper_simulation, step_of
-from zinf_cli.plan.needs import Question, needs_of
+from zinf_cli.plan.needs import Scenario, needs_of
 from zinf_cli.plan.schedule import sweep_steps
 from zinf_cli.plan.simulate import Cluster, play, rates_of
 from zinf_cli.plan.sizes import Transformer, shape_of
@@ -37,10 +37,10 @@ class Run:
     """Per GPU, figure 5a."""
 
     @property
-    def question(self) -> Question:
+    def scenario(self) -> Scenario:
         hidden = self.hidden * 1024
         model = Transformer(self.layers, hidden, hidden // 128)
-        return Question(model, DGX2, self.nodes, DGX2.accelerators, self.batch)
+        return Scenario(model, DGX2, self.nodes, DGX2.accelerators, self.batch)
 
     @property
     def placement(self) -> dict[str, str]:
@@ -73,22 +73,22 @@ FIGURE_1 = {1: 1e12, 8: 8e12, 16: 16e12, 32: 32e12}
 def fits(run: Run) -> bool:
     """Whether the run's model fits its hosts where zinf would put it, one sequence a GPU at a time."""
     batches = max(1, round(run.batch))
-    return estimate(replace(run.question, micro_batch_size=run.batch / batches, micro_batches=batches)).fits
+    return estimate(replace(run.scenario, micro_batch_size=run.batch / batches, micro_batches=batches)).fits
 
 
 def classic_tflops(run: Run) -> float:
     """Per GPU, under the paper's schedule."""
-    return _tflops(run.question, paper_simulation(run.question, run.placement, run.model_parallel).step_s)
+    return _tflops(run.scenario, paper_simulation(run.scenario, run.placement, run.model_parallel).step_s)
 
 
 def sweep_tflops(run: Run, *, eager: bool = False) -> float:
     """Per GPU, under zinf's schedule with the same placement, gradients with the optimizer states."""
-    question, placement = run.question, run.placement
+    scenario, placement = run.scenario, run.placement
     step = replace(
-        step_of(question, placement, 1, needs_of(question, placement, 1)), update="eager" if eager else "deferred"
+        step_of(scenario, placement, 1, needs_of(scenario, placement, 1)), update="eager" if eager else "deferred"
     )
-    rates = rates_of(DGX2, Cluster(question.hosts, question.ranks, "fp16", run.batch * 1024))
-    return _tflops(question, play(*sweep_steps(step), rates).step_s)
+    rates = rates_of(DGX2, Cluster(scenario.hosts, scenario.ranks, "fp16", run.batch * 1024))
+    return _tflops(scenario, play(*sweep_steps(step), rates).step_s)
 
 
 def pflops_of_1t(gpus: int) -> float:
@@ -100,22 +100,22 @@ def pflops_of_1t(gpus: int) -> float:
 
 def largest(strategy: str = "infinity", nodes: int = 1) -> float:
     """Parameters of the largest model, one sequence a GPU."""
-    model = largest_model(Question(shape_of(1e9), DGX2, nodes, DGX2.accelerators, strategy=strategy))
+    model = largest_model(Scenario(shape_of(1e9), DGX2, nodes, DGX2.accelerators, strategy=strategy))
     return float(model.params) if model is not None else 0.0
 
 
 def one_node(run: Run, micro_batches: int) -> tuple[float, float]:
     """TFLOP/s per GPU of the paper's schedule and of zinf's, with the batch cut into micro-batches."""
-    question = replace(run.question, micro_batch_size=run.batch / micro_batches, micro_batches=micro_batches)
-    classic = paper_simulation(question, run.placement, run.model_parallel)
-    needs = needs_of(question, run.placement, micro_batches)
-    rates = rates_of(DGX2, Cluster(question.hosts, question.ranks, "fp16", question.micro_batch_size * 1024))
-    sweep = play(*sweep_steps(step_of(question, run.placement, micro_batches, needs)), rates)
-    return _tflops(question, classic.step_s), _tflops(question, sweep.step_s)
+    scenario = replace(run.scenario, micro_batch_size=run.batch / micro_batches, micro_batches=micro_batches)
+    classic = paper_simulation(scenario, run.placement, run.model_parallel)
+    needs = needs_of(scenario, run.placement, micro_batches)
+    rates = rates_of(DGX2, Cluster(scenario.hosts, scenario.ranks, "fp16", scenario.micro_batch_size * 1024))
+    sweep = play(*sweep_steps(step_of(scenario, run.placement, micro_batches, needs)), rates)
+    return _tflops(scenario, classic.step_s), _tflops(scenario, sweep.step_s)
 
 
-def _tflops(question: Question, step_s: float) -> float:
-    return question.model.step_flops(question.sequences) / step_s / 1e12
+def _tflops(scenario: Scenario, step_s: float) -> float:
+    return scenario.model.step_flops(scenario.sequences) / step_s / 1e12
 
 
 def _table(title: str, *headings: str) -> Table:

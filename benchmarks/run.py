@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.case import CALM, Case
+from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.watch import Watched
 from zinf_cli.amounts import format_bytes
@@ -28,10 +28,10 @@ ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
 CASES = {
     f"{micro_batches}x{tokens}{suffix}": Case(micro_batches, tokens, **more)
     for micro_batches, tokens in ((8, 16), (8, 64), (1, 16))
-    for suffix, more in (("", {}), ("-calm", {"clip": CALM}), ("-unclipped", {"clip": None}))
+    for suffix, more in (("", {}), ("-never-clips", {"clip": NEVER_CLIPS}), ("-unclipped", {"clip": None}))
 } | {
     "8x64-kept": Case(8, 64, checkpointing=False),
-    "8x64-kept-calm": Case(8, 64, checkpointing=False, clip=CALM),
+    "8x64-kept-never-clips": Case(8, 64, checkpointing=False, clip=NEVER_CLIPS),
     "8x16-layers": Case(8, 16, model="3 times the layers"),
 }
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))

@@ -20,7 +20,7 @@ from benchmarks.run import CASES
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps with checksums beside steps without.")
-    parser.add_argument("--cases", nargs="*", default=["8x16", "8x16-calm"], choices=CASES)
+    parser.add_argument("--cases", nargs="*", default=["8x16", "8x16-never-clips"], choices=CASES)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")

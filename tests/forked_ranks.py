@@ -52,7 +52,7 @@ class ForkedRanks:
 
 
 def _serve() -> None:
-    import zinf_cli.train.describe
+    import zinf_cli.train.figures
     import zinf_cli.train.loop  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
@@ -110,12 +110,12 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
 def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
     from zinf_cli.plan.search import make_plan
     from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
-    from zinf_cli.train import describe as describing
-    from zinf_cli.train.describe import describe
+    from zinf_cli.train import figures
+    from zinf_cli.train.figures import find_figures
 
-    describing._flops = lambda *_: 1e13  # to measure it takes as long as the run
+    figures._flops = lambda *_: 1e13  # to measure it takes as long as the run
     loaded = load_recipe(Path(recipe))
-    (run_dir / "plan.json").write_text(json.dumps(make_plan(loaded, describe(loaded, ranks)).to_json()))
+    (run_dir / "plan.json").write_text(json.dumps(make_plan(loaded, find_figures(loaded, ranks)).to_json()))
     (run_dir / "recipe.yaml").write_text(dump_recipe(loaded))
     return 0
 

@@ -26,8 +26,8 @@ from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import ZinfError
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
-from zinf_cli.train.describe import describe
 from zinf_cli.train.export import export
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.loop import train
 
 STEPS = 4
@@ -59,7 +59,7 @@ class Lab:
     def _plan(self, steps: int) -> None:
         recipe = load_recipe(self.run.recipe, [f"train.max_steps={steps}"])
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "plan.json").write_text(json.dumps(make_plan(recipe, describe(recipe, 1)).to_json()))
+        (self.run_dir / "plan.json").write_text(json.dumps(make_plan(recipe, find_figures(recipe, 1)).to_json()))
         (self.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
 
     def _keep(self, name: str) -> None:
@@ -139,7 +139,7 @@ class Lab:
     def _check_error(self, error: BaseException, fault: Fault) -> None:
         if not isinstance(error, ZinfError):
             raise AssertionError(f"no error for a user: {error!r}") from error
-        said = error.describe()
+        said = error.line()
         assert str(self.folder) in said, said
         how = "ENOSPC" if fault.how == "full" else fault.how
         cause = "short transfer" if how == "short" else os.strerror(getattr(errno, how))

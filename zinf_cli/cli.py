@@ -367,7 +367,7 @@ def _report(error: ZinfError) -> None:
 
     if _debug:
         _print_traceback(error)
-    lines = error.problems if isinstance(error, FileError) else [error.describe()]
+    lines = error.problems if isinstance(error, FileError) else [error.line()]
     console = Screen(stderr=True)
     for line in lines:
         console.print(Text("error: ", style="bold red") + outside(line), soft_wrap=True)

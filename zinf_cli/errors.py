@@ -19,7 +19,7 @@
     ├── ReportedError         *   an error of another process, which has told its exit code
     └── Interrupted         130   Ctrl-C
 
-`describe()` is what the user sees after "error: "; it is one line for one problem. `to_json()` is what a process tells
+`line()` is what the user sees after "error: "; it is one line for one problem. `to_json()` is what a process tells
 another one of its error, and ReportedError(**told) is that error there.
 """
 
@@ -41,7 +41,7 @@ class ZinfError(Exception):
         self.where = where
         self.hint = hint
 
-    def describe(self) -> str:
+    def line(self) -> str:
         """`where: message (hint)`, on one line."""
         place = f"{self.where}: " if self.where else ""
         step = f" ({self.hint})" if self.hint else ""
@@ -53,7 +53,7 @@ class ZinfError(Exception):
         return {field: getattr(self, field) for field in fields}
 
     def __str__(self) -> str:
-        return self.describe()
+        return self.line()
 
 
 class UsageError(ZinfError):

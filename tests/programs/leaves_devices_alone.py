@@ -17,5 +17,5 @@ for name in ("is_available", "device_count", "init"):
 import torch.distributed.run  # noqa: E402
 
 import zinf_cli.bench.links  # noqa: E402
-import zinf_cli.train.describe  # noqa: E402
+import zinf_cli.train.figures  # noqa: E402
 import zinf_cli.train.loop  # noqa: E402, F401

@@ -36,9 +36,9 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan follows no measurement."""
-    from zinf_cli.train import describe
+    from zinf_cli.train import figures
 
-    monkeypatch.setattr(describe, "_flops", lambda *_: FLOPS)
+    monkeypatch.setattr(figures, "_flops", lambda *_: FLOPS)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def tried(source: TextSource, cache: Path) -> None:
     try:
         assert len(open_token_stream(source, cache)) > 0
     except DatasetError as error:
-        line = error.describe()
+        line = error.line()
         assert line.startswith(str(source.paths[0].parent))
         assert "\n" not in line
         line.encode()

@@ -103,8 +103,8 @@ def test_a_turn_of_calls_has_the_content_its_template_knows(more: dict[str, Any]
 def test_what_is_no_dialog_is_named(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as caught:
         read(tmp_path, [row])
-    assert said in caught.value.describe()
-    assert "chats.jsonl:1" in caught.value.describe()
+    assert said in caught.value.line()
+    assert "chats.jsonl:1" in caught.value.line()
 
 
 def test_a_turn_that_would_be_lost_is_refused(tmp_path: Path) -> None:

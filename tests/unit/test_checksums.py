@@ -60,7 +60,7 @@ def test_a_flipped_bit_on_a_drive_is_an_error_that_names_it(tmp_path: Path) -> N
     flip_a_bit(tier, STRIPE // 2, file=1)
     with pytest.raises(TierError) as caught:
         extent.read(0, buffer(3 * STRIPE)).wait()
-    said = caught.value.describe()
+    said = caught.value.line()
     assert said.startswith(
         f"{tmp_path / 'b'}: rank 3: 4.00 MiB at offset 0 (of model.layers.3 exp_avg) are not what was"
     )

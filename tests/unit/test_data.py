@@ -112,9 +112,9 @@ def test_bad_files_are_named(tokenizer: Path, tmp_path: Path, name: str, content
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DatasetError) as caught:
         open_token_stream(TextSource((path,), tokenizer=tokenizer), tmp_path / "cache")
-    assert said in caught.value.describe()
-    assert str(path) in caught.value.describe()
-    assert "\n" not in caught.value.describe()
+    assert said in caught.value.line()
+    assert str(path) in caught.value.line()
+    assert "\n" not in caught.value.line()
     assert not list((tmp_path / "cache").glob("*/*")), "a cache entry of half a text"
 
 
@@ -346,7 +346,7 @@ def test_what_stands_for_a_file_is_no_text(
     (tmp_path / "texts" / name).write_bytes(content)
     with pytest.raises(DatasetError) as caught:
         open_token_stream(TextSource((tmp_path / "texts",), tokenizer=tokenizer), tmp_path / "cache")
-    assert f"{name}: {said}" in caught.value.describe()
+    assert f"{name}: {said}" in caught.value.line()
 
 
 def test_what_stands_for_a_tokenizer_is_named(tokenizer: Path, tmp_path: Path) -> None:

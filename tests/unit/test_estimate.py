@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from programs import command
-from zinf_cli.commands.estimate import Flags, estimate_by_flags, question_of
+from zinf_cli.commands.estimate import Flags, estimate_by_flags, scenario_of
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.plan.estimate import estimate
 from zinf_cli.screens.estimate import seconds
@@ -160,9 +160,9 @@ def test_a_cpu_profile_has_no_device(capsys: pytest.CaptureFixture[str], tmp_pat
 
 
 def test_512_gpus_are_simulated_in_a_blink() -> None:
-    found = estimate(question_of(Flags(params="20T", hardware="dgx2", nodes=32)))
+    found = estimate(scenario_of(Flags(params="20T", hardware="dgx2", nodes=32)))
     assert found.fits
-    assert found.question.world_size == 512
+    assert found.scenario.world_size == 512
 
 
 @pytest.mark.parametrize(

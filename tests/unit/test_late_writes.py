@@ -28,7 +28,7 @@ from zinf_cli.train.setup import model_loss
 
 STEPS = 7
 CLIPPED = {3, 6}
-"""Steps with a gradient that is clipped, after two that were calm: updated speculatively, in vain."""
+"""Steps with a gradient that is clipped, after two that were not: updated speculatively, in vain."""
 
 Found = tuple[list[list[float]], dict[int, Manifest]]
 
@@ -81,7 +81,7 @@ def test_nor_does_one_that_is_late_with_some(late: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", ["params", "optimizer"])
 def test_state_in_memory_is_not_updated_ahead(state: str, tmp_path: Path) -> None:
-    """It has no second place that a clip could go back from."""
+    """It has no shadow that a clip could go back from."""
     in_memory: dict[str, Any] = {state: "cpu"}
     waiting = replace(everything_on("nvme", tmp_path), **in_memory)
     expected = train(tmp_path / "a", waiting, torch.float32, "deferred", save=False)

@@ -134,8 +134,8 @@ def test_a_configuration_knows_its_own_keys_by_every_name(name: str) -> None:
 def test_a_bad_config_is_named(config: dict[str, object], said: str) -> None:
     with pytest.raises(ModelError) as caught:
         build_model(ModelSource(None, config, "random", 0))
-    assert said in caught.value.describe()
-    assert "\n" not in caught.value.describe()
+    assert said in caught.value.line()
+    assert "\n" not in caught.value.line()
 
 
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

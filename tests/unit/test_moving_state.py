@@ -267,7 +267,7 @@ def _rank_of_two(rank: int, port: int, folder: Path, kind: type[Block]) -> None:
             opened.train_step(work, AdamW(1e-3), more=step < 3)
             done += 1
     except ModelError as error:
-        why = error.describe()
+        why = error.line()
     (folder / f"rank-{rank}.json").write_text(json.dumps([done, why]))
     opened.close()
     ranks.leave()

@@ -280,8 +280,8 @@ def test_what_is_no_pair_is_refused(
     (tmp_path / name).write_text(content)
     with pytest.raises(DatasetError) as caught:
         opened(BART, {"path": str(tmp_path / name), "tokenizer": str(tokenizer), **changes})
-    assert said in caught.value.describe()
-    assert "dataset.source_field" in caught.value.describe()
+    assert said in caught.value.line()
+    assert "dataset.source_field" in caught.value.line()
 
 
 def test_masked_models_need_a_token_that_masks(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_chats_without_an_answer_are_refused(
     with pytest.raises(ZinfError, match=said) as caught:
         opened(model, dataset)
     assert caught.value.exit_code == 2
-    assert str(path) in caught.value.describe()
+    assert str(path) in caught.value.line()
 
 
 def test_windows_without_a_target_are_refused(tokenizer: Path, tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def test_every_run_of_table_1_fits(run: Run) -> None:
 def test_every_run_of_table_1_fits_where_the_paper_put_it(run: Run) -> None:
     """All but one: by section 3's 20 bytes the states of 1T are 20.1 TB, and 512 GPUs have 17.6."""
     batches = max(1, round(run.batch))
-    question = replace(run.question, micro_batch_size=run.batch / batches, micro_batches=batches)
-    missing = needs_of(question, run.placement, 1).missing
+    scenario = replace(run.scenario, micro_batch_size=run.batch / batches, micro_batches=batches)
+    missing = needs_of(scenario, run.placement, 1).missing
     assert (missing == {}) != ((run.params, run.nodes) == ("1T", 32))
 
 

@@ -27,7 +27,7 @@ from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
-from zinf_cli.train.describe import describe
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.model import build_model
 from zinf_cli.train.surveyed import GUESSED, TRIAL_FLOPS, TRIED
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name, micro_batches_per_sweep=per_sweep)
-    plan = make_plan(recipe, describe(recipe, 1))
+    plan = make_plan(recipe, find_figures(recipe, 1))
     ample = run(recipe, plan)
     least = replace(plan, working=plan.working.shrunk(1 << 60))
     assert least.working.total < plan.working.total
@@ -51,7 +51,7 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path,
 def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
     assert room_here([Path("/dev/shm"), tmp_path]).drives_in_memory == 0.5
     recipe = recipe_of(tmp_path, "llama")
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     for share in (0.0, 0.5, 1.0):
         plan = make_plan(recipe, figures, room=Room(1 << 34, 1 << 34, drives_in_memory=share))
         assert plan.nvme_bytes > 0
@@ -65,7 +65,7 @@ def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
 
 def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", max_grad_norm=None)
-    plan = make_plan(recipe, describe(recipe, 1))
+    plan = make_plan(recipe, find_figures(recipe, 1))
     assert plan.update == "eager"
     ample = run(recipe, plan)
     tight = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
@@ -75,7 +75,7 @@ def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name).model_copy(update={"activation_checkpointing": "none"})
-    plan = make_plan(recipe, describe(recipe, 1))
+    plan = make_plan(recipe, find_figures(recipe, 1))
     tight = replace(plan, working=plan.working.shrunk(1 << 60))
     lines = run(recipe, tight)
     states = {line.what: line.num_bytes for line in plan.lines}
@@ -100,7 +100,7 @@ def test_every_rank_allocates_what_is_planned(name: str, ranks: int, kept: bool,
 
 def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="cpu")
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     assert recipe.activation_checkpointing == "auto"
     assert make_plan(recipe, figures).kept_units == tuple(sorted(figures.model.order[:-1]))
     unit = recipe.model_copy(update={"activation_checkpointing": "unit"})
@@ -120,7 +120,7 @@ EXACT = {"llama": ("fp32", "bf16", "fp16"), "deepseek_v3": ("bf16",), "glm4_moe"
 @pytest.mark.parametrize(("name", "precision"), [(name, precision) for name in EXACT for precision in EXACT[name]])
 def test_states_are_exact(name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path, name, precision=precision)
-    plan = make_plan(recipe, describe(recipe, 1))
+    plan = make_plan(recipe, find_figures(recipe, 1))
     used: dict[str, int] = {}
     close = Engine.close
 
@@ -143,7 +143,7 @@ def test_what_is_left_out_of_a_checkpoint_stands_in_the_plan(tmp_path: Path) -> 
     recipe = recipe_of(tmp_path, "llama")
     model = recipe.model.model_copy(update={"config": None, "name_or_path": tmp_path / "model", "init": "pretrained"})
     recipe = recipe.model_copy(update={"model": model})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     assert Figures.from_json(json.loads(json.dumps(asdict(figures)))) == figures
     shown = StringIO()
     Console(width=500, file=shown).print(plan_screen(make_plan(recipe, figures), "tiny", []))
@@ -152,14 +152,14 @@ def test_what_is_left_out_of_a_checkpoint_stands_in_the_plan(tmp_path: Path) -> 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama")
-    plan = make_plan(recipe, describe(recipe, 2))
+    plan = make_plan(recipe, find_figures(recipe, 2))
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
 def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="auto")
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     assert set(make_plan(recipe, figures).placement.values()) == {"cpu"}
     needs = make_plan(recipe, figures).limits[0].needed
     budget = recipe.offload.model_copy(update={"cpu_memory": needs - 1})
@@ -173,7 +173,7 @@ def test_a_model_that_needs_data_is_planned_and_says_so(
 ) -> None:
     """A question that no shape can answer ends the dry forward; the run trains as it would have."""
     recipe = recipe_of(tmp_path, "llama")
-    known = describe(recipe, 1)
+    known = find_figures(recipe, 1)
     whole = run(recipe, make_plan(recipe, known))
     forward = LlamaMLP.forward
 
@@ -184,7 +184,7 @@ def test_a_model_that_needs_data_is_planned_and_says_so(
     monkeypatch.setattr(LlamaMLP, "forward", asking)
     if said == GUESSED:
         monkeypatch.setitem(TRIAL_FLOPS, "cpu", 0)
-    unknown = describe(recipe, 1)
+    unknown = find_figures(recipe, 1)
     (line,) = set(unknown.model.notes) - set(known.model.notes)
     assert line.startswith(said)
     assert Figures.from_json(json.loads(json.dumps(asdict(unknown)))) == unknown

@@ -24,7 +24,7 @@ from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Checkpoint
 from zinf_cli.screens.plan import plan_screen
-from zinf_cli.train.describe import describe
+from zinf_cli.train.figures import find_figures
 
 pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
 
@@ -34,7 +34,7 @@ def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, 
     recipe = recipe_of(tmp_path, "llama", max_steps=99).model_copy(
         update={"checkpoint": Checkpoint(interval=2, keep_latest_k=kept)}
     )
-    figures = describe(recipe, 2)
+    figures = find_figures(recipe, 2)
     (limit,) = (limit for limit in make_plan(recipe, figures).limits if limit.tier == "checkpoints")
     assert limit.needed == count * checkpoint_bytes(figures)
     many = recipe.model_copy(update={"checkpoint": Checkpoint(interval=1)})
@@ -45,7 +45,7 @@ def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, 
 
 def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama").model_copy(update={"checkpoint": Checkpoint(interval=3)})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     run(recipe, make_plan(recipe, figures))
     manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
     assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
@@ -88,7 +88,7 @@ def assert_checkpoint_moves(
     recipe = recipe_of(folder, "llama", precision=precision, max_steps=4)
     offload = recipe.offload.model_validate({**recipe.offload.model_dump(exclude_none=True), **tiers})
     recipe = recipe.model_copy(update={"offload": offload})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     plain = make_plan(recipe, figures)
     assert plain.checkpoint is None
     losses = [line["loss"] for line in run(recipe, plain)]
@@ -116,7 +116,7 @@ def written_to(path: Path, plan: Plan) -> Path:
 def test_a_slow_drive_of_checkpoints_holds_up_their_steps(tmp_path: Path) -> None:
     """Beside the tier's traffic where it is the same drive, and beside nothing else where it is another."""
     recipe = recipe_of(tmp_path, "llama", tier="cpu").model_copy(update={"checkpoint": Checkpoint(interval=2)})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     profile = profile_here(figures, [tmp_path], None)
     slow = replace(profile, drives=replace(profile.drives, read=1e6, write=1e6, both=1e6))
     for name, tier in (("cpu", recipe), ("nvme", recipe_of(tmp_path, "llama"))):

@@ -15,8 +15,8 @@ from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import LEAST, largest_that_fits, plan_in_parts
 from zinf_cli.plan.search import best_plan, does_not_fit, make_plan
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train import describe as describing
-from zinf_cli.train.describe import describe
+from zinf_cli.train import figures as finding
+from zinf_cli.train.figures import find_figures
 
 MIB = 2**20
 
@@ -29,15 +29,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(describing, "_flops", lambda *_: 1e13)
+    monkeypatch.setattr(finding, "_flops", lambda *_: 1e13)
 
 
 @pytest.mark.parametrize("most", [4000, 1000])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_the_least_buffers_are_enough(name: str, most: int, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, name)
-    whole = run(recipe, make_plan(recipe, describe(recipe, 1)))
-    plan = make_plan(recipe, describe(recipe, 1, most=most))
+    whole = run(recipe, make_plan(recipe, find_figures(recipe, 1)))
+    plan = make_plan(recipe, find_figures(recipe, 1, most=most))
     tight = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
     for one, other in zip(whole, tight, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
@@ -49,26 +49,26 @@ def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> Non
     recipe = recipe_of(tmp_path, "llama")
     config = {**(recipe.model.config or {}), **wide}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     asked: list[int] = []
 
-    def described(most: int) -> Figures:
+    def figures_of(most: int) -> Figures:
         asked.append(most)
-        return replace(describe(recipe, 1, most=most), machine=figures.machine)
+        return replace(find_figures(recipe, 1, most=most), machine=figures.machine)
 
     needed = best_plan(recipe, figures).limits[0].needed
     frugal = min(best_plan(_with_memory(recipe, 1), figures).limits[0].needed, needed)
     for more, parts in ((MIB, 0), (-40 * MIB, 1), (-110 * MIB, 1)):
         tight = _with_memory(recipe, frugal + more)
         asked.clear()
-        plan = plan_in_parts(tight, figures, described)
+        plan = plan_in_parts(tight, figures, figures_of)
         assert plan.fits
         assert len(asked) == parts
         assert plan.figures.model.most == (asked[-1] if asked else None)
     hopeless = _with_memory(recipe, figures.machine.process_bytes)
     assert largest_that_fits(hopeless, figures) is None
     with pytest.raises(CapacityError, match="does not fit"):
-        raise does_not_fit(plan_in_parts(hopeless, figures, described))
+        raise does_not_fit(plan_in_parts(hopeless, figures, figures_of))
     assert asked[-1] >= LEAST
 
 

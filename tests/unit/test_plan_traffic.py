@@ -13,7 +13,7 @@ from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
 from zinf_cli.plan.search import make_plan
-from zinf_cli.train.describe import describe
+from zinf_cli.train.figures import find_figures
 from zoo.shrink import configs
 
 pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
@@ -26,7 +26,7 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
     train: dict[str, Any] = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
     recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
-    plan = make_plan(recipe, describe(recipe, 1))
+    plan = make_plan(recipe, find_figures(recipe, 1))
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
@@ -41,7 +41,7 @@ def test_memory_that_is_left_holds_units(
     monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
     monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     streamed = make_plan(recipe, figures)
     losses = [line["loss"] for line in run(recipe, streamed)]
     states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
@@ -76,7 +76,7 @@ def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", max_steps=8)
     config = next(iter(configs("llava")))
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     called = {unit.name: unit.calls for unit in figures.model.units}
     assert called["model.vision_tower.encoder.layers.0"] == 0
     assert called["model.language_model.layers.0"] == 1

@@ -16,7 +16,7 @@ from tiny_classes import OTHERS, SIZE, real
 from tiny_models import CONFIGS
 from zinf_cli.errors import ModelError
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.describe import describe
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.positions import check_seq_len
 
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
@@ -72,6 +72,6 @@ def test_a_recipe_beyond_it_is_refused(name: str, limit: int, tmp_path: Path) ->
     dataset, train = {"path": str(tmp_path / "a.npy")}, {"seq_len": limit + 1}
     recipe = Recipe.model_validate({"model": {"config": model}, "dataset": dataset, "train": train})
     with pytest.raises(ModelError) as caught:
-        describe(recipe, 1)
-    assert re.search(rf"train\.seq_len: \w+ knows {limit} positions \(\S+\)", caught.value.describe())
+        find_figures(recipe, 1)
+    assert re.search(rf"train\.seq_len: \w+ knows {limit} positions \(\S+\)", caught.value.line())
     assert caught.value.exit_code == 2

@@ -24,7 +24,7 @@ from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
-from zinf_cli.train.describe import describe
+from zinf_cli.train.figures import find_figures
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
@@ -41,7 +41,7 @@ def measured(folder: Path, rate: float = 2e9) -> Measured:
 
 
 def figures_of(recipe: Recipe) -> Figures:
-    return describe(recipe, 1)
+    return find_figures(recipe, 1)
 
 
 def test_all_placements_are_tried_and_the_frugal_one_comes_last() -> None:

@@ -206,7 +206,7 @@ def test_a_drive_that_fails_is_named_with_rank_path_and_offset(small_drive: Path
         os.close(handle)
         with pytest.raises(TierError) as caught:
             extent.write(PAGE, buffer(PAGE, 2)).wait()
-    told = caught.value.describe()
+    told = caught.value.line()
     assert str(small_drive) in told
     assert f"rank 0: write of {PAGE} bytes at offset {PAGE} failed: {os.strerror(errno.EIO)}" in told
     assert "model.layers.3 exp_avg" in told

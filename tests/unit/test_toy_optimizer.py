@@ -30,12 +30,12 @@ from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
-from zinf_cli.train import describe as describing
+from zinf_cli.train import figures as finding
 from zinf_cli.train import loop
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.describe import describe
 from zinf_cli.train.export import export
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.optimizer import KERNELS
 
 SGD = OptimizerState("sgd", (Field("momentum_buffer", "momentum_buffer"),))
@@ -86,10 +86,10 @@ def test_it_is_planned_to_the_byte_checkpointed_and_exported(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(describing, "_flops", lambda *_: 1e13)  # so that the plan follows no measurement
+    monkeypatch.setattr(finding, "_flops", lambda *_: 1e13)  # so that the plan follows no measurement
     monkeypatch.setitem(KERNELS, "adamw", lambda _, lr: Momentum(lr))
     recipe = recipe_of(tmp_path, precision)
-    figures = describe(recipe, 1)
+    figures = find_figures(recipe, 1)
     assert figures.optimizer == SGD
     plan = make_plan(recipe, figures)
     used: list[int] = []

@@ -156,7 +156,7 @@ def test_missing_extra_and_misshaped_tensors_are_told_at_once(tmp_path: Path) ->
     model = build_model(pretrained(tmp_path))
     with pytest.raises(CheckpointError) as caught:
         open_weights(model, pretrained(tmp_path))
-    told = caught.value.describe()
+    told = caught.value.line()
     assert str(tmp_path) in told
     assert "2 missing: lm_head.weight, model.norm.weight\n" in told
     assert "12 extra: adapter.0, adapter.1, " in told
@@ -224,7 +224,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     def told() -> str:
         with pytest.raises(CheckpointError) as caught:
             open_weights(model, pretrained(tmp_path))
-        return caught.value.describe()
+        return caught.value.line()
 
     os.truncate(shards[1], shards[1].stat().st_size - 1)
     assert told().startswith(f"{shards[1]}: not a whole safetensors file")

@@ -1,4 +1,4 @@
-"""`zinf estimate` without a recipe: flags → question → answer → screen or JSON."""
+"""`zinf estimate` without a recipe: flags → scenario → answer → screen or JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.estimate import Estimate, estimate, hosts_needed, largest_model
 from zinf_cli.plan.memory import CLASSES
-from zinf_cli.plan.needs import STRATEGIES, Question
+from zinf_cli.plan.needs import STRATEGIES, Scenario
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation, write_timeline
 from zinf_cli.plan.sizes import Transformer, shape_of
@@ -54,13 +54,13 @@ class Flags:
 
 def estimate_by_flags(flags: Flags, console: Console) -> None:
     """Print the answer to stdout; CapacityError, with what would make it fit, where nothing does."""
-    question = question_of(flags)
+    scenario = scenario_of(flags)
     if flags.max_model:
-        largest = largest_model(question)
+        largest = largest_model(scenario)
         if largest is None:
             raise CapacityError("not even the smallest model fits", hint="name other --hardware")
-        question = replace(question, model=largest)
-    answer = estimate(question)
+        scenario = replace(scenario, model=largest)
+    answer = estimate(scenario)
     if flags.timeline is not None:
         save_timeline(answer.simulation, flags.timeline)
     if flags.as_json:
@@ -81,8 +81,8 @@ def save_timeline(played: Simulation, path: Path) -> None:
         raise UsageError(f"can't write the timeline: {error.strerror}", where=str(path)) from error
 
 
-def question_of(flags: Flags) -> Question:
-    """The flags as a question; UsageError for what makes no sense."""
+def scenario_of(flags: Flags) -> Scenario:
+    """The flags as a scenario; UsageError for what makes no sense."""
     values = _overridden(flags)
     profile = _profile(flags.hardware)
     if flags.gpus_per_node is not None and profile.accelerators:
@@ -97,7 +97,7 @@ def question_of(flags: Flags) -> Question:
         )
     if flags.strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {flags.strategy}", hint=f"known: {', '.join(STRATEGIES)}")
-    return Question(
+    return Scenario(
         model=_model(values),
         profile=profile,
         hosts=flags.nodes,
@@ -198,13 +198,13 @@ def _shortage(answer: Estimate) -> str:
 
 def what_would_fit(answer: Estimate) -> str:
     """The nearest thing that fits: pinned classes set free, or more hosts, or a smaller model."""
-    question = answer.question
-    if question.pinned and estimate(replace(question, pinned={})).fits:
+    scenario = answer.scenario
+    if scenario.pinned and estimate(replace(scenario, pinned={})).fits:
         return "it fits with offload.* left to auto"
-    hosts = hosts_needed(question)
+    hosts = hosts_needed(scenario)
     if hosts is not None:
         return f"it fits on {hosts} of these hosts (--nodes {hosts})"
-    largest = largest_model(question)
+    largest = largest_model(scenario)
     if largest is None:
         return "lower --seq-len or --micro-batch-size, or name other --hardware"
     return f"the largest model that fits has {format_count(largest.params)} parameters"

@@ -17,7 +17,7 @@ from rich.console import Console
 from zinf_cli.commands.estimate import Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
-from zinf_cli.launch.description import describe, question
+from zinf_cli.launch.question import ask_figures, question
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.machine.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.machine.profiles import BUILT_IN, Profile
@@ -50,17 +50,17 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         ):
             connection = lifelines.connect(this_machine(1))
 
-            def described(most: int | None) -> Figures:
-                figures = describe(question(recipe, ranks, hosts, most), connection)
+            def figures_of(most: int | None) -> Figures:
+                figures = ask_figures(question(recipe, ranks, hosts, most), connection)
                 return figures if elsewhere is None else _there(elsewhere, figures, recipe)
 
-            figures = described(None)
+            figures = figures_of(None)
             if elsewhere is not None:
                 profile = _with_ranks(elsewhere, figures)
             else:
                 measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
                 profile = profile_here(figures, nvme_folders(recipe), measured)
-            plan = plan_in_parts(recipe, figures, described, profile, hosts)
+            plan = plan_in_parts(recipe, figures, figures_of, profile, hosts)
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:

@@ -20,9 +20,9 @@ from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, fi
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import Interrupted
 from zinf_cli.launch.connection import Lifelines, transport_to
-from zinf_cli.launch.description import describe, overheard, question
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
+from zinf_cli.launch.question import ask_figures, overheard, question
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
@@ -79,7 +79,7 @@ def launch(request: Request, console: Console) -> None:
             if ended is None or not _may_restart(ended.outcome):
                 break
             assert ended.outcome.failure is not None
-            why = ended.outcome.failure.reported(log=True).describe()
+            why = ended.outcome.failure.reported(log=True).line()
             console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
             recipe = _goes_on(recipe, ended)
             ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
@@ -113,9 +113,9 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         else:
             ready = _this_machine_ready(recipe, request, lifelines)
         with console.status("reading the model, its checkpoint and the text ..."):
-            figures = ready.describe(None)
+            figures = ready.figures(None)
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        plan = plan_in_parts(recipe, figures, ready.describe, profile, ready.hosts, ready.room)
+        plan = plan_in_parts(recipe, figures, ready.figures, profile, ready.hosts, ready.room)
         if not plan.fits:
             raise does_not_fit(plan)
         if resumed:
@@ -144,8 +144,8 @@ class _Ready:
     hosts: Sequence[Host]
     """Those of a hostfile; none: this machine."""
     room: Room
-    describe: Callable[[int | None], Figures]
-    """What the plan needs to know of the recipe, its model in parts of so many elements at most."""
+    figures: Callable[[int | None], Figures]
+    """Finds what the plan needs to know, with the model cut into parts of so many elements, or whole for None."""
 
 
 def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
@@ -159,7 +159,7 @@ def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) 
     def figures(most: int | None) -> Figures:
         if standing_by and most is None:
             return overheard(connection)
-        return describe(question(recipe, request.slots, request.hosts, most), connection)
+        return ask_figures(question(recipe, request.slots, request.hosts, most), connection)
 
     return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
 
@@ -189,7 +189,7 @@ def _hosts_ready(
     def figures(most: int | None) -> Figures:
         if hosts == list(request.hosts) and most is None:
             return overheard(connections[0])
-        return describe(question(recipe, None, hosts, most), connections[0])
+        return ask_figures(question(recipe, None, hosts, most), connections[0])
 
     return _Ready(world, hosts, _least_room(preflight), figures)
 

@@ -44,7 +44,7 @@ from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
 CPU = torch.device("cpu")
-CALM_STEPS = 2
+UNCLIPPED_STEPS = 2
 """After so many steps in a row that did not clip, the next one is expected not to."""
 
 
@@ -120,7 +120,7 @@ class Engine:
         self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""
-        self._calm_steps = 0
+        self._unclipped_steps = 0
         """Steps since the gradient was last clipped."""
         if options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
             for number, unit in enumerate(self.units):
@@ -156,7 +156,9 @@ class Engine:
         assert kernel.state == self._optimizer, f"{kernel.state.name} does not update what {self._optimizer.name} keeps"
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
-        speculative = not eager and self._options.speculate and loss_scale == 1.0 and self._calm_steps >= CALM_STEPS
+        speculative = (
+            not eager and self._options.speculate and loss_scale == 1.0 and self._unclipped_steps >= UNCLIPPED_STEPS
+        )
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
         forward_done = partial(self._forward_done, kernel if eager or speculative else None, sink)
@@ -169,15 +171,15 @@ class Engine:
         finite = math.isfinite(norm.item()) and self._all_finite(batches, losses)
         most = math.inf if max_grad_norm is None else max_grad_norm
         clip = torch.clamp(most / (norm + 1e-6), max=1.0)
-        calm = finite and clip.item() == 1.0
-        self._calm_steps = self._calm_steps + 1 if calm else 0
+        unclipped = finite and clip.item() == 1.0
+        self._unclipped_steps = self._unclipped_steps + 1 if unclipped else 0
         completed = [self.units[number] for number in self._pipeline.completed]
         taken = [unit for unit in completed if self._pipeline.eager.takes(unit)]
         waiting = [unit for unit in completed if not self._pipeline.eager.takes(unit)]
         factor = clip / loss_scale
         update = replace(kernel, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
         self._set_update(waiting, update, finite=finite)
-        if speculative and calm:
+        if speculative and unclipped:
             self._pipeline.eager.commit()
             self._pipeline.advance()
         elif speculative:
@@ -186,7 +188,7 @@ class Engine:
                 self._sweep.announce_step(len(self._dealer.deal(batches)))
         if sink is not None:
             self._copy_what_stays(sink)
-        updated = eager or (speculative and calm)
+        updated = eager or (speculative and unclipped)
         return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
 
     def _roll_back(self, taken: Sequence[Unit], update: Kernel, *, finite: bool, written: bool) -> None:

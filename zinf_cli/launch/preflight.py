@@ -179,7 +179,7 @@ def _judge_slots(row: Row, accelerated: bool) -> None:
 
 def _judge_drive(row: Row, drive: dict[str, Any]) -> None:
     if drive["problem"] is not None:
-        row.note("nvme", "no", ReportedError(**drive["problem"]).describe())
+        row.note("nvme", "no", ReportedError(**drive["problem"]).line())
     elif "nvme" not in row.problems:
         spaces = drives_of(row.facts)
         how = "memory" if any(space.in_memory for space in spaces) else "buffered"

@@ -72,7 +72,7 @@ class Agent:
     """Variables that a host's own environment overrules."""
 
     def start(self, question: str = "null\n") -> dict[str, Any]:
-        """A supervisor's request; the agent is asked a question about the recipe (description.py) at once."""
+        """A supervisor's request; the agent is asked a question about the recipe (launch/question.py) at once."""
         return {
             "command": module_command("zinf_cli.train.agent", self.module),
             "environment": dict(self.environment),
@@ -320,7 +320,7 @@ def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
 
 
 def _all_or_none(results: Sequence[Any]) -> None:
-    problems = [result.describe() for result in results if isinstance(result, HostError)]
+    problems = [result.line() for result in results if isinstance(result, HostError)]
     if problems:
         raise PreflightError("; ".join(problems))
 

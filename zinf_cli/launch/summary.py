@@ -30,16 +30,16 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
 
     waits = [line["wait_s"] / line["step_s"] for line in steady]
     traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steady]
-    calm = [_calm(line) for line in steady]
-    planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in calm]
-    expected = [plan.calm_step_s if each else plan.step_s for each in calm]
+    unclipped = [_unclipped(line) for line in steady]
+    planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in unclipped]
+    expected = [plan.calm_step_s if each else plan.step_s for each in unclipped]
     if (saved := plan.checkpoint) is not None and saved.interval == 1:  # else most steps have none
         planned = [traffic + saved.traffic // plan.world_size for traffic in planned]
         expected = [saved.step_s] * len(expected)
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
-        "error": outcome.failure.error.describe() if outcome.failure is not None else None,
+        "error": outcome.failure.error.line() if outcome.failure is not None else None,
         "steps": len(steps),
         "skipped_steps": len(steps) - len(trained),
         "resumed_from_step": watch.first_step or None,
@@ -74,7 +74,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _calm(step: dict[str, Any]) -> bool:
+def _unclipped(step: dict[str, Any]) -> bool:
     return bool(step["updated_in_backward"])
 
 
@@ -84,7 +84,7 @@ def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     A first step has no update to do before its forward, and one of another kind than the last has it in both passes or
     in none: no plan is made for these.
     """
-    return [step for before, step in pairwise(steps) if _calm(before) == _calm(step)] or steps
+    return [step for before, step in pairwise(steps) if _unclipped(before) == _unclipped(step)] or steps
 
 
 def merge_traces(run_dir: Path) -> None:

@@ -43,7 +43,7 @@ def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
         if not path.exists():
             raise PreflightError(f"--sync: no such file or folder: {path}")
     results = at_all(lambda host: _bring([OWN, *paths], host), hosts)
-    problems = [result.describe() for result in results if isinstance(result, HostError)]
+    problems = [result.line() for result in results if isinstance(result, HostError)]
     if problems:
         raise PreflightError("--sync: " + "; ".join(problems))
     return sum(results)

@@ -172,7 +172,7 @@ def find_measured(hardware: Path | None, recipe: Path | None, notice: Callable[[
         try:
             return load_measured(path)
         except UsageError as error:
-            notice(f"left out {error.describe()}")
+            notice(f"left out {error.line()}")
     return None
 
 
@@ -190,7 +190,7 @@ def load_measured(path: Path) -> Measured:
     try:
         return Measured.model_validate(tree)
     except ValidationError as error:
-        problems = "; ".join(_describe(entry) for entry in error.errors())
+        problems = "; ".join(_line_of(entry) for entry in error.errors())
         raise UsageError(problems, where=str(path), hint="zinf bench measures it anew") from error
 
 
@@ -241,7 +241,7 @@ def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> 
     try:
         there = load_measured(path) if path.is_file() else Measured()
     except UsageError as error:
-        _say(f"written anew: {error.describe()}")
+        _say(f"written anew: {error.line()}")
         there = Measured()
     measured = there.model_copy(update={"name": name, section: values})
     tree = {key: _given(plain(value)) for key, value in measured if value is not None}
@@ -253,7 +253,7 @@ def _given(value: Any) -> Any:
     return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
-def _describe(entry: Any) -> str:
+def _line_of(entry: Any) -> str:
     key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "missing":
         return f"{key} is missing"

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: how large they are, how many will come, and the drive that takes them."""
+"""The checkpoints of a run: how large they are, how many are to come, and the drive that takes them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from zinf_cli.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class CheckpointDrive:
-    """Where checkpoints go, as the NVMe tier sees it."""
+    """The drive that checkpoints go to, and what it shares with the NVMe tier."""
 
     folder: str
     free_bytes: int
     shared: float
-    """Which share of the tier's bytes lies on the same file system."""
+    """The share of the tier's bytes that lies on the same file system: 0 to 1."""
     to_come: int
-    """How many more checkpoints there will be at once."""
+    """How many more checkpoints there will be at once than there are now."""
 
     @property
     def takes_updates(self) -> bool:
@@ -31,12 +31,15 @@ class CheckpointDrive:
         return self.shared == 1
 
     def left(self, nvme_bytes: int) -> int:
-        """Free bytes for checkpoints, once the NVMe tier has taken `nvme_bytes`, evenly from its folders."""
+        """Free bytes for checkpoints, when the NVMe tier has taken `nvme_bytes` evenly from its folders."""
         return self.free_bytes - int(nvme_bytes * self.shared)
 
 
 def checkpoint_drive(recipe: Recipe, nvme_folders: Sequence[Path], max_steps: int) -> CheckpointDrive | None:
-    """None where the run will write none; PreflightError where none can be written."""
+    """The drive that a run of `max_steps` steps writes checkpoints to; None where it writes none.
+
+    PreflightError where the folder can't hold any.
+    """
     to_come = checkpoints_to_come(recipe, max_steps)
     if not to_come:
         return None
@@ -46,9 +49,9 @@ def checkpoint_drive(recipe: Recipe, nvme_folders: Sequence[Path], max_steps: in
 
 
 def stored_bytes(optimizer: OptimizerState, unit: UnitFigures) -> dict[str, int]:
-    """What a checkpoint holds of a unit, all ranks, by the class of state that it is a part of.
+    """Bytes that a checkpoint holds of a unit, all ranks, by class of state.
 
-    "frozen" parameters are no state that an update writes: they are stored as the model computes with them.
+    Frozen parameters are a class of their own, "frozen": no update writes them.
     """
     stored = Counter({"frozen": unit.frozen_bytes})
     for narrow, numel in ((True, unit.master_numel), (False, unit.trainable_numel - unit.master_numel)):
@@ -58,15 +61,15 @@ def stored_bytes(optimizer: OptimizerState, unit: UnitFigures) -> dict[str, int]
 
 
 def checkpoint_bytes(figures: Figures) -> int:
-    """One checkpoint, all ranks."""
+    """Bytes of one checkpoint, all ranks."""
     return sum(sum(stored_bytes(figures.optimizer, unit).values()) for unit in figures.model.units)
 
 
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
-    """How many more of them there will be at once than there are now.
+    """How many more checkpoints there will be at once than there are now.
 
-    With keep_latest_k, one more than those that are kept: the oldest goes when the newest is whole. That is in the step
-    after; so two more where each step has a checkpoint.
+    With keep_latest_k there is one more than those that are kept, since the oldest goes when the newest is whole. The
+    newest is whole in the step after; so there are two more where every step has a checkpoint.
     """
     interval, kept = recipe.checkpoint.interval, recipe.checkpoint.keep_latest_k
     resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)

@@ -1,7 +1,7 @@
-"""ZeRO-Infinity's own schedule, to compare with: micro-batch after micro-batch, then an update that all waits for.
+"""ZeRO-Infinity's own schedule, to compare with: one micro-batch after the other, then the update.
 
-Parameters and gradients are fp16. The update streams {fp32 gradient, momentum, variance, parameter} past the CPU, or
-runs on the device where the optimizer states are there.
+Parameters and gradients are fp16. The next step waits for the whole update. It streams fp32 gradient, momentum,
+variance and parameter past the CPU; where the optimizer states lie on the device, it runs there.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from zinf_cli.plan.schedule import Op, Ops, Step
 
 FP16 = 2
 READ, WRITTEN = 16, 12
-"""Bytes per parameter of the update's fp32 states: the gradient is only read."""
+"""Bytes per parameter of the fp32 states that an update reads and writes. It does not write the gradient."""
 
 
 def classic_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
-    """`count` steps; the operations, and the last one of each step."""
+    """The operations of `count` steps, and the place of each step's last operation among them."""
     classic = _Classic(step)
     return classic.ops.ops, [classic.step_of() for _ in range(count)]
 
@@ -47,7 +47,8 @@ class _Classic:
         self._kept[number] = self.ops.send("activations", unit, unit.kept_bytes, done)
 
     def _backward(self, number: int, *, last: bool) -> None:
-        """Recompute and backward; the gradient leaves, in the end to where the update reads it, in fp32."""
+        """Recompute and backward. The gradient goes to its tier; the last micro-batch's goes, in fp32, to where the
+        update reads it."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
         brought = ops.bring("activations", unit, unit.kept_bytes, [*self._room(), *self._kept[number]])
         done = self._visit(number, "backward", 3, brought)
@@ -56,11 +57,11 @@ class _Classic:
         self._leaving += ops.send("optimizer" if last else "grads", unit, own * (2 if last else 1), reduced)
 
     def _room(self) -> list[int]:
-        """What a fetch waits for: a free buffer, and the update before this step."""
+        """What a fetch waits for: a free buffer, and the update of the step before."""
         return [*self._computed[-self.step.depth :][:1], *self._begun]
 
     def _visit(self, number: int, kind: str, passes: int, also: list[int]) -> list[int]:
-        """Fetch, gather, compute, and the all-reduces of model parallelism: two forward, four backward."""
+        """Fetch, gather, compute, and the all-reduces of model parallelism: two in forward, four in backward."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
         ready = ops.bring("params", unit, unit.params / step.world_size * FP16, self._room())
         ready = [*ops.between_ranks(f"gather {unit.name}", unit.params * FP16, ready), *also, *self._computed[-1:]]
@@ -72,7 +73,7 @@ class _Classic:
         return done
 
     def _update(self, after: list[int]) -> list[int]:
-        """Slice after slice; its last operations."""
+        """Update one unit's slice after the other. Returns the last operations."""
         step, ops = self.step, self.ops
         last: list[int] = []
         on_cpu = step.accelerator and step.placement["optimizer"] != "device"

@@ -1,4 +1,4 @@
-"""A plan as `zinf estimate --json` says it, and why each class lies where it does."""
+"""A plan as `zinf estimate RECIPE` tells it: as JSON, and why each class lies where it does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zinf_cli.recipe.recipe import Recipe
 
 
 def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
-    """A line for each class."""
+    """A line for each class: its tier, and why it lies there."""
     sizes = {line.what: line.num_bytes for line in plan.lines}
     left = {limit.tier: limit.allowed - limit.needed for limit in plan.limits}
     reasons = {}
@@ -35,7 +35,7 @@ def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
 
 
 def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
-    """The keys of every estimate, from exact figures; `tokens` of one micro-batch."""
+    """The plan as JSON, with the keys of every estimate. `tokens` are those of one micro-batch."""
     model, world = plan.figures.model, plan.world_size
     sizes = state_bytes(plan.figures, plan.choice)
     again = 4 / 3 if not plan.kept_units else 1
@@ -82,9 +82,9 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
 
 
 def _efficiency(plan: Plan, tokens: int, profile: Profile) -> dict[str, float]:
-    """ZeRO-Infinity, section 4: the share of the peak if nothing overlapped, by class."""
-    host = cluster_of(plan, tokens)
-    rates, peak = rates_of(profile, host), profile.peak(plan.precision)
+    """ZeRO-Infinity, section 4: the share of peak FLOP/s by class, if nothing overlapped."""
+    cluster = cluster_of(plan, tokens)
+    rates, peak = rates_of(profile, cluster), profile.peak(plan.precision)
     speed = {"device": profile.device_bandwidth, "cpu": rates["copy in"]}
     speed["nvme"] = min(speed["cpu"], rates["nvme read"])
     model = plan.figures.model

@@ -1,4 +1,4 @@
-"""How a rank speaks to its drives: from what `zinf bench nvme` found fastest, where it was run."""
+"""How a rank uses its drives: as `zinf bench nvme` found fastest, or by default where it was not run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zinf_cli.model_state import PIECE
 
 @dataclass(frozen=True)
 class Io:
-    """Threads of one rank for each folder, and bytes of one transfer: a piece at most."""
+    """Threads of one rank per folder, and bytes of one transfer: a piece at most."""
 
     readers: int = 2
     writers: int = 2
@@ -18,10 +18,10 @@ class Io:
 
 
 def choose_io(drives: Drives, folders: int, ranks: int, cores: int) -> Io:
-    """The transfers under way at once that the drives want, dealt to the ranks of a host and their folders.
+    """Deal the transfers that the drives want under way at once to the ranks of a host and their folders.
 
-    Two at least, so that one is at work while the other ends. `cores`: where a rank computes with these, not on an
-    accelerator; more threads than that take them from compute.
+    A rank has two threads per folder at least, so that one is at work while the other ends. `cores` is the number of
+    cores a rank computes on, and the most threads that it gets; 0 with an accelerator, where that is no limit.
     """
     if not drives.measured:
         return Io()

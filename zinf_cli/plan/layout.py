@@ -1,6 +1,6 @@
-"""What the plan knows of a model, a text and a machine: plain numbers, found by `zinf_cli.train.describe`.
+"""The figures of a recipe: what the plan knows of its model, its text and the machine, as plain numbers.
 
-The launcher reads them as JSON from a subprocess, so that it imports no torch itself.
+`zinf_cli.train.figures` finds them. The launcher gets them as JSON from another process, so that it imports no torch.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from zinf_cli.model_state import ADAMW, OptimizerState
 
 @dataclass(frozen=True)
 class UnitFigures:
-    """One unit. Element counts are padded to slices for `world_size` ranks; bytes are for one micro-batch."""
+    """One unit. Element counts include the padding of slices for `world_size` ranks. Bytes are for one micro-batch."""
 
     name: str
     trainable_numel: int
     frozen_numel: int
     trainable_bytes: int
-    """Of the trainable parameters as the model computes with them."""
+    """Of the trainable parameters, in the dtype that the model computes in."""
     frozen_bytes: int
     master_numel: int
-    """Trainable parameters that are 16-bit, and so have an fp32 master beside them."""
+    """Elements of trainable 16-bit parameters: these have an fp32 master."""
     largest_param_numel: int
     resident: bool
     calls: int
     input_bytes: int
-    """Differentiable inputs of all its calls: what the tape keeps."""
+    """Differentiable inputs of all its calls, which the tape keeps."""
     call_bytes: int
     """Differentiable inputs of one call."""
     saved_bytes: int
-    """What autograd saves inside it, weights excepted: kept, or made again when it is recomputed."""
+    """What autograd saves inside it, without weights. It is kept for backward, or made again by the recompute."""
     output_bytes: int
     before_bytes: int
     """What autograd saves between the unit called before and this one."""
@@ -58,22 +58,22 @@ class ModelFigures:
     live_bytes: int
     """What lies between units while one of them is called."""
     surveyed: bool
-    """Whether a forward was run to its end; otherwise activations are guessed, and the order is module order."""
+    """Whether the survey ran a forward to its end. If not, activations are guessed and the order is module order."""
     demoted: tuple[str, ...]
-    """Modules that are no units, though they look like some: their parameters are used outside of their own call."""
+    """Modules that look like units but are resident, since their parameters are used outside of their own call."""
     written: tuple[str, ...]
     """Parameters that the forward writes to."""
     bounds: tuple[tuple[str, float | None, float | None], ...]
-    """Parameters that the forward clamps, with the least and the most that they may be."""
+    """Parameters that the forward clamps: (name, least, most), None where open."""
     flops_per_token: float
     most: int | None = None
     """Elements that a part has at most, where blocks and matrices are cut into parts."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how the model and its checkpoint go together."""
+    """What the user should know of how model and checkpoint go together."""
 
     @property
     def turn(self) -> int | None:
-        """The unit at which a sweep turns from forward to backward: the last it calls."""
+        """The index of the last unit that a sweep calls, where it turns from forward to backward."""
         return self.order[-1] if self.order else None
 
 
@@ -99,28 +99,28 @@ class MachineFigures:
     """Free memory of the smallest accelerator; 0 without one."""
     cores: int
     flops: float
-    """FLOP/s of one rank in the run's precision, in passes over a block of the model's width, measured for a moment."""
+    """FLOP/s of one rank in the run's precision, measured for a moment in passes over a block of the model's width."""
     process_bytes: int
-    """Resident memory of a process that has imported what a rank does, and has built the model without weights."""
+    """Resident memory of a process that has imported what a rank imports, and has built the model without weights."""
     shared_bytes: int
-    """Of these, what all ranks of a host share: the pages of libraries, and what they were forked with."""
+    """The part of `process_bytes` that ranks of a host share: pages of libraries, and what they were forked with."""
     name: str = "this machine"
     cpu_bytes: int = 0
-    """Of a machine that is not this one; 0: what this one has when the plan is made."""
+    """CPU memory of a machine that is not this one; 0 stands for what this one has when the plan is made."""
     nvme_bytes: int = 0
-    """The same for the space on drives."""
+    """Space on drives, likewise."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything a plan is made from, besides the recipe."""
+    """Everything that a plan is made from, beside the recipe."""
 
     model: ModelFigures
     data: DataFigures
     machine: MachineFigures
     world_size: int
     ranks_per_host: int
-    """Of the host with most."""
+    """On the host with the most ranks."""
     precision: str
     optimizer: OptimizerState = ADAMW
 

@@ -1,8 +1,8 @@
 """Bytes per rank, by tier and by what they are for.
 
-Model states are exact: they follow from the unit layout. Working memory is an upper estimate from what the dry
-forward on the meta device saw. What a process takes before it trains is measured where the model is described;
-CHURN_BYTES and the like were measured (Linux, torch 2.13).
+Model states are exact: they follow from the unit layout. Working memory is an upper estimate, from what the survey's
+forward showed. What a process takes before it trains is measured where the figures are found (train/figures.py).
+CHURN_BYTES and the like were measured on Linux with torch 2.13.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 CHURN_BYTES = 50 * MIB
-"""What malloc and the libraries of matrix multiplication hold beside what is in use, as temporaries of many sizes come
-and go."""
+"""What malloc and the libraries of matrix multiplication hold beside what is in use: temporaries of many sizes come and
+go."""
 LANE_BYTES = 11 * MIB
-"""More of it for each micro-batch of a sweep, which has a thread of its own."""
+"""What each micro-batch of a sweep adds to that, with a thread of its own."""
 LAUNCHER_BYTES = 122 * MIB
-"""The launcher, and what torchrun's agent and the guards do not share with the ranks, per host."""
+"""Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
-"""Activations that are kept in memory are many tensors, with gaps between them."""
+"""The memory of kept activations, by their bytes: they are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
-"""So are the temporaries of compute; malloc does not always find the place of the last one for the next."""
+"""The same for the temporaries of compute: malloc does not always find the place of the last one for the next."""
 CLASSES = (*STATES, "activations")
 NAMES = {
     "params": "parameters",
     "grads": "gradients",
     "optimizer": "optimizer states",
     "activations": "activations",
-    "second": "second places for updates",
+    "second": "shadows for updates",
     "tmpfs": "drives in memory (tmpfs)",
     "cached": "state of cached units",
     "buffers": "buffers",
@@ -42,11 +42,11 @@ NAMES = {
     "matrix": "largest matrix",
     "update_buffers": "update buffers",
 }
-"""How a user reads what bytes are for, in plans, estimates and errors."""
+"""What bytes are for, in words for the user: in plans, estimates and errors."""
 GOLDEN = 0.618034
-"""Multiples of the golden ratio, modulo 1, are spread evenly however many there are."""
+"""Its multiples, modulo 1, are spread evenly, however many there are: it is the golden ratio."""
 DEPTH = 2
-"""Visits whose buffers should fit beside the largest one."""
+"""How many typical blocks should fit beside the largest one."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Working:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of one chunk buffer, which holds a chunk of any field."""
+        """Bytes of one chunk buffer, which holds a chunk of any field."""
         return self.chunk_numel * FP32_BYTES
 
     def shrunk(self, num_bytes: int) -> Working:
-        """The same with up to `num_bytes` less of read-ahead, never below what a run needs."""
+        """The same with up to `num_bytes` less for running ahead; never less than a run needs."""
         least_chunks = min(self.num_chunks, 8)
         fewer = min(max(0, -(-num_bytes // self.chunk_bytes)), self.num_chunks - least_chunks)
         num_bytes -= fewer * self.chunk_bytes
@@ -98,14 +98,14 @@ class Choice:
     compute_tier: str
     """The tier whose memory the compute device uses: "cpu" on a CPU, "device" on an accelerator."""
     kept: frozenset[int] = frozenset()
-    """Units whose activations are kept; those of the others are made again in the backward pass."""
+    """Units whose activations are kept. The other units are recomputed in the backward pass."""
     update: str = "deferred"
-    """deferred: in the next forward, when the gradient norm is known. eager: in backward, where none has to be known.
-    speculative: in backward, into second places, as long as the norm did not clip the gradient lately."""
+    """When units are updated. deferred: in the next forward, when the gradient norm is known. eager: in backward, where
+    nothing depends on the norm. speculative: in backward, into shadows, as long as no gradient was clipped lately."""
     cacheable: frozenset[str] = frozenset()
-    """Classes of which single units may lie in CPU memory, though the others lie on NVMe."""
+    """Classes that may lie in CPU memory for some units, though they lie on NVMe for the others."""
     cached: frozenset[int] = frozenset()
-    """The units that do."""
+    """The units of which they lie in CPU memory."""
 
     @property
     def cached_states(self) -> frozenset[str]:
@@ -113,11 +113,11 @@ class Choice:
         return frozenset(state for state in self.cacheable if self.placement[state] == "nvme")
 
     def tier(self, state: str, unit: int) -> str:
-        """Of a class of a unit."""
+        """The tier of class `state` of a unit."""
         return "cpu" if unit in self.cached and state in self.cached_states else self.placement[state]
 
     def update_of(self, unit: int) -> str:
-        """When a unit is updated: there is no drive that a cached one could keep busy in backward."""
+        """When a unit is updated. A cached one is never updated speculatively: there is no drive to keep busy."""
         return "deferred" if self.update == "speculative" and unit in self.cached else self.update
 
     def in_place(self, state: str) -> bool:
@@ -126,29 +126,29 @@ class Choice:
 
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
-    """Bytes of each class on one rank, exact; "second" is what second places for updates take."""
+    """Bytes of each class on one rank, and of shadows ("second"). Only those of activations are an estimate."""
     units = figures.model.units
     changed = [
         replace(unit, frozen_numel=0, frozen_bytes=0)
         for number, unit in enumerate(units)
         if choice.update_of(number) == "speculative"
     ]
-    second = _model_states(changed, figures)
+    shadow = _model_states(changed, figures)
     return {
         **_model_states(units, figures),
-        "second": second["params"] + second["optimizer"],
+        "second": shadow["params"] + shadow["optimizer"],
         "activations": choice.per_sweep * (sum(activation_bytes(figures, choice)) + sent_between(figures, choice)),
     }
 
 
 def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
-    """What of `state_bytes` lies in CPU memory because its unit is cached."""
+    """The part of `state_bytes` that lies in CPU memory because its unit is cached, by class."""
     states = _model_states([figures.model.units[number] for number in choice.cached], figures)
     return {state: states[state] for state in STATES if state in choice.cached_states}
 
 
 def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
-    """Of `units`, on one rank."""
+    """Bytes of the model states of `units` on one rank, by class."""
     optimizer = figures.optimizer
     return {
         "params": sum(unit.param_bytes for unit in units) // figures.world_size,
@@ -159,24 +159,24 @@ def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, i
 
 
 def host_bytes(ranks: int, shared_bytes: int) -> int:
-    """What the launcher's side takes on a host, less what its ranks share."""
+    """Bytes of the launcher's side on a host, less what its ranks share."""
     return LAUNCHER_BYTES - (ranks - 1) * shared_bytes
 
 
 def churn_bytes(per_sweep: int) -> int:
-    """What a rank holds of CPU memory beside what is in use, with so many micro-batches in a sweep."""
+    """CPU memory that a rank holds beside what is in use, with `per_sweep` micro-batches in a sweep."""
     return CHURN_BYTES + per_sweep * LANE_BYTES
 
 
 def framework_bytes(figures: Figures, choice: Choice) -> int:
-    """What a rank takes of CPU memory beside the model and its states."""
+    """CPU memory that a rank takes beside the model and its states."""
     return figures.machine.process_bytes + churn_bytes(choice.per_sweep)
 
 
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
-    """What each unit leaves for its backward, per micro-batch: its inputs, or all that autograd saved.
+    """Bytes that each unit leaves for its backward, per micro-batch: its inputs, or all that autograd saved.
 
-    The last unit turns at once and leaves nothing.
+    The last unit, where a sweep turns, leaves nothing and is left out.
     """
     for number, unit in enumerate(figures.model.units):
         if number != figures.model.turn:
@@ -197,7 +197,7 @@ def glue_leaves(figures: Figures, choice: Choice) -> bool:
 
 
 def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units to keep in `room` bytes more: those that spare the most compute for a byte come first."""
+    """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first."""
     kept = []
     model = figures.model
     costs = {
@@ -224,7 +224,7 @@ def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
 
 
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
-    """The largest buffer one visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
+    """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
     alone = figures.world_size == 1
     size = 0 if alone and choice.in_place("params") else unit.param_bytes
     again = sweeps > 1 or unit.calls > 1
@@ -238,22 +238,22 @@ def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int
 def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     """The engine's buffers on one rank, for a step of `sweeps` sweeps.
 
-    Slots. A visit takes one *block* of the slot arena: `block_bytes`, parameters and gradient together. While one unit
-    is computed the next one is fetched, so at any time the largest block and one beside it have to fit: of these the
-    least is the largest and a typical (the median) one. DEPTH typical ones beside the largest let reads run further
-    ahead of compute. Before the first step loading passes one slice of one flat through the same arena, in fp32 where
-    it becomes a master; that has to fit too.
+    Slots. A visit takes one *block* of the slot arena for parameters and gradient (`block_bytes`). While one unit is
+    computed, the next one is fetched. So the least is the largest block and a typical one, the median, beside it. With
+    DEPTH typical ones beside the largest, reads run further ahead of compute. Loading uses the same arena before the
+    first step: a slice of one flat passes through it, in fp32 where it becomes a master. That has to fit, too.
 
-    Resident. The resident unit is held for the whole step, in an arena of its own. It is there twice, since the next
-    step fetches it while this step's is not yet released.
+    Resident. The resident unit is held for the whole step, in an arena of its own. It takes its block twice, since it
+    is fetched for the next step before this step releases it.
 
-    Chunks. An update streams what does not lie in memory of the compute device: the gradient, and the optimizer's
-    fields with the master where parameters are 16-bit. Each takes one buffer of `chunk_numel` elements (a piece, or no
-    more than the widest slice) at a time; with 8 of each, reads and writes are under way while one is computed.
+    Chunks. An update streams every field that does not lie in memory of the compute device: the gradient, the
+    optimizer's fields, and the master of 16-bit parameters. A chunk of a field takes one buffer of `chunk_numel`
+    elements: a piece, or the widest slice where that is less. With 8 buffers a field, reads and writes are under way
+    while a chunk is computed. An eager update does not stream the gradient: it is still in the slot arena.
 
-    Staging. Activations on their way to their tier or back take buffers: those of the largest call, of the code before
-    it, and of what that shares with earlier code. Twice that is the least (one arrives, one leaves); 8 times keeps the
-    drive busy.
+    Staging. The activations of a call take buffers on their way to their tier or back. Their size is that of the
+    largest call, of the code before it, and of what that code shares with earlier code. The least is twice that, since
+    one call's activations arrive while another's leave. 8 times that keeps the drive busy.
     """
     units = figures.model.units
     blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
@@ -263,7 +263,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     chunk_numel = max(SLICE_MULTIPLE, min(CHUNK_NUMEL, widest))
     narrow = figures.precision != "fp32"
     away = {"grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
-    if choice.update == "eager":  # with the gradient as compute left it
+    if choice.update == "eager":
         del away["grads"]
     fields = sum(count for state, count in away.items() if not choice.in_place(state))
     staging = 0
@@ -291,7 +291,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 
 
 def compute_bytes(figures: Figures, choice: Choice) -> int:
-    """What the compute itself needs at its peak, on the compute device: one unit of one micro-batch, and the glue."""
+    """Bytes of compute at its peak, on the compute device: one unit of one micro-batch, and the glue between units."""
     model, grad = figures.model, GRAD.item_bytes
     inside = max(
         (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + grad * u.largest_param_numel for u in model.units),

@@ -1,8 +1,8 @@
-"""What a transformer takes on each tier of a host, by closed form (sizes.py), and what a host has for it.
+"""What a transformer takes on each tier of a host, by closed forms (sizes.py), and what a host has for it.
 
-A *strategy* says which states every rank holds whole and where they may lie: the systems of ZeRO-Infinity's figure 6a,
-of which zinf is the last. Working memory is the paper's: the largest matrix (in tiles where it must be), one block's
-activations, and the buffers of an update that streams by.
+A *strategy* says which states every rank holds whole and where they may lie. Strategies are the systems of
+ZeRO-Infinity's figure 6a; zinf is the last of them. Working memory is the paper's: the largest matrix (in tiles where
+it does not fit whole), one block's activations, and the buffers of an update.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 
 PROCESS_BYTES = 430 * MIB
-"""A process that has imported torch and transformers, and has built a model without weights."""
+"""Memory of a process that has imported torch and transformers, and has built a model without weights."""
 SHARED_BYTES = 100 * MIB
-"""Of these, the pages of libraries that all ranks of a host share."""
+"""The part of PROCESS_BYTES that all ranks of a host share: pages of libraries."""
 CONTEXT_BYTES = 3 * GIB // 2
-"""CUDA context, libraries and communication buffers of one rank."""
+"""Device memory of one rank for CUDA's context, libraries and communication buffers."""
 TILES = (1, 2, 4, 8, 16)
 """Into how many pieces the largest matrix may be cut (ZeRO-Infinity, section 5.1.3 and figure 6b)."""
 LOGIT_BYTES = 10
-"""Of one logit: in the compute precision, in fp32, and its fp32 gradient."""
+"""Bytes of one logit: in the compute precision, in fp32, and its fp32 gradient."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """`replicated` states are whole on every rank; the others are cut into slices. `tiers` are those it may use."""
+    """`replicated` states are whole on every rank; the others are cut into slices. `tiers`: where each may lie."""
 
     replicated: tuple[str, ...]
     tiers: Mapping[str, tuple[str, ...]]
@@ -54,20 +54,23 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 @dataclass(frozen=True)
-class Question:
-    """A model on a machine. `micro_batch_size` sequences at once a rank, `micro_batches` of them a step."""
+class Scenario:
+    """A model, a machine and the size of a step.
+
+    A rank computes `micro_batch_size` sequences at once, and `micro_batches` times as many in a step.
+    """
 
     model: Transformer
     profile: Profile
     hosts: int = 1
     ranks: int = 1
-    """Of one host."""
+    """On one host."""
     micro_batch_size: float = 1
     micro_batches: int = 1
     per_sweep: int | None = None
     strategy: str = "infinity"
     pinned: Mapping[str, str] = field(default_factory=dict)
-    """Tiers the user asks for."""
+    """Class to the tier that the user asks for."""
 
     @property
     def world_size(self) -> int:
@@ -79,19 +82,19 @@ class Question:
 
     @property
     def sequences(self) -> float:
-        """Of a step, on one rank."""
+        """Sequences of a step, on one rank."""
         return self.micro_batch_size * self.micro_batches
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes by what they are for, on each tier of one host, and what it may fill."""
+    """What one host needs: bytes by tier and by what they are for, and how much of each tier may be used."""
 
     terms: Mapping[str, Mapping[str, float]]
     may_use: Mapping[str, float]
     tiles: int
     chunk_params: float
-    """Parameters of an update that may be under way at once, on one rank."""
+    """How many parameters of an update may be under way at once, on one rank."""
 
     def total(self, tier: str) -> float:
         return sum(self.terms[tier].values())
@@ -104,26 +107,26 @@ class Needs:
 
 
 def capacity(profile: Profile, ranks: int) -> dict[str, float]:
-    """Bytes of each tier of a host."""
+    """Bytes that a host has, by tier."""
     return {"device": profile.device_memory * ranks, "cpu": profile.cpu_memory, "nvme": profile.drives.space}
 
 
-def class_bytes(question: Question, per_sweep: int) -> dict[str, float]:
-    """Bytes of each class on one host."""
-    model, strategy = question.model, STRATEGIES[question.strategy]
+def class_bytes(scenario: Scenario, per_sweep: int) -> dict[str, float]:
+    """Bytes of the model states and activations on one host, by class."""
+    model, strategy = scenario.model, STRATEGIES[scenario.strategy]
     sizes = {
-        state: model.params * size * (question.ranks if state in strategy.replicated else 1 / question.hosts)
+        state: model.params * size * (scenario.ranks if state in strategy.replicated else 1 / scenario.hosts)
         for state, size in BYTES_PER_PARAM.items()
     }
-    sizes["activations"] = model.checkpoint_bytes(question.micro_batch_size * per_sweep) * question.ranks
+    sizes["activations"] = model.checkpoint_bytes(scenario.micro_batch_size * per_sweep) * scenario.ranks
     return sizes
 
 
-def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -> Needs:
-    """What `placement` takes; the largest matrix in as few tiles, and update buffers as large, as fit."""
-    model, ranks, compute = question.model, question.ranks, question.compute_tier
+def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -> Needs:
+    """What `placement` takes: with as few tiles of the largest matrix, and as large update buffers, as fit."""
+    model, ranks, compute = scenario.model, scenario.ranks, scenario.compute_tier
     held = _zero_tiers()
-    for state, num_bytes in class_bytes(question, per_sweep).items():
+    for state, num_bytes in class_bytes(scenario, per_sweep).items():
         held[placement[state] if placement[state] != "device" else compute][state] = num_bytes
     held["cpu"]["framework"] = host_bytes(ranks, SHARED_BYTES) + ranks * (PROCESS_BYTES + churn_bytes(per_sweep))
     if compute == "device":
@@ -131,17 +134,17 @@ def needs_of(question: Question, placement: Mapping[str, str], per_sweep: int) -
         if "nvme" in placement.values():
             # drives reach an accelerator through CPU memory: two blocks on their way, in slices
             held["cpu"]["staging"] = 2 * model.block_params * BYTES_PER_PARAM["params"]
-    sequences = question.micro_batch_size
+    sequences = scenario.micro_batch_size
     held[compute]["compute"] = ranks * (
         model.activation_working_bytes(sequences) + sequences * model.seq_len * model.vocab * LOGIT_BYTES
     )
-    may_use = {tier: num_bytes * MEMORY_SHARE for tier, num_bytes in capacity(question.profile, ranks).items()}
-    may_use["nvme"] = question.profile.drives.may_use
+    may_use = {tier: num_bytes * MEMORY_SHARE for tier, num_bytes in capacity(scenario.profile, ranks).items()}
+    may_use["nvme"] = scenario.profile.drives.may_use
     room = may_use[compute] - sum(held[compute].values())
     whole = ranks * model.state_working_bytes
     tiles = next((count for count in TILES if whole / count <= room), TILES[-1])
     held[compute]["matrix"] = whole / tiles
-    slice_params = model.block_params / question.world_size
+    slice_params = model.block_params / scenario.world_size
     chunk_params = 0.0
     if placement["optimizer"] not in (compute, "device"):
         left = (room - whole / tiles) / ranks / BYTES_PER_PARAM["optimizer"]

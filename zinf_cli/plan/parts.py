@@ -27,21 +27,21 @@ ATTEMPTS = 4
 def plan_in_parts(
     recipe: Recipe,
     figures: Figures,
-    described: Callable[[int], Figures],
+    figures_of: Callable[[int], Figures],
     profile: Profile | None = None,
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
     """The best plan of the model as it is, or, where none fits, cut into parts; it may not fit all the same.
 
-    `described(most)` looks at the model again, cut into parts of `most` elements.
+    `figures_of(most)` looks at the model again, cut into parts of `most` elements.
     """
     plan = best_plan(recipe, figures, profile, hosts, room)
     most = None if plan.fits else largest_that_fits(recipe, figures, hosts, room)
     for _ in range(ATTEMPTS):
         if most is None or plan.fits:
             break
-        plan = best_plan(recipe, described(most), profile, hosts, room)
+        plan = best_plan(recipe, figures_of(most), profile, hosts, room)
         most = most // 2 if most > LEAST else None
     return plan
 

@@ -1,4 +1,4 @@
-"""Which tier each class of state lies on: all ways there are, and of those that fit the ones worth timing."""
+"""Placements: which tier each class of state lies on. Lists them all, and of those that fit, the ones worth timing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ T = TypeVar("T")
 
 
 def placements(asked: Mapping[str, str], compute_tier: str) -> Iterator[dict[str, str]]:
-    """Every placement that keeps the classes the user pinned; the fastest first, the most frugal last."""
+    """Every placement that leaves the classes where `asked` pins them ("auto" pins none); the fastest first, the most
+    frugal last."""
     free = TIERS[TIERS.index(compute_tier) :]
     for tiers in itertools.product(*(free if tier == "auto" else (tier,) for tier in asked.values())):
         yield dict(zip(asked, tiers, strict=True))
 
 
 def undominated(items: Sequence[tuple[Mapping[str, str], T]]) -> list[T]:
-    """Those for whose placement there is no other with every class on a tier as fast or faster."""
+    """The items whose placement no other beats. A placement beats another if each class lies on a tier as fast or
+    faster."""
 
     def as_fast(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
         return all(TIERS.index(one[state]) <= TIERS.index(other[state]) for state in other)

@@ -20,7 +20,7 @@ from zinf_cli.recipe.hosts import Host
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes of one kind on one tier, per rank."""
+    """Bytes of one kind on one tier, per rank. `what` is a key of NAMES (memory.py)."""
 
     tier: str
     what: str
@@ -29,35 +29,35 @@ class Line:
 
 @dataclass(frozen=True)
 class Limit:
-    """A tier on this host: what the run takes there in total, and what it may take."""
+    """A tier of one host: bytes that the run takes there, and bytes that it may take."""
 
     tier: str
     needed: int
     allowed: int
     origin: str
-    """Where the limit comes from: a recipe key, or the machine."""
+    """Who sets the limit: a recipe key, or a machine."""
 
 
 @dataclass(frozen=True)
 class CheckpointStep:
-    """A step with a checkpoint. Bytes are those of all ranks."""
+    """A step with a checkpoint. Bytes are of all ranks."""
 
     interval: int
-    """Steps between two."""
+    """Steps from one checkpoint to the next."""
     folder: str
     num_bytes: int
-    """Of the checkpoint."""
+    """Bytes of the checkpoint."""
     traffic: int
-    """What is written to its drive beside what a step moves anyway: see plan/traffic.py."""
+    """Bytes written to its drive beside those that every step moves: see plan/traffic.py."""
     drive_shared: bool
-    """Whether (some of) the NVMe tier lies on that drive."""
+    """Whether some of the NVMe tier lies on that drive."""
     step_s: float = 0.0
     """Expected seconds of such a step."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a rank needs to know beside the recipe, and everything a user wants to see before."""
+    """Everything that a rank needs to know beside the recipe, and that a user wants to see before it starts."""
 
     hosts: tuple[Host, ...]
     world_size: int
@@ -70,34 +70,34 @@ class Plan:
     update: str
     """When a unit is updated: see Choice."""
     kept_units: tuple[int, ...]
-    """Units whose activations are kept for backward instead of being recomputed."""
+    """Units whose activations are kept for backward. The others are recomputed."""
     cached_units: tuple[int, ...]
     cached_states: tuple[str, ...]
-    """Units of which these classes lie in CPU memory, though those of the others lie on NVMe."""
+    """Classes that lie in CPU memory for the cached units, and on NVMe for the others."""
     sequences_per_step: int
     max_steps: int
     working: Working
     nvme_bytes: int
-    """Per rank, without activations that exceed the estimate."""
+    """Per rank. Activations that exceed their estimate come on top."""
     nvme_folders: tuple[str, ...]
     lines: tuple[Line, ...]
     limits: tuple[Limit, ...]
     compute_s: float
     nvme_s: float
-    """Expected seconds per step of compute, and of drive traffic, each by itself."""
+    """Expected seconds per step of compute alone, and of drive traffic alone."""
     nvme_traffic: int
     """Bytes read and written per step and rank."""
     nvme_traffic_clipped: int
-    """The same, in a step whose gradient is clipped: then no update is made in the backward pass."""
+    """The same in a clipped step, where no update is made in backward."""
     figures: Figures
     step_s: float = 0.0
-    """Expected seconds per step, all lanes together: the simulation's."""
+    """Expected seconds of a step, as simulated. Where updates are speculative: of a clipped step."""
     calm_step_s: float = 0.0
-    """The same, in a step whose gradient is not clipped."""
+    """The same of an unclipped step. The name is that of the key in plan.json."""
     bottleneck: str = "compute"
-    """The resource that is busiest in it."""
+    """The resource that is busiest in a step."""
     busy: dict[str, float] = field(default_factory=dict)
-    """Share of the step, by lane."""
+    """The share of a step that each lane is busy."""
     io: Io = field(default_factory=Io)
     """Threads and blocks on the drives."""
     drives_measured: bool = False
@@ -105,20 +105,21 @@ class Plan:
     checkpoint: CheckpointStep | None = None
     """None where the run will write none."""
     resume: str | None = None
-    """The checkpoint the run goes on from."""
+    """The folder of the checkpoint that the run goes on from."""
 
     @property
     def fits(self) -> bool:
         return all(limit.needed <= limit.allowed for limit in self.limits)
 
     def room(self, tier: str, unsure: float = 0.0) -> int:
-        """What is left for each rank there, bytes, if the plan is short by a share `unsure`."""
+        """Bytes that are left for each rank on a tier, even if the plan is too low by a share `unsure`."""
         limit = next(limit for limit in self.limits if limit.tier == tier)
         return (limit.allowed - int(limit.needed * (1 + unsure))) // self.figures.ranks_per_host
 
     @property
     def collective_timeout_s(self) -> float:
-        """A rank that waits so long for its peers gives up: many steps, and never less than slow starts differ."""
+        """Seconds after which a rank that waits for its peers fails: many steps, and never less than slow starts
+        differ."""
         return max(600.0, 20 * (self.compute_s + self.nvme_s))
 
     @property
@@ -127,7 +128,7 @@ class Plan:
 
     @property
     def choice(self) -> Choice:
-        """What was judged."""
+        """The placement that this plan was made for."""
         return Choice(
             self.placement,
             self.per_sweep,

@@ -1,4 +1,4 @@
-"""What a step of a plan will take: the plan as a schedule, played on this machine or on another's profile."""
+"""How long a step of a plan will take: the plan as a schedule, played on a profile of this machine or another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
 
 IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
-"""Parameters of an update under way at once where nothing has to be brought for it."""
+"""How many parameters of an update are under way at once where all of it lies in memory."""
 
 
 def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured | None) -> Profile:
-    """This machine: measured where `zinf bench` was run, assumed where not.
+    """The profile of this machine: measured where `zinf bench` was run, assumed where not.
 
-    Drives count as measured only where `folders` lie on them.
+    The drives are measured only if the file systems of `folders` are those that were.
     """
     machine, links = figures.machine, measured.links if measured is not None else None
     assumed = ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))
@@ -39,13 +39,13 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
     )  # fmt: skip
 
 
-def predict(plan: Plan, tokens: int, profile: Profile, *, calm: bool = False) -> Simulation:
-    """Play a step of `plan`; `tokens` of one micro-batch.
+def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = False) -> Simulation:
+    """Play a step of `plan` with `tokens` tokens in a micro-batch.
 
-    Its gradient is clipped, unless it is `calm`: then what the plan updates speculatively is updated in backward.
+    The step is clipped, so that speculative updates are made in the next forward; or `unclipped`, so that they hold.
     """
     step = step_of_plan(plan, tokens)
-    if step.update == "speculative" and not calm:
+    if step.update == "speculative" and not unclipped:
         step = replace(step, update="deferred")
     return simulate(step, profile, cluster_of(plan, tokens))
 
@@ -55,7 +55,7 @@ def cluster_of(plan: Plan, tokens: int) -> Cluster:
 
 
 def step_of_plan(plan: Plan, tokens: int) -> Step:
-    """The plan as a schedule; `tokens` of one micro-batch."""
+    """The plan as a schedule, with `tokens` tokens in a micro-batch."""
     figures, working = plan.figures, plan.working
     accelerator = bool(figures.machine.accelerators)
     choice = plan.choice
@@ -82,7 +82,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
 
 
 def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
-    """The visits of a forward pass. A unit that is called again brings its parameters again, its gradient once."""
+    """The visits of a forward pass. A unit that is called twice brings its parameters twice, and its gradient once."""
     model = figures.model
     turn, leaves = model.turn, glue_leaves(figures, choice)
     kept = dict(zip((n for n in range(len(model.units)) if n != turn), activation_bytes(figures, choice), strict=True))
@@ -107,7 +107,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
 
 
 def _weight(model: ModelFigures, place: int) -> int:
-    """The share of a visit in the compute: its parameters, but for an embedding that is only looked up."""
+    """The weight of a visit's compute: its parameters; 0 for an embedding, which is only looked up."""
     unit = model.units[model.order[place]]
     lookup = place == 0 and unit.largest_param_numel > 0.9 * unit.numel
     return 0 if lookup else unit.numel

@@ -1,11 +1,12 @@
 """A training step as data: operations of one rank, each with its lane, its amount and what it waits for.
 
-All ranks do the same at the same time, so one stands for all, with its share of what a host's ranks use together. This
-is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"); classic.py states ZeRO-Infinity's
+All ranks do the same at the same time. So one stands for all, with its share of what the ranks of a host use together.
+This is zinf's sweep (docs/architecture.md, "The sweep" and "The deferred update"). classic.py states ZeRO-Infinity's
 schedule in the same words, and simulate.py plays both.
 
-Amounts are bytes on a moving lane, FLOPs of compute ("matmul") and parameters of AdamW ("adamw"). Another update is
-bound by memory as AdamW is, and so is to clear, add and measure a gradient: these are bytes, in parameters of AdamW.
+Amounts are bytes on a lane that moves them, FLOPs of compute ("matmul") and parameters of AdamW ("adamw"). Memory
+bounds AdamW, and it bounds other updates and the clearing, adding and measuring of a gradient too. Their bytes are
+counted as parameters of AdamW.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from dataclasses import dataclass, field
 from zinf_cli.model_state import ADAMW, FP32_BYTES, GRAD, ITEM_BYTES, OptimizerState
 
 LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
-"""In the sweep updates run on the compute lane; the lane "update" is the CPU of the paper's schedule."""
+"""zinf's updates run on the compute lane. The lane "update" is the CPU in the paper's schedule."""
 ADAMW_BYTES = ADAMW.moved_bytes_per_param
-"""By which the speed of AdamW, which is measured, tells that of other work that memory bounds."""
+"""Bytes per parameter of AdamW, whose measured speed tells the speed of other work that memory bounds."""
 PIECES = 4
-"""Into how many pieces an update is cut here at most; the engine's chunks are finer."""
+"""The most pieces that a schedule cuts an update into; the engine's chunks are finer."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """Something one lane does, without a break, when all of `after` (places in the list) are done."""
+    """Something that one lane does, without a break, once all operations of `after` (places in the list) are done."""
 
     lane: str
     rate: str
-    """Whose speed it has: the name of a lane, "matmul", "adamw" or "inside" (the network within a host)."""
+    """The speed that it has: of a lane by its name, "matmul", "adamw" or "inside" (the network within a host)."""
     name: str
     amount: float
     after: tuple[int, ...] = ()
@@ -37,24 +38,27 @@ class Op:
 
 @dataclass(frozen=True)
 class UnitLoad:
-    """One unit in the order of the forward pass. Counts are of the whole unit, costs of one micro-batch on one rank."""
+    """One unit, in the order of the forward pass.
+
+    `params` and `trainable` count the whole unit; `flops` and `kept_bytes` are of one micro-batch on one rank.
+    """
 
     name: str
     params: float
     trainable: float
     flops: float
-    """Of the forward pass."""
+    """FLOPs of the forward pass."""
     kept_bytes: float
-    """What it leaves for the backward pass."""
+    """Bytes that it leaves for the backward pass."""
     recomputed: bool = True
-    """Whether the backward pass begins with its forward."""
+    """Whether the backward pass computes its forward again."""
     cached: frozenset[str] = frozenset()
-    """Classes of its state that lie in CPU memory, wherever those of other units do."""
+    """Classes of its state that lie in CPU memory, whatever their placement."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step is, apart from the speed of any machine."""
+    """One step, apart from the speed of any machine."""
 
     units: Sequence[UnitLoad]
     micro_batches: int
@@ -63,21 +67,21 @@ class Step:
     placement: Mapping[str, str]
     accelerator: bool
     param_bytes: int = ITEM_BYTES["BF16"]
-    """Of one parameter as it is computed with; an fp32 one is its own master."""
+    """Bytes of one parameter in the dtype that compute uses. An fp32 parameter is its own master."""
     optimizer: OptimizerState = ADAMW
     update: str = "deferred"
-    """When a unit is updated: see Choice. A speculative step is one whose gradient is not clipped."""
+    """When a unit is updated: see Choice. With "speculative", the step is an unclipped one."""
     depth: int = 4
-    """Visits that memory has room for, the one that is computed included."""
+    """How many visits fit into memory, the one that is computed included."""
     chunk_params: float = 8 * 2**20
-    """Parameters of an update that may be under way at once."""
+    """How many parameters of an update may be under way at once."""
     exchange_bytes: float = 0
-    """Activations all-reduced within a host in a unit's forward pass, by model parallelism (classic.py)."""
+    """Bytes of activations that model parallelism all-reduces within a host in a unit's forward pass (classic.py)."""
 
 
 @dataclass
 class Ops:
-    """The list as it grows."""
+    """The list of operations as it grows. Methods return places in it: what to wait for."""
 
     step: Step
     ops: list[Op] = field(default_factory=list)
@@ -87,11 +91,11 @@ class Ops:
         return len(self.ops) - 1
 
     def bring(self, state: str, unit: UnitLoad, num_bytes: float, after: Sequence[int]) -> list[int]:
-        """From the tier of a unit's `state` to the compute device; what to wait for."""
+        """Move bytes of a unit's `state` from its tier to the compute device."""
         return self._move(self._way(state, unit, "nvme read", "copy in"), f"{unit.name} {state}", num_bytes, after)
 
     def send(self, state: str, unit: UnitLoad, num_bytes: float, after: Sequence[int]) -> list[int]:
-        """From the compute device to the tier of a unit's `state`."""
+        """Move bytes of a unit's `state` from the compute device to its tier."""
         lanes = self._way(state, unit, "nvme write", "copy out")[::-1]
         return self._move(lanes, f"{unit.name} {state}", num_bytes, after)
 
@@ -107,23 +111,26 @@ class Ops:
         return last
 
     def handle(self, name: str, num_bytes: float, after: Sequence[int]) -> int:
-        """What moves `num_bytes` between compute and its memory and does little else."""
+        """Work of the compute device that moves `num_bytes` to and from its memory, and does little else."""
         return self.add("compute", name, num_bytes / ADAMW_BYTES, after, "adamw")
 
     def between_ranks(self, name: str, num_bytes: float, after: Sequence[int]) -> list[int]:
-        """All-gather or reduce-scatter of `num_bytes` in all."""
+        """All-gather or reduce-scatter `num_bytes` in all."""
         others = (self.step.world_size - 1) / self.step.world_size
         return [self.add("network", name, num_bytes * others, after)] if others else list(after)
 
 
 def sweep_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
-    """`count` steps of zinf, each with the update of the one before; the operations, and each step's last compute."""
+    """`count` steps of zinf, each with the update of the step before.
+
+    Returns their operations, and the place of each step's last compute among them.
+    """
     sweeps = _Sweeps(step)
     return sweeps.ops.ops, [sweeps.step_of() for _ in range(count)]
 
 
 class _Sweeps:
-    """Visits, fetches that run ahead of them, updates on the way."""
+    """Writes the list: visits, fetches that run ahead of them, and updates on the way."""
 
     def __init__(self, step: Step) -> None:
         self.step, self.ops = step, Ops(step)
@@ -181,7 +188,7 @@ class _Sweeps:
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD.item_bytes, after)
         if not first:
             earlier = ops.bring("grads", unit, own, [*room, *self._grads[number]])
-            if earlier or step.world_size > 1:  # else compute has added to it in place
+            if earlier or step.world_size > 1:  # otherwise compute has added to the gradient in place
                 reduced = [ops.handle(f"{unit.name} add gradient", 3 * own, [*reduced, *earlier])]
         if final:
             reduced = [ops.handle(f"{unit.name} norm", own, reduced)]
@@ -194,7 +201,7 @@ class _Sweeps:
         return "deferred" if self.step.update == "speculative" and unit.cached else self.step.update
 
     def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
-        """Update this rank's slice, piece by piece; what the slot's next use waits for."""
+        """Update this rank's slice, piece by piece. Returns what the next use of the slot waits for."""
         step, ops, unit = self.step, self.ops, self.step.units[number]
         own = unit.trainable / step.world_size
         if not own:

@@ -1,8 +1,8 @@
 """The search for a plan: the fastest placement that fits.
 
-`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine and takes the
-fastest; classes the recipe pins stay where it says. What does not fit is refused with the numbers before anything is
-loaded.
+`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine, and takes the
+fastest. Classes that the recipe pins stay where it says. A recipe that does not fit is refused, with the numbers,
+before anything is loaded.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
-"""A limit's tier that is none: the file system of the run's folder."""
+"""Stands as a limit's tier for the file system of the run's folder."""
 UNSURE = 0.03
-"""By how much a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
+"""By what share a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
 
 
 def make_plan(
@@ -56,10 +56,13 @@ def make_plan(
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
-    """The fastest placement that fits; CapacityError with the numbers of the most frugal one otherwise.
+    """The plan of the fastest placement that fits.
 
-    `profile`: the machine it is to run on; without one, this machine as far as it is known. Without `hosts`, all ranks
-    are on one; without `room`, each host has what the profile's machine has.
+    `profile` is the machine that the run is for; without one, it is this machine as far as it is known. Without
+    `hosts`, all ranks are on one. `room` is what each host has; without it, what this machine has now.
+
+    CapacityError, with the numbers of the most frugal placement, where none fits; UsageError where there are more ranks
+    than sequences in a step; PreflightError where a folder can't hold state or checkpoints.
     """
     plan = best_plan(recipe, figures, profile, hosts, room)
     if not plan.fits:
@@ -74,7 +77,10 @@ def best_plan(
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
-    """The fastest placement that fits; where none does, the most frugal one."""
+    """The plan of the fastest placement that fits, or of the most frugal one where none does.
+
+    Arguments and errors are those of `make_plan`, without the CapacityError.
+    """
     judge, micro_batches = _judge(recipe, figures, hosts, room)
     profile = profile or profile_here(figures, nvme_folders(recipe), None)
     frugal = None
@@ -91,7 +97,7 @@ def best_plan(
 
 
 def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> bool:
-    """Whether any placement does."""
+    """Whether any placement fits."""
     judge, micro_batches = _judge(recipe, figures, hosts, room)
     return any(judge(choice).fits for choices in _choices(recipe, figures, micro_batches) for choice in choices)
 
@@ -99,7 +105,7 @@ def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Roo
 def _judge(
     recipe: Recipe, figures: Figures, hosts: Sequence[Host], room: Room | None
 ) -> tuple[Callable[[Choice], Plan], int]:
-    """What makes a plan of a choice, without its time, and the micro-batches of a step on a rank."""
+    """A function from a choice to its plan, without the plan's times; and the micro-batches of a step on a rank."""
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -118,8 +124,10 @@ def _judge(
 
 
 def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:
-    """What the room that is left may buy: second places for updates, activations that need no recompute, units whose
-    state stays in memory. Only the time of a step tells which is worth most."""
+    """Plans that fill the room that `plan` leaves: with shadows, with kept activations, with cached units.
+
+    Only the time of a step tells which of them is worth most.
+    """
 
     def keeping(plan: Plan) -> Plan:
         choice = plan.choice
@@ -142,7 +150,7 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
         speculative = judge(replace(plan.choice, update="speculative"))
         if speculative.fits:
             yield from both(speculative)
-            # without second places memory holds more units
+            # without shadows memory holds more units
             yield from (way for way in both(plan) if way.cached_units)
             return
     yield from both(plan)
@@ -151,13 +159,13 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
-    calm = predict(plan, tokens, profile, calm=True) if plan.update == "speculative" else played
+    unclipped = predict(plan, tokens, profile, unclipped=True) if plan.update == "speculative" else played
     rates = rates_of(profile, cluster_of(plan, tokens))
     figures = plan.figures
     cores = 0 if figures.machine.accelerators else plan.threads_per_rank
     checkpoint = plan.checkpoint
     if checkpoint is not None:
-        # it is written behind the updates: the step is as long as what is longest, or its drive is at work
+        # a checkpoint is written behind the updates: such a step lasts as long as other steps, or as its drive is busy
         speed, before = ASSUMED_DRIVE_BANDWIDTH / plan.world_size, 0
         if checkpoint.drive_shared:
             speed, before = rates["both"], plan.nvme_traffic_clipped
@@ -170,7 +178,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
         compute_s=plan.compute_s * figures.machine.flops / rates["matmul"],
         nvme_s=plan.nvme_traffic_clipped / rates["both"],
         step_s=played.step_s,
-        calm_step_s=calm.step_s,
+        calm_step_s=unclipped.step_s,
         bottleneck=played.bottleneck,
         busy=dict(played.busy),
         drives_measured=profile.drives.measured,
@@ -178,7 +186,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
 
 
 def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
-    """All placements with as many micro-batches in a sweep as there are, then with fewer; the most frugal ends each."""
+    """Lists of all placements, the most frugal one last: with all micro-batches in a sweep, then with fewer."""
     fixed = recipe.train.micro_batches_per_sweep
     sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
     compute_tier = "device" if figures.machine.accelerators else "cpu"
@@ -270,7 +278,7 @@ def _checkpoint_step(
 
 
 def _recompute(figures: Figures, choice: Choice) -> float:
-    """FLOPs with recomputation, by those without: a unit's second forward is a third on top."""
+    """FLOPs with recomputation, divided by those without: computing a unit's forward again is a third more."""
     units = dict(enumerate(figures.model.units))
     called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
     again = sum(numel for n, numel in called.items() if n not in choice.kept and n != figures.model.turn)
@@ -302,12 +310,12 @@ def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: W
     for line in _lines(figures, choice, states, working, room):
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     if needed["nvme"]:
-        needed["nvme"] += GROWTH * figures.ranks_per_host  # for activations whose sizes data decides
+        needed["nvme"] += GROWTH * figures.ranks_per_host  # the sizes of some activations depend on data
     return needed
 
 
 def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[int, str]]:
-    """(bytes, origin) per tier: the recipe's budget, and never more than there is room for."""
+    """(bytes that may be used, who sets that limit) per tier: the lesser of the recipe's budget and the machine's."""
     offload = recipe.offload
     machine = {
         "cpu": (int(room.memory * (1.0 if offload.cpu_memory else MEMORY_SHARE)), offload.cpu_memory),
@@ -325,12 +333,12 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
 
 
 def nvme_folders(recipe: Recipe) -> Sequence[Path]:
-    """Where offload to NVMe goes: the recipe's folders, or one inside the run's."""
+    """The folders of the NVMe tier: the recipe's, or one inside the run's."""
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
 
 
 def does_not_fit(plan: Plan) -> CapacityError:
-    """What is too much, where, and what to do."""
+    """The error for a plan that does not fit: what is too much, on which tier, and what to do."""
     problems = []
     for limit in plan.limits:
         if limit.needed > limit.allowed:

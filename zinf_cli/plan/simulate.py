@@ -1,8 +1,8 @@
 """Plays a step on a hardware profile: how long it takes, how busy each lane is, what bounds it.
 
-A lane does one thing at a time; among what is ready it takes what comes first in the schedule. The drive's two lanes
-slow each other down where it moves less in both directions than the sum of each alone; so do the drive and compute that
-is done by the cores that serve it.
+A lane does one thing at a time. Among what is ready it takes what comes first in the schedule. The two lanes of a drive
+slow each other down if it moves less in both directions at once than the sum of each alone. A drive and compute slow
+each other down if the same cores serve both.
 """
 
 from __future__ import annotations
@@ -24,51 +24,52 @@ RESOURCES = {
     "cpu link": ("copy in", "copy out"),
     "nvme": ("nvme read", "nvme write"),
 }
-"""What a user can buy more of, and its lanes."""
+"""What a user can buy more of, and the lanes that it makes faster."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Hosts, ranks on each, and what they compute with."""
+    """Equal hosts: how many, with how many ranks, and what a rank computes."""
 
     hosts: int
     ranks: int
-    """Of one host."""
+    """On one host."""
     precision: str
     rows: float
-    """Tokens of a micro-batch: rows of the activations."""
+    """Tokens of a micro-batch, which are the rows of its activations."""
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """One step in its steady state. Shares are of its time."""
+    """One step in its steady state."""
 
     step_s: float
     busy: Mapping[str, float]
-    """By lane."""
+    """The share of the step that each lane is busy."""
     bottleneck: str
-    """The resource that is busy most."""
+    """The resource that is busiest."""
     ops: Sequence[Op]
     spans: Sequence[tuple[float, float]]
-    """(start, end) of every operation, seconds; the last step ends the list."""
+    """(start, end) of every operation, in seconds."""
 
     @property
     def waiting(self) -> float:
-        """The share in which compute waits for data."""
+        """The share of the step that compute waits for data."""
         return max(0.0, 1 - self.busy["compute"])
 
 
-def rates_of(profile: Profile, host: Cluster) -> dict[str, float]:
-    """The speed of each lane of one rank while all of them are at work; "both" is the drive's in sum.
+def rates_of(profile: Profile, cluster: Cluster) -> dict[str, float]:
+    """The speed of each lane of one rank while all ranks are at work, in the units of `Op.amount` per second.
 
-    "drive share" and "compute share" are what the drive and compute leave of each other.
+    "both" is the drive's speed while it reads and writes, in sum. "drive share" and "compute share" are the shares of
+    their speed that the drive and compute keep while both are at work.
     """
-    ranks, drives = host.ranks, profile.drives
-    network = profile.collective_across if host.hosts > 1 else profile.collective_inside
+    ranks, drives = cluster.ranks, profile.drives
+    network = profile.collective_across if cluster.hosts > 1 else profile.collective_inside
     share = 1 if profile.accelerators else ranks
     on_device = profile.device_bandwidth / ADAMW_BYTES if profile.accelerators else profile.adamw / ranks
     return {
-        "matmul": profile.flops(host.precision, host.rows) / share,
+        "matmul": profile.flops(cluster.precision, cluster.rows) / share,
         "adamw": on_device,
         "cpu adamw": profile.adamw / ranks,
         "network": network,
@@ -83,13 +84,13 @@ def rates_of(profile: Profile, host: Cluster) -> dict[str, float]:
     }
 
 
-def simulate(step: Step, profile: Profile, host: Cluster) -> Simulation:
-    """zinf's schedule of `step` on `host`."""
-    return play(*sweep_steps(step), rates_of(profile, host))
+def simulate(step: Step, profile: Profile, cluster: Cluster) -> Simulation:
+    """Play zinf's schedule of `step` on hosts of that profile."""
+    return play(*sweep_steps(step), rates_of(profile, cluster))
 
 
 def play(ops: Sequence[Op], ends: Sequence[int], rates: Mapping[str, float]) -> Simulation:
-    """Play `ops`; the step is what lies between the last two of `ends`."""
+    """Play `ops` at `rates` (see `rates_of`). The step is what lies between the last two of `ends`."""
     seconds = [op.amount / rates[op.rate] for op in ops]
     together = rates["both"] / (rates["nvme read"] + rates["nvme write"])
     spans = _play(ops, seconds, min(1.0, together), rates["drive share"], rates["compute share"])
@@ -105,10 +106,10 @@ def play(ops: Sequence[Op], ends: Sequence[int], rates: Mapping[str, float]) -> 
 def _play(
     ops: Sequence[Op], seconds: Sequence[float], together: float, drive_share: float, compute_share: float
 ) -> list[tuple[float, float]]:
-    """(start, end) of every operation.
+    """(start, end) of every operation, in seconds.
 
-    `together` is the speed of each drive lane while both are at work, `drive_share` theirs while there is compute, and
-    `compute_share` that of compute while one of them is at work.
+    The shares say how much of its speed a lane keeps: `together` a lane of the drive while the other is at work,
+    `drive_share` a lane of the drive while compute is, and `compute_share` compute while a lane of the drive is.
     """
     missing = [len(op.after) for op in ops]
     users: list[list[int]] = [[] for _ in ops]
@@ -149,7 +150,7 @@ def _play(
 
 
 def write_timeline(simulation: Simulation, path: Path) -> None:
-    """The played steps in the Chrome/Perfetto trace format, in the lanes of a run's trace.json."""
+    """Write the played steps as a Chrome/Perfetto trace, with the lanes of a run's trace.json."""
     events: list[dict[str, object]] = [
         {"name": "process_name", "ph": "M", "pid": 0, "args": {"name": "rank 0, simulated"}}
     ]

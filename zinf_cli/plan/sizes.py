@@ -1,7 +1,7 @@
-"""Closed forms: what a transformer takes in bytes and needs in bandwidth, from four numbers and no model.
+"""Closed forms: the bytes and the bandwidth that a transformer needs, from four numbers and no model.
 
 They are sections 3 and 4 of ZeRO-Infinity (arXiv 2104.07857), for mixed precision with Adam. Sizes are in bytes,
-bandwidths in bytes per second, rates in FLOP/s; `sequences` is what one GPU, node or cluster computes at once.
+bandwidths in bytes per second, rates in FLOP/s. `sequences` is how many a GPU, node or cluster computes at once.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FLOPS_PER_PARAM = 8
 
 @dataclass(frozen=True)
 class Transformer:
-    """A stack of equal blocks, as sections 3 and 4 have it."""
+    """A stack of equal blocks, as in sections 3 and 4."""
 
     layers: int
     hidden: int
     heads: int
     vocab: int = 0
-    """Rows of a tied embedding; 0 leaves it out, as the paper does."""
+    """Rows of the tied embedding; 0 leaves it out, as the paper does."""
     seq_len: int = 1024
     checkpoint_interval: int = 1
     """Blocks between two activation checkpoints."""
@@ -47,39 +47,39 @@ class Transformer:
         return 2 * sequences * self.seq_len * self.hidden * self.layers / self.checkpoint_interval
 
     def activation_bytes(self, sequences: float) -> float:
-        """All activations, none recomputed."""
+        """Bytes of all activations, with none recomputed."""
         return self.activation_working_bytes(sequences) * self.layers / self.checkpoint_interval
 
     def activation_working_bytes(self, sequences: float) -> float:
-        """Section 3 (AWM): what lies between two checkpoints, held while it is recomputed."""
+        """Section 3 (AWM): the activations between two checkpoints, which are held while they are recomputed."""
         per_token = 16 * self.hidden + 2 * self.heads * self.seq_len
         return sequences * self.seq_len * self.checkpoint_interval * per_token
 
     @property
     def state_working_bytes(self) -> int:
-        """Section 3 (MSWM): fp16 parameters and gradients of the largest matrix, hidden × 4 hidden."""
+        """Section 3 (MSWM): fp16 parameters and gradients of the largest matrix, which is hidden × 4 hidden."""
         return 4 * self.hidden * 4 * self.hidden
 
     def step_flops(self, sequences: float) -> float:
-        """Section 4: forward, recomputed forward and backward of `sequences`."""
+        """Section 4: FLOPs of forward, recomputed forward and backward of `sequences`."""
         return FLOPS_PER_PARAM * sequences * self.seq_len * self.params
 
     def params_intensity(self, sequences: float) -> float:
-        """Section 4: FLOPs per byte of parameters and gradients moved, `sequences` a GPU."""
+        """Section 4: FLOPs per byte of parameters and gradients that moves. `sequences` are those of a GPU."""
         return sequences * self.seq_len
 
     def optimizer_intensity(self, sequences: float) -> float:
-        """Section 4: FLOPs per byte of optimizer states."""
+        """Section 4: FLOPs per byte of optimizer states that moves."""
         return sequences * self.seq_len / 4
 
     @property
     def activations_intensity(self) -> float:
-        """Section 4: FLOPs per byte of activation checkpoints, whatever the batch."""
+        """Section 4: FLOPs per byte of activation checkpoints that moves, the same for every batch."""
         return 24 * self.hidden * self.checkpoint_interval
 
 
 def efficiency(intensity: float, bandwidth: float, peak: float) -> float:
-    """Section 4: the share of `peak` FLOP/s left when bytes move at `bandwidth` and nothing overlaps."""
+    """Section 4: the share of `peak` FLOP/s that is left if bytes move at `bandwidth` and nothing overlaps."""
     return intensity * bandwidth / (intensity * bandwidth + peak)
 
 
@@ -94,13 +94,14 @@ SHAPES = (
     # for tests on small machines
     (2, 128, 2), (4, 256, 4), (6, 384, 6),
 )  # fmt: skip
-"""(layers, hidden, heads) of models that were trained or planned; a number of parameters takes the nearest."""
+"""(layers, hidden, heads) of models that were trained or planned. A number of parameters stands for the nearest."""
 TOLERANCE = 0.03
-"""How far a shape's own number of parameters may be from the one asked for."""
+"""How far a shape's number of parameters may be from the number asked for, as a share of it."""
 
 
 def shape_of(params: float, vocab: int = 0, seq_len: int = 1024) -> Transformer:
-    """A transformer of about `params` parameters: the nearest known shape, with other layers where that is too far."""
+    """A transformer of about `params` parameters: the nearest known shape, with more or fewer layers where that is too
+    far off."""
     layers, hidden, heads = min(SHAPES, key=lambda shape: abs(math.log(12 * shape[0] * shape[1] ** 2 / params)))
     model = Transformer(layers, hidden, heads, vocab, seq_len)
     if abs(model.params / params - 1) <= TOLERANCE:

@@ -1,4 +1,4 @@
-"""Bytes that go to and from the drives in a step, and to the drive of checkpoints in a step with one."""
+"""Bytes that a step moves to and from the drives, and that a step with a checkpoint writes for it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes, sent_between
 def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
     """Bytes read and written per step and rank.
 
-    Every visit of a unit reads its parameters: a call takes one in the forward and one in the backward pass, the last
-    unit turns in a single one. Every backward visit writes the gradient, and reads what an earlier one left; the update
-    reads it, unless it is made right there.
+    Every visit of a unit reads its parameters. A call takes one visit in forward and one in backward; the last unit's
+    takes one in all. Every backward visit writes the gradient, and reads what an earlier one left. A deferred update
+    reads the gradient once more.
     """
     model, ranks = figures.model, figures.world_size
     total = 0
@@ -37,10 +37,10 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
 
 
 def checkpoint_traffic(figures: Figures, choice: Choice, drive: CheckpointDrive) -> int:
-    """Bytes, all ranks, that a step with a checkpoint writes to its drive beside what a step moves anyway.
+    """Bytes, all ranks, that a step with a checkpoint writes to its drive beside those that every step moves.
 
-    What an update puts on the NVMe tier goes into the checkpoint instead, where both share a drive. All else is a
-    second copy: state in memory or on other drives, and what no update touches.
+    Where tier and checkpoint share a drive, what an update writes goes into the checkpoint instead of the tier. All
+    else is written as a copy: state in memory or on other drives, and what the step does not update.
     """
     total = 0
     for number, unit in enumerate(figures.model.units):

@@ -44,7 +44,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         told = {problem.partition(": ")[0] for problem in problems}  # a value that is none is not told twice
         problems += [
             line
-            for line in (_describe(entry, places, path) for entry in error.errors())
+            for line in (_line_of(entry, places, path) for entry in error.errors())
             if line.partition(": ")[0] not in told or "unknown key" in line
         ]
         recipe = None
@@ -117,7 +117,7 @@ def _apply(override: str, tree: dict[str, Any], places: dict[Key, str]) -> list[
     return []
 
 
-def _describe(entry: Any, places: dict[Key, str], path: Path) -> str:
+def _line_of(entry: Any, places: dict[Key, str], path: Path) -> str:
     """One line for one pydantic error, in plain words."""
     key = _schema_key(entry["loc"])
     name = ".".join(key)

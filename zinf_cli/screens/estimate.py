@@ -28,7 +28,7 @@ BAR = 24
 
 def estimate_screen(answer: Estimate, *, explain: bool = False) -> RenderableType:
     """The whole screen; with `explain`, the terms of each sum and the formulas they come from."""
-    question, model = answer.question, answer.question.model
+    scenario, model = answer.scenario, answer.scenario.model
     head = Table.grid(padding=(0, 2))
     head.add_column(style="dim")
     head.add_column()
@@ -37,14 +37,14 @@ def estimate_screen(answer: Estimate, *, explain: bool = False) -> RenderableTyp
         f"{format_count(model.params)} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads"
         + (f", vocabulary {model.vocab}" if model.vocab else ""),
     )
-    kind = "GPUs" if question.profile.accelerators else "CPU ranks"
-    hosts = f"{question.hosts} × {question.profile.name}"
-    head.add_row("machine", f"{hosts}, {question.world_size} {kind}" + _strategy(answer))
-    each = f"{question.micro_batch_size:g} {'sequence' if question.micro_batch_size == 1 else 'sequences'}"
+    kind = "GPUs" if scenario.profile.accelerators else "CPU ranks"
+    hosts = f"{scenario.hosts} × {scenario.profile.name}"
+    head.add_row("machine", f"{hosts}, {scenario.world_size} {kind}" + _strategy(answer))
+    each = f"{scenario.micro_batch_size:g} {'sequence' if scenario.micro_batch_size == 1 else 'sequences'}"
     head.add_row(
         "step",
-        f"on each of them {question.micro_batches} × {each} of {model.seq_len} tokens"
-        + (f", {answer.per_sweep} in a sweep" if question.micro_batches > 1 else ""),
+        f"on each of them {scenario.micro_batches} × {each} of {model.seq_len} tokens"
+        + (f", {answer.per_sweep} in a sweep" if scenario.micro_batches > 1 else ""),
     )
     parts: list[RenderableType] = [head, Text(), _tiers(answer), Text(), _placement(answer), Text(), _verdict(answer)]
     if explain:
@@ -54,7 +54,7 @@ def estimate_screen(answer: Estimate, *, explain: bool = False) -> RenderableTyp
 
 
 def _strategy(answer: Estimate) -> str:
-    return "" if answer.question.strategy == "infinity" else f", {answer.question.strategy}"
+    return "" if answer.scenario.strategy == "infinity" else f", {answer.scenario.strategy}"
 
 
 def _tiers(answer: Estimate) -> Table:
@@ -64,7 +64,7 @@ def _tiers(answer: Estimate) -> Table:
         table.add_column(title, justify="right")
     table.add_column("")
     table.add_column("")
-    have = capacity(answer.question.profile, answer.question.ranks)
+    have = capacity(answer.scenario.profile, answer.scenario.ranks)
     for tier in TIERS:
         if have[tier]:
             need, allowed = answer.needs.total(tier), answer.needs.may_use[tier]
@@ -99,7 +99,7 @@ def _placement(answer: Estimate) -> Table:
         table.add_column(title, style="dim" if not title else "")
     reasons = answer.reasons()
     for state, tier in answer.placement.items():
-        shown = answer.question.compute_tier if tier == "device" else tier
+        shown = answer.scenario.compute_tier if tier == "device" else tier
         table.add_row(NAMES[state], shown, reasons[state])
     return table
 
@@ -159,7 +159,7 @@ def _terms(answer: Estimate) -> Table:
 
 
 def _formulas(answer: Estimate) -> Table:
-    model, sequences = answer.question.model, answer.question.micro_batch_size
+    model, sequences = answer.scenario.model, answer.scenario.micro_batch_size
     table = Table(box=None, pad_edge=False)
     for title in ("ZeRO-Infinity, section 3 and 4", "", ""):
         table.add_column(title, justify="right" if table.columns[1:] else "left")
@@ -197,7 +197,7 @@ def _formulas(answer: Estimate) -> Table:
         (
             "compute of a rank",
             "8 · batch · seq · parameters",
-            f"{model.step_flops(answer.question.sequences):.3g} FLOP",
+            f"{model.step_flops(answer.scenario.sequences):.3g} FLOP",
         ),
         *(
             (f"efficiency, {NAMES[state]}", form, f"{100 * answer.efficiency[state]:.1f} %")

@@ -48,7 +48,7 @@ def failure_screen(failure: Failure, others: str) -> RenderableType:
     if failure.rank is not None:
         local = "" if failure.local_rank is None else f", local {failure.local_rank}"
         who = f"rank {failure.rank} ({failure.host}{local})"
-    lines: list[RenderableType] = [outside(f"{who}: {failure.error.describe()}", "bold")]
+    lines: list[RenderableType] = [outside(f"{who}: {failure.error.line()}", "bold")]
     last = last_lines(failure.log, _LAST_LINES)
     if last:
         lines += [Text(), *(Text(printable(line), style="dim", overflow="ellipsis", no_wrap=True) for line in last)]

@@ -88,8 +88,8 @@ def _recomputed(plan: Plan) -> str:
 
 
 def _expectation(plan: Plan) -> str:
-    calm = f" ({plan.calm_step_s:.2g} s where nothing is clipped)" if plan.update == "speculative" else ""
-    text = f"{plan.step_s:.2g} s a step{calm}, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
+    unclipped = f" ({plan.calm_step_s:.2g} s where nothing is clipped)" if plan.update == "speculative" else ""
+    text = f"{plan.step_s:.2g} s a step{unclipped}, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
     if plan.nvme_traffic:
         rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
         known = "the measured" if plan.drives_measured else "an assumed"

@@ -4,7 +4,7 @@ It imports MODULE, and with it torch, before it is told what to do, so that may 
 made; a rank then imports nothing, and shares with the others what has been imported. A fork takes over all that is in
 memory but no thread but its own, so nothing here may use the device or start torch's threads.
 
-Two lines of JSON come on stdin. The first is null or a question about the recipe (described.py), answered on stdout.
+Two lines of JSON come on stdin. The first is null or a question about the recipe (question.py), answered on stdout.
 The second is the order: the "part" this host has of the run (elastic.py), the "function" of MODULE that is a rank's
 life, the "run_dir" and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set
 itself, and the "log" that all output of the agent goes to. The last line on stdout is what failed, if anything has:
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zinf_cli.errors import ZinfError
-from zinf_cli.train.described import Question, answers_to
+from zinf_cli.train.question import Question, answers_to
 from zinf_cli.train.rank_process import run_rank
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         raise
     except ZinfError as error:
         _say(out, error=error.to_json())
-        sys.exit(f"error: {error.describe()}")
+        sys.exit(f"error: {error.line()}")
 
 
 def _say(out: IO[str], **failed: Any) -> None:

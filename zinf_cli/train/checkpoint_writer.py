@@ -299,7 +299,7 @@ class CheckpointWriter:
                 remove(folder)
 
     def _say_missing(self, folder: Path, error: ZinfError) -> None:
-        self._notice(f"no checkpoint {folder.name}, the run goes on without: {error.describe()}")
+        self._notice(f"no checkpoint {folder.name}, the run goes on without: {error.line()}")
 
 
 @contextmanager

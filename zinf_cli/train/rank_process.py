@@ -130,14 +130,14 @@ def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> i
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
     if number != signal.SIGTERM or not torn_down:
-        error = RankError(_describe_signal(number, oom_kills))
+        error = RankError(_signal_line(number, oom_kills))
         with suppress(OSError):
             place.write(ErrorRecord(rank, child, error.to_json()))
             print(error, file=sys.stderr)
     return 128 + number
 
 
-def _describe_signal(number: signal.Signals, oom_kills_before: int | None) -> str:
+def _signal_line(number: signal.Signals, oom_kills_before: int | None) -> str:
     killed = f"killed by {number.name}"
     if number != signal.SIGKILL:
         return f"{killed} ({signal.strsignal(number)})"

@@ -113,7 +113,7 @@ def resume(
         try:
             manifest = _load(folder, recipe, engine, model, text)
         except (DamagedError, UnreadableError) as error:
-            problem, state = error.describe(), _DAMAGED if isinstance(error, DamagedError) else _UNREADABLE
+            problem, state = error.line(), _DAMAGED if isinstance(error, DamagedError) else _UNREADABLE
         states = ranks.all(state)
         if not any(states):
             if damaged and ranks.rank == 0:

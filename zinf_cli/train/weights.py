@@ -141,7 +141,7 @@ class _Conversion:
     keys: list[tuple[str, str]] = field(default_factory=list)
     """(the transform's source pattern, the checkpoint key), in the order the tensors are stacked."""
 
-    def describe_keys(self) -> str:
+    def first_keys(self) -> str:
         more = ", ..." if len(self.keys) > 3 else ""
         return ", ".join(key for _, key in self.keys[:3]) + more
 
@@ -199,10 +199,10 @@ def _judge(
         except Exception as error:  # each operation has its own way to refuse tensors that do not go together
             shapes = {}
             yields[conversion.target] = conversion
-            misshaped.append(f"{conversion.target} can't be made of {conversion.describe_keys()}: {error}")
+            misshaped.append(f"{conversion.target} can't be made of {conversion.first_keys()}: {error}")
         for name, shape in shapes.items():
             if name not in state:
-                homeless[name] = conversion.describe_keys()
+                homeless[name] = conversion.first_keys()
                 continue
             yields[name] = conversion
             if shape != state[name].shape:

@@ -1,12 +1,13 @@
-"""`python -m zinf_cli.train.described`: what the plan needs to know, as torchrun's agent, too, tells the launcher.
+"""`python -m zinf_cli.train.question`: the launcher asks for the figures of a recipe, this process answers.
 
-The launcher stays light that way. A question is a line of JSON, {"recipe": ..., "slots": N, "world_size": N,
-"most": N}, and so is an answer; an error is {"error": ...} with its fields (errors.py).
+The launcher imports no torch that way. torchrun's agent answers the same question (agent.py). A question is a line of
+JSON, {"recipe": ..., "slots": N, "world_size": N, "most": N}. So is the answer: the figures, or {"error": ...} with the
+error's fields (errors.py).
 
-To look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So the
-answer is kept: as long as the recipe, zinf, torch, transformers, this machine's cores and every file that was looked at
-are what they were, it is not looked for again. With accelerators it is, because how much of their memory is free is
-part of the answer.
+A look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So answers
+are cached. An answer is used again for the same recipe, as long as zinf, torch, transformers, this machine's cores and
+every file that was looked at are what they were. With accelerators nothing is cached: how much of their memory is free
+is part of the answer.
 """
 
 from __future__ import annotations
@@ -39,60 +40,60 @@ from zinf_cli.train.cache import cache_folder, identity, private_folder
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.version import code_digest
 
-KEPT = 64
-"""Answers; the oldest go first."""
+MOST_ANSWERS = 64
+"""Answers in the cache; the oldest go first."""
 OLDEST_S = 24 * 3600.0
-"""The speed of the machine is part of an answer, and may have been measured in a bad moment."""
+"""How old an answer may be. The machine's speed is part of it, and may have been measured in a bad moment."""
 
 
 def answer(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None = None) -> dict[str, Any]:
-    """The figures of `describe`, which see."""
+    """The figures of `find_figures`."""
     entry = _entry(recipe, slots, world_size, most)
-    kept = _kept(entry)
-    if kept is not None:
-        return kept
-    from zinf_cli.train.describe import describe
+    cached = _cached(entry)
+    if cached is not None:
+        return cached
+    from zinf_cli.train.figures import find_figures
 
-    figures = describe(recipe, slots, world_size, most)
+    figures = find_figures(recipe, slots, world_size, most)
     text = json.dumps(dataclasses.asdict(figures))
-    if entry is not None and not figures.data.notes:  # which are said once
+    if entry is not None and not figures.data.notes:  # notes are said once, so they are not cached
         with contextlib.suppress(OSError):
-            _keep(entry, text)
+            _cache(entry, text)
     document: dict[str, Any] = json.loads(text)
     return document
 
 
-def _kept(entry: Path | None) -> dict[str, Any] | None:
-    """An answer as it was written; None where there is none, or a damaged one."""
+def _cached(entry: Path | None) -> dict[str, Any] | None:
+    """The answer in a file of the cache; None where there is none, or it is too old or damaged."""
     if entry is not None:
         with contextlib.suppress(OSError, ValueError):
             if time.time() - entry.stat().st_mtime < OLDEST_S:
                 checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
                 if checksum == xxh3_128_hexdigest(text):
-                    kept: dict[str, Any] = json.loads(text)
-                    return kept
+                    cached: dict[str, Any] = json.loads(text)
+                    return cached
     return None
 
 
 def _entry(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> Path | None:
-    """The file that holds the answer, if it was found before; None where it is not to be kept."""
+    """The file of the cache for this answer; None where it is not to be cached."""
     if accelerators_here():
         return None
     try:
         return cache_folder("figures") / f"{_key(recipe, slots, world_size, most)}.json"
-    except (ZinfError, OSError):  # there is something wrong, which `describe` will say
+    except (ZinfError, OSError):  # there is something wrong, which `find_figures` will say
         return None
 
 
-def _keep(entry: Path, text: str) -> None:
+def _cache(entry: Path, text: str) -> None:
     private_folder(entry.parent)
     write_durably(entry, f"{xxh3_128_hexdigest(text)}\n{text}", mode=0o600)
-    for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[KEPT:]:
+    for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[MOST_ANSWERS:]:
         old.unlink()
 
 
 def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> str:
-    """Of all that the answer follows from."""
+    """A hash of all that the answer follows from."""
     software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
     machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
     texts = find_texts([*recipe.dataset.path, *(recipe.dataset.eval_path or ())])
@@ -104,7 +105,7 @@ def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | 
 
 
 def _seen(recipe: Recipe) -> Iterator[Path]:
-    """Every file that is looked at beside the text."""
+    """The files that are looked at, beside the text."""
     dataset = recipe.dataset
     folders = [folder for folder in (recipe.model.name_or_path, dataset.tokenizer) if folder is not None]
     checkpoints = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
@@ -113,17 +114,17 @@ def _seen(recipe: Recipe) -> Iterator[Path]:
 
 
 class Question:
-    """What the launcher asks, and where the answer goes."""
+    """A question of the launcher's: the line that asks it, and the stream that the answer goes to."""
 
     def __init__(self, line: str, out: IO[str]) -> None:
         self._asked = json.loads(line)
         self._out = out
 
     def answered_at_once(self) -> bool:
-        """Whether there is an answer without a look at the model; then it has been given."""
+        """Answer from the cache. False where the model has to be looked at: then nothing has been said."""
         known: dict[str, Any] | None
         try:
-            known = _kept(_entry(*self._parts))
+            known = _cached(_entry(*self._parts))
         except ZinfError as error:
             known = _reported(error)
         if known is not None:
@@ -131,8 +132,8 @@ class Question:
         return known is not None
 
     def answer(self) -> None:
-        """Look at the recipe in a fork: it takes the memory that a rank will, and this process stays as it is."""
-        from zinf_cli.train import describe, loop  # noqa: F401
+        """Look at the recipe in a fork, which takes the memory that a rank will. This process stays as it is."""
+        from zinf_cli.train import figures, loop  # noqa: F401
 
         child = os.fork()
         if child == 0:
@@ -167,11 +168,11 @@ def _reported(error: ZinfError) -> dict[str, Any]:
 
 
 def _failed(why: str) -> dict[str, Any]:
-    return _reported(RankError(f"the model could not be described: {why}"))
+    return _reported(RankError(f"the model could not be read: {why}"))
 
 
 def answers_to() -> IO[str]:
-    """The real stdout; what else is printed from now on goes to stderr."""
+    """The real stdout. From now on, whatever else is printed goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out

@@ -1,6 +1,7 @@
-"""What the plan needs to know of a recipe, found by looking at all of it.
+"""Finds the figures of a recipe: what the plan needs to know of model, text and machine.
 
-Everything about the input that can be wrong is found here: the model's config, the checkpoint's tensors, the text.
+It looks at all of the input, and so finds all that can be wrong with it: the model's config, the checkpoint's tensors,
+the text.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import open_weights
 
 
-def describe(recipe: Recipe, slots: int | None, world_size: int | None = None, most: int | None = None) -> Figures:
-    """Build the model on the meta device, judge its checkpoint, tokenise the text, look at the machine.
+def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = None, most: int | None = None) -> Figures:
+    """Build the model on the meta device, judge its checkpoint, tokenise the text, measure the machine.
 
-    `slots` is the number of ranks on this host, `world_size` on all of them; by default every accelerator here, or
-    one CPU rank. The model is cut into parts of `most` elements, if that is given.
+    `slots` is the number of ranks on this host, `world_size` that of all hosts; by default there is a rank for every
+    accelerator here, or one CPU rank. With `most`, the model is cut into parts of `most` elements. Raises a ZinfError
+    for whatever is wrong with the input.
     """
     forked_with = process_memory().get("RssAnon", 0)
     accelerators = torch.cuda.device_count()
@@ -140,7 +142,7 @@ def _flops_per_token(model: nn.Module, seq_len: int) -> float:
 
 
 def _hidden(model: nn.Module) -> int:
-    """The width of its layers, as far as its config says."""
+    """The width of the model's layers; 0 where its config does not say."""
     config: Any = model.config
     return getattr(config, "hidden_size", 0)
 
@@ -148,7 +150,7 @@ def _hidden(model: nn.Module) -> int:
 def _machine(
     device: torch.device, precision: str, ranks: int, forked_with: int, shape: tuple[int, int]
 ) -> MachineFigures:
-    """`shape` of a micro-batch between units: tokens by hidden."""
+    """This host as the plan sees it. `shape` is that of a micro-batch between units: tokens by hidden."""
     cores = len(os.sched_getaffinity(0))
     free = 0
     if device.type == "cuda":
@@ -174,7 +176,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _flops(device: torch.device, precision: str, shape: tuple[int, int]) -> float:
-    """What a pass over a block of the model's width reaches, up to the size that `zinf bench links` measures with."""
+    """FLOP/s of a pass over a block of the model's width, but no wider than the block of `zinf bench links`."""
     rows, hidden = min(shape[0], max(ROWS[device.type])), min(shape[1], HIDDEN[device.type])
     block = Block(max(64, hidden // 64 * 64), rows, device=device, dtype=DTYPES[precision])
     return block_rate([block], rows, 1)

@@ -1,4 +1,4 @@
-"""What the plan needs to know of a recipe, from a process on one of the hosts (train/described.py)."""
+"""Asks a process on one of the hosts for the figures of a recipe (train/question.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _MOST_S = 24 * 3600.0
 
 
 def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host], most: int | None = None) -> str:
-    """A line: `slots` are asked for on this machine, or there are `hosts`; parts of the model have `most` elements."""
+    """The question as a line of JSON: for `slots` ranks on this machine, or for the ranks of `hosts`.
+
+    With `most`, the model is cut into parts of `most` elements.
+    """
     counts = [len(host.slots) for host in hosts]
     asked: dict[str, Any] = {"recipe": dump_recipe(recipe), "slots": slots, "world_size": None, "most": most}
     if hosts:
@@ -27,15 +30,21 @@ def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host], most: int
     return json.dumps(asked) + "\n"
 
 
-def describe(asked: str, connection: Connection) -> Figures:
-    """Ask a process of that host, which builds the model on the meta device, unless it has been asked before."""
-    command = module_command("zinf_cli.train.described")
+def ask_figures(asked: str, connection: Connection) -> Figures:
+    """Ask a process on that host, which builds the model on the meta device or finds the answer in its cache.
+
+    The errors are those of `find_figures` (train/figures.py); RankError where the process fell.
+    """
+    command = module_command("zinf_cli.train.question")
     done = connection.capture(command, within=_MOST_S, text=asked)
     return _figures(done["output"], done["errors"], done["code"])
 
 
 def overheard(connection: Connection) -> Figures:
-    """The answer of the agent that stands by there, which was asked when it was started."""
+    """The answer of that host's agent, which was asked when it was started.
+
+    Errors are those of `ask_figures`; HostError where the host is lost.
+    """
     while (event := connection.hear(_MOST_S)) is not None:
         if event["event"] == "said":
             return _figures(event["line"], "", 0)
@@ -49,7 +58,7 @@ def _figures(output: str, errors: str, code: int) -> Figures:
         document = json.loads(output)
     except json.JSONDecodeError as error:
         last = errors.strip().splitlines()[-1:] or [f"exit code {code}"]
-        raise RankError(f"the model could not be described: {last[0]}", hint=errors.strip()) from error
+        raise RankError(f"the model could not be read: {last[0]}", hint=errors.strip()) from error
     if "error" in document:
         raise ReportedError(**document["error"])
     return Figures.from_json(document)
