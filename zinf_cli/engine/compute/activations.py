@@ -1,4 +1,4 @@
-"""What backward needs of the forward, meanwhile: kept as it is, or on a tier, written behind and read ahead."""
+"""Holds the tensors that backward needs of the forward: in memory, or on a tier, written behind and read ahead."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
 SMALL = PAGE // 2
-"""Bytes below which a tensor is kept: its page on the tier would be larger than it is."""
+"""A tensor of fewer bytes stays in memory: on the tier it would take a page, at least twice as much."""
 
 PARCEL = 16 * 2**20
-"""Bytes up to which what one call saves goes together. Larger transfers are not faster, and need more room at once."""
+"""Most bytes in one transfer of what a call saves. Larger transfers are not faster, and need more room at once."""
 
 
 class Saved(Protocol):
     """One tensor that will be needed again in the backward pass."""
 
     def prefetch(self) -> bool:
-        """Start bringing it back if there is room; True when it is on its way or there."""
+        """Start to bring it back if there is room. True if it is there or on its way."""
 
     def get(self) -> torch.Tensor:
         """The tensor, detached."""
 
     def evict(self) -> None:
-        """Not needed for now, but again later."""
+        """Give up its memory for now. A later `get` brings it back."""
 
     def free(self) -> None: ...
 
 
 class Kept:
-    """The tensor itself; changing it in place meanwhile would change the result, so that is an error."""
+    """The tensor itself. It is not copied, so a change in place before `get` is a ModelError there."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor: torch.Tensor | None = tensor.detach()
@@ -63,7 +63,7 @@ class Kept:
 
 
 class Activations:
-    """Saves tensors on `tier` through `staging`, an arena of the compute device; without one, keeps them."""
+    """Saves tensors on `tier` through `staging`, an arena of the compute device. Without one they stay in memory."""
 
     def __init__(self, tier: Tier, staging: Arena | None, wait: Callable[[Transfer], None]) -> None:
         self._tier = tier
@@ -71,10 +71,10 @@ class Activations:
         self.wait = wait
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
         self.ahead: list[Parcel] = []
-        """What was prefetched and is not in use yet, what is needed last at the end."""
+        """Parcels that were prefetched and are not in use yet. The one that is needed last is at the end."""
 
     def keeps(self, num_bytes: int) -> bool:
-        """Whether a tensor of this size stays where it is."""
+        """Whether a tensor of `num_bytes` stays in memory."""
         return self._staging is None or num_bytes < SMALL
 
     def save(self, tensor: torch.Tensor, label: str) -> Saved:
@@ -83,7 +83,10 @@ class Activations:
         return self.save_together([tensor], label)[0]
 
     def save_together(self, tensors: Sequence[torch.Tensor], label: str) -> list[Offloaded]:
-        """Several tensors in one transfer; they are at home on the tier from now on."""
+        """Send several tensors to the tier in one transfer, as copies.
+
+        CapacityError where the staging arena is too small for them.
+        """
         starts = [0]
         for tensor in tensors:
             starts.append(starts[-1] + round_up(tensor.numel() * tensor.element_size()))
@@ -96,7 +99,7 @@ class Activations:
         return [Offloaded(parcel, start, t.shape, t.dtype) for t, start in zip(tensors, starts, strict=False)]
 
     def take(self, num_bytes: int) -> Buffer:
-        """A staging buffer. Where none is free, it waits for the oldest writes, and lets go of what was read ahead."""
+        """A staging buffer. Where none is free, wait for the oldest writes; then drop what was read ahead."""
         buffer = self.try_take(num_bytes)
         while buffer is None:
             if not self._leaving and self.ahead:
@@ -144,14 +147,14 @@ class Parcel:
         return self._read is not None
 
     def get(self) -> torch.Tensor:
-        """Its bytes, which stay until it is evicted or freed."""
+        """Its bytes. They stay in memory until the parcel is evicted or freed."""
         self._held = True
         if self in self._home.ahead:
             self._home.ahead.remove(self)
         return self._bytes()
 
     def peek(self) -> torch.Tensor:
-        """Its bytes; a copy of them, unless they stay."""
+        """Its bytes: a copy, unless they are in use (`get`) and so stay in memory."""
         if self._held:
             return self._bytes()
         coming = self._read is not None
@@ -182,7 +185,7 @@ class Parcel:
         self.evict()
         if self._extent is not None:
             for write in self._extent.writes:
-                self._home.wait(write)  # the extent may be handed out again at once
+                self._home.wait(write)  # freed, the extent may be allocated again at once
             self._tier.free(self._extent)
         self._extent = None
 
@@ -193,7 +196,7 @@ class Parcel:
 
 
 class Offloaded:
-    """A tensor in a parcel; what is done to it is done to all of the parcel."""
+    """A tensor in a parcel. To prefetch, evict or free it does so to the whole parcel."""
 
     def __init__(self, parcel: Parcel, start: int, shape: torch.Size, dtype: torch.dtype) -> None:
         self.parcel = parcel
@@ -208,7 +211,7 @@ class Offloaded:
         return _part(self.parcel.get(), self._start, self._shape, self._dtype)
 
     def peek(self) -> torch.Tensor:
-        """The tensor; a copy, unless the parcel stays."""
+        """The tensor: a copy, unless the parcel is in use."""
         return _part(self.parcel.peek(), self._start, self._shape, self._dtype)
 
 

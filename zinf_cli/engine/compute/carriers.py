@@ -1,11 +1,11 @@
-"""What a call of a unit can reach beside its plain arguments: tensors inside lists, dicts and objects it may change.
+"""Finds the tensors that a call of a unit reaches through its arguments: in lists, dicts and objects (carriers).
 
-Layers leave keys and values in a dict for later layers, append to a list they were handed, update a cache object.
-`Reach` walks all of that, whatever its class, and remembers what each object holds. So the tape can hand a unit objects
-that hold other tensors, see which of them a call has replaced or added, and put the objects back as they were.
+Layers use such objects to hand tensors to later layers: a dict of keys and values, a list, a cache. `Reach` walks
+through them, whatever their class, and notes what each object holds. With that the tape can let the objects hold other
+tensors during a call, see which tensors the call has replaced or added, and put the objects back as they were.
 
-A function holds what it has closed over, a partial its arguments. Modules, classes and values such as strings or dtypes
-end the walk. So does what hides its state from Python.
+A function holds the variables of its closure; a partial holds its arguments. The walk ends at modules, at classes, at
+values such as strings and dtypes, and at objects that hide their state from Python.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.errors import ModelError
 
 MOST_OBJECTS = 100_000
-"""In the arguments of one call; what holds more is no argument but the whole program."""
+"""The most objects in the arguments of one call. With more, the walk has found its way into the whole program."""
 
 _Place = tuple[str, Any]
-"""Where a value stands: ("item", key or index), ("attribute", name), ("slot", its descriptor), ("cell", its
-number in a closure) or ("partial", 0 to 2: function, arguments, named arguments)."""
+"""The place of a value in an object: ("item", key or index), ("attribute", name), ("slot", its descriptor), ("cell",
+its number in a closure) or ("partial", 0 for the function, 1 for its arguments, 2 for its named arguments)."""
 
 _ENDS = (
     type(None),
@@ -63,21 +63,21 @@ class Carrier:
     held: dict[_Place, Any]
 
     def with_each(self, replace: Callable[[Any], Any]) -> Carrier:
-        """The same object, to hold each value as `replace` has it (tuples are opened)."""
+        """The same object with `replace(value)` in place of each value. In a tuple, each part is replaced."""
         return Carrier(self.owner, {place: mapped(value, replace) for place, value in self.held.items()})
 
     def put(self) -> None:
-        """Let the object hold this again."""
+        """Make the object hold `held` again."""
         _write(self.owner, self.held)
 
 
 class Reach:
-    """What can be reached from `roots`, in an order that follows from its structure alone."""
+    """All that can be reached from `roots`. The order depends only on how the objects are nested."""
 
     def __init__(self, roots: Sequence[Any], most: int = MOST_OBJECTS) -> None:
         self._roots = roots
         self.tensors: list[torch.Tensor] = []
-        """Those inside objects, each once."""
+        """The tensors inside objects, each once."""
         self.carriers: list[Carrier] = []
         seen = {id(root) for root in roots if isinstance(root, torch.Tensor)}
         ahead = [root for root in reversed(roots) if not isinstance(root, torch.Tensor)]
@@ -100,34 +100,34 @@ class Reach:
                     raise ModelError(f"an argument of a layer holds more than {most} objects")
 
     def after(self, outputs: Any) -> Reach:
-        """From the same roots, as it is now that a call has returned `outputs`, and into objects among these."""
+        """A new walk, after a call has returned `outputs`: from the same roots, and from the objects in `outputs`."""
         objects = [leaf for leaf in pytree.tree_leaves(outputs) if not isinstance(leaf, torch.Tensor)]
         return Reach([*self._roots, *objects])
 
     def added_since(self, before: Reach) -> list[torch.Tensor]:
-        """Tensors with a gradient that were not there before."""
+        """Tensors that can have a gradient and that `before` did not reach."""
         known = {id(tensor) for tensor in before.tensors}
         known |= {id(root) for root in self._roots if isinstance(root, torch.Tensor)}
         return [tensor for tensor in self.tensors if id(tensor) not in known and differentiable(tensor)]
 
     def put(self, replace: Callable[[Any], Any] | None = None) -> None:
-        """Let all objects hold this again, each value as `replace` has it."""
+        """Make all objects hold again what they held, with `replace(value)` in place of each value."""
         for carrier in self.carriers:
             (carrier.with_each(replace) if replace is not None else carrier).put()
 
 
 def differentiable(value: Any) -> bool:
-    """Whether a gradient can come to it."""
+    """Whether `value` is a tensor that can have a gradient."""
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def opened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a call's arguments. A list or dict is one, since a call may change it: `Reach` opens it."""
+    """The leaves of a call's arguments. A list or dict is one leaf, since a call may change it: `Reach` opens it."""
     return pytree.tree_flatten((args, kwargs), lambda value: value is not kwargs and not isinstance(value, tuple))
 
 
 def mapped(value: Any, replace: Callable[[Any], Any]) -> Any:
-    """`value` as `replace` has it; a tuple, which can't be changed, is made anew where one of its parts differs."""
+    """`replace(value)`. Of a tuple, each part is replaced; if that changes none, the same tuple is returned."""
     if type(value) is torch.Size or not isinstance(value, tuple):
         return replace(value)
     values = [mapped(part, replace) for part in value]
@@ -139,7 +139,7 @@ def mapped(value: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def parts_of(value: Any) -> Iterator[Any]:
-    """`value`, or what a tuple holds; not what is in objects, which are carriers of their own."""
+    """`value`, or the parts of a tuple. Other objects are not opened: they are carriers themselves."""
     if type(value) is torch.Size or not isinstance(value, tuple):
         yield value
     else:
@@ -148,7 +148,7 @@ def parts_of(value: Any) -> Iterator[Any]:
 
 
 def ends_walk(value: Any) -> bool:
-    """Whether nothing is to be reached from here."""
+    """Whether the walk goes no further than `value`."""
     return isinstance(value, _ENDS)
 
 
@@ -180,7 +180,7 @@ def read_carrier(owner: Any) -> dict[_Place, Any]:
 
 
 def _write(owner: Any, held: dict[_Place, Any]) -> None:
-    """Past whatever the class makes of a change: this is no change the model knows of."""
+    """Make `owner` hold `held`, without the methods of its own class: these may do more than to store a value."""
     before = read_carrier(owner)
     if list(before) == list(held) and all(before[place] is value for place, value in held.items()):
         return

@@ -1,4 +1,4 @@
-"""How the micro-batches of a step are dealt to sweeps: together, or one by one where they can't share a sweep."""
+"""Deals the micro-batches of a step to sweeps: several to a sweep, or one where they can't share a sweep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from zinf_cli.errors import ModelError
 
 
 class Dealer:
-    """`per_sweep` micro-batches a sweep (None: all), until they disagree or change the model's own `state`."""
+    """Deals `per_sweep` micro-batches to a sweep, or all for None.
+
+    Once they have disagreed, and as long as they change the model's own `state`, it deals one to a sweep.
+    """
 
     def __init__(self, per_sweep: int | None, state: MovingState, ranks: Ranks, notice: Callable[[str], None]) -> None:
         self._per_sweep = per_sweep
@@ -22,14 +25,14 @@ class Dealer:
         self._ranks = ranks
         self._notice = notice
         self._moved: set[tuple[str, str]] = set()
-        """What the step before has changed in the model."""
+        """The places in the model that the last step has changed."""
 
     def deal(self, batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
         size = 1 if self._state.moving else self._per_sweep or len(batches)
         return [list(batches[start : start + size]) for start in range(0, len(batches), size)]
 
     def until_agreed(self, run: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """What `run` returns, which deals them and sweeps; it is begun again where they can't share a sweep."""
+        """Call `run`, which deals and sweeps, and return its losses. After a Disagreement, call it again."""
         while True:
             known = len(self._state.moving)
             try:
@@ -44,11 +47,12 @@ class Dealer:
                         "micro-batches take different ways through the model: one micro-batch per sweep from here on"
                     )
                     self._per_sweep = 1
-                if self._ranks.world_size > 1:  # how many sweeps there are is the same on all
+                if self._ranks.world_size > 1:  # all ranks have to make the same number of sweeps
                     self._per_sweep = 1
 
     def step_done(self) -> None:
-        """Of training. What has moved once (made when first needed) is no reason to go on with small sweeps."""
+        """A training step has ended. If nothing has moved in it, sweeps may be large again: a state that is made when
+        it is first needed moves once. ModelError where a forward changes the model in every step on several ranks."""
         if not self._state.moving:
             return
         moved = self._state.moved()

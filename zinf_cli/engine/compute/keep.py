@@ -1,11 +1,13 @@
-"""What autograd saves for backward, packed so that it needs no memory of the compute device meanwhile.
+"""Packs what autograd saves for backward, so that it takes no memory of the compute device until then.
 
 A unit whose activations are kept runs its forward once, with grad. While it runs, autograd hands over every tensor it
-saves (torch.autograd.graph.saved_tensors_hooks). A weight is packed as a window into its parameter, whose bytes are
-back in the backward visit, probably elsewhere. All else is an activation: it stays, or goes to its tier when the
-forward is over, each storage once and all of a call in a few large transfers, and comes back with the strides it had.
+saves (torch.autograd.graph.saved_tensors_hooks). A weight is packed as a window into its parameter: the backward visit
+binds the parameter again, though probably at another address. Every other tensor is an activation. It stays in memory,
+or goes to its tier when the forward is over. Each storage goes once, and those of a call go together in a few large
+transfers. An activation comes back with the strides it had.
 
-So does what a micro-batch's glue saves between two units: it is sent while the micro-batch waits at the second one.
+What a micro-batch's glue saves between two units is packed likewise. It is sent while the micro-batch waits at the
+second unit.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _Unpack = Callable[[], torch.Tensor]
 class Keeper:
     """Packs what one call of a unit saves, or the glue of one micro-batch.
 
-    `params` are the unit's, bound now and in its backward; `present` are tensors that stay where they are until then.
+    `params` are the unit's parameters, bound now and in its backward. `present` are tensors that stay in memory until
+    then.
     """
 
     def __init__(
@@ -38,21 +41,21 @@ class Keeper:
         self.add_present(present)
         self._leaving: dict[int, _Storage] = {}
         self._sent: dict[int, tuple[StorageWeakRef, _Storage]] = {}
-        """By storage, as long as that lives: what is saved again is not sent again."""
+        """What was sent, by storage, as long as the storage lives: if it is saved again, it is not sent again."""
         self._again: dict[int, Saved] = {}
-        """Parcels sent before of which something was saved again."""
+        """Parcels that were sent before, and of which something was saved again since the last `send`."""
 
     def add_present(self, tensors: Iterable[torch.Tensor]) -> None:
         self._present.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def packing(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """A context, in the thread that computes, in which autograd saves here."""
+        """A context in which this keeper packs what autograd saves. It is for the thread that computes."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def send(self) -> tuple[list[Saved], list[Saved]]:
-        """Send off what was saved since the last time.
+        """Send what was saved since the last call.
 
-        Returns the parcels, and those sent before that it needs as well.
+        Returns the parcels, and the parcels sent before that are needed as well.
         """
         again, self._again = list(self._again.values()), {}
         sent: list[Saved] = []
@@ -99,7 +102,7 @@ class Keeper:
 
 
 class _Storage:
-    """The bytes behind saved tensors: in memory until the forward is over, so that no address is used twice."""
+    """The bytes behind saved tensors. They stay in memory until the forward is over, so no address is used twice."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.num_bytes = tensor.untyped_storage().nbytes()
@@ -108,11 +111,11 @@ class _Storage:
         self.home: Offloaded | None = None
 
     def is_as_saved(self, tensor: torch.Tensor) -> bool:
-        """Whether nothing has changed the storage, which is the tensor's, since it was saved."""
+        """Whether the storage, which is that of `tensor`, is unchanged since it was saved."""
         return tensor._version == self._version
 
     def get(self) -> torch.Tensor:
-        """All of them, as uint8."""
+        """All of the bytes, as uint8."""
         if self.home is not None:
             return self.home.peek()
         assert self._tensor is not None
@@ -124,7 +127,7 @@ class _Storage:
 
 
 class _Window:
-    """A tensor as a window into `source()`, whose first byte is element -`offset` of it."""
+    """A tensor as a window into `source()`: it begins `offset` elements after the first byte of that."""
 
     def __init__(self, source: Callable[[], torch.Tensor], tensor: torch.Tensor, offset: int) -> None:
         self._source = source

@@ -1,14 +1,15 @@
-"""Tensors with a gradient that go past the arguments and results of a unit: in a list that all layers know, a global, a
-context variable, a closure.
+"""Finds leaks: tensors with a gradient that enter or leave a unit beside its arguments and results.
 
-The tape gives a unit detached arguments and takes its results; a tensor that goes another way has no gradient in the
-forward, and another micro-batch's in the recompute. In the survey every tensor that takes part in a gradient goes
-through a door when it enters a call of a unit and when it leaves one. So in the graph of the loss, an edge from the
-nodes of a call to any others that does not pass a door is such a way. What the loss does not depend on (a statistic
-without a gradient, what is kept to be looked at) may go any way it likes.
+A leak goes through a list that all layers know, a global, a context variable or a closure. The tape gives a unit
+detached arguments and takes its results. A tensor that leaks has no gradient in the forward; in the recompute, the one
+that is found there is another micro-batch's.
 
-A model that no survey has seen to its end is looked at in its first step: what it makes between units of their results
-leads to these and to resident weights alone. What one layer takes from another is not seen there.
+In the survey, every tensor with a gradient passes a door when it enters a call of a unit, and again when it leaves the
+call. So a leak is an edge in the graph of the loss that joins nodes of a call with other nodes and passes no door.
+Tensors that the loss does not depend on may go any way: statistics without a gradient, values to look at.
+
+A model whose survey came to no end is checked in its first step. There the graph between units may lead only to
+results of units and to resident weights. A leak from one layer into another is not seen there.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class _Door(torch.autograd.Function):
 
 
 def through_door(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor on the other side, with a node of its own in the graph."""
+    """The tensor behind a door: the same values, with a node of the door in the graph."""
     passed: torch.Tensor = _Door.apply(tensor)  # type: ignore[no-untyped-call]
     return passed
 
 
 class Calls:
-    """Which nodes of the autograd graph the calls of units have made: autograd numbers them as they come."""
+    """Knows which call of a unit has made a node of the autograd graph: autograd numbers nodes as they are made."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
@@ -52,7 +53,7 @@ class Calls:
 
     @contextmanager
     def of(self, unit: str) -> Iterator[None]:
-        """For the time of a call; the doors into it are its own, those out of it are not."""
+        """A context for one call. The doors into the call are made inside it, the doors out of it after it."""
         start = torch._C._autograd._get_sequence_nr()
         yield
         self._starts.append(start)
@@ -60,13 +61,13 @@ class Calls:
         self._units.append(unit)
 
     def check(self, loss: torch.Tensor) -> None:
-        """ModelError where the graph of `loss` goes into a call, or out of it, past the doors."""
+        """ModelError where the graph of `loss` enters or leaves a call without a door."""
         ahead = [loss.grad_fn] if loss.grad_fn is not None else []
         seen = {*ahead}
         while ahead:
             node = ahead.pop()
             for before, _ in node.next_functions:
-                if before is None or hasattr(before, "variable"):  # a weight is at home everywhere
+                if before is None or hasattr(before, "variable"):  # a weight may be used anywhere
                     continue
                 if getattr(node, "_forward_cls", None) is not _Door and self._number(node) != self._number(before):
                     raise self._leak(node, before)
@@ -75,7 +76,7 @@ class Calls:
                     ahead.append(before)
 
     def _number(self, node: _Node) -> int | None:
-        """Of the call that has made it; None between calls."""
+        """The number of the call that has made `node`; None if it was made between calls."""
         made = node._sequence_nr()
         number = bisect_right(self._starts, made) - 1
         return number if number >= 0 and made < self._ends[number] else None
@@ -97,9 +98,10 @@ class Calls:
 
 
 def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor]) -> None:
-    """ModelError where the graph between units, from its `ends` back to what the tape emits, leads into a unit.
+    """ModelError where the graph between units leads into a unit.
 
-    `at_home` are the weights that may be used there.
+    The walk goes from `ends` back to the nodes of the tape (tape.Emit). `at_home` are the weights that may be used
+    between units.
     """
     known = {id(weight) for weight in at_home}
     ahead = [end for end in ends if end is not None]
@@ -120,5 +122,5 @@ def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor])
 
 
 def _operation(node: _Node) -> str:
-    """`add` of AddBackward0."""
+    """The name of an operation: "add" for AddBackward0."""
     return node.name().partition("Backward")[0].lower()

@@ -1,8 +1,8 @@
-"""What a model asks of data in the dry forward, where there is none: answers that a plan can be made from.
+"""Answers what a model asks of its data in a forward on the meta device, where there is no data.
 
-A question is about which values there are, never about what they compute. The answers are those of an ordinary
-training batch (nothing masked, nothing padded, no token special), and where a size follows from data, of the largest:
-every position is one that was looked for.
+Such questions are about values: is any token masked, how many are special. The answers are those of an ordinary
+training batch: nothing is masked, nothing is padded, no token is special. Where a size follows from data, the answer is
+the largest size: every position is one that the model looks for.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 
 class Counts(list[int]):
-    """How many rows each expert got; it is not known how many there are."""
+    """How many rows each expert gets. The numbers themselves are unknown."""
 
 
 def answer_of(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The answer to the torch function `name`; NotImplemented where a meta tensor can give its own."""
+    """The answer to the torch function `name`; NotImplemented where the meta tensor answers itself."""
     if name == "rand":
         return torch.ones_like(func(*args, **kwargs))  # LayerDrop drops no layer
     subject = args[0] if args else None
@@ -29,19 +29,19 @@ def answer_of(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: 
 
 
 def _truth(func: Callable[..., Any], tensor: torch.Tensor) -> Any:
-    """Is nothing masked, is nothing packed; a count or a length is small."""
+    """True where a model asks if nothing is masked or packed. Counts and lengths are 1."""
     if tensor.dtype == torch.bool:
         return not getattr(tensor, "is_any", False)
     return func(tensor) if tensor.is_floating_point() else 1
 
 
 def _format(func: Callable[..., Any], tensor: torch.Tensor, spec: str) -> str:
-    """A module by its number: the first."""
+    """An unknown number in the name of a module is 0."""
     return "0" if tensor.dtype == torch.long and not tensor.dim() else str(func(tensor, spec))
 
 
 def _any(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Is a token special, is a value infinite: none is."""
+    """Remember that this was `any`: no token is special, no value infinite, so its truth is False."""
     found: torch.Tensor = func(*args, **kwargs)
     found.is_any = True  # type: ignore[attr-defined]
     return found
@@ -58,7 +58,7 @@ def _where(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _getitem(func: Callable[..., Any], tensor: torch.Tensor, index: Any) -> Any:
-    """A mask picks every position, and a number that is not known is 0."""
+    """A mask picks every position. An unknown index is 0."""
     if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype == torch.long:
         return func(tensor, 0)
     if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.is_meta and index.dim():
@@ -84,7 +84,7 @@ def _split(func: Callable[..., Any], tensor: torch.Tensor, sizes: Any = 1, dim: 
 
 
 def _grouped_mm(func: Callable[..., Any], rows: torch.Tensor, experts: torch.Tensor, *_: Any, **__: Any) -> Any:
-    """Every row meets one of the experts; torch refuses fp32 on meta."""
+    """One expert for all rows, which has the right shape: torch refuses grouped_mm of fp32 on meta."""
     return rows @ experts[0]
 
 
@@ -98,8 +98,8 @@ def _fused_attention(
     is_causal: bool = False,
     **options: Any,
 ) -> torch.Tensor:
-    """What a real device takes where it can; meta tensors get the plain formula, which saves all of the scores."""
-    learned = attn_mask is not None and attn_mask.requires_grad  # a bias of positions: no fused kernel has its gradient
+    """Fused attention wherever a real device would take it. On meta, torch takes the formula that saves all scores."""
+    learned = attn_mask is not None and attn_mask.requires_grad  # no fused kernel has the gradient of a bias
     if dropout_p or learned or query.shape[-1] != value.shape[-1]:
         return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -1,13 +1,13 @@
 """A micro-batch under way: the model's own forward in a thread, paused at every unit.
 
-The layer-major sweep lets all micro-batches pass unit k before any passes unit k+1, so each forward must be able to
-stop in the middle. It runs in a thread of its own (grad mode and autocast are thread-local, so contexts that span
-units stay right) of which only one is ever awake. At a unit it hands the call to the compute thread and sleeps; the
-heavy work thus stays on one thread, with one pool of OpenMP workers.
+In a layer-major sweep all micro-batches pass unit k before any passes unit k+1. So each forward has to stop in the
+middle, and runs in a thread of its own. Grad mode and autocast are thread-local, so contexts that span units stay
+right. Only one thread is awake at a time. At a unit a forward hands its call to the compute thread and sleeps. That
+keeps the heavy work on one thread, with one pool of OpenMP workers.
 
-The glue between units runs on one core. OpenMP keeps a pool of workers for each thread that ever wanted one, and once
-there are more workers than cores they no longer spin between two operations but sleep: waking them makes every small
-operation of the compute thread four times slower (measured: AdamW 0.16 instead of 0.63 G parameters/s on 2 cores).
+The glue between units runs on one core. OpenMP keeps a pool of workers for every thread that has ever used one. Once
+there are more workers than cores, idle workers sleep and no longer spin. To wake them makes every small operation of
+the compute thread four times slower (measured: AdamW 0.16 instead of 0.63 G parameters/s on 2 cores).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zinf_cli.errors import ModelError
 
 @dataclass
 class UnitCall:
-    """A unit is called: run `forward(*args, **kwargs)` and resume the micro-batch with what it returns."""
+    """A micro-batch calls a unit. Run `forward(*args, **kwargs)` and resume the micro-batch with the result."""
 
     unit: int
     forward: Callable[..., Any]
@@ -59,13 +59,13 @@ class SideOutputs(Protocol):
     """
 
     def collector(self) -> Any:
-        """In the micro-batch's thread: what collects now, or None."""
+        """The collector that is active now, or None. Called in the micro-batch's thread."""
 
     def capture(self, collector: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward that returns (outputs, captured) and leaves `collector` alone; it may run in another thread."""
+        """A forward that returns (outputs, captured) and does not touch `collector`. It may run in another thread."""
 
     def deliver(self, collector: Any, captured: Any) -> None:
-        """In the micro-batch's thread: give what was captured to the collector."""
+        """Give what was captured to the collector. Called in the micro-batch's thread."""
 
 
 _running = threading.local()
@@ -73,11 +73,11 @@ _symbols = ctypes.CDLL(torch._C.__file__)
 
 
 class _Abandoned(BaseException):
-    """Raised inside a paused forward that nobody will resume."""
+    """Raised inside a paused forward that is given up."""
 
 
 class MicroBatchThread:
-    """One forward at a time; `start` and `resume` return at its next pause."""
+    """Runs one forward at a time. `start` and `resume` return when it pauses at a unit or ends."""
 
     def __init__(self, number: int, device: torch.device) -> None:
         self._device = device
@@ -90,14 +90,14 @@ class MicroBatchThread:
     def start(
         self, forward: Callable[[], torch.Tensor], *, grad: bool, within: AbstractContextManager[Any] | None = None
     ) -> UnitCall | Finished:
-        """Run `forward` in the thread, within a context of that thread."""
+        """Run `forward` in the thread, inside the context `within`, which is entered there."""
         return self._hand_over((forward, grad, within or nullcontext()))
 
     def resume(self, outputs: Any) -> UnitCall | Finished:
         return self._hand_over(outputs)
 
     def abandon(self) -> None:
-        """Unwind a paused forward."""
+        """Give up a paused forward: an exception unwinds it."""
         if self._paused:
             self._inbox.put(_Abandoned())
             self._outbox.get()
@@ -118,7 +118,7 @@ class MicroBatchThread:
 
     def _loop(self) -> None:
         _running.thread = self
-        torch.get_num_threads()  # lets torch set this thread up, which later would undo what follows
+        torch.get_num_threads()  # makes torch set up this thread now; later that would undo the limits below
         for limit in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
             if hasattr(_symbols, limit):
                 getattr(_symbols, limit)(1)
@@ -137,7 +137,7 @@ class MicroBatchThread:
     def call_unit(
         self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any, side: SideOutputs | None
     ) -> Any:
-        """From inside the thread: pause at a unit, go on with its outputs."""
+        """Called inside the thread: pause at a unit, and return its outputs."""
         collector = side.collector() if side is not None else None
         if side is not None and collector is not None:
             outputs, captured = self._pause(unit, side.capture(collector, forward), args, kwargs)
@@ -152,7 +152,7 @@ class MicroBatchThread:
         runs: list[Context] = []
 
         def within(*args: Any, **kwargs: Any) -> Any:
-            """With this thread's context variables, every time as they are now."""
+            """The forward with this thread's context variables. Each run begins with their values at the pause."""
             runs.append(variables.copy())
             return runs[-1].run(forward, *args, **kwargs)
 
@@ -169,7 +169,7 @@ class MicroBatchThread:
 def intercept(
     model: nn.Module, modules_of_units: Sequence[Sequence[str]], side: SideOutputs | None
 ) -> Callable[[], None]:
-    """Route the forward of every unit's modules through the micro-batch that calls it; returns what undoes it."""
+    """Route the forward of every unit's modules through the micro-batch that calls it. The result undoes that."""
     undo = []
     for unit, paths in enumerate(modules_of_units):
         for path in paths:

@@ -1,14 +1,14 @@
-"""What a forward changes in the model itself: buffers (BatchNorm's, an average), attributes, counters, generators.
+"""Follows what a forward changes in the model itself: buffers (of BatchNorm), attributes, counters, generators.
 
-Plain PyTorch runs one micro-batch after the other, each layer once. Here all pass a unit before any goes on, and a unit
-runs again in backward. So whoever reads what another call has left there would read something else. `MovingState`
-notices: it compares the whole model before a step's first unit and after a sweep's last. Where something has moved, the
-model is put back, and the step begins again with one micro-batch a sweep, which is plain PyTorch's order. From then on
-every call remembers what those places held, and its recompute finds it there.
+Plain PyTorch runs one micro-batch after the other, and each layer once. In a sweep all micro-batches pass a unit before
+any goes on, and a unit runs again in backward. A call that reads what an earlier call has left in the model would read
+something else. So `MovingState` compares the whole model before a step's first unit and after a sweep's last. If
+something has moved, the model is put back, and the step begins again with one micro-batch a sweep, in plain PyTorch's
+order. From then on every call notes what the places that move hold, and its recompute finds the same there.
 
-A place is an attribute or buffer of a module, an attribute of its class, or a variable that its class's functions name
-(a global, a closure), with all that can be reached from there; the two global generators of Python and numpy are
-places, too. What hides its state from Python (an iterator, a file) is not seen.
+A place is an attribute or buffer of a module, an attribute of its class, or a variable that a function of its class
+names (a global, a closure). What can be reached from there is part of it. The global generators of Python and numpy are
+places, too. Objects that hide their state from Python (an iterator, a file) are not seen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ASIDE = frozenset({*vars(nn.Module()), "forward"})
 _NONE = object()
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 _VARIABLES = (bool, int, float, type(None), torch.Tensor, list, dict, set, deque, np.ndarray, torch.Generator)
-"""What a class or a variable beside it holds where it is state, and no function, module or class."""
+"""Types of values that count as state where a class or a variable of a function holds them."""
 
 _WEIGHTS = (nn.Parameter, TiledWeight)
 
@@ -45,12 +45,12 @@ _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] =
     np.ndarray: (lambda own: own.copy(), lambda own, state: np.copyto(own, state)),
     torch.Tensor: (lambda own: own.detach().clone(), lambda own, state: _set_values(own, state)),
 }
-"""How to take and to put the state of an object of this class."""
+"""Functions that read and that restore the state of an object of a class."""
 
 
 @dataclass
 class _Held:
-    """What a place held at some moment, and all that could be reached from there and from no place before."""
+    """What a place held at some moment, with all that was reached from there and from no earlier place."""
 
     value: Any
     carriers: Sequence[Carrier] = ()
@@ -69,7 +69,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Space:
-    """Names and what they stand for: what a module, a class or a function knows."""
+    """The variables of a module, a class or a function, by name."""
 
     values: Callable[[], Mapping[str, Any]]
     put: Callable[[str, Any], None]
@@ -91,17 +91,17 @@ class MovingState:
         self._before: Moment = {}
         self._last: Moment = {}
         self._states: _States = {}
-        """Those of the last look at the whole model. What holds them still is compared and not copied again."""
+        """States of the last look at the whole model. An object that still holds its state is not copied again."""
         self.moving: set[tuple[str, str]] = set()
         """The places that a forward has changed."""
 
     def begin(self) -> None:
-        """A step, or an evaluation, is about to begin."""
+        """Look at the model, before a step or an evaluation."""
         self._spaces = dict(_spaces(self._model))
         self._before = self._now()
 
     def notices(self) -> bool:
-        """Whether another place than those known has moved since `begin`."""
+        """Whether a place has moved since `begin` that was not known to move. It is known from then on."""
         new = self.moved() - self.moving
         self.moving |= new
         return bool(new)
@@ -113,11 +113,11 @@ class MovingState:
         return gone | {place for place, held in now.items() if not held.same_as(self._before.get(place, _ABSENT))}
 
     def put_back(self) -> None:
-        """As it was at `begin`."""
+        """Put the model back to what it was at `begin`."""
         self.go_to({**dict.fromkeys(self._now(), _ABSENT), **self._before})
 
     def moment(self) -> Moment:
-        """What the places that move hold now. What has not changed since the last one is not copied again."""
+        """What the places that move hold now. A place that is unchanged since the last moment is not copied again."""
         last = self._last
         self._last = {
             place: last[place] if place in last and held.same_as(last[place]) else held
@@ -126,7 +126,7 @@ class MovingState:
         return self._last
 
     def go_to(self, moment: Moment) -> None:
-        """Let them hold that."""
+        """Make the places hold what they held at `moment`."""
         for (space, name), held in moment.items():
             self._spaces[space].put(name, held.value)
             for carrier in held.carriers:
@@ -152,12 +152,12 @@ class MovingState:
 
 
 def named(place: tuple[str, str]) -> str:
-    """A place for the eyes."""
+    """A place in words for the user."""
     return ".".join(part for part in place if part)
 
 
 def _held(value: Any, seen: set[int], known: _States) -> _Held:
-    """`known` states are taken for those of objects that hold them still."""
+    """What `value` holds now. The state of an object is taken from `known` if the object still holds it."""
     carriers: list[Carrier] = []
     states: list[tuple[Any, Any]] = []
     ahead = [value]
@@ -171,7 +171,7 @@ def _held(value: Any, seen: set[int], known: _States) -> _Held:
         elif kind is MethodType:
             ahead.append(part.__self__)
         elif isinstance(part, torch.Tensor) and (isinstance(part, _WEIGHTS) or part.grad_fn is not None):
-            continue  # the one moves by updates alone; the other is of one call
+            continue  # updates alone change a weight; a tensor with a graph belongs to one call
         elif (stateful := _stateful(part)) is not None:
             seen.add(id(part))
             owner, state = known.get(id(part), (None, None))
@@ -189,14 +189,14 @@ def _stateful(value: Any) -> Any:
 
 
 def _foreign(kind: type) -> bool:
-    """A class of Python's own library (a logger's, a lock's), which leads to the whole program."""
+    """Whether a class is one of Python's library (a logger, a lock): its objects lead into the whole program."""
     room = kind.__module__.partition(".")[0]
     own = room in ("builtins", "collections") or kind in (SimpleNamespace, FunctionType, partial)
     return not own and room in sys.stdlib_module_names
 
 
 def _same(one: Any, two: Any) -> bool:
-    """One value as good as the other; a tensor by what it holds."""
+    """Whether two values are the same. Tensors and arrays are the same if they hold the same bytes."""
     if one is two:
         return True
     if type(one) is not type(two):
@@ -222,10 +222,10 @@ def _same_carrier(one: Carrier, two: Carrier) -> bool:
 
 
 def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Not as numbers, of which a NaN is unlike itself and two zeros are alike."""
+    """Whether two tensors hold the same bytes. As numbers a NaN would differ from itself, and 0.0 would equal -0.0."""
     if one.dtype is torch.bool or one.element_size() > 8:
         integer = torch.uint8
-    else:  # as wide as an element: byte by byte, torch compares at a fraction of the speed
+    else:  # as wide as an element: torch compares single bytes many times slower
         integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
     raw = [tensor.detach().contiguous().reshape(-1).view(integer) for tensor in (one, two)]
     return bool(torch.equal(*raw))
@@ -236,7 +236,7 @@ def _set_bits(generator: np.random.Generator, state: Any) -> None:
 
 
 def _set_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Past the count of changes: a graph that has saved the tensor finds it again as it was."""
+    """Set values without autograd's count of changes: to a graph that has saved the tensor, it is as it was."""
     if not _same(tensor, values):
         tensor.data = tensor.data if tensor.shape == values.shape else torch.empty_like(values)
         tensor.data.copy_(values)
@@ -281,7 +281,7 @@ def _put(space: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _state_in(space: Mapping[str, Any], names: Any) -> Mapping[str, Any]:
-    """Of a class or of what a function knows, variables that hold no function, module or class."""
+    """The variables among `names` that hold state (see _VARIABLES)."""
     return {
         name: space[name]
         for name in names

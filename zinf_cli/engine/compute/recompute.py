@@ -1,11 +1,11 @@
-"""Whether a unit computes the same when it runs again: a recompute that differs has the gradient of another function.
+"""Checks that a unit computes the same when it runs again. If it does not, its gradient is that of another function.
 
-Arguments and the model's own state are put back before a recompute. What else may differ is out of sight: an argument
-that is changed past autograd (`x.data += 1`), a generator or an iterator among the arguments, code that asks whether a
-gradient is wanted. So in the first step a few values of each result are kept and compared.
+Arguments and the model's own state are put back before a recompute. The rest can't be seen: an argument that is changed
+out of autograd's sight (`x.data += 1`), a generator or an iterator among the arguments, code that asks whether a
+gradient is wanted. So in the first step a few values of each result are kept, and the recompute's are compared to them.
 
-Kernels may differ in their last places with and without a gradient, and a route of a mixture of experts may then differ
-for single tokens. A result counts as another one where many of its values are far apart.
+Kernels may differ in the last digits with and without a gradient. Then single tokens of a mixture of experts may take
+another route. So a result counts as different only where many of its values are far apart.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from zinf_cli.errors import ModelError
 
 VALUES = 256
-"""Of each result, evenly spread."""
+"""Most values that are kept of each result, evenly spread."""
 FAR = 0.05
-"""Of the largest value among them."""
+"""Values that differ by more are far apart, as a share of the largest value that was kept."""
 MANY = 0.1
-"""Of the values that are compared."""
+"""The share of values that has to be far apart for a result to be different."""
 
 
 def some_of(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -31,13 +31,13 @@ def some_of(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def compare(unit: str, first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> None:
-    """ModelError where what `some_of` took of a unit's forward and of its recompute are two things."""
+    """ModelError where the values (`some_of`) of a unit's forward and of its recompute are different."""
     if len(first) != len(second) or not all(map(_alike, first, second)):
         raise differs(unit)
 
 
 def differs(unit: str) -> ModelError:
-    """What to raise where the recompute of `unit` has turned out to be another computation."""
+    """The error to raise where the recompute of `unit` is another computation than its forward."""
     return ModelError(
         f"{unit} computes something else when it runs again in backward: it changes an argument out of autograd's "
         "sight (.data, numpy), draws from a generator or an iterator among its arguments, or asks whether a gradient "

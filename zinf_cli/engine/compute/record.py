@@ -39,7 +39,7 @@ class GlueTensor:
     edge: Edge
     first_record: int
     saved: Saved | None = None
-    """Where a consumer will be recomputed."""
+    """The value, if a consumer of it is to be recomputed."""
     grad: torch.Tensor | None = None
 
     def add_grad(self, grad: torch.Tensor | None) -> None:
@@ -63,30 +63,31 @@ class Record:
     label: str
     call: UnitCall
     leaves: list[Any]
-    """Flattened (args, kwargs); glue tensors stand in for the tensors that were passed."""
+    """Flattened (args, kwargs). A glue tensor stands for each tensor with a gradient, a detached one for each other."""
     spec: pytree.TreeSpec
     rng: RngState
     moment: Moment | None = None
-    """What the places that move in the model held, for the recompute."""
+    """What the places of the model that move held before the call. The recompute needs it."""
     carriers: list[Carrier] = field(default_factory=list)
-    """Objects among the leaves and what they held before the call, glue tensors standing in for tensors."""
+    """Objects that the leaves lead to, and what they held before the call, with tensors as in `leaves`."""
     output_grads: list[torch.Tensor | None] = field(default_factory=list)
     graph: Graph | None = None
     added: list[torch.Tensor] = field(default_factory=list)
-    """What its forward has left in objects, until it enters the glue."""
+    """Tensors that its forward has left in objects, until they enter the glue."""
     kept: list[Saved] = field(default_factory=list)
-    """What the graph needs back on the device."""
+    """Tensors that the graph needs on the device in backward."""
     before: list[Saved] = field(default_factory=list)
-    """What the glue between the record before and this one needs there."""
+    """Tensors that the glue between the record before and this one needs there."""
     before_again: list[Saved] = field(default_factory=list)
-    """The same, of what earlier glue has saved and needs as well."""
+    """The same, but saved by earlier glue, which needs them as well."""
     results: list[torch.Tensor] | None = None
-    """Some values of what its forward returned, for the recompute to compare with (recompute.py)."""
+    """Some values of the results of its forward, to compare with those of the recompute (recompute.py)."""
     shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
-    """How often outputs that share memory with an input, or each other, have been changed: a count, and what it was."""
+    """For each output that shares memory with an input or with another output: what reads its count of changes, and the
+    count after the call."""
 
     def needs(self) -> list[Saved]:
-        """What its backward needs back on the device."""
+        """Tensors that its backward needs on the device."""
         between = [*self.before, *self.before_again]
         if self.graph is not None:
             return [*self.kept, *between]
@@ -96,7 +97,7 @@ class Record:
         return list({id(leaf): leaf for leaf in self._taken() if isinstance(leaf, GlueTensor)}.values())
 
     def plain_inputs(self) -> list[torch.Tensor]:
-        """What it keeps of tensors without a gradient."""
+        """The tensors without a gradient among the inputs."""
         return [leaf for leaf in self._taken() if isinstance(leaf, torch.Tensor)]
 
     def _taken(self) -> Iterator[Any]:
@@ -106,13 +107,13 @@ class Record:
                 yield from parts_of(value)
 
     def free_inputs(self) -> None:
-        """The graph goes on without their values, which an output may have shared."""
+        """Drop the values of the inputs: the graph does not need them, and an output may share their memory."""
         assert self.graph is not None
         for _, leaf in self.graph.inputs:
             leaf.data = leaf.new_empty(1).expand(leaf.shape)
 
     def check_shared(self) -> None:
-        """An operation in place on one is unknown to the graph of the other."""
+        """ModelError if tensors that share memory were changed in place: the graph of the other does not know of it."""
         if any(version_of() != version for version_of, version in self.shared):
             raise ModelError(
                 "the model changes a layer's result in place, and another tensor shares its memory",
@@ -120,13 +121,13 @@ class Record:
             )
 
     def free(self) -> None:
-        """Of the graph, and what it saved."""
+        """Free the graph and what it saved."""
         self.graph = None
         for saved in self.kept:
             saved.free()
 
     def free_before(self) -> None:
-        """Of what the glue before it saved: nothing that comes later in backward needs it."""
+        """Free what the glue before it saved. Backward goes towards earlier glue, which still needs `before_again`."""
         for saved in self.before:
             saved.free()
         for saved in self.before_again:

@@ -1,8 +1,8 @@
-"""A dry forward on the meta device: the order of units, what they keep for backward, and which can't be units.
+"""Surveys a model by one forward on the meta device: the order of units, what they keep for backward, and which modules
+can't be units.
 
-Nothing is computed and nothing allocated: meta tensors carry shapes only. The plan's figures for activations come
-from here, and so does the first prediction of the sweep's route. A model that asks what no shape can answer is surveyed
-on real data instead (trial.py).
+Meta tensors have shapes and no values, so nothing is computed and no memory is taken. The plan has its figures for
+activations from here, and the sweep its first route. A model that asks for values is surveyed on real data (trial.py).
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ class UnitUse:
     """What one call of a unit moves and keeps, in bytes for one micro-batch."""
 
     input_bytes: int = 0
-    """Differentiable inputs that no unit before has taken, in whole pages: what the tape saves."""
+    """Differentiable inputs that no earlier call has taken, in whole pages. The tape saves these."""
     call_bytes: int = 0
-    """Differentiable inputs of one call, in whole pages: what its backward brings back."""
+    """Differentiable inputs of the largest call, in whole pages. Its backward brings these back."""
     saved_bytes: int = 0
-    """What autograd saves inside the unit, in whole pages, without weights and what is there anyway."""
+    """What autograd saves inside the unit, in whole pages, without weights and other tensors that are there anyway."""
     output_bytes: int = 0
     before_bytes: int = 0
-    """What autograd saves between the unit that was called before and this one, at most, in whole pages."""
+    """The most that autograd saves between the unit called before and this one, in whole pages."""
 
 
 @dataclass
 class Survey:
-    """One forward of one micro-batch, seen from outside."""
+    """What one forward of one micro-batch shows."""
 
     units: tuple[UnitLayout, ...]
     order: tuple[int, ...]
-    """Unit indices in the order they are called."""
+    """Indices of units in the order of their calls."""
     uses: dict[int, UnitUse] = field(default_factory=dict)
     glue_bytes: int = 0
-    """What autograd saves between units, the part after the last unit (the loss) excepted."""
+    """Bytes that autograd saves between units, without those after the last unit."""
     loss_bytes: int = 0
-    """What autograd saves after the last unit."""
+    """Bytes that autograd saves after the last unit, for the loss."""
     live_bytes: int = 0
-    """What lies between units while one of them is called, at most."""
+    """The most bytes of tensors between units that are alive while a unit is called."""
     written: frozenset[str] = frozenset()
-    """Parameters that the forward itself writes to, by name, but for clamps: see constant_weights.py."""
+    """Names of parameters that the forward itself writes to, without those it clamps: see constant_weights.py."""
     demoted: frozenset[str] = frozenset()
-    """Modules whose parameters are used outside of their own call, and so are held for the whole step."""
+    """Modules whose parameters are used outside of their own call. They are held for the whole step."""
     failure: str = ""
-    """Why the forward could not be run to its end: then sizes are missing, and the order is module order."""
+    """Why the forward did not come to its end, if so. Then sizes are missing, and the order is module order."""
 
     def grown(self, factor: float) -> Survey:
-        """The same with `factor` times the bytes."""
+        """The same survey with `factor` times the bytes."""
 
         def more(num_bytes: int) -> int:
             return round_up(int(num_bytes * factor))
@@ -92,10 +92,10 @@ def survey(
     """Discover the units of `model` (parameters on the meta device) and run `forward()` once on the meta device.
 
     Modules whose parameters are used outside of their own call become resident, and the units are found again;
-    `demoted` names some of them beforehand. A unit that is neither called nor read, such as a part for images, stays
-    where it is. With a `trial`, `forward()` computes on its device, with real weights. ModelError where the loss
-    depends on what goes past the arguments and results of a unit (leaks.py), those of `side` excepted.
-    Of a model that was cut (tiles.py), `most` is the largest number of elements of a part.
+    `demoted` names some of them beforehand. A unit that the forward neither calls nor reads, such as a part for images,
+    stays on its tier. With a `trial`, `forward()` computes on the trial's device with real weights. `most` is the
+    largest number of elements of a part of a model that was cut (tiles.py). ModelError where the loss depends on a leak
+    (leaks.py); what `side` captures is none.
     """
     trained = _trained(model)
     state = MovingState(model)
@@ -112,7 +112,7 @@ def survey(
                     loss = forward()
             except ModelError:
                 raise
-            except Exception as error:  # a model may do with what it gets whatever it likes
+            except Exception as error:  # a model may do anything with its inputs
                 failure = f"{type(error).__name__}: {error}"
         if _trained(model) != trained:
             raise ModelError("the model's forward switches which of its parameters are trained")
@@ -129,7 +129,7 @@ def survey(
 
 
 def _trained(model: nn.Module) -> list[str]:
-    """Names of the parameters that are. ModelError where one has hooks: its gradient never comes to it whole."""
+    """Names of the trained parameters. ModelError where one has hooks: they would never see its whole gradient."""
     for name, param in model.named_parameters():
         if param._backward_hooks or param._post_accumulate_grad_hooks:
             raise ModelError(f"the gradient of {name} has a hook, which is not called where weights are streamed")
@@ -137,7 +137,7 @@ def _trained(model: nn.Module) -> list[str]:
 
 
 class _Watch(TorchFunctionMode):
-    """Counts what goes in and out of units, and notices parameters that are used outside of theirs."""
+    """Counts what goes in and out of units, and notices parameters that are used outside of their unit."""
 
     def __init__(
         self, model: nn.Module, units: Sequence[UnitLayout], weights: TrialWeights | None, side: SideOutputs | None
@@ -152,21 +152,22 @@ class _Watch(TorchFunctionMode):
         self.tail_bytes = 0
         self.live_bytes = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        """Storages that were made between units, and their bytes."""
+        """Storages that were made between units, with their bytes."""
         self._model = model
         self._units = units
         self._weights = weights
         self._binding = False
-        """What binds weights is no part of the forward."""
+        """True while weights are bound or unbound, which is no part of the forward."""
         self._active: list[int] = []
         self._owner: dict[int, int] = {}
         self.writes = WrittenWeights()
         self._seen: set[int] = set()
         self._saved: set[int] = set()
-        """Of these, what calls of units have saved. Each call saves its own, and so again, see keep.py:"""
+        """The storages of `_seen` that calls of units have saved."""
         self._again: set[int] = set()
+        """Those that count again if the call under way saves them: each call has a Keeper of its own (keep.py)."""
         self._known: list[StorageWeakRef] = []
-        """Of storages that have a number in one of these: it stays theirs when they are freed."""
+        """References to the storages in these sets. They reserve a storage's number after it is freed."""
         for number in range(len(units)):
             self._note_weights(number)
         self._inputs: dict[tuple[int, int], Any] = {}
@@ -179,7 +180,7 @@ class _Watch(TorchFunctionMode):
                 return by_tiles(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
-            for leaf in pytree.tree_leaves((args, kwargs)):  # a view of a weight is one, too: W.T, W.data
+            for leaf in pytree.tree_leaves((args, kwargs)):  # also finds views of a weight: W.T, W.data
                 owner = self._owner.get(storage_of(leaf)) if _is_state(leaf) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
@@ -216,7 +217,8 @@ class _Watch(TorchFunctionMode):
         own = module.forward
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            # One inside of another has to be resident; so has one whose graph the model makes in a backward of its own.
+            # A unit inside of another has to be resident. So has a unit that runs without grad: the model makes its
+            # graph in a backward of its own.
             if self._active or (self._units[number].trainable and not torch.is_grad_enabled()):
                 self.misused.update(self._units[number].modules)
                 return own(*args, **kwargs)
@@ -231,7 +233,7 @@ class _Watch(TorchFunctionMode):
         return module
 
     def _watched(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of a unit, as the tape has it: through doors."""
+        """Call a unit as the tape does, with doors for its inputs and outputs."""
         use = self.uses.setdefault(number, UnitUse())
         flat, spec = opened(args, kwargs)
         reach = Reach(flat)
@@ -270,7 +272,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def _bound(self, number: int) -> Iterator[None]:
-        """For a call of the unit, its real weights are there."""
+        """A context in which the unit has its real weights, if there is a trial."""
         if self._weights is None:
             yield
             return
@@ -286,7 +288,7 @@ class _Watch(TorchFunctionMode):
             self._binding = False
 
     def _note_weights(self, number: int) -> None:
-        """Where the parameters of a unit lie now."""
+        """Note where the parameters of a unit lie now."""
         for place in self._units[number].params():
             param = self._model.get_parameter(place.name)
             self._note_seen([param])
@@ -295,13 +297,13 @@ class _Watch(TorchFunctionMode):
                 self._owner[storage_of(param)] = number
 
     def _note_seen(self, tensors: Iterable[torch.Tensor]) -> None:
-        """They are there anyway: no memory is needed for what shares theirs."""
+        """Note tensors that are there anyway. What shares their memory takes none."""
         for tensor in tensors:
             self._seen.add(storage_of(tensor))
             self._known.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _note_live(self, values: Iterable[Any]) -> None:
-        """What a micro-batch holds between units, as long as something refers to it."""
+        """Note tensors that a micro-batch holds between units. Each counts as long as something refers to it."""
         for value in values:
             if not _is_state(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):  # vmap's have no storage
                 continue
@@ -314,15 +316,15 @@ class _Watch(TorchFunctionMode):
         self.live_bytes = max(self.live_bytes, sum(num_bytes for _, num_bytes in self._live.values()))
 
     def _is_new(self, tensor: torch.Tensor) -> bool:
-        """Whether no unit has taken this tensor before: the tape keeps it once."""
+        """Whether no unit has taken this tensor before. The tape saves a tensor once."""
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
         new = key not in self._inputs
-        self._inputs[key] = edge.node  # kept, so that its id stays its own
+        self._inputs[key] = edge.node  # holds the node, so that no other gets its id
         return new
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Counts what autograd saves, and keeps none of it where it takes memory: there is no backward."""
+        """Count what autograd saves. A meta tensor is saved in its place, since there is no backward."""
         storage = storage_of(tensor)
         if storage not in self._seen or (self._active and storage in self._again):
             self._note_seen([tensor])
@@ -337,7 +339,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _as_emitted(leaf: Any) -> Any:
-    """The tape makes every floating output of a unit one with a gradient."""
+    """The output as the tape emits it: every floating tensor has a gradient."""
     if not differentiable(leaf) or not torch.is_grad_enabled():
         return leaf
     return through_door(leaf if leaf.requires_grad else leaf.detach().requires_grad_())
@@ -349,9 +351,9 @@ def _is_state(value: object) -> TypeGuard[torch.Tensor]:
 
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """For a time, the modules hold copies on `device` of all their tensors; then everything is as it was before.
+    """A context in which the modules hold copies on `device` of their tensors. At its end all is as it was before.
 
-    A forward leaves things in modules: rotary frequencies for a longer text, the longest text so far, a state.
+    A forward may leave values in modules: rotary frequencies for a longer text, the longest text so far, a state.
     """
     modules = [(module, dict(module.__dict__)) for module in model.modules()]
     held = Reach([tuple(attributes.values()) for _, attributes in modules], most=sys.maxsize)

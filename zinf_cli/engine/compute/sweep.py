@@ -1,14 +1,16 @@
 """The layer-major sweep: all micro-batches pass unit k before any passes unit k+1, and back.
 
 A parameter is fetched twice a step, whatever the number of micro-batches. At the last unit of the forward each
-micro-batch turns at once: its forward keeps the graph, its loss is taken, its backward runs, before the next
-micro-batch does the same. So that unit needs no recompute, and only one micro-batch's logits are alive at a time.
+micro-batch turns at once: it runs the unit's forward with its graph, takes the loss and runs the unit's backward. Only
+then the next micro-batch does the same. So that unit needs no recompute, and only one micro-batch's logits are alive at
+a time.
 
-The route. The order of units is predicted from the last sweep, so that fetches run ahead. One rank alone may leave it
-at any unit. Several ranks share every fetch, so they visit the same units in the same order, come what may: they
-follow the prediction to the turn, where they tell each other whether their micro-batches did. If one did not
-(LayerDrop, say), the step is begun again in *lockstep*: before every visit the ranks agree on a unit, and those whose
-micro-batch does not call it only take part in the fetch. So is the first sweep where there is no prediction.
+The route. The order of units is predicted from the last sweep, so that fetches run ahead. A single rank may leave the
+prediction at any unit. Several ranks share every fetch, so they must visit the same units in the same order. They
+follow the prediction to the turn. There they tell each other whether their micro-batches followed it, too. If one did
+not (LayerDrop, say), the step begins again in *lockstep*: before every visit the ranks agree on a unit. A rank whose
+micro-batch does not call that unit only takes part in the fetch. A first sweep without a prediction is in lockstep,
+too.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on
 
 @dataclass
 class Route:
-    """The order of units a sweep takes: seen last time, expected next time."""
+    """The order in which a sweep visits units: seen in the last sweep, expected of the next."""
 
     forward: list[int]
     backward: list[int]
-    """Without the turn."""
+    """The visits of backward, without the turn."""
 
 
 class Sweep:
@@ -58,8 +60,9 @@ class Sweep:
         glue_leaves: Sequence[torch.Tensor] | None,
         trace: Trace,
     ) -> None:
-        """`order`: the units a forward calls, if it is known; `kept`: those whose activations are not recomputed;
-        `glue_leaves`: what glue saves goes to the tier of activations, but for these tensors; None: it stays."""
+        """`order`: the units that a forward calls, if known. `kept`: the units whose activations are kept, and not
+        recomputed. `glue_leaves`: what glue saves goes to the tier of activations, except these tensors; with None all
+        of it stays in memory."""
         self._pipeline = pipeline
         self._ranks = pipeline.ranks
         self._units = pipeline.units
@@ -71,8 +74,8 @@ class Sweep:
         self._staying = glue_leaves
         self._members: list[SweepMember] = []
         self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
-        """Of the first steps, one each: that recomputes repeat what they repeat; before that, of a model that no survey
-        has seen, that nothing goes past the arguments and results of units (leaks.py)."""
+        """One check for each of the first steps: for leaks (leaks.py), if the model has no survey, and that units
+        compute the same when they run again (recompute.py)."""
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
@@ -83,10 +86,10 @@ class Sweep:
         self._backwards: Counter[int] = Counter()
         """Backward visits of this step, by unit."""
         self._unfinished: set[int] = set()
-        """Units whose gradient of this step lacks its last visit."""
+        """Units that need one more backward visit in this step: their gradient is not complete."""
 
     def announce_step(self, num_sweeps: int) -> None:
-        """Tell the pipeline what a training step will visit, if it takes the route of the one before."""
+        """Tell the pipeline the visits of a training step, if it takes the route of the last sweep."""
         if self._lockstep:
             return
         if self._resident is not None:
@@ -97,10 +100,10 @@ class Sweep:
             self._pipeline.expect(self._back_visits(backwards, last=number == num_sweeps - 1))
 
     def step(self, sweeps: Sequence[Sequence[MicroBatch]], forward_done: Callable[[], None]) -> list[torch.Tensor]:
-        """Forward and backward of all micro-batches of a step; the unscaled losses (fp32) in order.
+        """Run forward and backward of all micro-batches of a step. Returns their unscaled losses (fp32), in order.
 
         Gradients go to their tiers. `forward_done` is called when every unit of the route has done its pending update.
-        Disagreement leaves nothing behind but these updates: the step can be begun again.
+        After a Disagreement the step can begin again: of it, only these updates remain.
         """
         self._pipeline.begin_step()
         self._state.begin()
@@ -117,7 +120,7 @@ class Sweep:
         return losses
 
     def evaluate(self, sweeps: Sequence[Sequence[MicroBatch]]) -> list[torch.Tensor]:
-        """Forward only; the losses (fp32 scalars) in order. Pending updates are done on the way."""
+        """Run forward alone. Returns the losses (fp32 scalars), in order. Pending updates are done on the way."""
         losses: list[torch.Tensor] = []
         self._pipeline.drop_coming()
         self._state.begin()
@@ -166,7 +169,7 @@ class Sweep:
             return [loss.float() for loss in losses]
 
     def _forward_units(self, members: list[SweepMember], predicted: list[int]) -> Iterator[int]:
-        """The units to visit, one after another (see "The route"); Disagreement where one rank's members part."""
+        """The units to visit, one after another (see "The route"). Disagreement if members of a rank call two units."""
         if self._ranks.world_size > 1 and not self._lockstep:
             yield from predicted
             return
@@ -177,7 +180,7 @@ class Sweep:
             yield unit
 
     def _next_unit(self, called: set[int | None], choose: Callable[[list[int]], int]) -> int | None:
-        """The one unit that the members of this rank, or one of the ranks, have called; None at the end."""
+        """The unit to visit next; None at the end. With several ranks, `choose` picks it among the units they call."""
         if self._ranks.world_size == 1:
             self._agree(len(called) == 1)
             return called.pop()
@@ -189,7 +192,7 @@ class Sweep:
         return choose(wanted) if wanted else None
 
     def _agree(self, agreed: bool) -> None:
-        """Disagreement on every rank where one does not agree."""
+        """Raise Disagreement on every rank, if one of them has not `agreed`."""
         if min(self._ranks.all(int(agreed))) == 0:
             raise Disagreement
 
@@ -208,7 +211,7 @@ class Sweep:
                 self._pipeline.advance()
 
     def _keeper(self, number: int) -> Keeper | None:
-        """What packs the graph of a call, where the unit's activations are kept."""
+        """Packs the graph of a call, if the unit's activations are kept; else None."""
         if number not in self._kept:
             return None
         unit = self._units[number]
@@ -218,15 +221,15 @@ class Sweep:
         return [] if self._resident is None else list(self._units[self._resident].params)
 
     def _glue_keeper(self) -> Keeper | None:
-        """What packs what a micro-batch's glue saves, where that leaves the compute device's memory."""
+        """Packs what a micro-batch's glue saves, if that goes to a tier; else None."""
         if self._staying is None:
             return None
         return Keeper(self._activations, (), [*self._staying, *self._resident_params()], "glue")
 
     def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
-        """Forward, loss and backward of the last unit, one micro-batch after another.
+        """Run forward, loss and backward of the last unit, one micro-batch after another. Returns the losses.
 
-        Empty when the first micro-batch goes on to a further unit: then this was an ordinary forward visit.
+        There are none if the first micro-batch goes on to a further unit. Then this is an ordinary forward visit.
         """
         visit = next(self._back_visits(self._backwards.copy(), last=last))
         name = self._units[visit.unit].name
@@ -258,9 +261,10 @@ class Sweep:
         return losses
 
     def _backward(self, members: list[SweepMember], last: bool) -> list[int]:
-        """The records that are left, in reverse, all micro-batches at each unit; the units that were visited.
+        """Run backward of the remaining records, in reverse order: all micro-batches at each unit.
 
-        In lockstep nobody knows which visit of a unit will be its last: `_finish_gradients` makes one more.
+        Returns the units that were visited. In lockstep nobody knows which visit of a unit is its last, so
+        `_finish_gradients` makes one more.
         """
         left = Counter(record.call.unit for record in members[0].tape.records)
         walked = []
@@ -301,7 +305,7 @@ class Sweep:
             (self._unfinished.discard if visit.final else self._unfinished.add)(visit.unit)
 
     def _finish_gradients(self) -> None:
-        """Complete gradients whose last visit was expected and did not come (a layer that was dropped)."""
+        """Complete the gradients whose last visit was not known, or was expected and did not come (LayerDrop)."""
         for unit in sorted(self._unfinished):
             visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=True)
             self._pipeline.acquire(visit)
@@ -313,7 +317,7 @@ class Sweep:
 
     @contextmanager
     def _abandoned_on_disagreement(self) -> Iterator[None]:
-        """Several ranks go on in lockstep (see "The route"), so all of them come here together."""
+        """On Disagreement, drop the step. All ranks come here together; several go on in lockstep ("The route")."""
         try:
             yield
         except Disagreement:
@@ -324,7 +328,7 @@ class Sweep:
 
     @contextmanager
     def _resident_held(self, kind: Kind) -> Iterator[None]:
-        """The resident unit, if there is one, bound for the whole step."""
+        """A context in which the resident unit, if there is one, is bound."""
         if self._resident is None:
             yield
             return
@@ -361,7 +365,7 @@ class Sweep:
 
 
 _NOTHING, _PARTED = -1, -2
-"""What a rank tells instead of a unit: its micro-batches have ended; they call different units."""
+"""Told instead of a unit: the rank's micro-batches have ended; they call different units."""
 
 
 def _all_finished(members: list[SweepMember]) -> bool:
@@ -373,7 +377,7 @@ def _same_records(members: list[SweepMember]) -> bool:
 
 
 def _prefetch(members: list[SweepMember]) -> None:
-    """Bring back the inputs of the records that come next, in their order, as far as there is room."""
+    """Start to bring back what the next records need, in their order, as far as there is room."""
     most = max(len(member.tape.records) for member in members)
     this_unit = [member for member in members if len(member.tape.records) == most]
     next_unit = [member for member in members if len(member.tape.records) < most]

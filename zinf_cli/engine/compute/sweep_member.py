@@ -21,7 +21,7 @@ class MicroBatch:
     forward: Callable[[], torch.Tensor]
     weight: float = 1.0
     seed: int = 0
-    """Where its random numbers (dropout) start."""
+    """Seed of its random numbers (dropout)."""
 
 
 class SweepMember:
@@ -39,7 +39,7 @@ class SweepMember:
     def start(
         self, batch: MicroBatch, tape: Tape, *, grad: bool, at_home: Sequence[torch.Tensor] | None = None
     ) -> None:
-        """Go to the first unit. With the weights that are `at_home` between units, leaks are looked for (leaks.py)."""
+        """Go to the first unit. With `at_home`, the weights used between units, look for leaks, too (leaks.py)."""
         self.batch, self.tape, self._at_home = batch, tape, at_home
         torch.manual_seed(batch.seed)
         within = tape.glue.packing() if grad and tape.glue is not None else None
@@ -47,12 +47,12 @@ class SweepMember:
         self._rng = RngState(self._device)
 
     def pass_unit(self, name: str, *, hot: bool = False, keeper: Keeper | None = None) -> None:
-        """Compute the unit the micro-batch has called, and let it go on to the next."""
+        """Compute the unit that the micro-batch calls, and let it go on to the next."""
         assert isinstance(self.at, UnitCall)
         assert self._rng is not None
         self._rng.restore()
         num_records = len(self.tape.records)
-        seen = self._at_home is not None and not hot and keeper is None  # a leak shows by its graph
+        seen = self._at_home is not None and not hot and keeper is None  # a leak shows in the graph
         outputs = self.tape.forward(self.at, name, hot=hot or seen, keeper=keeper)
         if seen and len(self.tape.records) > num_records:
             self.tape.cool(name)
@@ -66,16 +66,16 @@ class SweepMember:
 
     @property
     def called(self) -> int | None:
-        """The unit the micro-batch waits for."""
+        """The unit that the micro-batch waits for; None if its forward has ended."""
         return self.at.unit if isinstance(self.at, UnitCall) else None
 
     @property
     def recorded(self) -> int | None:
-        """The unit of the newest record, whose backward comes next."""
+        """The unit of the newest record, whose backward is next; None if there is no record."""
         return self.tape.records[-1].call.unit if self.tape.records else None
 
     def backward(self) -> None:
-        """Backward of the newest record."""
+        """Run backward of the newest record."""
         self.tape.backward(self.tape.records[-1])
 
     def abandon(self) -> None:
@@ -84,12 +84,12 @@ class SweepMember:
 
     @property
     def loss(self) -> torch.Tensor:
-        """What the forward returned."""
+        """The loss that the forward returned."""
         assert isinstance(self.at, Finished)
         return self.at.loss
 
     def take_loss(self) -> torch.Tensor:
-        """The loss, backward through the glue behind it."""
+        """Run backward from the loss through the glue after the last unit. Returns the loss, detached."""
         loss = self.loss
         if self._at_home is not None:
             glue = [glue.edge.node for record in self.tape.records for glue in record.glue_inputs()]

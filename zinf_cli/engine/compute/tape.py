@@ -1,17 +1,17 @@
 """The unit tape: activation checkpointing per unit, for models that know nothing of it.
 
-Forward runs each unit without autograd and records (inputs, RNG state); its outputs go on as outputs of `Emit`, an
-autograd function with no inputs and no storage. What the model computes between units, the glue, is left to autograd.
-Backward walks the records in reverse: run the unit again with grad on detached inputs, backward with the gradients
-that Emit collected, and hand the input gradients to the glue.
+Forward runs each unit without autograd and records its inputs and the RNG state. The unit's outputs become outputs of
+`Emit`, an autograd function that saves nothing. Autograd handles the glue, which is what the model computes between
+units. Backward walks the records in reverse. At each record it runs the unit again with grad on detached inputs, runs
+backward with the gradients that Emit has collected, and hands the gradients of the inputs to the glue.
 
-Why this is right: let g be a glue tensor whose first consumer is record i. Everything g depends on was emitted before
-i, everything that adds to its gradient is a record >= i. So when the reverse walk has done record i, the gradient of g
-is complete, and its glue runs once, before any record that feeds it. Several glue tensors may share a graph, hence
-retain_graph; the graph goes when the tape lets go of it.
+Why this is right: let g be a glue tensor whose first consumer is record i. All that g depends on was emitted before i,
+and all that adds to its gradient is a record >= i. So when the reverse walk has done record i, the gradient of g is
+complete. Its glue then runs backward once, before any record that feeds it. Several glue tensors may share a graph, so
+retain_graph is set. The graph is freed when the tape drops it.
 
-No autograd graph of a unit outlives the visit in which its parameters are bound, but those of units whose activations
-are kept (keep.py): they hold no parameter, and need no recompute.
+The autograd graph of a unit ends with the visit that binds its parameters. Only the graphs of units whose activations
+are kept (keep.py) live on until backward: they hold no parameter, and need no recompute.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from zinf_cli.errors import ModelError
 
 
 class Emit(torch.autograd.Function):
-    """Outputs of a unit enter the glue; their gradients arrive at the record."""
+    """Outputs of a unit enter the glue here. Their gradients are collected in the record."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, record: Record, outputs: list[torch.Tensor]) -> Any:
@@ -53,7 +53,7 @@ class Emit(torch.autograd.Function):
 
 
 class Tape:
-    """The records of one micro-batch, newest last. With `compare`, a recompute has to give what the forward gave."""
+    """The records of one micro-batch, newest last. With `compare`, recomputes are compared with their forward."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class Tape:
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.glue = glue
         self._between: tuple[list[Saved], list[Saved]] = ([], [])
-        """What the glue has saved since the last record, and what it needs beside that."""
+        """What the glue has saved since the last record, and what earlier glue has saved that it needs as well."""
         self.records: list[Record] = []
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
-        """Run a unit's call and return what the model gets.
+        """Run a unit's call and return what the model gets. ModelError where the unit changes its input in place.
 
-        `hot` keeps the graph as it is, for a backward in the same visit; with `keeper` it is kept for a later one.
+        `hot` keeps the graph for a backward in the same visit. With `keeper` the graph is packed for a later visit.
         """
         flat, spec = opened(call.args, call.kwargs)
         reach = Reach(flat)
@@ -115,13 +115,13 @@ class Tape:
         return emitted
 
     def send_glue(self) -> None:
-        """Let what the glue has saved go to its tier: the micro-batch waits at a unit."""
+        """Send what the glue has saved to its tier. Called while the micro-batch waits at a unit."""
         if self.glue is not None:
             for parcels, more in zip(self._between, self.glue.send(), strict=True):
                 parcels += more
 
     def backward(self, record: Record) -> None:
-        """Backward of the newest record, into p.grad of the bound unit and into the glue before it."""
+        """Run backward of the newest record, into p.grad of the bound unit and into the glue before it."""
         assert record is self.records[-1]
         record.check_shared()
         grads = record.output_grads
@@ -160,11 +160,11 @@ class Tape:
         record.free_before()
 
     def prefetch(self) -> bool:
-        """Start bringing back what the newest record needs; False when there was no room."""
+        """Start to bring back what the newest record needs. False if there is no room."""
         return not self.records or all(saved.prefetch() for saved in self.records[-1].needs())
 
     def cool(self, label: str) -> None:
-        """Drop the graph of a hot forward: the unit was not the last, so it will be recomputed."""
+        """Drop the graph of a hot forward. The unit was not the last, so backward recomputes it."""
         record = self.records[-1]
         assert record.graph is not None
         for glue, leaf in record.graph.inputs:
@@ -172,7 +172,7 @@ class Tape:
         record.graph = None
 
     def close(self) -> None:
-        """Let go of everything (a sweep that was given up)."""
+        """Free everything, after a sweep was given up."""
         for glue in self._glue.values():
             if glue.saved is not None:
                 glue.saved.free()
@@ -186,7 +186,7 @@ class Tape:
         self.records.clear()
 
     def _take(self, tensor: torch.Tensor, record: int, label: str, *, save: bool) -> GlueTensor | torch.Tensor:
-        """What a record keeps of one tensor that a call is given."""
+        """What a record keeps of an input: a glue tensor, or without a gradient the detached tensor."""
         if not tensor.requires_grad:
             return tensor.detach()
         edge = torch.autograd.graph.get_gradient_edge(tensor)
@@ -197,7 +197,7 @@ class Tape:
         return glue
 
     def _recompute(self, record: Record) -> None:
-        """The unit's forward again, this time with grad."""
+        """Run the unit's forward again, with grad."""
         values = {}
         for glue in record.glue_inputs():
             assert glue.saved is not None
@@ -205,7 +205,7 @@ class Tape:
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
         try:
             outputs, _, _ = self._run(record, values)
-        except StopIteration as error:  # the forward has used up an iterator among the arguments
+        except StopIteration as error:  # the forward has used up an iterator that is an argument
             raise differs(record.label) from error
         if record.results is not None:
             compare(record.label, record.results, some_of(_results(outputs, record)))
@@ -214,7 +214,7 @@ class Tape:
     def _run_once(
         self, record: Record, values: dict[int, torch.Tensor], keeper: Keeper | None, *, grad: bool
     ) -> tuple[Any, Reach, dict[int, torch.Tensor]]:
-        """The unit's forward on the arguments themselves; with a `keeper` its graph holds no device memory."""
+        """Run the unit's forward on the arguments themselves. With a `keeper`, its graph holds no device memory."""
         if keeper is None:
             return self._run(record, values, grad=grad)
         keeper.add_present(record.plain_inputs())
@@ -226,9 +226,10 @@ class Tape:
     def _run(
         self, record: Record, values: dict[int, torch.Tensor], *, grad: bool = True
     ) -> tuple[Any, Reach, dict[int, torch.Tensor]]:
-        """Forward on detached inputs (`values` by id of their glue); with `grad` it gives the record its graph.
+        """Run forward on detached inputs: `values`, by id of their glue tensor. With `grad`, set the record's graph.
 
-        Returns the outputs, what the objects among the arguments hold now, and what stood for each input.
+        Returns the outputs, what the objects among the arguments hold now, and for each input, by the id of what the
+        record keeps of it, the tensor that was passed.
         """
         inputs = [(glue, values[id(glue)].detach().requires_grad_(grad)) for glue in record.glue_inputs()]
         given = {id(glue): leaf for glue, leaf in inputs}
@@ -250,7 +251,10 @@ class Tape:
         return outputs, left, {**given, **{id(leaf): leaf for leaf in record.plain_inputs()}}
 
     def _emit(self, record: Record, outputs: Any, left: Reach, back: dict[int, torch.Tensor]) -> Any:
-        """Outputs, and what the call has left in objects, enter the glue; inputs there become what they were again."""
+        """Pass outputs, and tensors that the call has left in objects, through Emit.
+
+        In objects, put inputs back: `back` has an input by the id of what was passed for it.
+        """
         flat, spec = pytree.tree_flatten(outputs)
         places = [place for place, leaf in enumerate(flat) if differentiable(leaf)]
         emitted: tuple[torch.Tensor, ...] = Emit.apply(  # type: ignore[no-untyped-call]
@@ -272,14 +276,14 @@ class Tape:
         if grad is None:
             return
         record = getattr(glue.edge.node, "record", None)
-        if isinstance(record, Record):  # the tensor came straight from a unit: no glue to run
+        if isinstance(record, Record):  # the tensor is a unit's output: there is no glue to run
             record.add_output_grad(glue.edge.output_nr, grad)
         else:
             torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)
 
 
 def _results(outputs: Any, record: Record) -> list[torch.Tensor]:
-    """Differentiable tensors that a call returns, and that it leaves in objects."""
+    """The differentiable tensors that a call returns, and those that it leaves in objects."""
     return [*filter(differentiable, pytree.tree_leaves(outputs)), *record.added]
 
 
@@ -289,7 +293,7 @@ def _shared_storage(inputs: Sequence[torch.Tensor], outputs: Any) -> list[tuple[
     storages = Counter(storage_of(leaf) for leaf in leaves)
     storages.update({storage_of(tensor) for tensor in inputs if tensor.requires_grad})
     probes = [leaf.detach() for leaf in leaves if storages[storage_of(leaf)] > 1]
-    for probe in probes:  # its count of changes goes on, its memory is not held
+    for probe in probes:  # holds no memory, and still counts changes
         probe.data = probe.new_empty(0)
     return [(partial(getattr, probe, "_version"), probe._version) for probe in probes]
 

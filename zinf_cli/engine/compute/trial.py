@@ -1,7 +1,7 @@
-"""Real weights for the survey of a model that asks for data: each unit has its own only while it is called.
+"""Gives real weights to the survey of a model that asks for data. A unit has its weights only while it is called.
 
-So one forward of any model takes the memory of its largest unit and of what lies between units: what autograd saves
-is counted and let go.
+What autograd saves is counted and not kept. So one forward takes the memory of the largest unit, and of the tensors
+between units.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zinf_cli.engine.units.units import UnitLayout
 
 @dataclass(frozen=True)
 class Trial:
-    """What a forward on real data needs."""
+    """Weights and device for a forward on real data."""
 
     read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
     """Parameters by name, on the CPU, in any dtype."""
@@ -42,7 +42,7 @@ class TrialWeights:
             param.data = value.to(self._trial.device, param.dtype, copy=True)
 
     def unbind(self, unit: UnitLayout) -> None:
-        """Forget them."""
+        """Make placeholders of the unit's parameters again."""
         for place in unit.params():
             param = self._params[place.name]
             param.data = param.data.new_full((1,), math.nan).expand(place.shape)

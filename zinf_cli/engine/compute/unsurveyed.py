@@ -1,7 +1,7 @@
-"""What a model keeps for backward that could not be tried: a guess from its shapes, and a generous one.
+"""Guesses what a model keeps for backward, if no survey has come to its end: a generous guess, from its shapes.
 
-Nobody has seen its forward to the end. So every weight counts as one that the forward may write to: the run has a copy
-of each unit in its call, and a write that would be lost is an error (constant_weights.py).
+For such a model every weight counts as one that the forward may write to. The run then copies each unit for its call,
+and a write that would be lost is an error (constant_weights.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.model_state import round_up
 
 PER_PRODUCT = 4
-"""Tensors as large as a product's result that autograd saves: what activations, gates and scans make of it."""
+"""Tensors that autograd saves for each product, as large as its inputs and result: of activations, gates and scans."""
 EXPERTS_PER_TOKEN = 8
 NORMS = 8
-"""Tensors as wide as the hidden state that norms, residuals and rotations leave, and that a unit takes and gives."""
+"""Tensors that autograd saves for a unit, as wide as the hidden state: of norms, residuals, rotations, in and out."""
 SCORES = 3
-"""Of attention, where it is not fused: products, softmax, dropout."""
+"""Tensors that autograd saves as large as the scores of attention that is not fused: products, softmax, dropout."""
 
 
 def guessed(model: nn.Module, seen: Survey, sequences: int, seq_len: int) -> Survey:
-    """What `seen` lacks, of one micro-batch. Tensors count as fp32, parameters as matrices of a product."""
+    """`seen` with the sizes it lacks, of one micro-batch. All tensors count as fp32, parameters as matrices."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
     tokens = sequences * seq_len
@@ -50,7 +50,7 @@ def guessed(model: nn.Module, seen: Survey, sequences: int, seq_len: int) -> Sur
 
 
 def _widths(unit: UnitLayout) -> Iterator[int]:
-    """Numbers per token that a product with each of the unit's parameters takes and makes."""
+    """For each matrix of the unit: how many values per token its product takes and gives."""
     for param in unit.params():
         if len(param.shape) >= 2:
             times = EXPERTS_PER_TOKEN if len(param.shape) > 2 else 1
