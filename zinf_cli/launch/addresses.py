@@ -1,4 +1,4 @@
-"""By which address and interface a host takes part in a run. Standard library only, as supervisor.py."""
+"""Finds the address and the network interface by which a host takes part in a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def own_address(peer: str | None) -> str:
-    """This host's address for its peers: where SSH found it or, if that is loopback, the one on the way to `peer`."""
+    """The address by which peers reach this host: where SSH reached it or, if that is loopback, that towards `peer`."""
     reached = os.environ.get("SSH_CONNECTION", "").split()[2:3] or ["127.0.0.1"]
     if peer is None or not reached[0].startswith(("127.", "::1")):
         return reached[0]

@@ -1,4 +1,4 @@
-"""A host as the launcher deals with it: requests and answers, events as they come, and whether it is still there."""
+"""The launcher's connection to a host: it sends requests, takes answers and events, and knows when the host is lost."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _HEARTBEAT_S = 1.0
 _HELLO_S = 20.0
 _ANSWER_S = 60.0
 _HOLD_S = 0.5
-"""For what is just being sent to a host, before it can be told of Ctrl-Z."""
+"""How long Ctrl-Z waits for a message that is being sent to a host: only then the host can be told."""
 _MOST_AT_ONCE = 32
-"""Hosts that are being connected to, or asked something, at the same time."""
+"""How many hosts are connected to, or asked something, at the same time."""
 
 T = TypeVar("T")
 
 
 def transport_to(hosts: Sequence[Host]) -> Transport:
-    """SSH to the hosts of a hostfile, pipes where there are none."""
+    """SSH to `hosts`, or pipes to this machine if there are none."""
     if not hosts:
         return Pipes()
     from zinf_cli.launch.ssh import Ssh  # a local run needs no SSH library
@@ -43,14 +43,14 @@ def transport_to(hosts: Sequence[Host]) -> Transport:
 
 
 class Connection:
-    """To the supervisor of `host`. `lost` says why it is gone, None while it is there."""
+    """A connection to the supervisor of `host`. `lost` says why the host is gone; None while it is there."""
 
     def __init__(self, host: Host, channel: Channel) -> None:
         self.host = host
         self.python = ""
-        """The version of its Python."""
+        """The version of the host's Python."""
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        """Messages that answer no request; thread-safe."""
+        """Messages that are no answers. The queue is thread-safe."""
         self._channel = channel
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._one_request = threading.Lock()
@@ -62,7 +62,7 @@ class Connection:
             threading.Thread(target=action, name=f"{action.__name__} {host.name}", daemon=True).start()
 
     def greet(self) -> None:
-        """Wait for the supervisor's first word; HostError where none comes."""
+        """Wait for the supervisor's first message. HostError if none comes."""
         hello = self._next(self._answers, _HELLO_S if self._patience.has_end else math.inf)
         if hello is None and self.lost is None:
             raise HostError(f"no answer within {_HELLO_S:.0f} s of login", where=self.host.name)
@@ -76,12 +76,15 @@ class Connection:
         return self._ended
 
     def judge(self) -> None:
-        """Give the host up if it has been silent for too long. To be called about once a second."""
+        """Give the host up if it has been silent for too long. Has to be called about once a second."""
         if self._ended is None and self._patience.is_over:
             self._give_up(f"gave no sign of life for {self._channel.silence_s:.0f} s")
 
     def request(self, do: str, *, within: float = _ANSWER_S, **arguments: Any) -> Any:
-        """Have the supervisor do something; HostError if it can't, is gone, or takes more than `within` seconds."""
+        """Have the supervisor do something, and return its answer.
+
+        HostError if it can't, is gone, or takes more than `within` seconds.
+        """
         with self._one_request:
             try:
                 self._send(json.dumps({"do": do, **arguments}).encode() + b"\n")
@@ -98,7 +101,7 @@ class Connection:
         return answer["answer"]
 
     def hear(self, within: float) -> dict[str, Any] | None:
-        """The next event; None if the host is lost, and has left none, or takes too long."""
+        """The next event. None if there is none within `within` seconds, or the host is lost and has left none."""
         return self._next(self.events, within)
 
     def _next(self, waiting: queue.SimpleQueue[Any], within: float) -> dict[str, Any] | None:
@@ -113,9 +116,9 @@ class Connection:
                 return None
 
     def capture(self, command: Sequence[str], *, within: float, text: str = "", opening: str = "") -> dict[str, Any]:
-        """Run a command there to its end: its "code", "output" and "errors". `text` is what it reads.
+        """Run a command on the host to its end. Returns its "code", "output" and "errors".
 
-        `opening` comes before it, unless the command stands by and has read one.
+        It reads `opening`, unless it stands by and has read its opening before, and then `text`.
         """
         self.request("run", command=command, text=text, opening=opening)
         while (event := self.hear(within)) is not None:
@@ -125,7 +128,7 @@ class Connection:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Tell the supervisor of another machine that this process will be stopped, and nothing else meanwhile."""
+        """Tell the supervisor of another machine that this process will be stopped. Inside, nothing else is sent."""
         if not self._patience.has_end or self.lost is not None or not self._sending.acquire(timeout=_HOLD_S):
             yield
             return
@@ -137,7 +140,7 @@ class Connection:
             self._sending.release()
 
     def close(self) -> None:
-        """Close the lifeline; the supervisor ends what still runs."""
+        """Close the lifeline. The supervisor then ends what still runs."""
         self._over.set()
         if self._ended is None:
             self._ended = "closed"
@@ -169,10 +172,10 @@ class Connection:
                     self._take(line)
         self._ended = self._ended or "the connection was lost, or its supervisor killed"
         self._over.set()
-        self._answers.put(None)  # whoever waits for one looks up
+        self._answers.put(None)  # wakes whoever waits for an answer
 
     def _take(self, line: bytes) -> None:
-        """One message; what a login shell prints before the first one is none."""
+        """Take one message. What a login shell prints before the first message is dropped."""
         try:
             message = json.loads(line)
         except ValueError:
@@ -184,7 +187,7 @@ class Connection:
 
 
 def at_all(action: Callable[[T], Any], to: Sequence[T]) -> list[Any]:
-    """Do something at all hosts, many at once: results in order, a ZinfError in the place of a result."""
+    """Do something at all hosts, many at once. Results are in order; an error stands in the place of a result."""
 
     def attempt(one: T) -> Any:
         try:
@@ -199,7 +202,7 @@ def at_all(action: Callable[[T], Any], to: Sequence[T]) -> list[Any]:
 
 
 class Lifelines:
-    """Connections to the hosts of one launch: watched while this is open, all closed at its end."""
+    """The connections to the hosts of one launch. They are watched while this is open, and closed at its end."""
 
     def __init__(self, transport: Transport) -> None:
         self.launch_id = uuid.uuid4().hex
@@ -226,14 +229,14 @@ class Lifelines:
         at_all(Connection.close, self._connections)
 
     def connect(self, host: Host) -> Connection:
-        """Start the supervisor of `host`; HostError says why that can't be. Hosts may be connected to at once."""
+        """Start the supervisor of `host`; HostError says why that is not possible. Threads may call it at once."""
         connection = Connection(host, self._transport.open(host, self.launch_id))
         self._connections.append(connection)
         connection.greet()
         return connection
 
     def _be_stopped(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: the hosts are told before, and go on without the launcher until it is continued."""
+        """Handle Ctrl-Z: tell the hosts, then stop. They go on without the launcher until it is continued."""
         with ExitStack() as held:
             for connection in tuple(self._connections):
                 held.enter_context(connection.held())

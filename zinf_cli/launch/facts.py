@@ -1,6 +1,6 @@
-"""`python -m zinf_cli.launch.facts`: what a host has, as one JSON document; what to look at comes on stdin, as JSON.
+"""`python -m zinf_cli.launch.facts`: tells what a host has, as one JSON document. stdin tells what to look at, as JSON.
 
-Run on every host before anything else is, so it imports neither torch nor transformers.
+It runs on every host before anything else, so it imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
 
 
 def _drive(folder: Path) -> dict[str, Any]:
-    """What can lie there; where nothing can be written, "problem" has the fields of an error (errors.py)."""
+    """What a folder can hold. If nothing can be written there, "problem" has the fields of the error (errors.py)."""
     try:
         return {**asdict(drive_space(folder)), "problem": None}
     except PreflightError as error:
@@ -46,7 +46,7 @@ def _drive(folder: Path) -> dict[str, Any]:
 
 
 def _contents(path: Path) -> str | None:
-    """A digest of the names and sizes below `path`, and of config.json itself; None where there is nothing."""
+    """A digest of the names and sizes of files below `path`, and of the text of config.json. None without a `path`."""
     if not path.exists():
         return None
     digest = hashlib.sha256()

@@ -1,16 +1,16 @@
-"""Which rank failed first, and why.
+"""Finds which rank failed first, and why.
 
-When one rank dies the others fail a moment later in a collective, and torchrun terminates whoever is left.
-Only the first failure helps the user, and exit codes can't tell it. So each rank records its own error in
-`logs/error-00003.json` (written by train/rank_process.py), with the time and whether it is *secondary*, that
-is caused by the loss of a peer; a rank killed by a signal is recorded by its guard. In order of belief:
+When one rank dies, the others fail a moment later in a collective, and torchrun ends the rest. Only the first failure
+helps the user, and exit codes don't tell it. So each rank records its own error in `logs/error-00003.json`
+(train/rank_process.py), with the time and whether it is *secondary*, which means that the loss of a peer has caused it.
+If a signal kills a rank, its guard makes the record. The failure that counts is the first of these that exists:
 
 1. the earliest recorded error that is not secondary;
 2. a host that was lost, with its connection or its supervisor;
-3. a rank that ended without a record, as torchrun's agent names it, the agent's own error, or how the agent ended;
+3. a rank without a record that torchrun's agent names, or the agent's own error, or the end of the agent;
 4. the earliest secondary error.
 
-An error stays what it was where it was raised: its place, its hint, its exit code and whether a restart may help.
+An error keeps all that it has where it is raised: its place, its hint, its exit code and whether a restart may help.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Failure:
     host: str
     local_rank: int | None
     error: ZinfError
-    """As it was raised there."""
+    """The error as it was raised on the host."""
     log: Path
     raised: bool = False
-    """Whether the rank has raised it itself: it was not killed, and no peer is the cause."""
+    """Whether the rank has raised the error itself: it was not killed, and no peer has caused it."""
 
     def reported(self, *, log: bool) -> ReportedError:
-        """The error as it is here: its place is on that host, of that rank. With `log` it names the log."""
+        """The error for the user: its place names host and rank. With `log` its hint names the log."""
         told = self.error.to_json()
         told["where"] = inside(self.host if self.rank is None else f"{self.host}:rank {self.rank}", told["where"])
         if log:
@@ -54,18 +54,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a host's part of a run ended. While all is well both are None, or the code 0."""
+    """How a host's part of a run ended. While all is well `lost` is None, and `code` is None or 0."""
 
     host: Host
     first_rank: int
     log: Path
-    """Of torchrun's agent."""
+    """The log of torchrun's agent."""
     code: int | None
-    """The exit code of torchrun's agent as subprocess gives it, negative for a signal; None while it runs."""
+    """The exit code of torchrun's agent, negative for a signal as in subprocess. None while it runs."""
     lost: str | None
-    """Why the host is no longer there."""
+    """Why the host is gone; None while it is there."""
     report: Mapping[str, Any] = field(default_factory=dict)
-    """What the agent said of a failure (train/agent.py): "rank" and its exit "code", or the "error" that ended it."""
+    """What the agent has said of a failure (train/agent.py): "rank" and its exit "code", or the agent's own "error"."""
 
 
 def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
@@ -95,7 +95,7 @@ def first_failure(run_dir: Path, endings: Sequence[Ending]) -> Failure | None:
 
 
 def report_in(output: str) -> dict[str, Any]:
-    """What the agent has said of a failure, which is the last that it says; nothing where it was killed."""
+    """What the agent has said of a failure, in the last line of `output`. Empty if it was killed."""
     with suppress(ValueError):
         for line in output.splitlines()[-1:]:
             return dict(json.loads(line).get("failed", {}))
@@ -103,9 +103,9 @@ def report_in(output: str) -> dict[str, Any]:
 
 
 def _silent_failure(ending: Ending) -> Failure | None:
-    """A lost host, what its agent has reported, or the agent's own end where it reported nothing.
+    """The failure of a host without a record: the host was lost, or its agent has reported something, or just ended.
 
-    A rank ends without a record when it dies before it has a guard, or when the guard is killed.
+    A rank ends without a record if it dies before it has a guard, or if the guard is killed.
     """
     host, report = ending.host.name, ending.report
     if ending.lost is not None:

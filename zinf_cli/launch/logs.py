@@ -1,7 +1,7 @@
-"""What the ranks say while they run, line by line, for the console: rank 0, and everyone's warnings.
+"""Follows the logs of the ranks for the console: all lines of rank 0, and warnings of every rank.
 
-A traceback and what follows it are left to the screen that ends a failed run. A rank may write faster than anybody can
-read: what is looked at, shown and remembered is bounded, and what is left out is said once in a while.
+Tracebacks, and what follows them, are left to the screen that ends a failed run. A rank may write faster than anybody
+reads. So there is a limit to what is read, shown and remembered, and now and then a line says how much was left out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _WARNING = re.compile(r"warn|error|^note: ", re.IGNORECASE)
 _HEADER = "--- rank "
 _TRACEBACK = "Traceback (most recent call last):"
 _MOST_BYTES = 1 << 20
-"""Of all logs, looked at in one poll; of a rank that has written more than its share, the end."""
+"""Bytes of all logs that one poll reads. Of a rank that has written more than its share, it reads the end."""
 _LEAST_BYTES = 1 << 13
-"""Of one log: the share of a rank among many."""
+"""The least share of a rank, in bytes."""
 _MOST_LINES = 40
-"""Shown in one poll."""
+"""Lines that one poll shows."""
 _MOST_SAID = 10_000
-"""Lines remembered, so that they are said once."""
+"""Lines that are remembered, so that each is shown once."""
 _LONGEST = 2000
-"""Characters shown of a line."""
+"""Characters of a line that are shown."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LogLine:
 
 
 class RankLogs:
-    """Follows logs/rank-*.log of a run's folder from now on; a line that several ranks write is given once."""
+    """Follows logs/rank-*.log of a run's folder from now on. A line that several ranks write is given once."""
 
     def __init__(self, run_dir: Path, hosts: Sequence[Host]) -> None:
         names = [host.name for host in hosts for _ in host.slots]
@@ -53,7 +53,7 @@ class RankLogs:
         self._left_out = 0
 
     def poll(self) -> Iterator[LogLine]:
-        """What is new, whole lines only, as far as anybody can read it."""
+        """The new lines, as many as the limits allow. A line without its end comes later."""
         shown = 0
         for rank, (host, path) in self._places.items():
             for text in self._new_lines(rank, path):
@@ -107,7 +107,7 @@ class RankLogs:
 
 
 def last_lines(log: Path, count: int) -> list[str]:
-    """The end of a log, of whatever length it is; nothing where it can't be read."""
+    """The end of a log, however long it is. Empty if it can't be read."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, _size(log) - _MOST_BYTES))

@@ -1,6 +1,6 @@
-"""How long to wait for another process, by one that may itself be stopped meanwhile.
+"""Limits a wait for another process, by a process that may be stopped itself while it waits.
 
-Standard library only: a supervisor takes this file along to hosts of which nothing is known yet.
+Standard library only: the supervisor brings this file to hosts of which nothing is known yet.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import math
 import time
 
 _OVERSLEPT_S = 3.0
-"""More than this between two looks: the one who waits was paused, or had no time, and what came may lie unread."""
+"""With more between two looks, the waiting process was stopped or had no time, and messages may lie unread."""
 
 
 class Patience:
-    """Lasts for `seconds` in which whoever waits looks again and again, about once a second or more often.
+    """Lasts for `seconds`. The waiting process has to look about once a second or more often.
 
-    A suspended machine, SIGSTOP or Ctrl-Z stops the one who waits. It then hears nothing however lively the other side
-    is, so the count starts anew.
+    A suspended machine, SIGSTOP or Ctrl-Z stops the waiting process. It then hears nothing, however lively the other
+    side is. So the seconds are counted anew.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -24,18 +24,18 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Start the count anew: the other side was heard."""
+        """Count the seconds anew, because the other side was heard."""
         self._held = False
         self._looked = time.monotonic()
         self._until = self._looked + self._seconds
 
     def hold(self) -> None:
-        """Wait however long, until the other side is heard again: it has said that it will be stopped."""
+        """Wait without a limit until the other side is heard again: it has said that it will be stopped."""
         self._held = True
 
     @property
     def is_over(self) -> bool:
-        """Whether it is used up. To be asked after a look at what has come in."""
+        """Whether the seconds are over. To be asked after a look at what has come in."""
         now = time.monotonic()
         if now - self._looked > _OVERSLEPT_S and not self._held:
             self.renew()

@@ -14,7 +14,7 @@ from zinf_cli.recipe.hosts import Host
 
 
 class Pipes:
-    """To a supervisor on this machine."""
+    """Channels to supervisors on this machine."""
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, _PipeChannel.silence_s)

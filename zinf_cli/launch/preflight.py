@@ -1,4 +1,4 @@
-"""Is every host ready? All of them are asked at once, and all that is wrong is told at once, before anything starts."""
+"""Checks that every host is ready, before anything starts. All are asked at once, and all problems are told at once."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ COLUMNS = ("ssh", "python", "zinf", "torch", "slots", "memory", "nvme", "files",
 
 _FACTS_S = 120.0
 _MOST_SKEW_S = 5.0
-"""Clocks that differ more can't tell which rank failed first."""
+"""If clocks differ by more seconds, they can't tell which rank failed first."""
 
 
 @dataclass
 class Row:
-    """What was found out about a host: a short text for each column that was got to."""
+    """What was found out about a host: a short text for each column that was checked."""
 
     host: Host
     connection: Connection | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     cells: dict[str, str] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    """Column to what is wrong there, and what to do."""
+    """For a column, what is wrong and what to do about it."""
 
     def note(self, column: str, text: str, problem: str | None = None) -> None:
         self.cells[column] = text
@@ -50,11 +50,11 @@ class Preflight:
     rows: Sequence[Row]
     rendezvous: Rendezvous | None
     absent: Sequence[Row] = ()
-    """Hosts that do not answer, and are not needed."""
+    """Hosts that do not answer and are not needed."""
 
     @property
     def problems(self) -> list[str]:
-        """`host: what is wrong`, of every host."""
+        """All problems of all hosts, as "host: problem"."""
         return [f"{row.host.name}: {problem}" for row in self.rows for problem in row.problems.values()]
 
     @property
@@ -68,7 +68,7 @@ class Preflight:
             raise PreflightError(f"{count} of {len(self.rows)} hosts are not ready", hint="nothing was started")
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A document for each host: its cells, its problems by column, and the facts behind them."""
+        """For each host its checks and its problems, by column, and the facts that they follow from."""
         return [
             {"host": row.host.name, "checks": row.cells, "problems": row.problems, "facts": row.facts}
             for row in self.rows
@@ -84,9 +84,9 @@ def check_hosts(
     min_hosts: int | None = None,
     ahead: Sequence[Mapping[str, Any]] = (),
 ) -> Preflight:
-    """Connect to every host and look at it; `paths` have to be the same on all, `nvme` are folders on drives.
+    """Connect to every host and check it. `paths` have to be the same on all; `nvme` are folders on drives.
 
-    `min_hosts` have to answer, by default all. `ahead` is what each host has stand by.
+    At least `min_hosts` have to answer, by default all. `ahead` is, for each host, the process that stands by there.
     """
     rows = [Row(host) for host in hosts]
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
@@ -107,7 +107,7 @@ def check_hosts(
 
 
 def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any] | None) -> None:
-    """Connect, and ask for the facts."""
+    """Connect to a host and ask for its facts."""
     try:
         row.connection = lifelines.connect(row.host)
     except HostError as error:
@@ -119,7 +119,7 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
     asked = time.time()
     try:
         done = row.connection.capture(command, within=_FACTS_S, text=question)
-        if ahead is not None:  # after the facts, which say how much memory is free
+        if ahead is not None:  # after the facts: these say how much memory is free
             row.connection.request("stand_by", **ahead)
     except HostError as error:
         row.note("zinf", "no", error.message)
@@ -137,7 +137,7 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
 
 
 def _judge(row: Row, answered: Sequence[Row]) -> None:
-    """What the facts say of one host, beside what the others have."""
+    """Fill the row of a host from its facts, and compare these with the launcher's."""
     facts, here = row.facts, code_digest()
     row.note(
         "zinf",
@@ -188,7 +188,7 @@ def _judge_drive(row: Row, drive: dict[str, Any]) -> None:
 
 
 def drives_of(facts: dict[str, Any]) -> list[Space]:
-    """What a host's folders can hold, but for those with a problem."""
+    """What a host's folders can hold, without those that have a problem."""
     return [
         Space(**{name: value for name, value in drive.items() if name != "problem"})
         for drive in facts["drives"].values()
@@ -197,7 +197,7 @@ def drives_of(facts: dict[str, Any]) -> list[Space]:
 
 
 def _compare(path: str, answered: Sequence[Row]) -> None:
-    """The same files everywhere, judged by their names and sizes, and the text of config.json."""
+    """Check that `path` has the same files everywhere, by names, sizes and the text of config.json."""
     first = next((row for row in answered if row.facts["paths"][path] is not None), None)
     for row in answered:
         contents = row.facts["paths"][path]
@@ -212,7 +212,7 @@ def _compare(path: str, answered: Sequence[Row]) -> None:
 
 
 def _meet(rows: Sequence[Row]) -> Rendezvous | None:
-    """Open a port on the first host and have all others try it."""
+    """Open a port on the first host, and have all other hosts try it."""
     try:
         rendezvous = find_rendezvous([row.connection for row in rows if row.connection is not None])
     except HostError as error:

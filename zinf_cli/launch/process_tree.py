@@ -1,6 +1,6 @@
-"""The processes of a run on one host: started tethered, found wherever they hang, ended together.
+"""Starts, finds and ends the processes of a run on one host. They end together, and with the supervisor.
 
-Standard library only: a supervisor takes this file along to hosts of which nothing is known yet.
+Standard library only: the supervisor brings this file to hosts of which nothing is known yet.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 LAUNCH_ID = "ZINF_LAUNCH_ID"
-"""In the environment of every process of a launch."""
+"""Variable in every process of a launch: the id of the launch."""
 STOP = "ZINF_STOP"
-"""In the environment of every rank: a descriptor, of a file without a name that is empty until the run is to stop."""
+"""Variable in every rank: the descriptor of a nameless file, which is empty until the run has to stop."""
 AGENT_PID = "ZINF_AGENT_PID"
-"""In the environment of every rank: the process a rank is tethered to."""
+"""Variable in every rank: the pid of the agent, with which the rank dies."""
 
 _GRACE_S = 1.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 _KILL_TIMEOUT_S = 5.0
-"""A process that outlives SIGKILL this long sits in the kernel (a hung drive or GPU) and can't be ended."""
+"""A process that lives on so long after SIGKILL waits in the kernel (for a drive or a GPU) and can't be ended."""
 
 _MOST_TEXT = 1 << 20
-"""Bytes a child may be told before it reads."""
+"""Bytes that a child can be told before it reads any."""
 
 _MOST_VITALS = 4096
 _MOST_DESCRIPTORS = 1024
 _LOOK_S = 1.0
 _MOST_KEPT = 64 << 20
-"""Bytes of a child's output that are given, of as many as it printed."""
+"""Bytes of a child's output that are returned: the last of all that it printed."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -47,14 +47,14 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def become_subreaper() -> None:
-    """From now on a process below whose parent dies becomes a child of this one, not of init."""
+    """From now on, a descendant whose parent dies becomes a child of this process, and not of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 class Child:
-    """A process in a session of its own that dies with this one; `code` is None while it runs.
+    """A process in a session of its own, which dies with this one. `code` is None while it runs.
 
-    Its output is kept. This process must have no threads, since what follows the fork is Python.
+    Its output is kept. This process must have no threads, since the fork goes on in Python.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ class Child:
         self.code: int | None = None
         self._kept: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self._said = 0
-        self._wish = os.fdopen(os.memfd_create("zinf-stop", 0), "wb", buffering=0)  # inherited, and on no drive
+        self._wish = os.fdopen(os.memfd_create("zinf-stop", 0), "wb", buffering=0)  # inherited, and in memory
         environment = {**environment, STOP: str(self._wish.fileno())}
         stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
         with contextlib.suppress(OSError):
@@ -74,20 +74,20 @@ class Child:
         os.close(stdin)
 
     def tell(self, text: str) -> None:
-        """What it reads on its stdin; OSError where it has ended already."""
+        """Write `text` to its stdin. OSError if it has ended."""
         data = memoryview(text.encode())
         while data:
             data = data[os.write(self._stdin, data) :]
 
     def ask_to_stop(self) -> None:
-        """Its ranks see it at the end of their step (train/rank_process.py)."""
+        """Ask it to stop. Its ranks look for that at the end of a step (train/rank_process.py)."""
         self._wish.write(b"1")
 
     def tell_no_more(self) -> None:
         os.close(self._stdin)
 
     def news(self) -> list[str]:
-        """The lines on its output since it was last asked."""
+        """The lines that it has printed since the last call."""
         *lines, _ = os.pread(self._kept[0].fileno(), _MOST_TEXT, self._said).split(b"\n")
         self._said += sum(len(line) + 1 for line in lines)
         return [line.decode(errors="replace") for line in lines]
@@ -99,7 +99,7 @@ class Child:
         return self._text(1)
 
     def _text(self, number: int) -> str:
-        """The end of it, where it is long."""
+        """What it has printed; only the end, if that is long."""
         descriptor = self._kept[number].fileno()
         size = os.fstat(descriptor).st_size
         return os.pread(descriptor, _MOST_KEPT, max(0, size - _MOST_KEPT)).decode(errors="replace")
@@ -108,7 +108,7 @@ class Child:
 def _become(
     command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int], parent: int
 ) -> NoReturn:
-    """The child's side of a fork: tether it, then exec."""
+    """In the child after a fork: let it die with `parent`, then exec."""
     try:
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -125,7 +125,7 @@ def _become(
 
 
 def reap() -> Iterator[tuple[int, int]]:
-    """(pid, exit code as subprocess gives it) of every child that has ended."""
+    """(pid, exit code) of every child that has ended. The code is negative for a signal."""
     with contextlib.suppress(ChildProcessError):
         while True:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -135,9 +135,9 @@ def reap() -> Iterator[tuple[int, int]]:
 
 
 def end_descendants(but: int | None = None) -> None:
-    """SIGTERM to all of it, then SIGKILL, again until nothing is left: a process may fork while the others die.
+    """Send SIGTERM to all descendants, then SIGKILL until none is left: one may fork while the others die.
 
-    `but` is a child that is to live on, with what is below it.
+    The child `but` and its descendants live on.
     """
     _signal_all(_descendants(but), signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_S
@@ -150,16 +150,17 @@ def end_descendants(but: int | None = None) -> None:
 
 
 def end_marked(launch_id: str) -> int:
-    """SIGKILL to every process of a launch, wherever it hangs by now; how many there were."""
+    """Send SIGKILL to every process of a launch, whatever its parent is by now. Returns how many there were."""
     found = list(_marked(launch_id))
     _signal_all(found, signal.SIGKILL)
     return len(found)
 
 
 class Gauge:
-    """Measures this process and all below it in a process of its own: for 1 TiB of small pages the kernel takes 16 s.
+    """Measures this process and its descendants once a second.
 
-    A look a second; after one that took long, nine times as long without one.
+    A process of its own does that: the kernel takes 16 s for 1 TiB of small pages. After a long measurement it rests
+    nine times as long.
     """
 
     def __init__(self) -> None:
@@ -167,10 +168,10 @@ class Gauge:
         self._started = self._due = time.monotonic()
 
     def read(self) -> dict[str, int] | None:
-        """What the last look has found, once; None while there is nothing new."""
+        """The last measurement, once. None if there is nothing new."""
         found = None
         if self._pipe is not None and select.select([self._pipe], [], [], 0)[0]:
-            said = os.read(self._pipe, _MOST_VITALS)  # nothing, if it was ended with all the rest
+            said = os.read(self._pipe, _MOST_VITALS)  # empty, if the process was ended with all others
             os.close(self._pipe)
             self._pipe = None
             now = time.monotonic()
@@ -190,7 +191,7 @@ class Gauge:
                 signal.set_wakeup_fd(-1)
                 for number in ENDING_SIGNALS:
                     signal.signal(number, signal.SIG_DFL)
-                os.closerange(0, end)  # neither the lifeline nor the lock of the run's folder is to hang on it
+                os.closerange(0, end)  # it must not hold the lifeline open, or the folder's lock
                 os.closerange(end + 1, _MOST_DESCRIPTORS)
                 os.write(end, json.dumps(_vitals_of(measured)).encode())
             finally:
@@ -199,8 +200,8 @@ class Gauge:
 
 
 def _vitals_of(root: int) -> dict[str, int]:
-    """Of a process and all below it but this one: "memory" with what they share counted once, and bytes "read" and
-    "written" from and to drives so far."""
+    """Bytes of a process and its descendants, without this process: "memory", where shared pages count once, and what
+    they have "read" and "written" on drives so far."""
     vitals = {"memory": 0, "read": 0, "written": 0}
     for pid in (root, *_descendants(root=root)):
         with contextlib.suppress(OSError):
@@ -216,9 +217,9 @@ def _number(file: str, name: str) -> int:
 
 
 def _descendants(but: int | None = None, root: int | None = None) -> list[int]:
-    """Living processes below `root` (this one), parents before children: a guard told before its rank dies knows why.
+    """Living descendants of `root` (by default this process), without the child `but` and its descendants.
 
-    Without the child `but`, and what is below it.
+    Parents come before children: so a guard is told first, and knows why its rank dies.
     """
     children: dict[int, list[int]] = {}
     for pid in _pids():
@@ -241,7 +242,7 @@ def _marked(launch_id: str) -> Iterator[int]:
 
 
 def _pids() -> list[int]:
-    """All but this one; os.listdir, since a Path for each of thousands of processes takes too long."""
+    """All processes but this one. os.listdir is used since a Path for each of thousands takes too long."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]  # noqa: PTH208
 
 

@@ -1,4 +1,4 @@
-"""Where the ranks of several hosts meet: a port of the first host that all others reach."""
+"""Finds a place for the ranks of several hosts to meet: a port of the first host that all others reach."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _REACH_S = 5.0
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """An address and a port, held by the first host's supervisor until the ranks start."""
+    """An address and a port. The first host's supervisor holds the port until the ranks start."""
 
     address: str
     port: int
     ways: tuple[str | HostError | None, ...]
-    """Of each host: the network interface that leads there, None where it can't be told, or why it can't be reached."""
+    """For each host: the network interface that leads there, None if unknown, or why it can't reach the address."""
 
 
 def find_rendezvous(connections: Sequence[Connection]) -> Rendezvous:
-    """Open a port at the first host and have every host try it; HostError where the first can't open one."""
+    """Open a port on the first host, and have every host try it. HostError if the first host can't open one."""
     peers = at_all(lambda connection: connection.request("own_address"), connections[1:2])
     peer = None if not peers or isinstance(peers[0], HostError) else peers[0]
     port = connections[0].request("listen", peer=peer)

@@ -1,8 +1,8 @@
-"""Run ranks under torchrun, an agent on each host: start, watch, stop, and report how it ended.
+"""Runs ranks under torchrun, with an agent on each host: starts, watches and stops them, and reports how they ended.
 
-torchrun's agent starts a host's ranks and, when one fails, sends SIGTERM to the others. What it leaves open is done
-here and by the supervisor of each host: the user's Ctrl-C, ranks that ignore SIGTERM, hosts that are lost, the name
-of the first failure, and the guarantee that nothing is left running.
+torchrun's agent starts the ranks of a host and, when one fails, sends SIGTERM to the others. The launcher and the
+supervisor of each host do the rest: they handle Ctrl-C, ranks that ignore SIGTERM and lost hosts, name the first
+failure, and make sure that nothing is left running.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from zinf_cli.search_path import module_command
 _POLL_S = 0.1
 
 _MOST_LATE = 64 << 20
-"""Bytes of a host's files that wait for room here."""
+"""Most bytes of a host's files that wait in memory for room on the launcher's drive."""
 
 _MOST_EVENTS = 32
-"""Messages of a host that are taken in at once."""
+"""Messages of a host that one poll takes in."""
 
 _TEARDOWN_S = 4.0
-"""From the first sign of a failure until what still runs is killed; torchrun alone would wait for 30 s."""
+"""Seconds from the first sign of a failure until all that still runs is killed. torchrun alone would wait for 30 s."""
 
 _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-"""For ranks of one host, whatever it is set to there: nobody else is to reach what they listen on."""
+"""For ranks of a single host, whatever the host has set: no other machine may reach what they listen on."""
 
 _KILL_S = 12.0
-"""For a host to end what runs there and report it, before it counts as lost."""
+"""Seconds that a host has to end its processes and to report that, before it counts as lost."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The hosts of a run, connected; several need a rendezvous."""
+    """The hosts of a run, connected. Several hosts need a rendezvous."""
 
     lifelines: Lifelines
     connections: Sequence[Connection]
@@ -61,18 +61,18 @@ class World:
 
 @dataclass(frozen=True)
 class Agent:
-    """What runs on each host (train/agent.py): it imports `module`, in which its ranks find what they are to do.
+    """The agent that runs on each host (train/agent.py). It imports `module`, which has the function that ranks run.
 
-    A host may have it stand by before it is told (supervisor.py), so here is what has to be known that early.
+    An agent may stand by before it gets its order (supervisor.py). This is all that has to be known by then.
     """
 
     module: str
     environment: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """Variables that a host's own environment overrules."""
+    """Variables that count only where the host's own environment does not set them."""
 
     def start(self, question: str = "null\n") -> dict[str, Any]:
-        """A supervisor's request; the agent is asked a question about the recipe (launch/question.py) at once."""
+        """The arguments of a supervisor's request to start the agent, which answers `question` first (question.py)."""
         return {
             "command": module_command("zinf_cli.train.agent", self.module),
             "environment": dict(self.environment),
@@ -83,20 +83,20 @@ class Agent:
 
 @dataclass(frozen=True)
 class Program:
-    """What every rank runs: `function` of the agent's module, with `run_dir` and `arguments`, to its exit code."""
+    """What every rank runs: `function(run_dir, *arguments)` of the agent's module, which returns an exit code."""
 
     agent: Agent
     function: str
     arguments: Sequence[str]
     run_dir: Path
-    """The run's folder, by the same path on every host."""
+    """The run's folder, which has the same path on every host."""
     files: Mapping[str, str]
-    """Name to text: what the ranks need to find in it."""
+    """The files that ranks need in it: text by name."""
     nvme_folders: Sequence[str]
     writes_checkpoints: bool
-    """Or reads one: then every host has to see the launcher's run_dir, not one of its own."""
+    """Whether it writes or reads a checkpoint. Then every host has to see the launcher's own run_dir."""
     environment: Mapping[str, str]
-    """Variables beside the agent's."""
+    """Variables beside those of the agent."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ class Outcome:
     exit_code: int
     failure: Failure | None
     interrupted: bool
-    """Whether the user has asked it to stop."""
+    """Whether the user has asked the run to stop."""
     others: str = ""
-    """What became of the other hosts, where one failed."""
+    """What became of the other hosts, if one failed."""
     host_cpu_bytes: int = 0
-    """CPU memory of the run's processes on the host that took most, at its peak."""
+    """Peak of the CPU memory of the run's processes, on the host that took the most."""
 
     @property
     def ended_as_asked(self) -> bool:
-        """Whether it ended since the user said so, and no rank has raised an error on the way: a last checkpoint that
-        could not be written is one."""
+        """Whether the user ended the run and no rank has raised an error on the way, such as a last checkpoint that
+        could not be written."""
         return self.interrupted and (self.failure is None or not self.failure.raised)
 
 
@@ -129,10 +129,11 @@ def run_ranks(
 ) -> Outcome:
     """Run `program` as a rank for every slot of `world` until they end, one fails, or the user stops them.
 
-    `on_poll` is called about every 0.1 s and once after the end; `notify` gets a line for the user when Ctrl-C is
-    first pressed or a host is lost, `on_vitals` about every second what a host's processes take. SIGINT, SIGTERM or
-    SIGHUP once asks the ranks to stop after their step, twice kills them. To be called from the main thread, which is
-    what may set signal handlers; they are put back at the end. PreflightError if a host can't start; then none has.
+    `on_poll` is called about every 0.1 s, and once after the end. `notify` gets a line for the user when Ctrl-C is
+    first pressed or a host is lost. `on_vitals` gets what a host's processes take, about every second. The first
+    SIGINT, SIGTERM or SIGHUP asks the ranks to stop after their step; the second kills them. Has to be called from the
+    main thread, since it sets signal handlers; it puts them back at the end. PreflightError if a host can't start; then
+    no host has.
     """
     logs = program.run_dir / LOGS
     mark = program.run_dir / f".{world.lifelines.launch_id}"
@@ -158,7 +159,7 @@ def run_ranks(
 
 
 class _Part:
-    """What one host does of the run."""
+    """One host's part of the run."""
 
     def __init__(
         self,
@@ -177,11 +178,11 @@ class _Part:
         self._started = False
         self.code: int | None = None
         self.lost: str | None = None
-        """Why the host is gone, of which it has not said how its part ended."""
+        """Why the host is gone, if it is gone and has not said how its part ended."""
         self._report: dict[str, Any] = {}
         self.peak_memory = 0
         self._late: list[tuple[str, int, bytes]] = []
-        """Parts of files that the launcher's drive has not taken yet."""
+        """Parts of mirrored files that the launcher's drive has not taken yet."""
 
     @property
     def over(self) -> bool:
@@ -192,7 +193,7 @@ class _Part:
         return self.lost is not None or bool(self.code)
 
     def prepare(self) -> None:
-        """Open the run's folder there."""
+        """Open the run's folder on the host."""
         program = self._program
         shared = self.connection.request(
             "open_folder", path=str(program.run_dir), nvme=program.nvme_folders, files=program.files
@@ -205,7 +206,7 @@ class _Part:
             )
 
     def start(self, number: int, num_hosts: int, meeting: Mapping[str, Any] | None, way: str | None) -> None:
-        """Start torchrun's agent there; `way` is the network interface to the other hosts, if there are any."""
+        """Start torchrun's agent on the host. `way` is the network interface that leads to the other hosts."""
         interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
         own = _LOOPBACK if meeting is None else {}
         order = {
@@ -221,15 +222,15 @@ class _Part:
         self._started = True
 
     def listen(self) -> None:
-        """Take in what the host has said, and only then whether it is gone."""
+        """Take in what the host has said. Then look whether it is gone."""
         lost = self.connection.lost
         self._take_in(most=_MOST_EVENTS if lost is None else None)
         self.lost = lost if self.code is None else None
 
     def _take_in(self, most: int | None) -> None:
-        """Bytes of mirrored files, what the processes take, the end of the agent.
+        """Take in messages: bytes of mirrored files, what the processes take, the end of the agent.
 
-        Not more than `most` messages, so that hosts with much to say don't make the launcher deaf to its user.
+        It takes no more than `most`, so that hosts with many messages don't make the launcher deaf to its user.
         """
         with suppress(queue.Empty):
             for _ in count() if most is None else range(most):
@@ -238,7 +239,7 @@ class _Part:
                     self.code = event["code"]
                     self._report = report_in(event["output"])
                     with suppress(OSError):
-                        if not self._log.exists():  # it never got to know of it
+                        if not self._log.exists():  # the agent did not come to know its log
                             self._log.write_text(event["errors"])
                 elif event["event"] == "vitals":
                     self.peak_memory = max(self.peak_memory, event["memory"])
@@ -248,7 +249,7 @@ class _Part:
                     self._write_late()
 
     def _write_late(self) -> None:
-        """What the launcher's drive takes now; the rest later, as far as it can be kept: no run ends for it."""
+        """Write as much as the launcher's drive takes, and keep the rest for later. A full drive here ends no run."""
         with suppress(OSError):
             while self._late:
                 self._write(*self._late[0])
@@ -259,7 +260,7 @@ class _Part:
     def _write(self, name: str, offset: int, data: bytes) -> None:
         path = (self._program.run_dir / name).resolve()
         if not path.is_relative_to(self._program.run_dir.resolve()):
-            return  # a host that says so is not to be trusted
+            return  # no host may write outside of the run's folder
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0), 0o644)
         try:
@@ -276,7 +277,7 @@ class _Part:
         return Ending(self.host, self._first_rank, self._log, self.code, self.lost, self._report)
 
     def kill(self) -> None:
-        """End what still runs there, and wait until its last words are here."""
+        """End what still runs on the host, and wait for its last messages."""
         if self._started and not self.over:
             self.connection.request("kill")
             patience = Patience(_KILL_S)
@@ -285,7 +286,7 @@ class _Part:
                 self.listen()
 
     def leave(self, lifelines: Lifelines) -> None:
-        """Give the folder up. Of a host that was lost take a new connection, if there is one, and clean up by that."""
+        """Give the folder up. If the host was lost, try a new connection and clean up by that."""
         if self.connection.lost is not None:
             self.connection = lifelines.connect(self.host)
             self.connection.request("sweep")
@@ -295,7 +296,7 @@ class _Part:
 
 
 def _visible(connection: Connection) -> dict[str, str]:
-    """The accelerators of a filter's slots; without a filter the host's own choice stays."""
+    """The variable that chooses the accelerators of a filter's slots. Without a filter the host's own choice stays."""
     slots = connection.host.slots
     if slots == tuple(range(len(slots))):
         return {}
@@ -303,7 +304,7 @@ def _visible(connection: Connection) -> dict[str, str]:
 
 
 def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
-    """Everywhere or nowhere."""
+    """Start all parts, or none."""
     _all_or_none(at_all(_Part.prepare, parts))
     if rendezvous is None:
         (part,) = parts
@@ -315,7 +316,7 @@ def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
     def start(number: int) -> None:
         parts[number].start(number, len(parts), meeting, ways[number])
 
-    start(0)  # it gives the port of the rendezvous back, which its agent takes
+    start(0)  # the first supervisor frees the port of the rendezvous, and its agent takes it
     _all_or_none(at_all(start, range(1, len(parts))))
 
 
@@ -343,7 +344,7 @@ def _watch(
             return Outcome(Interrupted.exit_code, None, interrupted=True)
         if stop_signals.received and not asked_to_stop:
             asked_to_stop = True
-            # not waited for: a host that does not answer must not keep a second Ctrl-C from being heard
+            # not waited for: a second Ctrl-C has to be heard, even if a host does not answer
             threading.Thread(target=at_all, args=(_Part.ask_to_stop, parts), daemon=True).start()
             notify("stopping after this step; press Ctrl-C again to kill the ranks now")
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
@@ -360,7 +361,7 @@ def _watch(
 
 
 def _fate_of_others(parts: Sequence[_Part], failure: Failure) -> str:
-    """In the order of what a user has to look at."""
+    """What became of the other hosts. Those to look at come first."""
     others = [part for part in parts if part.host.name != failure.host]
     lost = [part.host.name for part in others if part.lost is not None]
     ended = [part.host.name for part in others if part.lost is None]
@@ -370,16 +371,16 @@ def _fate_of_others(parts: Sequence[_Part], failure: Failure) -> str:
 
 
 def _end(parts: Sequence[_Part], lifelines: Lifelines) -> None:
-    """Nothing of the run is left on any host that answers; what the ranks wrote is here."""
+    """Leave nothing of the run on any host that answers, and fetch what the ranks wrote."""
     at_all(_Part.kill, parts)
     at_all(lambda part: part.leave(lifelines), parts)
 
 
 @contextmanager
 def _marked(mark: Path) -> Iterator[None]:
-    """While `mark` is in the run's folder, a host knows by it that it sees the launcher's own."""
+    """Remove `mark` at the end. While it is in the run's folder, a host that sees it has the launcher's own folder."""
     try:
         yield
     finally:
-        with suppress(OSError):  # the next launch removes it, and what ended this one is to be told
+        with suppress(OSError):  # the next launch removes it; an error here would hide the one that ended this launch
             mark.unlink()

@@ -1,7 +1,7 @@
 """Channels to other machines over SSH, as strict about host keys as OpenSSH's client.
 
-Users, ports, keys, jump hosts and known_hosts files come from the user's ssh configuration (fabric reads it); the
-agent and the default keys are tried as well. Nothing ever asks for a password or a passphrase.
+Users, ports, keys, jump hosts and known_hosts files come from the user's ssh configuration, which fabric reads. The
+agent and the default keys are tried as well. Nothing asks for a password or a passphrase.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from zinf_cli.recipe.hosts import Host
 
 _CONNECT_S = 10
 _KEEPALIVE_S = 5
-logging.getLogger("paramiko").addHandler(logging.NullHandler())  # it would print what is raised here anyway
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else paramiko prints errors that are raised here
 _KNOWN_HOSTS = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2")
 _SYSTEM_KNOWN_HOSTS = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 
 
 class Ssh:
-    """Supervisors on other machines, run there by the interpreter `python` (an absolute path)."""
+    """Starts supervisors on other machines with the interpreter `python` (an absolute path) there."""
 
     def __init__(self, python: str) -> None:
         self._python = python
@@ -48,10 +48,10 @@ class Ssh:
 
 
 def connect(host: Host) -> Any:
-    """fabric's connection to `host`, open, every host key on the way checked; HostError says why that can't be."""
+    """An open connection of fabric to `host`, with every host key on the way checked. HostError says why not."""
     try:
         connection = FabricConnection(host.host, user=host.user, port=host.port)
-    except Exception as error:  # fabric parses the user's ssh configuration here, and raises what it likes
+    except Exception as error:  # fabric parses the user's ssh configuration here, and may raise anything
         raise HostError(f"the ssh configuration for it: {error}", where=host.name) from error
     try:
         for hop in _route(connection):
@@ -70,9 +70,9 @@ def connect(host: Host) -> Any:
 
 
 def openssh_command(connection: Any) -> list[str]:
-    """OpenSSH's client with what fabric found out about a host, which is yet to be named."""
+    """The command of OpenSSH's client, with what fabric found out about a host. The host's name has to follow it."""
     config = Path("~/.ssh/config").expanduser()
-    looked_for = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh" / "config"  # whatever HOME is
+    looked_for = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".ssh" / "config"  # OpenSSH looks there, whatever HOME is
     known_hosts = " ".join(f'"{file}"' for file in _known_hosts_files(connection))
     options = {
         "BatchMode": "yes",
@@ -95,7 +95,7 @@ def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
 
 
 def remote_line(command: Sequence[str]) -> str:
-    """What a login shell is told, word by word as `command` has it; all else a host is told goes through stdin."""
+    """The line for a login shell that runs `command`, word by word. All else that a host is told goes through stdin."""
     return "exec " + shlex.join(command)
 
 
@@ -116,7 +116,7 @@ class _SshChannel:
         with suppress(Exception):
             self._session.shutdown_write()
             self._session.settimeout(SILENCE_S)
-            while self._session.recv(1 << 16):  # the supervisor ends its tree first, then itself
+            while self._session.recv(1 << 16):  # the supervisor ends its descendants first, then itself
                 pass
         self.abort()
 
@@ -135,7 +135,7 @@ class _SshChannel:
 
 
 def _route(connection: Any) -> Iterator[Any]:
-    """A connection and the jump hosts before it."""
+    """A connection, and those to its jump hosts."""
     while isinstance(connection, FabricConnection):
         yield connection
         connection = connection.gateway
@@ -154,7 +154,7 @@ class _Reject(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
 
 
 def _be_strict(connection: Any) -> None:
-    """Check host keys: fabric takes any by default."""
+    """Have host keys checked: by default fabric takes any."""
     connection.client.set_missing_host_key_policy(_Reject())
     known = connection.client.get_host_keys()
     for entry in _known_hosts(_known_hosts_files(connection)):
@@ -163,16 +163,16 @@ def _be_strict(connection: Any) -> None:
 
 
 def _known_hosts_files(connection: Any) -> list[Path]:
-    """Where the user's known_hosts are, by the ssh configuration; the system's are read as well."""
+    """The known_hosts files of the user, as the ssh configuration names them, and those of the system."""
     user = connection.ssh_config.get("userknownhostsfile", " ".join(_KNOWN_HOSTS)).split()
     system = connection.ssh_config.get("globalknownhostsfile", " ".join(_SYSTEM_KNOWN_HOSTS)).split()
     return [Path(name).expanduser() for name in (*user, *system)]
 
 
 def _known_hosts(files: Sequence[Path]) -> Iterator[HostKeyEntry]:
-    """The entries of the files that exist; a key that a @revoked line names is not known anywhere.
+    """The entries of the files that exist, without keys that a @revoked line names.
 
-    Lines of certificate authorities are skipped: paramiko checks no host certificates.
+    Lines of certificate authorities are skipped, since paramiko checks no host certificates.
     """
     lines = [line.split() for file in files if file.is_file() for line in file.read_text(errors="replace").splitlines()]
     revoked = {line[3] for line in lines if line[:1] == ["@revoked"] and len(line) > 3}
@@ -185,7 +185,7 @@ def _known_hosts(files: Sequence[Path]) -> Iterator[HostKeyEntry]:
 
 
 def _explained(error: Exception, host: Host, connection: Any) -> HostError:
-    """What went wrong, in words that say what to do."""
+    """What went wrong, and what to do about it."""
     where, address = host.name, f"{connection.host} port {connection.port}"
     if isinstance(error, _UnknownHostKey):
         known_hosts = _known_hosts_files(connection)[0]

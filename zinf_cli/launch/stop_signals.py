@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin, counted: a run decides what the first and the second one mean."""
+"""Counts signals to stop, such as Ctrl-C. A run decides what the first and the second one mean."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class StopSignals:
-    """Counts SIGINT and SIGTERM while it is open, in place of what they did before.
+    """Counts SIGINT and SIGTERM while it is open. They do nothing else meanwhile.
 
-    SIGHUP counts too, but once, since a terminal that closes may send several; under nohup it stays ignored.
+    SIGHUP counts once, since a terminal that closes may send several. Under nohup it stays ignored.
     """
 
     def __enter__(self) -> StopSignals:

@@ -1,4 +1,4 @@
-"""What a run reports at its end: summary.json, and its traces in one file."""
+"""Writes the reports at a run's end: summary.json, and the traces of all ranks in one file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zinf_cli.run_folder.names import TRACE, files_of_ranks
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
-    """summary.json: how it ended, totals, medians, and the plan beside what was measured."""
+    """The content of summary.json: how the run ended, totals, medians, and the plan beside measured values."""
     status = "interrupted" if outcome.ended_as_asked else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
     trained = [line for line in steps if not line.get("skipped")]
@@ -79,16 +79,16 @@ def _unclipped(step: dict[str, Any]) -> bool:
 
 
 def _steady(steps: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """Those that follow one of their kind; all, where none does.
+    """The steps that follow a step of their kind, clipped or unclipped; all steps, if there is none.
 
-    A first step has no update to do before its forward, and one of another kind than the last has it in both passes or
-    in none: no plan is made for these.
+    The plan describes only such steps. A first step has no pending update, and a step of another kind than the last has
+    updates in both passes or in none.
     """
     return [step for before, step in pairwise(steps) if _unclipped(before) == _unclipped(step)] or steps
 
 
 def merge_traces(run_dir: Path) -> None:
-    """trace.json: the spans of every rank in one document."""
+    """Write trace.json: the spans of every rank in one document."""
     events = []
     paths = files_of_ranks(run_dir, "trace")
     for path in paths:

@@ -2,16 +2,16 @@
 
     launcher ══ lifeline ══ supervisor ── torchrun's agent ── one guard per rank ── the rank ── whatever it starts
 
-The launcher sends it to a bare Python on the host (transport.py), so it needs nothing but the standard library. On
-the launcher's own machine the lifeline is a pair of pipes, elsewhere an SSH channel. What comes in on stdin are
-requests, a JSON object a line, and empty lines, the launcher's heartbeats; what goes out on stdout are answers, events
-and the supervisor's own heartbeats.
+The launcher sends this program to a bare Python on the host (transport.py), so it needs only the standard library. On
+the launcher's own machine the lifeline is a pair of pipes, elsewhere it is an SSH channel. On stdin come requests, one
+JSON object a line, and empty lines, which are the launcher's heartbeats. On stdout go answers, events and the
+supervisor's own heartbeats.
 
-None of the run outlives its supervisor, and none outlives the launcher. When the lifeline closes or is silent for too
-long, when a signal comes or the agent ends, everything below is ended: SIGTERM, then SIGKILL until nothing is left.
-The supervisor is a sub-reaper, so a walk down from here finds all of it. If the supervisor itself is killed, the
-kernel kills the agent (PR_SET_PDEATHSIG), then the guards, and then their ranks; what else they had started still
-carries the launch's id in its environment, by which the next supervisor's `sweep` finds it.
+No process of the run outlives its supervisor or the launcher. When the lifeline closes or is silent for too long, when
+a signal comes or the agent ends, the supervisor ends all its descendants: with SIGTERM, then with SIGKILL until none is
+left. It is a sub-reaper, so a walk down from here finds all of them. If the supervisor itself is killed, the kernel
+kills the agent (PR_SET_PDEATHSIG), then the guards, and then their ranks. Other processes that these have started still
+have the launch's id in their environment. By that the `sweep` of the next supervisor finds them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from zinf_cli.search_path import leave_out_relative
 _HEARTBEAT_S = 1.0
 _POLL_S = 0.1
 _MOST_OUTGOING_BYTES = 8 << 20
-"""Queued for the launcher before files have to wait."""
+"""Bytes that may be queued for the launcher. With more, files have to wait."""
 
 
 class _Signalled(Exception):  # noqa: N818
@@ -55,7 +55,7 @@ class _Signalled(Exception):  # noqa: N818
 
 
 class Supervisor:
-    """Serves one launcher until the lifeline is gone, or silent for `silence_s` seconds."""
+    """Serves one launcher until the lifeline closes, or is silent for `silence_s` seconds."""
 
     def __init__(self, launch_id: str, silence_s: float) -> None:
         self._launch_id = launch_id
@@ -70,9 +70,9 @@ class Supervisor:
         self._listener: socket.socket | None = None
 
     def serve(self) -> None:
-        """Until the lifeline closes or falls silent, or a signal comes; then end everything."""
+        """Serve until the lifeline closes or falls silent, or a signal comes. Then end everything."""
         become_subreaper()
-        os.set_blocking(1, False)  # a launcher that reads nothing must not hold up the rest
+        os.set_blocking(1, False)  # a launcher that does not read must not hold up the rest
         wake, woken = os.pipe()
         os.set_blocking(woken, False)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
@@ -104,18 +104,18 @@ class Supervisor:
                 self._folder.leave()
 
     def _beat(self) -> None:
-        """Say that all is well."""
+        """Send a heartbeat."""
         self._spoken = time.monotonic()
         self._outgoing += b"\n"
 
     def _receive(self) -> bool:
-        """Take what has come in and do what it asks; False once the lifeline is closed."""
+        """Read what has come in, and do what it asks. False once the lifeline is closed."""
         data = os.read(0, 1 << 16)
         self._patience.renew()
         *lines, self._incoming = (self._incoming + data).split(b"\n")
         for line in filter(None, lines):
             request = json.loads(line)
-            if "event" in request:  # the one that there is: the launcher will be stopped (Ctrl-Z)
+            if "event" in request:  # there is only one: the launcher will be stopped (Ctrl-Z)
                 self._patience.hold()
                 continue
             try:
@@ -131,13 +131,13 @@ class Supervisor:
         self._flush()
 
     def _flush(self) -> None:
-        """Write what the lifeline takes now."""
+        """Write as much as the lifeline takes now."""
         with contextlib.suppress(BlockingIOError):
             while self._outgoing:
                 self._outgoing = self._outgoing[os.write(1, self._outgoing[: 1 << 16]) :]
 
     def _watch(self) -> None:
-        """Reap, send on what the ranks wrote, and report the child's end once all of that is on its way."""
+        """Reap, send what the ranks wrote, and report the child's end when all of that is on its way."""
         for pid, code in reap():
             if self._standing_by is not None and pid == self._standing_by.pid:
                 self._send_words()
@@ -158,12 +158,12 @@ class Supervisor:
             self._send({"event": "ended", "code": ended.code, "output": ended.output(), "errors": ended.errors()})
 
     def _send_words(self) -> None:
-        """Send on what the process that stands by has said."""
+        """Send what the process that stands by has printed."""
         for line in self._standing_by.news() if self._standing_by is not None else ():
             self._send({"event": "said", "line": line})
 
     def _send_news(self) -> bool:
-        """Send on what was appended to the files of the run's folder; whether there is more."""
+        """Send what was appended to the files of the run's folder. True if there is more."""
         assert self._folder is not None
         for path, offset, data in self._folder.news():
             text = base64.b64encode(data).decode()
@@ -171,7 +171,7 @@ class Supervisor:
         return self._folder.behind
 
     def do_listen(self, peer: str | None) -> dict[str, Any]:
-        """Open a port for other hosts to try, and keep it; the address by which `peer` reaches it."""
+        """Open a port for other hosts to try, and keep it. Returns it, and the address by which `peer` reaches it."""
         address = own_address(peer)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=1024)
@@ -185,7 +185,7 @@ class Supervisor:
         return own_address(None)
 
     def do_reach(self, address: str, port: int, timeout_s: float) -> str | None:
-        """Connect to another host's listener; the interface that leads there."""
+        """Connect to another host's listener. Returns the network interface that leads there."""
         try:
             with socket.create_connection((address, port), timeout=timeout_s) as there:
                 return interface_of(there.getsockname()[0])
@@ -193,14 +193,14 @@ class Supervisor:
             raise OSError(0, f"can't reach {address} port {port}: {error.strerror or error}") from error
 
     def do_open_folder(self, path: str, nvme: Sequence[str], files: Mapping[str, str]) -> bool:
-        """Take the run's folder; whether it is the launcher's own."""
+        """Take the run's folder. True if it is the launcher's own."""
         folder = RunFolder(path, nvme, self._launch_id)
         folder.open(files)
         self._folder = folder
         return not folder.mirrored
 
     def do_close_folder(self) -> None:
-        """Send what the launcher does not have yet, then give the folder up."""
+        """Send what the launcher does not have yet. Then give the folder up."""
         if self._folder is not None:
             while self._folder.mirrored and self._send_news():
                 pass
@@ -210,9 +210,9 @@ class Supervisor:
     def do_stand_by(
         self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str], opening: str
     ) -> None:
-        """Start a process ahead of the `do_run` that will ask for it, and let it read `opening`.
+        """Start a process before `do_run` asks for it, and let it read `opening`.
 
-        Until then each line that it prints is an event, and so is its end.
+        Until `do_run`, each line that it prints is an event, and so is its end.
         """
         self._standing_by = self._start(command, environment, defaults)
         self._standing_by.tell(opening)
@@ -225,9 +225,9 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         defaults: Mapping[str, str] | None = None,
     ) -> int:
-        """Start a process and let it read `opening`, unless it stands by and has; then `text`, which ends its input.
+        """Start a process and let it read `opening`, unless it stands by and has. Then it reads `text`, to its end.
 
-        Its end is an event, with its output. Its pid.
+        The end of the process is an event, with its output. Returns its pid.
         """
         self.do_unlisten()
         if self._standing_by is not None and self._standing_by.command == list(command):
@@ -235,13 +235,16 @@ class Supervisor:
         else:
             self._child = self._start(command, environment or {}, defaults or {})
             text = opening + text
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which says more
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its exit code says more
             self._child.tell(text)
         self._child.tell_no_more()
         return self._child.pid
 
     def _start(self, command: Sequence[str], environment: Mapping[str, str], defaults: Mapping[str, str]) -> Child:
-        """With `defaults` for what this host does not set itself; nothing is imported from the folder it is in."""
+        """Start a process, with `defaults` for variables that this host does not set.
+
+        It imports nothing from its working directory.
+        """
         variables = {**defaults, **os.environ, **environment, LAUNCH_ID: self._launch_id}
         leave_out_relative(variables)
         return Child(command, variables)
@@ -255,7 +258,7 @@ class Supervisor:
         end_descendants()
 
     def do_sweep(self) -> int:
-        """End what an earlier supervisor of this launch had to leave; the number of processes."""
+        """End what an earlier supervisor of this launch has left. Returns the number of processes."""
         return end_marked(self._launch_id)
 
 
@@ -264,7 +267,7 @@ def _raise_signalled(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def main(launch_id: str, silence_s: float) -> None:
-    """What transport.py calls on the host."""
+    """Serve. transport.py calls this on the host."""
     with contextlib.suppress(OSError):
         os.setsid()
     Supervisor(launch_id, silence_s).serve()

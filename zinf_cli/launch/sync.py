@@ -1,8 +1,8 @@
-"""`--sync`: bring local files and folders to every host, to the same path there, and zinf itself.
+"""`--sync`: brings local files and folders, and zinf itself, to the same paths on every host.
 
-By rsync where both ends have it, else over SFTP. A file that is there with the same size and time stays; on a shared
-file system that is every file. A file appears whole or not at all. What is only on the host stays,
-too; but rsync replaces a file that stands where a folder should be, which SFTP refuses.
+It uses rsync if both ends have it, else SFTP. A file that the host has with the same size and time is not sent; on a
+shared file system that is every file. A file appears whole or not at all. Files that only the host has stay. If a file
+stands where a folder should be, rsync replaces it, and SFTP refuses.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from zinf_cli.launch.ssh import connect, openssh_command
 from zinf_cli.recipe.hosts import Host
 
 OWN = Path(zinf_cli.__file__).parent
-"""zinf itself: a host has to have the same."""
+"""zinf itself. A host has to have the same."""
 _RSYNC = (
     "rsync", "--recursive", "--copy-links", "--perms", "--times", "--relative", "--no-implied-dirs", "--exclude=*.pyc",
     "--exclude=__pycache__", "--stats", "--no-human-readable",
 )  # fmt: skip
 _NO_WAY_IN = 255
-"""OpenSSH's exit code."""
+"""OpenSSH's exit code, if it could not connect."""
 
 
 def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
-    """Bring `paths` (absolute) to all hosts at once; bytes sent to all of them. PreflightError names what failed.
+    """Bring `paths` (absolute) to all hosts at once. Returns the bytes sent. PreflightError names what failed.
 
-    Hosts that can't be reached are left to preflight, which says why.
+    Hosts that can't be reached are left out here: preflight says why.
     """
     for path in paths:
         if not path.exists():
@@ -50,7 +50,7 @@ def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
 
 
 def _bring(paths: Sequence[Path], host: Host) -> int:
-    """Bytes of the files that were sent to one host."""
+    """Sync one host. Returns the bytes of the files that were sent."""
     try:
         connection = connect(host)
     except HostError:
@@ -71,7 +71,7 @@ def _by_rsync(paths: Sequence[Path], host: Host, connection: Any) -> int:
     name = f"[{host.host}]" if ":" in host.host else host.host
     command = [*_RSYNC, "--rsh", shlex.join(openssh_command(connection)), *map(str, paths), f"{name}:/"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode == _NO_WAY_IN:  # where fabric found one
+    if done.returncode == _NO_WAY_IN:  # fabric has found a way in
         return _by_sftp(paths, host, connection)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -112,7 +112,7 @@ def _is_there(sftp: Any, file: Path) -> bool:
 
 
 def _make_folder(sftp: Any, folder: Path, made: set[Path]) -> None:
-    """With its parents, as `mkdir -p`."""
+    """Make a folder with its parents, as `mkdir -p`."""
     for part in reversed([folder, *folder.parents]):
         if part not in made:
             made.add(part)
@@ -123,7 +123,7 @@ def _make_folder(sftp: Any, folder: Path, made: set[Path]) -> None:
 
 
 def _send(sftp: Any, file: Path) -> int:
-    """Beside its place, then renamed."""
+    """Send a file under another name, then rename it."""
     here, partial = file.stat(), f"{file}.partial"
     sftp.put(str(file), partial)
     sftp.chmod(partial, stat.S_IMODE(here.st_mode))

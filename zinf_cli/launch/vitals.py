@@ -1,4 +1,4 @@
-"""What a run takes on a host, as the host's supervisor measures it."""
+"""What a run takes on a host. The host's supervisor measures it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Vitals:
-    """What the processes of a run take on one host, in bytes; drive traffic since their start."""
+    """What the processes of a run take on one host, in bytes. Drive traffic counts from their start."""
 
     host: str
     memory: int

@@ -1,11 +1,13 @@
 """Exact-size, page-aligned buffers from one region of memory.
 
-The region is mapped once, with the capacity the plan allows; pages that were never used cost nothing. Buffers are cut
-first-fit from the low end, so the peak of resident memory is the peak of what was in use, and freed ranges merge
-with their neighbours. torch's own CPU allocator is not used for streamed bytes: it aligns to 64 bytes, which O_DIRECT
-refuses, and what it returns to malloc may stay resident. Huge pages halve the CPU time of direct I/O (the kernel
-pins pages one by one) and spare compute its TLB misses. A process that is forked does not get the region: pages that
-a child shares are copied when they are next written, and btrfs writes out of them by way of the page cache.
+The region is mapped once, with the capacity that the plan allows. Pages that are never used cost nothing. Buffers are
+cut first-fit from the low end, so the peak of resident memory is the peak of the bytes in use. A freed range merges
+with the free ranges beside it.
+
+torch's own CPU allocator is not used for streamed bytes: it aligns to 64 bytes, which O_DIRECT refuses, and memory that
+it gives back to malloc may stay resident. Huge pages halve the CPU time of direct I/O, since the kernel pins pages one
+by one, and spare compute its TLB misses. A forked process does not get the region: a page that a child shares is copied
+at the next write, and btrfs writes shared pages through the page cache.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ class Buffer:
         return self.data.numel()
 
     def free(self) -> None:
-        """Give the range back; the tensor must not be used afterwards."""
+        """Give the range back. `data` must not be used afterwards."""
         self._arena._take_back(self._offset, round_up(self.data.numel()))
 
     def split(self, first_bytes: int) -> tuple[Buffer, Buffer]:
-        """Two buffers in place of this one, each freed by itself; `first_bytes` is a multiple of PAGE."""
+        """Two buffers in place of this one, to be freed one by one. `first_bytes` is a multiple of PAGE."""
         return (
             Buffer(self._arena, self._offset, self.data[:first_bytes]),
             Buffer(self._arena, self._offset + first_bytes, self.data[first_bytes:]),
@@ -50,8 +52,8 @@ class Buffer:
 class Arena:
     """`capacity` bytes on `device`, handed out in page-aligned buffers of exact size.
 
-    On CUDA a freed range may still be read by kernels that were queued before: whoever fills it from another stream
-    lets that stream wait for the compute stream first.
+    On CUDA, kernels that were queued before may still read a freed range. A stream that fills it has to wait for the
+    compute stream first.
     """
 
     def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
@@ -63,7 +65,7 @@ class Arena:
         if device.type == "cpu":
             self._map = mmap.mmap(-1, self.capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if self.capacity >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
+                with contextlib.suppress(OSError):  # a kernel without huge pages
                     self._map.madvise(mmap.MADV_HUGEPAGE)
             if hasattr(mmap, "MADV_DONTFORK"):
                 self._map.madvise(mmap.MADV_DONTFORK)
@@ -87,7 +89,7 @@ class Arena:
         return None
 
     def _take_back(self, offset: int, size: int) -> None:
-        """Merge a range with the holes beside it (Buffer.free calls this)."""
+        """Make a range a hole, merged with the holes beside it. Buffer.free calls this."""
         self.used -= size
         index = bisect_left(self._holes, (offset, 0))
         if index < len(self._holes) and self._holes[index][0] == offset + size:
@@ -98,14 +100,14 @@ class Arena:
         insort(self._holes, (offset, size))
 
     def _register(self) -> bool:
-        """Page-lock the region in place, so that copies to the device run beside compute; False where refused."""
+        """Page-lock the region, so that copies to the device run beside compute. False where the system refuses."""
         if not torch.cuda.is_available():
             return False
         result = torch.cuda.cudart().cudaHostRegister(self._region.data_ptr(), self.capacity, 0)
         return int(result) == 0
 
     def unpin(self) -> None:
-        """Unlock page-locked memory, before it is let go of."""
+        """Unlock page-locked memory. To be called before the arena is dropped."""
         if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self._region.data_ptr())
             self.pinned = False

@@ -1,8 +1,8 @@
-"""How a drive's thread reaches the memory of an accelerator: through a page-locked buffer of its own.
+"""Moves bytes between a drive and the memory of an accelerator, through a page-locked buffer of each drive thread.
 
-A drive reads and writes CPU memory only. Each thread of the NVMe tier owns one buffer of a block and one stream, so a
-block is copied to or from the device while other threads are at the drive, and no more memory is taken than threads
-times blocks. The compute thread is not involved; the device is waited for in the drive's thread, without the GIL.
+A drive reads and writes CPU memory only. Each thread of the NVMe tier owns a buffer of one block, and a stream. So one
+thread copies a block to or from the device while others are at the drive, and together they take one block of memory a
+thread. The compute thread takes no part. A drive's thread waits for the device without the GIL.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _own = threading.local()
 
 
 class Moment:
-    """What the compute stream had queued when a transfer was asked for; on the CPU nothing is ever queued."""
+    """The moment at which a transfer was asked for: it waits for what the compute stream had queued by then.
+
+    On the CPU nothing is ever queued.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._event = None
@@ -27,7 +30,7 @@ class Moment:
             self._event.record()
 
     def read(self, data: torch.Tensor, read: Callable[[torch.Tensor], None]) -> None:
-        """Fill `data` by means of `read`, which fills CPU memory; earlier users of `data` are done by then."""
+        """Fill `data` with what `read` puts into CPU memory, once the kernels that use `data` are done."""
         if self._event is None:
             read(data)
             return
@@ -39,7 +42,7 @@ class Moment:
         stream.synchronize()
 
     def write(self, data: torch.Tensor, write: Callable[[torch.Tensor], None]) -> None:
-        """Hand `data` to `write`, which takes CPU memory, once it has been computed."""
+        """Hand `data`, in CPU memory, to `write`, once the kernels that compute it are done."""
         if self._event is None:
             write(data)
             return

@@ -1,11 +1,11 @@
-"""Checksums of what a drive holds: taken as it is written, compared when it is read.
+"""Keeps checksums of what a drive holds: they are taken at every write and compared at every read.
 
-A drive, its link or its memory may flip a bit and say nothing, and training goes on with it. So the thread that writes
-a block keeps its xxh3 in memory, and the thread that reads compares, before anybody computes with the bytes.
+A drive, its link or its memory may flip a bit without an error, and training would go on with it. So the thread that
+writes a block keeps its xxh3 in memory. The thread that reads the block compares before anybody computes with it.
 
-What is read need not be cut as it was written: parameters are written by the chunk and read whole, gradients the other
-way round. Checksums are of spans that end at every multiple of PIECE in an extent, where chunks end, too. A span that
-lies whole in what a thread reads is compared; one of which a part is read is not, and the engine reads no such part.
+Reads may be cut in other places than writes: parameters are written by the chunk and read whole, gradients the other
+way round. So a checksum is of a span, and spans end at every multiple of PIECE in an extent, where chunks end, too. A
+span is compared if a read has all of it. The engine never reads a part of a span.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zinf_cli.model_state import PIECE
 
 
 class Checksums:
-    """Of one extent: by the first byte of each span that was written, its end and its checksum. Spans are disjoint."""
+    """The checksums of one extent: for the first byte of each span, its end and its checksum. Spans are disjoint."""
 
     __slots__ = ("_lock", "_spans")
 
@@ -26,9 +26,9 @@ class Checksums:
         self._lock = threading.Lock()
 
     def note(self, begin: int, content: memoryview) -> list[tuple[int, int, int]]:
-        """`content` is about to be written from byte `begin` of the extent on; what was there is void.
+        """Keep the checksums of `content`, which is about to be written from byte `begin` of the extent on.
 
-        Returns the first byte, the end and the checksum of each span of it.
+        They replace those of the bytes that it overwrites. Returns (first byte, end, checksum) of each span.
         """
         end = begin + len(content)
         spans = []
@@ -47,7 +47,7 @@ class Checksums:
             self._spans[begin] = end, value
 
     def agree(self, begin: int, content: memoryview) -> bool:
-        """Whether `content`, read from byte `begin` on, is what was written there, as far as that is known."""
+        """Whether `content`, read from byte `begin` on, is what was written there. Spans that it holds whole count."""
         end = begin + len(content)
         with self._lock:
             exact = self._spans.get(begin)

@@ -15,11 +15,11 @@ from zinf_cli.trace import Trace
 
 
 class MemoryTier:
-    """Extents in the memory of `device`, read and written by a compute device that may be another one.
+    """Extents in the memory of `device`, for compute on `compute_device`.
 
-    Where both are the same, `view` hands out the memory itself and nothing is copied. From CPU memory to a CUDA device,
-    copies run on two streams of their own (in and out), from page-locked memory where `pin` is set and the system
-    allows it; `notice` is called once with a line for the user where it does not.
+    If both are the same, `view` gives the memory itself and nothing is copied. Between CPU memory and a CUDA device,
+    copies run on two streams, one for each direction. With `pin` the CPU memory is page-locked. If the system refuses
+    that, `notice` is called once with a line for the user.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class MemoryTier:
 
 
 class StreamCopy:
-    """One copy on a stream of its own; it starts after what the compute stream has queued so far, and `after`."""
+    """One copy on `stream`. It starts after what the compute stream has queued so far, and after the copies `after`."""
 
     def __init__(
         self,
@@ -134,5 +134,5 @@ class StreamCopy:
         return bool(self._event.query())
 
     def wait(self) -> None:
-        """The compute stream waits, not the CPU: kernels queued from here on see the bytes."""
+        """Let the compute stream wait, and not the CPU: kernels that are queued from now on see the bytes."""
         torch.cuda.current_stream().wait_event(self._event)

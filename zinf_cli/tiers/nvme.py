@@ -1,13 +1,13 @@
 """The NVMe tier: nameless, preallocated O_DIRECT files striped over folders, moved by a pool of threads.
 
-One file per folder. The tier's address space is cut into stripes of STRIPE bytes dealt round-robin over the files, so
-every large transfer uses every drive; with one file, transfers are cut at multiples of STRIPE from their extent's
-start, where the engine cuts them, too. Threads call preadv and pwritev on such blocks and hold no GIL while they do;
-beside fio with io_uring this reaches the drive's limit, so there is no native code here.
+There is one file in each folder. The tier's address space is cut into stripes of STRIPE bytes, dealt round-robin to the
+files, so every large transfer uses every drive. With one file, transfers are cut at multiples of STRIPE from the start
+of their extent, where the engine cuts them, too. Threads call preadv and pwritev on such blocks, without the GIL. That
+is as fast as fio with io_uring, at the drive's limit, so there is no native code here.
 
 The files have no name while they are used (O_TMPFILE, or unlinked at once), so a killed run leaves nothing behind.
-posix_fallocate takes their space at the start: a full drive is found before the first step, and extents that were
-never written read as zeros, which is how optimizer states begin.
+posix_fallocate takes their space at the start, so a full drive is found before the first step. Extents that were never
+written read as zeros, which is how optimizer states begin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
 STRIPE = PIECE
-"""Bytes; so that a piece that is written at once lies on one drive."""
+"""Bytes of a stripe: a piece, so that each piece lies on one drive."""
 
 
 def as_memory(data: torch.Tensor) -> memoryview:
@@ -43,7 +43,7 @@ def as_memory(data: torch.Tensor) -> memoryview:
 
 
 class _Job:
-    """One read or write, split into blocks that several threads move; a Transfer."""
+    """A Transfer: one read or write, split into blocks that several threads move."""
 
     def __init__(self, what: str, span: tuple[int, int], blocks: int, after: Sequence[Transfer]) -> None:
         self.what = what
@@ -72,7 +72,7 @@ class _Job:
 
 
 class _Place(NamedTuple):
-    """Where a block lies: from byte `begin` of its extent, at `position` in a file."""
+    """The place of a block: byte `begin` of its extent, at `position` in a file."""
 
     extent: Extent
     begin: int
@@ -81,7 +81,7 @@ class _Place(NamedTuple):
 
 
 class NvmeTier:
-    """Extents on drives. `notice` gets a line for the user where O_DIRECT is not to be had or a read was wrong once."""
+    """Extents on drives. `notice` gets a line for the user if O_DIRECT is not possible, or a read was wrong once."""
 
     def __init__(
         self,
@@ -97,13 +97,12 @@ class NvmeTier:
         written: Callable[[int, int, int], None] | None = None,
         verify: bool = True,
     ) -> None:
-        """`readers` and `writers` are threads for each folder; `block_bytes`, a part of STRIPE, are moved at once.
-        With more, a drive may be faster, and compute has less of the cores.
+        """`readers` and `writers` are threads for each folder. A thread moves `block_bytes` at once, a part of STRIPE.
+        With more of these a drive may be faster, and less of the cores is left to compute.
 
-        With `file`, an open file's descriptor, that file is the tier and `folders` is its path: then a range of
-        the tier is the same range of the file. `written` is told (position in the file, length, checksum) of each
-        span, by the thread that is about to write it. With `verify`, what is read is compared with what was
-        written."""
+        With `file`, an open file's descriptor, that file is the tier, and `folders` is its path. Then a range of the
+        tier is the same range of the file. `written` is told (position in the file, length, checksum) of each span, by
+        the thread that is about to write it. With `verify`, reads are compared with what was written."""
         self.name = "nvme"
         self.in_place = False
         self.used = self.peak = 0
@@ -126,7 +125,7 @@ class NvmeTier:
         for folder in self._folders if file is None else ():
             self._files.append(_opened(folder, notice))
         self.devices = {file_system_of(descriptor) for descriptor in self._files}
-        """The file systems its files lie on."""
+        """The file systems that the tier's files lie on."""
         self._queues: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = (
             queue.SimpleQueue(),
             queue.SimpleQueue(),
@@ -140,7 +139,7 @@ class NvmeTier:
             thread.start()
 
     def reserve(self, num_bytes: int) -> None:
-        """Take the space for `num_bytes` of extents now; CapacityError with the numbers where the drives are full."""
+        """Take the space for `num_bytes` of extents now. CapacityError, with the numbers, if a drive has too little."""
         if num_bytes <= self._reserved:
             return
         for descriptor, folder, part in zip(self._files, self._folders, self._parts(num_bytes), strict=True):
@@ -149,7 +148,7 @@ class NvmeTier:
         self._reserved = num_bytes
 
     def _parts(self, num_bytes: int) -> list[int]:
-        """Of the tier's first bytes, how many lie in each file."""
+        """How many of the tier's first `num_bytes` lie in each file."""
         stripes, rest = divmod(num_bytes, STRIPE)
         rows, last = divmod(stripes, len(self._files))
         return [(rows + (file < last)) * STRIPE + (rest if file == last else 0) for file in range(len(self._files))]
@@ -197,7 +196,7 @@ class NvmeTier:
         return job
 
     def close(self) -> None:
-        """Stop the threads and drop the files; the space is free again."""
+        """Stop the threads and close the files, which frees their space."""
         for jobs, count in zip(self._queues, self._threads_of_lane, strict=True):
             for _ in range(count):
                 jobs.put(None)
@@ -222,7 +221,7 @@ class NvmeTier:
         return job
 
     def _blocks(self, extent: Extent, offset: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-        """(file, position in the file, begin, end in the transfer) for each block of a stripe that is touched."""
+        """(file, position in the file, begin, end in the transfer) of each block."""
         base, first = (extent.start, offset) if len(self._files) == 1 else (0, extent.start + offset)
         begin = 0
         while begin < num_bytes:
@@ -264,7 +263,7 @@ class NvmeTier:
         return move
 
     def _put(self, place: _Place, data: torch.Tensor) -> None:
-        """Write, with the checksum known before."""
+        """Write, after the checksums are kept."""
         memory = as_memory(data)
         spans = place.extent.checksums.note(place.begin, memory) if self._verify or self._written is not None else []
         if self._written is not None:
@@ -273,7 +272,7 @@ class NvmeTier:
         self._move(os.pwritev, place, memory)
 
     def _get(self, place: _Place, data: torch.Tensor) -> None:
-        """Read, once more where it is not what was written; TierError where it stays so."""
+        """Read. If that is not what was written, read once more. TierError if it still is not."""
         memory = as_memory(data)
         self._move(os.preadv, place, memory)
         if not self._verify or place.extent.checksums.agree(place.begin, memory):
@@ -292,7 +291,7 @@ class NvmeTier:
             self._notice(f"{folder}: {what} were read wrong, and right when read again: look after this drive")
 
     def _move(self, call: Callable[..., int], place: _Place, memory: memoryview) -> None:
-        """Move all of `memory`; a transfer that makes no progress is an error, never silence."""
+        """Move all of `memory`. OSError where a transfer makes no progress."""
         moved = 0
         while moved < len(memory):
             count = call(self._files[place.file], [memory[moved:]], place.position + moved)
@@ -308,7 +307,7 @@ def _overlap(earlier: Transfer, span: tuple[int, int]) -> bool:
 
 
 def _opened(folder: Path, notice: Callable[[str], None] | None) -> int:
-    """The descriptor of a nameless file there. `notice` is told where it lies in memory, or has no direct I/O."""
+    """The descriptor of a nameless file in `folder`. `notice` is told if it lies in memory or has no direct I/O."""
     file = open_nameless(folder)
     if notice is not None and not file.direct:
         notice(f"{folder}: {why_buffered(file.descriptor)}")

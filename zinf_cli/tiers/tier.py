@@ -1,4 +1,4 @@
-"""What every place for bytes can do; code above never asks which one it holds."""
+"""The protocol of a tier. Code above works with any tier and never asks which it has."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Transfer(Protocol):
 
     @property
     def what(self) -> str:
-        """For traces: "read model.layers.3 exp_avg"."""
+        """What is moved, for traces: "read model.layers.3 exp_avg"."""
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
 
     def wait(self) -> None:
-        """Return when the bytes are where they were sent, and usable on the compute stream; raise TierError."""
+        """Return when the bytes have arrived and the compute stream may use them. TierError if the transfer failed."""
 
 
 @dataclass
@@ -35,22 +35,22 @@ class Extent:
     start: int = 0
     """First byte in the tier's own address space."""
     memory: torch.Tensor | None = None
-    """uint8, where the tier keeps bytes in memory."""
+    """The bytes as uint8, if the tier keeps them in memory."""
     writes: list[Transfer] = field(default_factory=list, repr=False)
-    """Writes that may be under way: a later read or write of the same bytes waits for them."""
+    """Writes that may be under way. A later read or write of the same bytes waits for them."""
     checksums: Checksums = field(default_factory=Checksums, repr=False)
-    """Of what was written, where the tier keeps them."""
+    """Checksums of what was written, if the tier keeps them."""
 
     def read(self, offset: int, into: torch.Tensor) -> Transfer:
-        """Start filling `into` (contiguous uint8 on the compute device) from `offset` bytes into the extent."""
+        """Start to fill `into` (contiguous uint8 on the compute device) from byte `offset` of the extent on."""
         return self.tier.read(self, offset, into)
 
     def write(self, offset: int, source: torch.Tensor) -> Transfer:
-        """Start writing `source` at `offset`; it must stay unchanged until the transfer is done."""
+        """Start to write `source` at byte `offset`. `source` must not change until the transfer is done."""
         return self.tier.write(self, offset, source)
 
     def view(self) -> torch.Tensor | None:
-        """The extent itself as a uint8 tensor, where the compute device can use it in place."""
+        """The extent's own memory as uint8, if the compute device can use it in place; else None."""
         return self.tier.view(self)
 
 
@@ -59,16 +59,16 @@ class Tier(Protocol):
 
     name: str
     in_place: bool
-    """Whether the compute device uses extents where they lie."""
+    """Whether the compute device uses extents in place, without a copy."""
     used: int
     """Bytes in extents now."""
     peak: int
-    """The most `used` has been since the caller last set this."""
+    """The highest value of `used` since the caller last set `peak`."""
     read_bytes: int
     write_bytes: int
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
-        """A new extent, zeros unless it takes the place of a freed one; CapacityError where there is no room."""
+        """A new extent, zeros unless it takes the place of a freed one. CapacityError if there is no room."""
 
     def free(self, extent: Extent) -> None: ...
 
@@ -82,7 +82,7 @@ class Tier(Protocol):
 
 
 class Done:
-    """A transfer with nothing left to do."""
+    """A transfer that is done from the start."""
 
     what = "nothing"
 
