@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from checkpoints import resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
@@ -130,6 +131,33 @@ def test_a_checkpoint_in_parts_holds_what_the_whole_one_does(tmp_path: Path) -> 
         assert torch.equal(values[0], values[2])
     for reader in readers:
         reader.close()
+
+
+class Counted(torch.autograd.Function):
+    """The identity, which counts how often a gradient passes."""
+
+    passed = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        Counted.passed += 1
+        return grads[0]
+
+
+def test_a_gradient_passes_the_code_between_parts_of_its_own_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = 8
+    source = random_source("gemma2", num_hidden_layers=layers, layer_types=["full_attention"] * layers)
+    norm = gemma2.Gemma2RMSNorm
+    plain = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: Counted.apply(plain(self, x)))  # type: ignore[no-untyped-call]
+    engine = open_engine(source, EngineOptions(), most=TILES)
+    Counted.passed = 0
+    engine_losses(engine, 1, count=1)
+    assert 4 * layers < Counted.passed <= 2 * (4 * layers + 1)  # without borders it would grow with their square
 
 
 def test_units_of_parts_are_no_larger_than_a_part_may_be() -> None:

@@ -116,7 +116,7 @@ class Engine:
             self.trace,
         )
         self._watched = hold_constant(model, layouts, written)
-        self._restore = intercept(model, [layout.modules for layout in layouts], side_outputs)
+        self._restore = intercept(model, layouts, side_outputs)
         self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""

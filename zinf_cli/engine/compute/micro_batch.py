@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.units.forwards import replace_forward
+from zinf_cli.engine.units.units import UnitLayout, taken_apart
 from zinf_cli.errors import ModelError
 
 
@@ -38,6 +39,14 @@ class UnitCall:
     kwargs: dict[str, Any]
     grad_enabled: bool
     autocast: tuple[bool, torch.dtype]
+
+
+@dataclass
+class BlockCall:
+    """A block that was taken apart is called: resume the micro-batch with the arguments behind its border."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -82,18 +91,18 @@ class MicroBatchThread:
     def __init__(self, number: int, device: torch.device) -> None:
         self._device = device
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[UnitCall | Finished | _Failed] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[UnitCall | BlockCall | Finished | _Failed] = queue.SimpleQueue()
         self._paused = False
         self._thread = threading.Thread(target=self._loop, name=f"micro-batch-{number}", daemon=True)
         self._thread.start()
 
     def start(
         self, forward: Callable[[], torch.Tensor], *, grad: bool, within: AbstractContextManager[Any] | None = None
-    ) -> UnitCall | Finished:
-        """Run `forward` in the thread, inside the context `within`, which is entered there."""
+    ) -> UnitCall | BlockCall | Finished:
+        """Run `forward` in the thread, within a context of that thread."""
         return self._hand_over((forward, grad, within or nullcontext()))
 
-    def resume(self, outputs: Any) -> UnitCall | Finished:
+    def resume(self, outputs: Any) -> UnitCall | BlockCall | Finished:
         return self._hand_over(outputs)
 
     def abandon(self) -> None:
@@ -108,10 +117,10 @@ class MicroBatchThread:
         self._inbox.put(None)
         self._thread.join()
 
-    def _hand_over(self, message: Any) -> UnitCall | Finished:
+    def _hand_over(self, message: Any) -> UnitCall | BlockCall | Finished:
         self._inbox.put(message)
         answer = self._outbox.get()
-        self._paused = isinstance(answer, UnitCall)
+        self._paused = isinstance(answer, UnitCall | BlockCall)
         if isinstance(answer, _Failed):
             raise answer.error
         return answer
@@ -145,6 +154,17 @@ class MicroBatchThread:
             return outputs
         return self._pause(unit, forward, args, kwargs)
 
+    def enter_block(self, args: Any, kwargs: Any) -> Any:
+        """From inside the thread: the arguments of a block, as they go on behind its border."""
+        return self._wait(BlockCall(args, kwargs))
+
+    def _wait(self, call: UnitCall | BlockCall) -> Any:
+        self._outbox.put(call)
+        outputs = self._inbox.get()
+        if isinstance(outputs, _Abandoned):
+            raise outputs
+        return outputs
+
     def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         kind = self._device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -156,23 +176,24 @@ class MicroBatchThread:
             runs.append(variables.copy())
             return runs[-1].run(forward, *args, **kwargs)
 
-        self._outbox.put(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast))
-        outputs = self._inbox.get()
-        if isinstance(outputs, _Abandoned):
-            raise outputs
+        outputs = self._wait(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast))
         for variable, value in runs[0].items():
             if variable not in variables or variables[variable] is not value:
                 variable.set(value)
         return outputs
 
 
-def intercept(
-    model: nn.Module, modules_of_units: Sequence[Sequence[str]], side: SideOutputs | None
-) -> Callable[[], None]:
-    """Route the forward of every unit's modules through the micro-batch that calls it. The result undoes that."""
+def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs | None) -> Callable[[], None]:
+    """Route the forward of every unit's modules, and of blocks that were taken apart, through the micro-batch.
+
+    Returns what undoes it.
+    """
     undo = []
-    for unit, paths in enumerate(modules_of_units):
-        for path in paths:
+    for path in taken_apart(model, units):
+        module = model.get_submodule(path)
+        undo.append(replace_forward(module, _entered(module.forward)))
+    for unit, layout in enumerate(units):
+        for path in layout.modules:
             module = model.get_submodule(path)
             undo.append(replace_forward(module, _routed(unit, path, module.forward, side)))
 
@@ -181,6 +202,16 @@ def intercept(
             undo.pop()()
 
     return restore
+
+
+def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        thread: MicroBatchThread | None = getattr(_running, "thread", None)
+        if thread is not None and torch.is_grad_enabled():
+            args, kwargs = thread.enter_block(args, kwargs)
+        return forward(*args, **kwargs)
+
+    return entered
 
 
 def _routed(unit: int, path: str, forward: Callable[..., Any], side: SideOutputs | None) -> Callable[..., Any]:

@@ -37,7 +37,8 @@ class GlueTensor:
     """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
 
     edge: Edge
-    first_record: int
+    first: Record | Border
+    """What took it first, and so comes last in backward."""
     saved: Saved | None = None
     """The value, if a consumer of it is to be recomputed."""
     grad: torch.Tensor | None = None
@@ -55,11 +56,35 @@ class Graph:
     outputs: list[Edge | None]
 
 
+class Emitter:
+    """What hands tensors to the glue, and gets their gradients in backward."""
+
+    def __init__(self) -> None:
+        self.output_grads: list[torch.Tensor | None] = []
+
+    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
+        if grad is not None:
+            before = self.output_grads[index]
+            self.output_grads[index] = grad if before is None else before + grad
+
+
+class Border(Emitter):
+    """A block that was taken apart begins here: no backward of its glue goes on into the glue before it.
+
+    Without that, the gradient of each layer would run through the residual additions of all layers before.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+        """Number of the first record behind it."""
+        self.inputs: list[GlueTensor] = []
+
+
 @dataclass
-class Record:
+class Record(Emitter):
     """One call of a unit by one micro-batch."""
 
-    number: int
     label: str
     call: UnitCall
     leaves: list[Any]
@@ -132,8 +157,3 @@ class Record:
             saved.free()
         for saved in self.before_again:
             saved.evict()
-
-    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
-        if grad is not None:
-            before = self.output_grads[index]
-            self.output_grads[index] = grad if before is None else before + grad

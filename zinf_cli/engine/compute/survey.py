@@ -27,7 +27,7 @@ from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
 from zinf_cli.engine.units.tiles import TiledWeight, computed_by_tiles
-from zinf_cli.engine.units.units import UnitLayout, discover
+from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
 from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.model_state import round_up
@@ -198,7 +198,8 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
+        restore = [_bordered(self._model.get_submodule(path)) for path in taken_apart(self._model, self._units)]
+        restore += [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
         self._note_seen(self._model.buffers())
         try:
             with ExitStack() as held:
@@ -343,6 +344,23 @@ def _as_emitted(leaf: Any) -> Any:
     if not differentiable(leaf) or not torch.is_grad_enabled():
         return leaf
     return through_door(leaf if leaf.requires_grad else leaf.detach().requires_grad_())
+
+
+def _bordered(block: nn.Module) -> nn.Module:
+    """A block that was taken apart, whose arguments get nodes of their own, as the tape has it."""
+    own = block.forward
+
+    def entered(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            args, kwargs = pytree.tree_map(lambda leaf: through_door(leaf) if _learns(leaf) else leaf, (args, kwargs))
+        return own(*args, **kwargs)
+
+    block.forward = entered
+    return block
+
+
+def _learns(leaf: Any) -> bool:
+    return differentiable(leaf) and bool(leaf.requires_grad)
 
 
 def _is_state(value: object) -> TypeGuard[torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.leaks import check_between
-from zinf_cli.engine.compute.micro_batch import Finished, MicroBatchThread, UnitCall
+from zinf_cli.engine.compute.micro_batch import BlockCall, Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.compute.record import RngState
 from zinf_cli.engine.compute.tape import Tape
 
@@ -59,7 +59,9 @@ class SweepMember:
         self._goes_on(self.thread.resume(outputs))
         self._rng = RngState(self._device)
 
-    def _goes_on(self, to: UnitCall | Finished) -> None:
+    def _goes_on(self, to: UnitCall | BlockCall | Finished) -> None:
+        while isinstance(to, BlockCall):
+            to = self.thread.resume(self.tape.enter_block(to.args, to.kwargs))
         self.at = to
         if isinstance(to, UnitCall):
             self.tape.send_glue()

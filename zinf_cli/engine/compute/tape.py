@@ -31,16 +31,16 @@ from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
-from zinf_cli.engine.compute.record import GlueTensor, Graph, Record, RngState
+from zinf_cli.engine.compute.record import Border, Emitter, GlueTensor, Graph, Record, RngState
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
 
 class Emit(torch.autograd.Function):
-    """Outputs of a unit enter the glue here. Their gradients are collected in the record."""
+    """Outputs of a unit, or of a border, enter the glue; their gradients arrive there."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, record: Record, outputs: list[torch.Tensor]) -> Any:
+    def forward(ctx: Any, anchor: torch.Tensor, record: Emitter, outputs: list[torch.Tensor]) -> Any:
         ctx.record = record
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -77,6 +77,7 @@ class Tape:
         self._between: tuple[list[Saved], list[Saved]] = ([], [])
         """What the glue has saved since the last record, and what earlier glue has saved that it needs as well."""
         self.records: list[Record] = []
+        self._borders: list[Border] = []
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
         """Run a unit's call and return what the model gets. ModelError where the unit changes its input in place.
@@ -90,13 +91,13 @@ class Tape:
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
-        record = Record(len(self.records), label, call, [], spec, RngState(self._device))
+        record = Record(label, call, [], spec, RngState(self._device))
         (record.before, record.before_again), self._between = self._between, ([], [])
         if self._state.moving and keeper is None:
             record.moment = self._state.moment()
         versions = [tensor._version for tensor in tensors]
         recompute = not hot and keeper is None
-        taken = {id(tensor): self._take(tensor, record.number, label, save=recompute) for tensor in tensors}
+        taken = {id(tensor): self._take(tensor, record, label, save=recompute) for tensor in tensors}
         record.leaves = [taken.get(id(leaf), leaf) for leaf in flat]
         record.carriers = [carrier.with_each(lambda value: taken.get(id(value), value)) for carrier in reach.carriers]
         call.args, call.kwargs = (), {}
@@ -153,10 +154,12 @@ class Tape:
         for saved in (*record.before, *record.before_again):
             saved.get()
         for glue in record.glue_inputs():
-            if glue.first_record == record.number:
+            if glue.first is record:
                 self._glue_backward(glue)
             elif glue.saved is not None:
                 glue.saved.evict()
+        while self._borders and self._borders[-1].position == len(self.records):
+            self._pass(self._borders.pop())
         record.free_before()
 
     def prefetch(self) -> bool:
@@ -183,15 +186,44 @@ class Tape:
             saved.free()
         self._between = ([], [])
         self._glue.clear()
+        self._borders.clear()
         self.records.clear()
 
-    def _take(self, tensor: torch.Tensor, record: int, label: str, *, save: bool) -> GlueTensor | torch.Tensor:
-        """What a record keeps of an input: a glue tensor, or without a gradient the detached tensor."""
+    def enter_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a block that was taken apart, as they go on behind its border."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        tensors = list({id(leaf): leaf for leaf in flat if differentiable(leaf) and leaf.requires_grad}.values())
+        if not tensors:
+            return args, kwargs
+        border = Border(len(self.records))
+        for tensor in tensors:
+            glue = self._take(tensor, border, "", save=False)
+            assert isinstance(glue, GlueTensor)
+            border.inputs.append(glue)
+        border.output_grads = [None] * len(tensors)
+        self._borders.append(border)
+        emitted = Emit.apply(self._anchor, border, [tensor.detach() for tensor in tensors])  # type: ignore[no-untyped-call]
+        behind = dict(zip(map(id, tensors), emitted, strict=True))
+        entered: tuple[tuple[Any, ...], dict[str, Any]]
+        entered = pytree.tree_unflatten([behind.get(id(leaf), leaf) for leaf in flat], spec)
+        return entered
+
+    def _pass(self, border: Border) -> None:
+        """Backward over a border: all that lies behind it is done."""
+        for glue, grad in zip(border.inputs, border.output_grads, strict=True):
+            glue.add_grad(grad)
+            if glue.first is border:
+                self._glue_backward(glue)
+
+    def _take(
+        self, tensor: torch.Tensor, taker: Record | Border, label: str, *, save: bool
+    ) -> GlueTensor | torch.Tensor:
+        """What a record, or a border, keeps of one tensor that it is given."""
         if not tensor.requires_grad:
             return tensor.detach()
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
-        glue = self._glue.setdefault(key, GlueTensor(edge, record))
+        glue = self._glue.setdefault(key, GlueTensor(edge, taker))
         if save and glue.saved is None:
             glue.saved = self._activations.save(tensor.detach(), label)
         return glue
@@ -276,7 +308,7 @@ class Tape:
         if grad is None:
             return
         record = getattr(glue.edge.node, "record", None)
-        if isinstance(record, Record):  # the tensor is a unit's output: there is no glue to run
+        if isinstance(record, Emitter):  # the tensor came straight from a unit: no glue to run
             record.add_output_grad(glue.edge.output_nr, grad)
         else:
             torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)

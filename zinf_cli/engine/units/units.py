@@ -136,6 +136,13 @@ def discover(
     return tuple(units)
 
 
+def taken_apart(model: nn.Module, units: Sequence[UnitLayout]) -> list[str]:
+    """Paths of the blocks of which parts are units."""
+    paths = [path for unit in units for path in unit.modules]
+    blocks = [path for path, _ in _candidates(model, None)]
+    return [block for block in blocks if any(path.startswith(f"{block}.") for path in paths)]
+
+
 def _candidates(model: nn.Module, most: int | None) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of list elements and of leaf modules with a weight of two or more dimensions."""
 
