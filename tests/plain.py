@@ -21,11 +21,10 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
-from zinf_cli.engine.units.tiles import cut
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.tiled_weights import TiledWeights
+from zinf_cli.train.tiled_weights import TiledWeights, cut_model
 from zinf_cli.train.weights import open_weights
 
 CPU = torch.device("cpu")
@@ -133,7 +132,7 @@ def open_engine(
     freeze_params(model, freeze)
     weights = TiledWeights(open_weights(model, source), model)
     if most is not None:
-        cut(model, most)
+        cut_model(model, most)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
     side = CapturedOutputs()

@@ -20,7 +20,6 @@ from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
@@ -37,7 +36,7 @@ from zinf_cli.train.setup import (
 )
 from zinf_cli.train.surveyed import first_micro_batch, survey_model, survey_on_data
 from zinf_cli.train.text_files import find_texts
-from zinf_cli.train.tiled_weights import TiledWeights
+from zinf_cli.train.tiled_weights import TiledWeights, cut_model
 from zinf_cli.train.weights import open_weights
 
 
@@ -65,7 +64,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
     if most is not None:
-        cut(model, most)
+        cut_model(model, most)
     seen = survey_model(model, recipe, world_size, most)
     if seen.failure:
         batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)

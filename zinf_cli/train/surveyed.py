@@ -10,7 +10,6 @@ from torch import nn
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
-from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.plan.layout import ModelFigures
@@ -20,6 +19,7 @@ from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.process_memory import return_free_memory
 from zinf_cli.train.setup import Text, model_loss, model_source
 from zinf_cli.train.side_outputs import CapturedOutputs
+from zinf_cli.train.tiled_weights import cut_model
 from zinf_cli.train.weights import load_buffers
 
 TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
@@ -79,6 +79,6 @@ def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
 def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[UnitLayout, ...]:
     """The units that a survey found, from what the plan has of it; the model is cut as the plan says."""
     if figures.most is not None:
-        cut(model, figures.most)
+        cut_model(model, figures.most)
     units = discover(model, world_size, frozenset(figures.demoted), figures.most)
     return bounded(units, {name: (least, most) for name, least, most in figures.bounds})

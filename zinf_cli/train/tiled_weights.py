@@ -6,9 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from zinf_cli.engine.units.tiles import Part, Tile
+from zinf_cli.engine.units.tiles import Part, Tile, cut
 from zinf_cli.train.weights import RangedWeights
+
+
+def cut_model(model: nn.Module, most: int) -> None:
+    """Cut what is larger than `most` elements (see tiles.py). From now on experts are computed one after another."""
+    cut(model, most)
+    if isinstance(model, PreTrainedModel):
+        model.set_experts_implementation("eager")
 
 
 class TiledWeights:
@@ -28,5 +36,6 @@ class TiledWeights:
         return values
 
     def _part(self, name: str) -> Part | None:
-        owner = self._model.get_submodule(name.rpartition(".")[0])
-        return owner.part if isinstance(owner, Tile) else None
+        owner, _, attribute = name.rpartition(".")
+        tile = self._model.get_submodule(owner)
+        return tile.parts[attribute] if isinstance(tile, Tile) else None

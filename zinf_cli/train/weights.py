@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -114,7 +114,19 @@ class PretrainedWeights:
         return values
 
     def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
-        """See RangedWeights; a view of a mapped file, unless a conversion made the parameter."""
+        """See RangedWeights; a view of a mapped file, unless a conversion made the parameter.
+
+        Of experts that a checkpoint has one by one and the model in one parameter, only these are read.
+        """
+        shape = self._model.get_parameter(name).shape
+        each = shape[1:].numel()
+        ((stored_name, conversion), *more) = self._origins[name].items()
+        some = conversion.of_experts(first // each, last // each, shape[0])
+        if some is not None and not more and not first % each and not last % each:
+            with self._files.reader() as fetch:
+                values = some.run(self._model, fetch)[stored_name].reshape(-1)
+            if len(values) == last - first:
+                return values
         return self.read([name])[name].reshape(-1)[first:last]
 
     def _agreed(self, name: str, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -144,6 +156,14 @@ class _Conversion:
     def first_keys(self) -> str:
         more = ", ..." if len(self.keys) > 3 else ""
         return ", ".join(key for _, key in self.keys[:3]) + more
+
+    def of_experts(self, first: int, last: int, count: int) -> _Conversion | None:
+        """What makes experts [first, last) of `count`; None where the checkpoint has no tensor for each of them."""
+        patterns = dict.fromkeys(pattern for pattern, _ in self.keys)
+        stacks = [[key for key in self.keys if key[0] == pattern] for pattern in patterns]
+        if not stacks or any(len(stack) != count for stack in stacks):
+            return None
+        return replace(self, keys=[key for stack in stacks for key in stack[first:last]])
 
     def run(self, model: PreTrainedModel, fetch: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors by their names in the model; `fetch` is called as late as the conversion permits."""

@@ -48,9 +48,17 @@ def _any(func: Callable[..., Any], *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def _nonzero(func: Callable[..., Any], tensor: torch.Tensor, as_tuple: bool = False) -> Any:
-    shape = (tensor.numel(), tensor.dim())
+    shape = (getattr(tensor, "num_routed", tensor.numel()), tensor.dim())
     found = torch.empty(shape, dtype=torch.long, device="meta")
+    found.is_every = tensor.dim() == 1  # type: ignore[attr-defined]
     return found.unbind(1) if as_tuple else found
+
+
+def _unbind(func: Callable[..., Any], tensor: torch.Tensor, dim: int = 0) -> Any:
+    """Which experts are there tokens for, one after another: all of them."""
+    if getattr(tensor, "is_every", False) and dim == 0:
+        return torch.arange(len(tensor)).unsqueeze(1).unbind()
+    return func(tensor, dim)
 
 
 def _where(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +66,15 @@ def _where(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _getitem(func: Callable[..., Any], tensor: torch.Tensor, index: Any) -> Any:
-    """A mask picks every position. An unknown index is 0."""
+    """A mask picks every position. An unknown index is 0.
+
+    Of the tokens' ways to experts [experts, ways, tokens], the first expert has all tokens, and the others share them.
+    """
+    if isinstance(index, torch.Tensor) and not index.dim() and not index.is_meta:
+        ways = func(tensor, index.clamp(max=len(tensor) - 1))  # one mask more than experts: of tokens that have none
+        if tensor.dim() == 3:
+            ways.num_routed = -(-ways.numel() // len(tensor)) if index else ways.shape[-1]
+        return ways
     if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype == torch.long:
         return func(tensor, 0)
     if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.is_meta and index.dim():
@@ -118,6 +134,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "any": _any,
     "__contains__": lambda *_: False,  # is there padding
     "nonzero": _nonzero,
+    "unbind": _unbind,
     "where": _where,
     "__getitem__": _getitem,
     "__setitem__": _setitem,

@@ -175,7 +175,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._binding:
             return func(*args, **(kwargs or {}))
-        if (by_tiles := computed_by_tiles(func, types)) is not None:
+        if (by_tiles := computed_by_tiles(func, types, args)) is not None:
             with self:
                 return by_tiles(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")

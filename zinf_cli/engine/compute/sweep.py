@@ -77,6 +77,10 @@ class Sweep:
         """One check for each of the first steps: for leaks (leaks.py), if the model has no survey, and that units
         compute the same when they run again (recompute.py)."""
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
+        self._origins = [
+            {place.origin for place in unit.layout.params() if place.part is not None} for unit in self._units
+        ]
+        """Of each unit, the parameters that it has parts of."""
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
         self._lockstep = self._ranks.world_size > 1 and order is None
         self._disagreed = False
@@ -305,10 +309,17 @@ class Sweep:
             (self._unfinished.discard if visit.final else self._unfinished.add)(visit.unit)
 
     def _finish_gradients(self) -> None:
-        """Complete the gradients whose last visit was not known, or was expected and did not come (LayerDrop)."""
-        for unit in sorted(self._unfinished):
+        """Complete the gradients whose last visit was not known, or was expected and did not come (LayerDrop).
+
+        Plain PyTorch has one gradient of all experts: zeros for those that no token reached, if one was reached.
+        """
+        reached = {origin for unit in self._backwards for origin in self._origins[unit]}
+        zeros = {unit for unit in self._trainable if not self._backwards[unit] and self._origins[unit] & reached}
+        for unit in sorted(self._unfinished | zeros):
             visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=True)
             self._pipeline.acquire(visit)
+            if unit in zeros:
+                self._units[unit].life.touch_all()
             self._pipeline.release(visit)
 
     def _hold_resident(self, kind: Kind) -> Visit:

@@ -11,6 +11,7 @@ Every transition, and where it leads. From any other state it is an error.
 
     begin_step        CLEAN → CLEAN, ACCUMULATING → CLEAN, DUE → DUE, UPDATING → UPDATING
     clear_gradient    CLEAN → CLEAN
+    touch_all         CLEAN → CLEAN
     accumulate        CLEAN → ACCUMULATING, ACCUMULATING → ACCUMULATING
     count_backward    ACCUMULATING → ACCUMULATING
     complete          CLEAN → REDUCING, ACCUMULATING → REDUCING
@@ -138,6 +139,11 @@ class Life:
     def complete(self) -> None:
         """The last backward visit of the step is over."""
         self._go({State.CLEAN: State.REDUCING, State.ACCUMULATING: State.REDUCING})
+
+    def touch_all(self) -> None:
+        """The only backward visit of the step leaves zeros as the gradient of every parameter."""
+        self._go({State.CLEAN: State.CLEAN})
+        self._set_touched([True] * len(self.touched))
 
     def gradient_reduced(self, touched: Sequence[bool]) -> None:
         """Every rank has its slice. `touched`: of every trained parameter, whether any rank computed a gradient."""

@@ -1,4 +1,4 @@
-"""Tiles: a matrix that is larger than its room, cut along its rows; the model's code does not notice.
+"""Tiles: a weight that is larger than its room, cut along its rows or experts; the model's code does not notice.
 
 `cut` takes the weight from its module and leaves a TiledWeight in its place: a tensor without bytes, of the same shape
 and dtype. What the model does with it goes to the tiles by torch's own dispatch on tensor classes: `F.linear` computes
@@ -6,8 +6,11 @@ with one tile after another and joins what they give, `F.embedding` adds up what
 model's own that scales an embedding, ties it to its head, or calls `F.linear` itself, works as it is. Any other use of
 the weight is a ModelError that names it.
 
+All experts of a layer lie in a few parameters, an expert's matrix after another's. Code that takes one expert gets what
+stands for its matrix, and what it computes with that goes to the tile with this expert.
+
 A tile is a module with a contiguous range of the weight, and so a unit (units.py): it is fetched, computed, reduced,
-updated and freed by itself.
+updated and freed by itself. One of experts has all weights of these.
 """
 
 from __future__ import annotations
@@ -39,38 +42,69 @@ class Part:
 
 
 class Tile(nn.Module):
-    """Rows of a weight."""
+    """Ranges of one weight, or of all weights of some experts, each under the name it has in its module."""
 
-    def __init__(self, weight: nn.Parameter, part: Part) -> None:
+    def __init__(self, parts: dict[str, Part], params: dict[str, nn.Parameter]) -> None:
         super().__init__()
-        self.weight = weight
-        self.part = part
+        self.parts = parts
+        for name, param in params.items():
+            self.register_parameter(name, param)
 
-    def forward(self, compute: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """What `compute` makes of its rows."""
-        return compute(self.weight, *inputs)
+    def forward(self, compute: Callable[..., torch.Tensor], name: str, *inputs: Any) -> torch.Tensor:
+        """What `compute` makes of the range of the weight `name`."""
+        return compute(getattr(self, name), *inputs)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tile has of a matrix."""
+
+    tile: Tile
+    weight: str
+    """Its name in the tile."""
+    first: int
+    last: int
+    """Rows of the matrix."""
+    expert: int | None = None
+    """The matrix is this one of those in the tile."""
 
 
 class TiledWeight(torch.Tensor):
     """Stands for a weight that was cut: its shape, dtype and device, and what may be computed with it."""
 
     tiles: Sequence[Tile]
+    weight: str
+    """Its name in the tiles."""
     origin: str
     """Its name in the model."""
+    pieces: Sequence[Piece]
+    """Of a matrix, from its first row to its last; or of each expert's."""
 
     @classmethod
-    def of(cls, weight: torch.Tensor, device: torch.device, name: str, tiles: Sequence[Tile]) -> TiledWeight:
-        nothing = torch.full((1,), math.nan, dtype=weight.dtype, device=device).expand(weight.shape)
+    def of(
+        cls, like: torch.Tensor, device: torch.device, origin: str, weight: str, tiles: Sequence[Tile]
+    ) -> TiledWeight:
+        """What stands for a weight of the shape and dtype of `like`."""
+        nothing = torch.full((1,), math.nan, dtype=like.dtype, device=device).expand(like.shape)
         made: TiledWeight = torch.Tensor._make_subclass(cls, nothing, False)
-        made.tiles, made.origin = tiles, name
+        made.tiles, made.weight, made.origin = tiles, weight, origin
+        made.pieces = [piece for tile in tiles for piece in _pieces(tile, weight)]
+        return made
+
+    def of_expert(self, expert: int) -> TiledWeight:
+        """What stands for the matrix of one expert."""
+        with torch._C.DisableTorchFunctionSubclass():
+            made: TiledWeight = torch.Tensor._make_subclass(TiledWeight, self.as_subclass(torch.Tensor)[expert], False)
+        made.tiles, made.weight, made.origin = self.tiles, self.weight, self.origin
+        made.pieces = [self.pieces[expert]]
         return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (by_tiles := computed_by_tiles(func, types)) is not None:
+        if (by_tiles := computed_by_tiles(func, types, args)) is not None:
             return by_tiles(*args, **kwargs)
-        if getattr(func, "__name__", "") in _OF_THE_SHAPE:
+        if getattr(func, "__name__", "") in _OF_THE_SHAPE and func not in _TURNED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = next(arg.origin for arg in (*args, *kwargs.values()) if isinstance(arg, TiledWeight))
@@ -85,36 +119,57 @@ _OF_THE_SHAPE = {"__get__", "size", "dim", "numel", "ndimension", "__len__", "is
 """Functions of a tensor that use none of its values."""
 
 
-def computed_by_tiles(func: Any, types: Collection[type]) -> Callable[..., torch.Tensor] | None:
+_TURNED = [getattr(getattr(torch.Tensor, name), "__get__") for name in ("T", "mT", "H", "mH")]  # noqa: B009 (mypy)
+
+
+def computed_by_tiles(func: Any, types: Collection[type], args: Sequence[Any]) -> Callable[..., torch.Tensor] | None:
     """What does the work of `func` on tensors of these classes, if a weight that was cut is among them."""
-    by_tiles: dict[Any, Callable[..., torch.Tensor]] = {F.linear: _linear, F.embedding: _embedding}
-    return by_tiles.get(func) if TiledWeight in types else None
+    if TiledWeight not in types or (func in _OF_EXPERTS and not _takes_expert(func, args)):
+        return None
+    of_rows: dict[Any, Callable[..., torch.Tensor]] = {F.linear: _linear, F.embedding: _embedding}
+    return _OF_EXPERTS.get(func) or of_rows.get(func)
+
+
+def _takes_expert(func: Any, args: Sequence[Any]) -> bool:
+    """Whether the code takes one expert of several, or multiplies by the matrix of one."""
+    first, second = args
+    if func is torch.Tensor.__getitem__:
+        return first.dim() > 2 and (isinstance(second, int) or (isinstance(second, torch.Tensor) and not second.dim()))
+    return isinstance(second, TiledWeight) and len(second.pieces) == 1 and second.pieces[0].expert is not None
 
 
 def cut(model: nn.Module, most: int) -> None:
     """Cut each weight of more than `most` elements, of a Linear or an Embedding, into tiles of rows, in place.
 
-    The model is on the meta device. A row is the least that a tile has.
+    The weights of a layer's experts are cut together, where they have more than that. The model is on the meta device.
+    A row, or an expert, is the least that a tile has.
     """
     names = {id(param): name for name, param in model.named_parameters()}
-    made: dict[int, TiledWeight] = {}
+    made: dict[int, dict[str, TiledWeight]] = {}
     for module in list(model.modules()):
-        weight = module._parameters.get("weight")
-        if weight is None or weight.numel() <= most or not _can_be_cut(module):
+        weights = _cut_together(module)
+        if not weights or sum(weight.numel() for weight in weights.values()) <= most:
             continue
-        if id(weight) not in made:
-            made[id(weight)] = _tiled(weight, names[id(weight)], most)
-        tiled = made[id(weight)]
-        del module._parameters["weight"]
-        module.add_module(f"{TILES}weight", nn.ModuleList(tiled.tiles))
-        module.__dict__["weight"] = tiled
+        key = id(next(iter(weights.values())))
+        if key not in made:
+            made[key] = _tiled(weights, names, most)
+        for name, tiled in made[key].items():
+            del module._parameters[name]
+            module.__dict__[name] = tiled
+        module.add_module(TILES + (name if len(weights) == 1 else "experts"), nn.ModuleList(tiled.tiles))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The parameters of a model as it was before it was cut."""
-    parts = {id(tile.weight): tile.part for tile in model.modules() if isinstance(tile, Tile)}
+    parts = parts_of(model)
     named = ((parts.get(id(param)), name, param) for name, param in model.named_parameters())
     return {part.name if part else name: tuple(part.shape if part else param.shape) for part, name, param in named}
+
+
+def parts_of(model: nn.Module) -> dict[int, Part]:
+    """Of each parameter of a tile, by its id, where it lies in the one that was cut."""
+    tiles = (tile for tile in model.modules() if isinstance(tile, Tile))
+    return {id(getattr(tile, name)): part for tile in tiles for name, part in tile.parts.items()}
 
 
 def move_tiled(model: nn.Module, device: torch.device) -> None:
@@ -122,42 +177,77 @@ def move_tiled(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, tiled in list(module.__dict__.items()):
             if isinstance(tiled, TiledWeight):
-                module.__dict__[name] = TiledWeight.of(tiled, device, tiled.origin, tiled.tiles)
+                module.__dict__[name] = TiledWeight.of(tiled, device, tiled.origin, tiled.weight, tiled.tiles)
 
 
-def _can_be_cut(module: nn.Module) -> bool:
-    if isinstance(module, nn.Embedding):  # a norm changes rows as they are looked up; the others change the gradient
-        return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-    return isinstance(module, nn.Linear)
+def _cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module that can be cut, by name; several are those of the same experts."""
+    weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
+    if isinstance(module, nn.Linear) or (
+        # a norm changes rows as they are looked up; the others change the gradient
+        isinstance(module, nn.Embedding)
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+    ):
+        return {"weight": weights["weight"]} if "weight" in weights else {}
+    count = getattr(module, "num_experts", None)
+    return {name: weight for name, weight in weights.items() if weight.dim() == 3 and len(weight) == count}
 
 
-def _tiled(weight: nn.Parameter, name: str, most: int) -> TiledWeight:
-    rows, width = weight.shape
-    count = min(rows, -(-weight.numel() // most))
-    each = max(1, min(-(-rows // count), most // width))
+def _tiled(weights: dict[str, nn.Parameter], names: dict[int, str], most: int) -> dict[str, TiledWeight]:
+    rows = len(next(iter(weights.values())))
+    numel = sum(weight.numel() for weight in weights.values())
+    count = min(rows, -(-numel // most))
+    each = max(1, min(-(-rows // count), most // (numel // rows)))
     tiles = []
     for first in range(0, rows, each):
-        values = weight.detach()[first : first + each]
-        param = nn.Parameter(torch.empty_like(values), requires_grad=weight.requires_grad)
-        tiles.append(Tile(param, Part(name, weight.shape, first * width)))
-    return TiledWeight.of(weight, weight.device, name, tiles)
+        parts, params = {}, {}
+        for name, weight in weights.items():
+            values = weight.detach()[first : first + each]
+            params[name] = nn.Parameter(torch.empty_like(values), requires_grad=weight.requires_grad)
+            parts[name] = Part(names[id(weight)], weight.shape, first * weight[0].numel())
+        tiles.append(Tile(parts, params))
+    return {
+        name: TiledWeight.of(weight, weight.device, names[id(weight)], name, tiles) for name, weight in weights.items()
+    }
 
 
-def _rows(tile: Tile) -> tuple[int, int]:
-    first = tile.part.first // tile.weight.shape[1]
-    return first, first + tile.weight.shape[0]
+def _pieces(tile: Tile, name: str) -> list[Piece]:
+    shape = getattr(tile, name).shape
+    if len(shape) > 2:
+        return [Piece(tile, name, 0, shape[1], expert) for expert in range(shape[0])]
+    first = tile.parts[name].first // shape[1]
+    return [Piece(tile, name, first, first + shape[0])]
 
 
 def _linear(input: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     results = []
-    for tile in weight.tiles:
-        first, last = _rows(tile)
-        results.append(tile(_linear_rows, input, None if bias is None else bias[first:last]))
-    return torch.cat(results, dim=-1)
+    for piece in weight.pieces:
+        rows = None if bias is None else bias[piece.first : piece.last]
+        results.append(piece.tile(_linear_rows, piece.weight, input, rows, piece.expert))
+    return torch.cat(results, dim=-1) if len(results) > 1 else results[0]
 
 
-def _linear_rows(weight: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return F.linear(input, weight, bias)
+def _linear_rows(
+    weight: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None, expert: int | None
+) -> torch.Tensor:
+    return F.linear(input, weight if expert is None else weight[expert], bias)
+
+
+def _matmul(input: torch.Tensor, weight: TiledWeight) -> torch.Tensor:
+    """With an expert's matrix, which lies in its tile as the model multiplies it."""
+    (piece,) = weight.pieces
+    result: torch.Tensor = piece.tile(_matmul_rows, piece.weight, input, piece.expert)
+    return result
+
+
+def _matmul_rows(weight: torch.Tensor, input: torch.Tensor, expert: int) -> torch.Tensor:
+    return input @ weight[expert]
+
+
+def _getitem(weight: TiledWeight, expert: Any) -> TiledWeight:
+    return weight.of_expert(int(expert))
 
 
 def _embedding(
@@ -168,8 +258,8 @@ def _embedding(
     **__: Any,
 ) -> torch.Tensor:
     total: torch.Tensor | None = None
-    for tile in weight.tiles:
-        known = tile(_known_rows, input, _rows(tile)[0], padding_idx)
+    for piece in weight.pieces:
+        known = piece.tile(_known_rows, piece.weight, input, piece.first, padding_idx)
         total = known if total is None else total + known
     assert total is not None
     return total
@@ -186,3 +276,11 @@ def _known_rows(weight: torch.Tensor, ids: torch.Tensor, first: int, padding_idx
 
 def _name_of(func: Any) -> str:
     return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))
+
+
+_OF_EXPERTS: dict[Any, Callable[..., torch.Tensor]] = {
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.__getitem__: _getitem,
+}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.units.tiles import Part, Tile
+from zinf_cli.engine.units.tiles import Part, parts_of
 from zinf_cli.model_state import SLICE_MULTIPLE
 
 ALIGN = 128
@@ -116,7 +116,7 @@ def discover(
     groups = _merge_shared([(name, module) for name, module in _candidates(model, most) if name not in demoted])
     names = {id(param): name for name, param in model.named_parameters()}
     order = {name: index for index, name in enumerate(names.values())}
-    parts = {id(tile.weight): tile.part for tile in model.modules() if isinstance(tile, Tile)}
+    parts = parts_of(model)
     taken: dict[int, int] = {}
     for number, group in enumerate(groups):
         for _, module in group:

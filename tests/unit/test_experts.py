@@ -1,0 +1,151 @@
+"""Experts as parts: a layer's experts, packed in a few parameters, are units of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from checkpoints import resumed, save
+from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
+from tiny_models import random_source
+from zinf_cli.engine.options import EngineOptions
+from zinf_cli.engine.units.tiles import cut
+from zinf_cli.engine.units.units import discover
+from zinf_cli.errors import ModelError
+from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.weights import open_weights
+
+STEPS = 5
+ONE, TWO = 2000, 3500
+"""Elements of a part: a tiny model's experts are units by themselves, or in pairs where they are small."""
+MODELS = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "olmoe"]
+
+
+def source(name: str, **changes: Any) -> ModelSource:
+    if name != "olmoe":
+        return random_source(name, **changes)
+    return random_source("mistral", model_type=name, num_experts=4, num_experts_per_tok=2, eos_token_id=2, **changes)
+
+
+@cache
+def whole(name: str) -> list[list[float]]:
+    return plain_losses(source(name), STEPS)
+
+
+@pytest.mark.parametrize("most", [ONE, TWO])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_experts_learn_as_plain_pytorch_does(name: str, most: int, tmp_path: Path) -> None:
+    engine = open_engine(source(name), everything_on("nvme", tmp_path), most=most)
+    assert sum("experts" in unit.name for unit in engine.units) >= (4 if most == ONE else 2)
+    assert relative_difference(engine_losses(engine, STEPS), whole(name)) < 1e-6
+
+
+def test_all_placements_have_the_same_bits(tmp_path: Path) -> None:
+    nvme = everything_on("nvme", tmp_path)
+    expected = engine_losses(open_engine(source("qwen3_moe"), nvme, most=ONE), STEPS)
+    for options in (EngineOptions(), replace(nvme, speculate=True), every_other_unit_cached(nvme)):
+        assert engine_losses(open_engine(source("qwen3_moe"), options, most=ONE), STEPS) == expected, options
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, ONE), (ONE, None), (ONE, TWO)])
+def test_a_checkpoint_goes_on_with_another_cut(before: int | None, after: int | None, tmp_path: Path) -> None:
+    first = open_engine(source("mixtral"), EngineOptions(), most=before)
+    engine_losses(first, 2, close=False)
+    folder = save(first, tmp_path / "run", 2)
+    first.close()
+    second = resumed(folder, "mixtral", EngineOptions(), most=after)
+    losses = engine_losses(second, STEPS, first=2, close=False)
+    again = save(second, tmp_path / "run", STEPS)
+    second.close()
+    assert relative_difference(losses, whole("mixtral")[2:]) < 1e-6
+    one, two = CheckpointReader(folder), CheckpointReader(again)
+    assert one.shapes == two.shapes
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_expert_that_no_token_reaches_decays_as_its_layer_does(eager: bool, tmp_path: Path) -> None:
+    many = source("qwen3_moe", num_experts=64, num_experts_per_tok=1)
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(many, STEPS, clip=None if eager else 1.0, parameters=expected)
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=ONE)
+    found = engine_losses(engine, STEPS, clip=None if eager else 1.0, eager=eager, close=False)
+    assert relative_difference(found, losses) < 1e-6
+    seen = 0
+    for number, unit in enumerate(engine.units):
+        values = engine.read_params(number)
+        for place in unit.layout.params():
+            if place.part is not None:
+                original = expected[place.origin].reshape(-1)[place.first : place.first + place.numel]
+                torch.testing.assert_close(values[place.name].reshape(-1), original, rtol=1e-4, atol=1e-6)
+                seen += 1
+    assert seen >= 2 * 2 * 64
+    engine.close()
+
+
+def test_both_matrices_of_an_expert_are_one_unit_and_the_survey_calls_all_experts() -> None:
+    model = build_model(source("qwen3_moe"))
+    cut(model, TWO)
+    units = {unit.name: [place.shape for place in unit.params()] for unit in discover(model, 1, most=TWO)}
+    experts = [shapes for name, shapes in units.items() if "experts" in name]
+    assert experts == [[(2, 32, 32), (2, 32, 16)]] * 4
+    engine = open_engine(source("qwen3_moe"), EngineOptions(), most=TWO)
+    assert all(unit.layout.modules for unit in engine.units if "experts" in unit.name)
+    engine.close()
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.up = nn.Parameter(torch.empty(4, 8, 6, device="meta"))
+        self.down = nn.Parameter(torch.empty(4, 6, 8, device="meta"))
+
+
+def test_what_stands_for_experts_gives_the_matrix_of_one_and_refuses_what_takes_all() -> None:
+    experts = Experts()
+    cut(experts, 100)
+    x = torch.zeros(3, 6, device="meta")
+    up: Any = experts.up
+    assert up.shape == (4, 8, 6)
+    for one in (up[3], up[-1], up[torch.tensor(2)]):
+        assert one.shape == (8, 6)
+        assert F.linear(x, one).shape == (3, 8)
+        assert (torch.zeros(3, 8, device="meta") @ one).shape == torch.matmul(
+            torch.zeros(3, 8, device="meta"), one
+        ).shape
+    uses: list[Callable[[], Any]] = [
+        lambda: up[:2],
+        lambda: up[torch.tensor([0, 1])],
+        lambda: up @ x.T,
+        lambda: x @ up,
+        lambda: up[0].T,
+    ]
+    for use in uses:
+        with pytest.raises(ModelError, match=r"up is larger than the memory for it, and can't be cut"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_of_a_checkpoint_that_has_experts_one_by_one_some_are_read(name: str, tmp_path: Path) -> None:
+    config: Any = build_model(source(name)).config
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = ModelSource(tmp_path, None, "pretrained", 0)
+    weights = open_weights(build_model(stored), stored)
+    param = "model.layers.1.mlp.experts.gate_up_proj"
+    whole = weights.read([param])[param]
+    each = whole[0].numel()
+    assert torch.equal(weights.read_part(param, each, 3 * each), whole[1:3].reshape(-1))
+    assert torch.equal(weights.read_part(param, 5, 2 * each), whole.reshape(-1)[5 : 2 * each])
