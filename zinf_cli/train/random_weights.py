@@ -13,7 +13,7 @@ drawing costs nothing and moves no generator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -22,13 +22,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zinf_cli.train.model import parameters_as_built, skeleton
+from zinf_cli.train.recorded import Recording
 from zinf_cli.train.seeds import derived_seed
 
 
 class RandomWeights:
     """A WeightSource of values drawn from `seed`: float32 on the CPU; the global generator is left as it was.
 
-    Reading part of a block draws the whole block: ask for a block's parameters together, from one thread.
+    Reading anything of a block moves the generator over the whole block: ask for a block's parameters together, or
+    for their parts in order, from one thread. Memory is that of what is asked for, a few MiB, and of parameters that
+    can't be made by ranges (see train/recorded.py).
     """
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
@@ -36,6 +39,7 @@ class RandomWeights:
         self._seed = seed
         self._drawn_as: dict[str, str] = {}  # parameter -> the name its value is drawn under
         self._members: dict[str, list[str]] = {}  # subtree -> the parameters drawn in it
+        self._latest: dict[str, dict[str, Recording]] = {}  # the subtree that parts were last read of
         blocks = set(_outermost_list_elements(self._skeleton))
         for name, _ in self._skeleton.named_parameters():
             # Of tied parameters transformers draws all and keeps the source's.
@@ -49,34 +53,47 @@ class RandomWeights:
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """float32 values of the parameters `names` (as in `model.named_parameters()`), in their shapes."""
         sources = {name: self._drawn_as[name] for name in names}
-        drawn: dict[str, torch.Tensor] = {}
+        values: dict[str, torch.Tensor] = {}
         for subtree in dict.fromkeys(self._subtree_of[source] for source in sources.values()):
-            values = self._draw(subtree)
-            drawn.update((source, values[source]) for source in sources.values() if source in values)
-        return {name: drawn[source] for name, source in sources.items()}
+            asked = [source for source in sources.values() if self._subtree_of[source] == subtree]
+            drawn = self._latest.get(subtree) or self._draw(subtree, whole=asked)
+            for source in asked:
+                shape = self._skeleton.get_parameter(source).shape
+                values[source] = drawn[source].read(0, shape.numel()).view(shape)
+        return {name: values[source] for name, source in sources.items()}
 
     def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
-        """See RangedWeights."""
-        return self.read([name])[name].reshape(-1)[first:last]
+        """See RangedWeights: the elements that `read` gives.
 
-    def _draw(self, subtree: str) -> dict[str, torch.Tensor]:
+        The first part of a subtree draws it all, a piece at a time; later ones are drawn from where they begin.
+        """
+        source = self._drawn_as[name]
+        subtree = self._subtree_of[source]
+        if subtree not in self._latest:
+            self._latest.clear()
+            self._latest[subtree] = self._draw(subtree)
+        return self._latest[subtree][source].read(first, last)
+
+    def _draw(self, subtree: str, whole: Collection[str] = ()) -> dict[str, Recording]:
+        """The parameters of a subtree; real from the start are those of `whole`."""
         seed = derived_seed(self._seed, subtree)
         above = list(_path(self._skeleton, subtree))
         module, model = above.pop()
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[]),
-            _materialised(self._skeleton, self._members[subtree]) as values,
+            _recorded(self._skeleton, self._members[subtree], whole) as drawn,
         ):
             torch.default_generator.manual_seed(seed)
             _initialise(module, model)
             for ancestor, ancestor_model in reversed(above):
                 ancestor_model._init_weights(ancestor)
         # A few models leave parameters as `__init__` made them (a head's bias, an activation's slope).
-        untouched = [name for name, value in values.items() if bool(value.isnan().any())]
+        untouched = [name for name, recording in drawn.items() if recording.is_incomplete()]
         if untouched:
-            values.update(parameters_as_built(self._skeleton, untouched, seed))
-        return values
+            for name, value in parameters_as_built(self._skeleton, untouched, seed).items():
+                drawn[name] = Recording(value.shape, value)
+        return drawn
 
 
 def _outermost_list_elements(root: nn.Module) -> Iterator[str]:
@@ -106,17 +123,23 @@ def _initialise(module: nn.Module, model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _materialised(root: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """The parameters `names` of `root` on the CPU, float32 and filled with NaN, while the context lasts."""
+def _recorded(root: nn.Module, names: Sequence[str], whole: Collection[str]) -> Iterator[dict[str, Recording]]:
+    """The parameters `names` of `root` on the CPU, float32 and filled with NaN, while the context lasts.
+
+    Those of `whole` are real, and what is not floating-point; of the others it is noted what is done to them.
+    """
     on_meta = {name: root.get_parameter(name) for name in names}
-    values: dict[str, torch.Tensor] = {}
+    recordings: dict[str, Recording] = {}
     for name, parameter in on_meta.items():
-        dtype = torch.float32 if parameter.is_floating_point() else parameter.dtype
-        fill = float("nan") if parameter.is_floating_point() else 0
-        values[name] = torch.full(parameter.shape, fill, dtype=dtype)
-        _put(root, name, nn.Parameter(values[name], requires_grad=False))
+        real = None
+        if not parameter.is_floating_point():
+            real = torch.zeros(parameter.shape, dtype=parameter.dtype)
+        elif name in whole:
+            real = torch.full(parameter.shape, float("nan"))
+        recordings[name] = Recording(parameter.shape, real)
+        _put(root, name, nn.Parameter(recordings[name].tensor(), requires_grad=False))
     try:
-        yield values
+        yield recordings
     finally:
         for name, parameter in on_meta.items():
             _put(root, name, parameter)
