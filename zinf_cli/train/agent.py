@@ -1,15 +1,14 @@
-"""`zinf_cli.train.agent MODULE` (search_path.py): torchrun's agent on a host, whose ranks are forked from it.
+"""`zinf_cli.train.agent MODULE` (search_path.py): torchrun's agent on a host. It forks the host's ranks.
 
-It imports MODULE, and with it torch, before it is told what to do, so that may happen while the plan is still being
-made; a rank then imports nothing, and shares with the others what has been imported. A fork takes over all that is in
-memory but no thread but its own, so nothing here may use the device or start torch's threads.
+It imports MODULE, and with it torch, before it gets its order: that can happen while the plan is made. A rank then
+imports nothing, and ranks share what was imported. A fork takes over all memory, but no other threads. So nothing here
+may use the device or start torch's threads.
 
-Two lines of JSON come on stdin. The first is null or a question about the recipe (question.py), answered on stdout.
-The second is the order: the "part" this host has of the run (elastic.py), the "function" of MODULE that is a rank's
-life, the "run_dir" and "arguments" it gets, the "environment" of the ranks, "defaults" for what this host does not set
-itself, and the "log" that all output of the agent goes to. The last line on stdout is what failed, if anything has:
-{"failed": ...} with the first "rank" of this host that ended ill and its exit "code", negative for a signal, or with
-the "error" that ended the agent itself.
+Two lines of JSON come on stdin. The first is null, or a question about the recipe (question.py), which is answered on
+stdout. The second is the order: this host's "part" of the run (elastic.py), the "function" of MODULE that ranks run,
+its "run_dir" and "arguments", the "environment" of the ranks, "defaults" for variables that this host does not set, and
+the "log" for all output of the agent. If something fails, the last line on stdout is {"failed": ...}. It has the first
+"rank" of this host that failed, and its exit "code" (negative for a signal), or the "error" that ended the agent.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def main() -> None:
     question = Question(line, out) if json.loads(line) else None
     if question is not None and question.answered_at_once():
         question = None
-    gc.disable()  # it would look through what is imported again and again, for a tenth of the time
+    gc.disable()  # during imports it would scan all objects again and again, for a tenth of the time
     module = import_module(sys.argv[1])
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -66,12 +65,12 @@ def main() -> None:
 
 
 def _say(out: IO[str], **failed: Any) -> None:
-    """Tell the launcher what failed, which it has from the supervisor when this process has ended."""
+    """Tell the launcher what failed. The supervisor hands it on when this process has ended."""
     print(json.dumps({"failed": failed}), file=out, flush=True)
 
 
 def _rank(life: partial[int], run_dir: Path) -> None:
-    """In the fork: what torchrun and this process's start have set up is put back."""
+    """Run a rank, in the fork, after undoing what torchrun and the start of this process have set up."""
     import torch
 
     for number in (signal.SIGHUP, signal.SIGQUIT):

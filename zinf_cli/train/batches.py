@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 class BatchOrder:
-    """Which windows each step takes: a permutation per epoch from (seed, epoch), one epoch after another, no gaps."""
+    """The windows that each step takes. Each epoch is a permutation from (seed, epoch); epochs follow without gaps."""
 
     def __init__(self, num_windows: int, sequences_per_step: int, seed: int, shuffle: bool) -> None:
         if num_windows < sequences_per_step:
@@ -31,21 +31,21 @@ class BatchOrder:
         self._start = (0, 0)
 
     def start_at(self, step: int, sequences: int) -> None:
-        """`sequences` have been taken in the `step` steps so far, maybe in batches of another size."""
+        """Go on after `step` steps that took `sequences`. Their batches may have had another size."""
         self._start = (step, sequences)
 
     def sequences_before(self, step: int) -> int:
-        """How many sequences the steps before `step` take."""
+        """The number of sequences that the steps before `step` take."""
         first, sequences = self._start
         return sequences + (step - first) * self._sequences
 
     def windows(self, step: int) -> tuple[int, ...]:
-        """Window numbers of `step` (from 0), in order."""
+        """The window numbers of `step` (from 0), in order."""
         first = self.sequences_before(step)
         return tuple(self._window(place) for place in range(first, first + self._sequences))
 
     def steps_for(self, epochs: float) -> int:
-        """Steps, from the first, until every window has been seen `epochs` times."""
+        """The number of steps after which every window has been seen `epochs` times."""
         step, sequences = self._start
         return step + math.ceil(max(0.0, epochs * self._num_windows - sequences) / self._sequences)
 
@@ -62,8 +62,9 @@ class BatchOrder:
 def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: int) -> list[tuple[Item, ...]]:
     """This rank's micro-batches of a global batch.
 
-    Ranks get contiguous shares that differ by at most one window, in equally many micro-batches of at most
-    `micro_batch_size`; the last of a smaller share may be empty. Joined over ranks they are `windows`.
+    Ranks get contiguous shares that differ by at most one window. Each share is dealt to the same number of
+    micro-batches, of at most `micro_batch_size`; the last one of a smaller share may be empty. All shares together are
+    `windows`.
     """
     if len(windows) < world_size:
         raise UsageError(
@@ -87,7 +88,7 @@ def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: 
 
 
 def _share(count: int, number: int, of: int) -> tuple[int, int]:
-    """Bounds of part `number` when `count` things are cut into `of` parts, the larger ones first."""
+    """Bounds of part `number` if `count` things are cut into `of` parts, the larger parts first."""
     size, more = divmod(count, of)
     first = number * size + min(number, more)
     return first, first + size + (1 if number < more else 0)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped where the recipe says so, or the end of the run."""
+"""Handles steps whose loss or gradient is not finite: they are skipped if the recipe says so, or end the run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.setup import model_source
 
 MAX_SKIPS = 10
-"""Steps in a row that are not finite, after which there is no hope that the next will be."""
+"""After so many steps in a row that are not finite, there is no hope for the next one."""
 
 
 class BlowUps:
-    """Those of a run that begins after step `first`."""
+    """The steps that are not finite, of a run that begins after step `first`."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, first: int, notice: Callable[[str], None]) -> None:
         self.skips = 0
@@ -28,11 +28,11 @@ class BlowUps:
         self._notice = notice
 
     def over(self, step: int) -> None:
-        """A run that has done `step` steps is finite."""
+        """Note that step `step` was finite."""
         self.skips, self._last_finite = 0, step
 
     def judge(self, what: str) -> None:
-        """The engine has already dropped the update; NonFiniteError, unless the recipe says to go on."""
+        """Skip a step, whose update the engine has dropped, or raise NonFiniteError, as the recipe says."""
         skip = self._recipe.train.non_finite == "skip"
         self.skips += 1
         if skip and self.skips < MAX_SKIPS:
@@ -43,7 +43,7 @@ class BlowUps:
         raise NonFiniteError(what, hint=self._cause() + self._way_back())
 
     def _cause(self) -> str:
-        """Before the first update nothing but the weights and the text has had a say."""
+        """What to do. Before the first update, only the weights, the text or the model can be the cause."""
         source = model_source(self._recipe)
         if self._last_finite == 0 and source.init == "pretrained" and source.name_or_path is not None:
             with suppress(ZinfError, RuntimeError):
@@ -55,6 +55,6 @@ class BlowUps:
         return f"look at these windows of the text, lower optimizer.lr{skip}"
 
     def _way_back(self) -> str:
-        """The newest checkpoint that a finite step came after; later ones may be of what has blown up."""
+        """The newest checkpoint with a finite step after it. Later checkpoints may hold the blown-up state."""
         good = next((found for found in checkpoints_of(self._run_dir) if step_of(found) < self._last_finite), None)
         return f"; the last good checkpoint: checkpoint.resume={good}" if good is not None else ""

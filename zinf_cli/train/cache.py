@@ -1,4 +1,4 @@
-"""Where what is dear to compute is kept between runs. Nobody but its owner reads it: it holds texts."""
+"""The user's cache, which keeps results that take long to compute. Only its owner can read it: it holds texts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the user's cache; it may not exist yet."""
+    """A folder of the user's cache. It may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "zinf" / name
 
 
 def private_folder(folder: Path) -> None:
-    """Make a `cache_folder` with mode 0700; one of ours that is there gets it."""
+    """Make a `cache_folder` with mode 0700. If the user already has it, it gets that mode."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.stat()
@@ -21,6 +21,6 @@ def private_folder(folder: Path) -> None:
 
 
 def identity(file: Path) -> tuple[int, int, int, int]:
-    """What tells a file's content from an earlier one: a write changes ctime, which nobody can put back."""
+    """Numbers that change when a file's content does: a write changes ctime, which nobody can put back."""
     status = file.stat()
     return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)

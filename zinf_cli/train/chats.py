@@ -1,4 +1,4 @@
-"""Chats in a model's chat template: the text of a dialog, and what of it the assistant says."""
+"""Writes chats in a model's chat template: the text of a dialog, and the parts that the assistant says."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from zinf_cli.train.documents import Document
 ANSWERS = "assistant"
 """The role whose turns are trained on."""
 TOOLS = "tools"
-"""The field of a row with the tools that its dialog may call: a list of JSON schemas, or the same as a string."""
+"""The field of a row with the tools that its dialog may call: a list of JSON schemas, or that list as a string."""
 _WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-"""What a turn may have instead of content."""
+"""Keys that a turn may have instead of content."""
 
 Template = Callable[..., str]
 """apply_chat_template of a tokenizer."""
 
 
 def render_chat(document: Document, template: Template) -> tuple[str, list[tuple[int, int]]]:
-    """The dialog as `template` writes it, and the places (first, behind the last character) that the assistant says.
+    """The dialog as `template` writes it, and the spans (first, behind the last character) that the assistant says.
 
-    What the assistant says is what rendering the dialog up to and including its turn adds to rendering it up to the
-    prompt for that turn; so any template whose rendering only grows will do.
+    A span is found from two renderings: of the dialog up to the prompt for the turn, and of the dialog with the turn.
+    The span is what the second adds. So every template works whose text only grows with each turn.
     """
     tools = _tools(document)
 
     def render(messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
         try:
             return template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template may raise what it likes
+        except Exception as error:  # a template may raise anything
             line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise DatasetError(f"the chat template refuses this dialog: {line}", where=document.where) from error
 
@@ -89,7 +89,7 @@ def _tools(document: Document) -> list[Any] | None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the keys that are null: Arrow gives every row of a column all keys that any row has, in all depths."""
+    """`value` without keys that are null, at any depth: Arrow gives a row all keys that any row of its column has."""
     if isinstance(value, dict):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):
@@ -100,7 +100,7 @@ def without_nulls(value: Any) -> Any:
 def _with_content(
     messages: list[dict[str, Any]], render: Callable[[list[dict[str, Any]]], str], where: str
 ) -> list[dict[str, Any]]:
-    """Turns that only call tools, in a form that the template writes: without a content, or with an empty one."""
+    """The turns, with an empty content for those that only call tools, if the template needs one."""
     if all("content" in message for message in messages):
         return messages
     empty = [{"content": "", **message} for message in messages]

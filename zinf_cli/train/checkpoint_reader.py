@@ -1,6 +1,7 @@
-"""Reading a checkpoint: a parameter's field at a time, whatever ranks wrote it; what is read is checked.
+"""Reads a checkpoint, one field of a parameter at a time, and checks what it reads.
 
-Slices are cut and joined by parameter name, so the reader needs to know nothing of how the engine that asks is sliced.
+It cuts and joins slices by parameter name. So neither the ranks that wrote them nor the slices of the engine that asks
+matter.
 """
 
 from __future__ import annotations
@@ -28,31 +29,31 @@ from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
 _KEPT = 4
-"""Pieces kept in memory: a parameter's neighbours lie in the same ones, and ask next."""
+"""How many pieces stay in memory: the next parameters to be read lie in the same pieces."""
 _WILL_NEED = 4
-"""Pieces the kernel is told to read ahead."""
+"""How many pieces the kernel is told to read ahead."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter, or a part of it, is stored."""
+    """The place where a parameter, or a part of it, is stored."""
 
     key: tuple[str, int]
-    """Its unit and flat."""
+    """The unit and the flat that it is in."""
     flat: StoredFlat
     param: StoredParam
 
     @property
     def last(self) -> int:
-        """The element behind its last one."""
+        """The element of the parameter behind the last one that is stored here."""
         return self.param.first + self.param.numel
 
 
 class CheckpointReader:
     """A StateSource and a WeightSource over a checkpoint's folder.
 
-    DamagedError at once where a file is missing or has another size, and later where a piece is damaged;
-    UnreadableError where the drive does not give it.
+    DamagedError is raised at once if a file is missing or has another size, and later if a piece is damaged.
+    UnreadableError is raised if the drive does not give the bytes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +83,7 @@ class CheckpointReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The parameters it holds."""
+        """The shape of each parameter in the checkpoint, by name."""
         return {name: places[0].param.shape for name, places in self._places.items()}
 
     def updates(self, name: str, first: int) -> int:
@@ -90,9 +91,9 @@ class CheckpointReader:
         return next(place.param.updates for place in self._places[name] if first < place.last)
 
     def read(self, name: str, field: str, first: int, last: int) -> torch.Tensor:
-        """See StateSource; a parameter may have been trained and be frozen now, or the other way round.
+        """See StateSource. A parameter may have been trained and be frozen now, or the other way round.
 
-        CheckpointError where another optimizer has trained it: its count of updates would not go with fields of zeros.
+        CheckpointError if another optimizer has trained it: its count of updates would not fit to fields of zeros.
         """
         parts = [
             self._read_place(place, field, max(first, place.param.first), min(last, place.last))
@@ -127,12 +128,12 @@ class CheckpointReader:
         return values
 
     def param(self, name: str) -> torch.Tensor:
-        """A whole parameter in its shape: fp32 where it was trained."""
+        """A whole parameter in its shape, in fp32 if it was trained."""
         shape = self._places[name][0].param.shape
         return self.read(name, FROZEN.stored, 0, math.prod(shape)).view(shape)
 
     def _read(self, file: str, region: Region, begin: int, into: torch.Tensor) -> None:
-        """Elements `begin` and on of a region of a rank's file."""
+        """Fill `into` from element `begin` of a region of a rank's file on."""
         data = into.view(torch.uint8)
         start, done = begin * into.element_size(), 0
         while done < data.numel():
@@ -143,7 +144,7 @@ class CheckpointReader:
             done += count
 
     def _piece(self, file: str, number: int) -> torch.Tensor:
-        """A piece of a rank's file, read and checked, or kept from before."""
+        """A piece of a rank's file: read and checked, or still in memory."""
         if (file, number) in self._pieces:
             self._pieces.move_to_end((file, number))
             return self._pieces[file, number].data
@@ -174,7 +175,7 @@ class CheckpointReader:
 
 
 class StoredWeights:
-    """A WeightSource over the checkpoint of a run, in place of a Hugging Face checkpoint's."""
+    """A WeightSource over the checkpoint of a run, instead of a Hugging Face checkpoint."""
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self._reader = CheckpointReader(folder)
@@ -183,7 +184,7 @@ class StoredWeights:
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """See WeightSource."""
         values = {name: self._reader.param(name) for name in names}
-        self._reader.close()  # its pieces are memory; files open again when asked
+        self._reader.close()  # frees its pieces; files open again when needed
         return values
 
     def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
@@ -194,7 +195,7 @@ class StoredWeights:
 
 
 def check_params(reader: CheckpointReader, model: nn.Module) -> None:
-    """CheckpointError where a checkpoint's parameters are not those of `model`, in name or shape."""
+    """CheckpointError if a checkpoint's parameters differ from those of `model` in name or shape."""
     stored, wanted = reader.shapes, shapes_of(model)
     different = [name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)]
     if different:

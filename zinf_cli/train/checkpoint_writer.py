@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank its slices, rank 0 the rest; see checkpoint/manifest.py for what comes of it."""
+"""Writes checkpoints: every rank writes its slices, rank 0 all else. checkpoint/manifest.py says what they hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _64_BITS = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands after `step` updates; the fields are the manifest's."""
+    """Where a run stands after `step` updates. The fields are those of the manifest."""
 
     step: int
     precision: str
@@ -56,12 +56,12 @@ class Position:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run, on every rank in the same order; `notice` gets a line for the user.
+    """Writes the checkpoints of one run, on every rank in the same order. `notice` gets a line for the user.
 
     `begin` opens this rank's file, which the engine fills in training (engine/traffic/destination.py). `complete` adds
-    the rest when the step is done. `advance` looks whether every rank's file is on its drive; then rank 0 makes it a
-    checkpoint and removes the oldest ones, in a thread of its own. `model_files` yields (name, content) of what else
-    makes the folder a model: its configuration and tokenizer.
+    the rest when the step is done. `advance` looks if every rank's file is on its drive. If so, a thread of rank 0
+    makes it a checkpoint and removes the oldest ones. `model_files` yields (name, content) of the other files of a
+    model: its configuration and tokenizer.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class CheckpointWriter:
         """Checkpoints that are not whole yet, the oldest first."""
         self._commit: Future[None] | None = None
         self._begun = False
-        """Whether there was room for the newest."""
+        """Whether there was room for the newest checkpoint."""
         self._said_buffered = False
         self._trusted = True
-        """Whether the last step was finite, so that older checkpoints may go for newer ones."""
+        """Whether the last step was finite. If not, older checkpoints stay."""
         self._files: list[RankFile] = []
         self._moved = (0, 0)
 
     def begin(self, step: int, *, required: bool = True) -> RankFile | None:
-        """Room for the state after `step` updates; waits until earlier checkpoints are whole, if they can be.
+        """Make room for the state after `step` updates, after earlier checkpoints are whole, if they can be.
 
-        Where there is none, an error if it is `required`. Otherwise None and a notice: the run goes on, with the
-        checkpoints that it has.
+        If there is no room, raise an error if it is `required`. Otherwise give a notice and return None: the run goes
+        on with the checkpoints that it has.
         """
         while self._coming and self._coming[0].file.completed:
             self._finish_oldest()
@@ -117,7 +117,7 @@ class CheckpointWriter:
         return None
 
     def _open(self, folder: Path) -> tuple[RankFile | None, ZinfError | None]:
-        """This rank's file in an empty folder, or why there is none."""
+        """This rank's file in an empty folder, or the reason why there is none."""
         problem: ZinfError | None = None
         if self._ranks.rank == 0:
             try:
@@ -125,7 +125,7 @@ class CheckpointWriter:
                     folders.begin(folder)
             except (CapacityError, CheckpointError, TierError) as error:
                 problem = error
-        if any(self._ranks.all(int(problem is not None))):  # nobody writes into a folder that is about to be emptied
+        if any(self._ranks.all(int(problem is not None))):  # no rank may write into a folder that rank 0 is emptying
             return None, problem
         try:
             engine = self._engine
@@ -146,8 +146,7 @@ class CheckpointWriter:
             return None, error
 
     def complete(self, position: Position) -> bool:
-        """Add what goes with the state after `position.step` updates, made or pending. False where `begin` found no
-        room."""
+        """Add the rest to the state after `position.step` updates, made or pending. False if `begin` found no room."""
         if not self._begun:
             return False
         coming = self._coming[-1]
@@ -158,14 +157,14 @@ class CheckpointWriter:
         return True
 
     def judge(self, *, finite: bool) -> None:
-        """Whether loss and gradient of the step that has just been computed were finite.
+        """Note whether loss and gradient of the last step were finite.
 
-        While they are not, the newest checkpoint may be of what has blown up: older ones stay.
+        While they are not, older checkpoints stay, since the newest one may hold a blown-up state.
         """
         self._trusted = finite
 
     def drop_newest(self) -> None:
-        """What `begin` made room for will not be a checkpoint; the engine may still keep state in its file."""
+        """Give up the checkpoint that `begin` made room for. The engine may still keep state in its file."""
         if self._begun:
             self._begun = False
             folder = self._coming.pop().folder
@@ -173,9 +172,9 @@ class CheckpointWriter:
             self._notice(f"no checkpoint {folder.name}: its step changes nothing")
 
     def write(self, position: Position, *, required: bool = True) -> bool:
-        """A whole checkpoint of the state as it is now, with pending updates made. Whether there was room for it.
+        """Write a whole checkpoint of the present state, with pending updates made. False if there was no room.
 
-        `required` is as in `begin`; while steps are not finite it is not required.
+        `required` is that of `begin`. While steps are not finite, no checkpoint is required.
         """
         file = self.begin(position.step, required=required and self._trusted)
         if file is not None:
@@ -185,24 +184,24 @@ class CheckpointWriter:
         return file is not None
 
     def advance(self) -> None:
-        """Make the oldest a checkpoint, if it is on every rank's drive. Called between two steps."""
+        """Make the oldest file a checkpoint, if it is on every rank's drive. Called between two steps."""
         if not self._coming or not self._coming[0].file.completed:
             return
         if all(self._ranks.all(int(self._coming[0].file.on_drive.done()))):
             self._seal_oldest()
 
     def finish(self) -> None:
-        """Return when every checkpoint is whole; each one's file has been completed.
+        """Return when every checkpoint is whole. All files have been completed before.
 
-        The run ends here: its last checkpoint has to be whole, also where it was begun as one of many (a run that is
-        told to stop in a step whose checkpoint is due).
+        The run ends here, so its last checkpoint has to be whole. That also holds if it was begun as one of many: a run
+        may be told to stop in a step whose checkpoint is due.
         """
         if self._coming:
             self._coming[-1].required = self._trusted
         self._wait_for_all()
 
     def close(self) -> None:
-        """Files of checkpoints that will not be are removed."""
+        """End the threads, and remove the files of checkpoints that were given up."""
         self._background.shutdown()
         for file in self._files:
             file.close()
@@ -232,7 +231,7 @@ class CheckpointWriter:
             self._commit.result()
 
     def _seal_oldest(self) -> None:
-        """All ranks' checksums to rank 0, which writes the manifest."""
+        """Bring the checksums of all ranks to rank 0, which writes the manifest."""
         coming = self._coming[0]
         with _disk_errors(coming.file.path):
             coming.file.on_drive.result()
@@ -240,7 +239,7 @@ class CheckpointWriter:
         assert coming.position is not None
         checksums = torch.zeros(self._ranks.world_size, len(coming.layout.pieces), dtype=torch.int64)
         checksums[self._ranks.rank] = coming.file.checksums
-        self._ranks.sum(checksums)  # known to rank 0, when every rank's file is on its drive
+        self._ranks.sum(checksums)  # also waits until every rank's file is on its drive
         if self._ranks.rank == 0:
             if self._commit is not None:
                 self._commit.result()
@@ -248,7 +247,7 @@ class CheckpointWriter:
         self._coming.popleft()
 
     def _make_whole(self, coming: _Coming, checksums: torch.Tensor, trusted: bool) -> None:
-        """Everything beside the files of the ranks; then the checkpoint exists."""
+        """Write all other files, the manifest last. Then the checkpoint exists."""
         assert coming.layout is not None
         assert coming.position is not None
         files = {
@@ -270,7 +269,7 @@ class CheckpointWriter:
         except (CapacityError, TierError) as error:
             with suppress(OSError):
                 (coming.folder / MANIFEST).unlink(missing_ok=True)
-            if self._ranks.world_size == 1:  # units of other ranks may lie in their files, which NFS would take away
+            if self._ranks.world_size == 1:  # units of other ranks may lie in their files, which would vanish on NFS
                 self._remove(coming.folder)
             if coming.required:
                 raise
@@ -279,7 +278,7 @@ class CheckpointWriter:
         self._make_newest(coming.folder, trusted)
 
     def _make_newest(self, folder: Path, trusted: bool) -> None:
-        """Where that fails, it is a checkpoint all the same. Older ones go if it is `trusted`."""
+        """Point the link to a whole checkpoint, and remove older ones if it is `trusted`. Notices tell of failures."""
         try:
             folders.point_latest_to(folder)
         except OSError as error:
@@ -291,7 +290,7 @@ class CheckpointWriter:
             self._notice(f"checkpoints before {folder.name} can't be removed: {error}")
 
     def _remove(self, folder: Path) -> None:
-        """Remove what was written of a checkpoint that will not be."""
+        """Remove the files of a checkpoint that was given up."""
         with suppress(OSError, UnreadableError):
             if self._ranks.rank != 0:
                 (folder / rank_file(self._ranks.rank)).unlink(missing_ok=True)
@@ -319,13 +318,13 @@ class _Coming:
     required: bool
     position: Position | None = None
     layout: Layout | None = None
-    """With the number of updates of each parameter, as the step has left it."""
+    """With the number of updates of each parameter after the step."""
     small_files: Iterable[tuple[str, bytes]] = ()
-    """(name, content) of the files beside the ranks', on rank 0."""
+    """(name, content) of the files beside those of the ranks, on rank 0."""
 
 
 def stored_unit(unit: Unit) -> StoredUnit:
-    """A unit of the engine as the manifest has it."""
+    """A unit of the engine, in the words of the manifest."""
     flats = []
     for flat in unit.flats:
         layout = flat.layout

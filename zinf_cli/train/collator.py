@@ -1,4 +1,4 @@
-"""Windows of a text to the tensors that a model's own loss takes."""
+"""Makes the tensors that a model's own loss takes from windows of a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of a text, and its place in the run (or in the held-out text), which decides what is random in it."""
+    """A window of a text, and its place in the run (or in the held-out text), from which its random numbers follow."""
 
     window: int
     place: int
@@ -27,19 +27,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward computes on. An empty share is the first window, with no target."""
+    """The inputs of one forward. An empty micro-batch is the first window without targets."""
 
     input_ids: torch.Tensor
     """int64 [sequences, seq_len]."""
     labels: torch.Tensor
-    """int64 [sequences, seq_len]; -100 where there is no loss. Without any target they are the tokens themselves, as a
-    mean over nothing is NaN, and the loss is weighed with 0."""
+    """int64 [sequences, seq_len], -100 where there is no loss. Without any target these are the tokens, and the loss
+    has weight 0: a mean over nothing would be NaN."""
     num_targets: int
     """Labels that the loss averages over."""
     index: int
-    """Its place among all micro-batches of the step, over ranks."""
+    """Its number among the micro-batches of the step, of all ranks."""
     attention_mask: torch.Tensor | None = None
-    """int64 [sequences, seq_len], 0 where a source is filled up; None: there is nothing to hide."""
+    """int64 [sequences, seq_len], 0 where a source is padded. None if nothing is."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Collator:
         return Batch(input_ids, labels, num_targets, index, *attention)
 
     def has_targets(self, stream: Stream) -> bool:
-        """Whether any window has a label that is compared with something."""
+        """Whether any window has a label that the loss uses."""
         if isinstance(stream, PairStream) or stream.loss_mask is None:
             return True
-        first = 0 if self.objective is Objective.MASKED_TOKENS else 1  # nothing comes before the first to predict it
+        first = 0 if self.objective is Objective.MASKED_TOKENS else 1  # nothing predicts the first token
         windows = stream.num_windows(self.seq_len)
         at_once = max(1, _BLOCK // self.seq_len)
         for start in range(0, windows, at_once):

@@ -1,4 +1,4 @@
-"""Python files that come with a checkpoint are never run: what needs them is refused, what does not ignores them."""
+"""Refuses what needs the Python files of a checkpoint, since these are never run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Error = TypeVar("_Error", bound=ZinfError)
 
 
 def names_custom_code(directory: Path, name: str) -> bool:
-    """Whether the JSON file says, as `auto_map`, that classes are to be taken from Python files beside it."""
+    """Whether the JSON file names classes in Python files beside it (`auto_map`)."""
     with suppress(OSError, ValueError, RecursionError):
         document = json.loads((directory / name).read_bytes())
         return isinstance(document, dict) and bool(document.get("auto_map"))

@@ -1,4 +1,4 @@
-"""Text to one stream of tokens, tokenised once for all ranks and runs."""
+"""Makes one stream of tokens of a text. It is tokenised once for all ranks and runs."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class TextSource:
-    """What a recipe says of a text."""
+    """A text, as a recipe describes it."""
 
     paths: tuple[Path, ...]
     text_field: str = "text"
     messages_field: str | None = None
     tokenizer: Path | None = None
     pair_fields: tuple[str, str] | None = None
-    """Instead of text: the fields of a source and its target, for an encoder-decoder."""
+    """The fields of a source and its target for an encoder-decoder, instead of text."""
 
 
 def open_token_stream(
     source: TextSource, cache_dir: Path, notice: Callable[[str], None] = lambda line: None
 ) -> TokenStream:
-    """The tokens of a text, from the cache where it has them whole; `notice` is told where it has them damaged.
+    """The tokens of a text, from the cache if it has them whole. `notice` is told if it has them damaged.
 
-    Several processes may start at once, one tokenises.
+    If several processes start at once, one of them tokenises.
     """
     files = find_files(source.paths)
     if source.tokenizer is None and kind_of(files[0]) != ".npy":
@@ -69,7 +69,7 @@ def open_token_stream(
 
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
-    """What decides the tokens: the files as they are now, the fields, the tokenizer."""
+    """A key of all that the tokens follow from: the files as they are now, the fields, the tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
@@ -79,7 +79,7 @@ def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the kernel lets go of it when the process dies."""
+    """Hold an exclusive lock. The kernel releases it if the process dies."""
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -89,7 +89,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _kept(entry: Path, notice: Callable[[str], None] = lambda line: None) -> TokenStream | None:
-    """The tokens of an entry that is whole; `notice` is told of one that is there and is not."""
+    """The tokens of a cache entry, if it is whole. `notice` is told if it is damaged."""
     if not entry.exists():
         return None
     try:
@@ -100,7 +100,7 @@ def _kept(entry: Path, notice: Callable[[str], None] = lambda line: None) -> Tok
 
 
 def _build(source: TextSource, files: Sequence[Path], entry: Path) -> TokenStream:
-    """Write the cache entry beside its place and rename it: it exists whole or not at all."""
+    """Write the cache entry under another name, then rename it: it exists whole or not at all."""
     building = entry.with_suffix(".building")
     for leftover in (building, entry):
         _remove(leftover)
@@ -130,7 +130,7 @@ def _remove(path: Path) -> None:
 
 
 def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
-    """Blocks of tokens, with their loss masks for chats. A file may be empty, but not one that was named."""
+    """Blocks of tokens, with loss masks for chats. A file in a folder may be empty; a file that was named may not."""
     blocks_of = _array_blocks if kind_of(files[0]) == ".npy" else _text_blocks(source)
     for file in files:
         empty = True
@@ -173,7 +173,7 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
 
 
 def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
-    """Chats in which there is nothing to train on, with the roles that there are."""
+    """The error for chats without anything to train on. It names the roles that they have."""
     roles = Counter(str(message["role"]) for document in _documents(file, source) for message in document.content)
     if not roles[ANSWERS]:
         found = ", ".join(f"{role} ({count})" for role, count in roles.most_common(8))

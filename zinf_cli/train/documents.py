@@ -1,6 +1,6 @@
-"""Documents from files: .txt, .jsonl (both also .gz), .parquet, with the place of each for errors.
+"""Reads documents from files: .txt, .jsonl (both also .gz) and .parquet. Each has its place, for errors.
 
-Whatever the bytes of a file are, there are documents or a DatasetError.
+Whatever the bytes of a file are, the result is documents or a DatasetError.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from zinf_cli.train.text_files import is_packed, kind_of
 PIECE = 1 << 20
 """Characters of a .txt file that are tokenised together."""
 LONGEST_PIECE = 1 << 24
-"""Bytes of a line of a .txt file that are taken at once; a longer line is cut."""
+"""Bytes of a line of a .txt file that are read at once. A longer line is cut."""
 LONGEST_RECORD = 1 << 28
-"""Bytes of a line of a .jsonl file."""
+"""Most bytes of a line of a .jsonl file."""
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -32,25 +32,25 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 _MARK = "\ufeff"
-"""A byte order mark, decoded. Where files were joined, one stands in the middle."""
+"""A byte order mark, decoded. If files were joined, one may stand in the middle."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a piece of one (`ends` says whether it is the last), or chat messages."""
+    """A text, or a piece of one, or chat messages. `ends` says if it is the last piece."""
 
     where: str
     content: Any
     """str, or a list of {role, content}."""
     ends: bool = True
     beside: Mapping[str, Any] = field(default_factory=dict)
-    """Other fields of the record."""
+    """Other fields of the record, by name."""
 
 
 def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterator[Document]:
-    """The documents of one text file, none of an empty one.
+    """The documents of one text file. An empty file has none.
 
-    `field` names what a record holds, `beside` what else of it is wanted.
+    `field` is the field of a record to read, `beside` are the other fields that are wanted.
     """
     kind = kind_of(path)
     try:
@@ -65,7 +65,7 @@ def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterat
 
 
 def _text_pieces(path: Path) -> Iterator[Document]:
-    """A .txt file is one document, cut at line ends so that memory stays bounded."""
+    """The document of a .txt file, cut at line ends so that memory stays bounded."""
     piece: list[str] = []
     size, where = 0, str(path)
     for number, line in _lines(path, LONGEST_PIECE):
@@ -87,7 +87,7 @@ def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Docum
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
-        except (ValueError, RecursionError) as error:  # a number of too many digits; brackets in brackets
+        except (ValueError, RecursionError) as error:  # a number with too many digits; too many brackets in brackets
             raise DatasetError(f"not usable JSON: {_first_line(error)}", where=where) from error
         if not isinstance(record, dict) or field not in record:
             raise _no_field(field, record, where)
@@ -123,7 +123,7 @@ def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Doc
 def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[int, str]]:
     """(number, text) of every line, its end included as \\n.
 
-    A line of more than `longest` bytes comes in pieces, or is refused where it has to be `whole`.
+    A line of more than `longest` bytes comes in pieces. If lines have to be `whole`, it is refused.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, begins = 1, True

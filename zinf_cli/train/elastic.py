@@ -1,6 +1,7 @@
-"""torchrun's elastic launcher, which is told who takes part, and where, instead of finding out.
+"""Runs torchrun's elastic launcher, and tells it who takes part, and where.
 
-Its own rendezvous listen on every interface; one of them, c10d, also unpickles what it finds there.
+torchrun's own rendezvous are not used: they listen on every interface, and one of them, c10d, also unpickles what it
+receives.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from zinf_cli.engine import meeting
 
 _BACKEND = "zinf"
 _PATIENCE = timedelta(minutes=15)
-"""For the agents of all hosts to be there."""
+"""How long an agent waits for the agents of all hosts."""
 
 
 def launch_ranks(part: Mapping[str, Any], function: Callable[..., None], *arguments: Any) -> None:
     """Fork this host's ranks and wait until they end.
 
-    `part` is what the host has of the run: so many "ranks", its "number" among so many "hosts" and, of several, the
-    "meeting" (meeting.py). ChildFailedError, which is torch's, if a rank fails.
+    `part` is this host's part of the run: the number of its "ranks", its "number" among the "hosts" and, with several
+    hosts, the "meeting" (meeting.py). torch's ChildFailedError if a rank fails.
     """
     handler = _Told(part)
     rendezvous_handler_registry.register(_BACKEND, lambda parameters: handler)
@@ -49,7 +50,7 @@ def launch_ranks(part: Mapping[str, Any], function: Callable[..., None], *argume
 
 
 class _Told(RendezvousHandler):
-    """Who takes part is known; the agents agree on ranks, and on the end, by the store that the ranks use too."""
+    """A rendezvous that knows who takes part. Agents agree on ranks, and on the end, by the store that ranks use."""
 
     def __init__(self, part: Mapping[str, Any]) -> None:
         self._part = part
@@ -61,7 +62,7 @@ class _Told(RendezvousHandler):
             meeting.prepare_here()
         else:
             self._server = meeting.prepare_across(told, serve=self._part["number"] == 0)
-        address = RendezvousStoreInfo("", 0)  # for MASTER_ADDR and MASTER_PORT, where nothing is
+        address = RendezvousStoreInfo("", 0)  # for MASTER_ADDR and MASTER_PORT: nothing listens there
         store = PrefixStore("agents", meeting.store(_PATIENCE))
         return RendezvousInfo(store, self._part["number"], self._part["hosts"], address)
 
@@ -79,7 +80,7 @@ class _Told(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """Nobody comes later."""
+        """Do nothing: no host comes later."""
 
     def num_nodes_waiting(self) -> int:
         return 0

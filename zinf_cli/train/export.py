@@ -1,8 +1,8 @@
-"""A checkpoint of a run as an ordinary Hugging Face checkpoint: config, tokenizer, sharded safetensors with an index.
+"""Exports a checkpoint as an ordinary Hugging Face checkpoint: config, tokenizer, sharded safetensors with an index.
 
-Weights leave unit by unit: read, cast, put back under the names and into the shapes they are published in by
-transformers' own conversions (weights.py goes the other way), written to their place in a shard. So memory follows the
-largest unit. Names and shapes are known beforehand: the same conversions run on the meta device first.
+Weights are exported one unit at a time. They are read and cast; transformers' own conversions give them the names and
+shapes in which they are published (weights.py goes the other way); then they are written to their place in a shard. So
+memory is that of the largest unit. The same conversions first run on the meta device, to find all names and shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from zinf_cli.train.model_files import CONFIG
 from zinf_cli.train.weights import tied_names
 
 MAX_SHARD = 5 * 10**9
-"""Bytes of a shard, unless a single tensor has more."""
+"""Most bytes of a shard, unless a single tensor has more."""
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -43,7 +43,7 @@ _Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written; `num_bytes` of weights."""
+    """What an export has written. `num_bytes` are those of the weights."""
 
     checkpoint: Path
     folder: Path
@@ -56,9 +56,9 @@ class Exported:
 def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHARD) -> Exported:
     """Write the newest checkpoint of a run, or the checkpoint at `path`, to the new folder `out`.
 
-    Parameters are written as `dtype`, whatever the run computed in: what was trained is fp32 in a checkpoint, and what
-    the model's class keeps in fp32 stays so.
-    UsageError where `out` is in use, DamagedError where the checkpoint is not as it was written (and no `out`).
+    Parameters are written as `dtype`, whatever the run computed in: a checkpoint has trained parameters in fp32. Those
+    that the model's class keeps in fp32 stay fp32. UsageError if `out` is in use. DamagedError if the checkpoint is
+    damaged; then there is no `out`.
     """
     folder = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -80,7 +80,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHAR
 
 
 class _Weights:
-    """The weights of a checkpoint as they are published, a unit at a time, on the meta device or for real."""
+    """The weights of a checkpoint, with names and shapes as they are published, one unit at a time."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.reader = CheckpointReader(folder)
@@ -95,12 +95,12 @@ class _Weights:
         }
 
     def on_meta(self) -> Iterator[_Tensors]:
-        """Every tensor's name, shape and dtype."""
+        """All tensors on the meta device: their names, shapes and dtypes."""
         shapes = self.reader.shapes
         return self._groups(lambda name: torch.empty(shapes[name], dtype=self._dtypes[name], device="meta"))
 
     def read(self) -> Iterator[_Tensors]:
-        """The tensors; those of a unit are let go of before the next one is read."""
+        """All tensors. Those of a unit are freed before the next unit is read."""
         return self._groups(lambda name: self.reader.param(name).to(self._dtypes[name]))
 
     def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
@@ -121,14 +121,14 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A safetensors file of known tensors that are written in any order."""
+    """A safetensors file of known tensors. They may be written in any order."""
 
     path: Path
     tensors: Mapping[str, torch.Tensor]
     """On the meta device."""
 
     def offsets(self) -> dict[str, tuple[int, int]]:
-        """(first, last) byte of each tensor after the header; wide types first, so that each is aligned to its own."""
+        """(first, last) byte of each tensor after the header. Wide types come first, so that each tensor is aligned."""
         offsets, start = {}, 0
         for name, tensor in sorted(self.tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
             offsets[name] = (start, start + tensor.nbytes)
@@ -136,7 +136,7 @@ class _Shard:
         return offsets
 
     def begin(self) -> int:
-        """Write the header; its length."""
+        """Write the header. Returns its length."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         for name, offsets in self.offsets().items():
             tensor = self.tensors[name]
@@ -148,7 +148,7 @@ class _Shard:
 
 
 def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, int]:
-    """(bytes, number of shards), with an index where there are several."""
+    """Write the shards, with an index if there are several. Returns (bytes, number of shards)."""
     tensors = {name: tensor for group in weights.on_meta() for name, tensor in group.items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard)
     places: dict[str, tuple[Path, int]] = {}
@@ -171,7 +171,7 @@ def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, in
 
 
 def _write_model_files(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> None:
-    """The configuration, with the dtype of the weights, the tokenizer, and whatever else the model's folder had."""
+    """Write the configuration, with the dtype of the weights, and all other files of the model's folder."""
     manifest = reader.manifest
     for name in manifest.files:
         if name != MANIFEST and not name.endswith(".safetensors"):

@@ -1,4 +1,4 @@
-"""The training loop of one rank, from the recipe and the plan in the run's folder to its last step."""
+"""The training loop of one rank. It begins with the recipe and the plan in the run's folder."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from zinf_cli.train.stragglers import straggler_of
 
 
 def train(run_dir: Path) -> int:
-    """Run the recipe of `run_dir`; 0 when it is done or was asked to stop."""
+    """Run the recipe of `run_dir`. Returns 0 when it is done, or has stopped because the user asked for it."""
     recipe = load_recipe(run_dir / RECIPE)
     plan = Plan.load(run_dir / PLAN)
     device = _device(plan)
@@ -92,7 +92,7 @@ def _device(plan: Plan) -> torch.device:
 
 
 def note(line: str) -> None:
-    """Say something to the user, if the log takes it: the launcher shows what rank 0 notes."""
+    """Tell the user something, if there is room in the log. The launcher shows the notes of rank 0."""
     with suppress(OSError):
         print(f"note: {line}", file=sys.stderr, flush=True)
 
@@ -113,7 +113,7 @@ class Run:
     start: Start
 
     def go(self) -> None:
-        """Every step, with evaluations and checkpoints where the recipe asks for them."""
+        """Run every step, with the evaluations and checkpoints that the recipe asks for."""
         self._writer = self._checkpoints()
         try:
             self._go()
@@ -172,7 +172,7 @@ class Run:
         )
 
     def _position(self, step: int) -> Position:
-        """Where the run stands after `step` steps, whose lines are in metrics.jsonl already, and on the drive now."""
+        """Where the run stands after `step` steps, whose lines of metrics.jsonl are then on the drive."""
         if self.metrics is not None:
             self.metrics.sync()
         scale = self._loss_scale
@@ -229,7 +229,7 @@ class Run:
     def _line(
         self, step: int, sequences: int, lr: float, loss: float, result: StepResult, start: float
     ) -> dict[str, Any]:
-        """What metrics.jsonl says of a step that began at `start`."""
+        """The line of metrics.jsonl for a step that began at `start`."""
         waits = self.ranks.all(round(result.wait_s * 1e6))
         tokens = sequences * self.recipe.train.seq_len
         seconds = time.perf_counter() - start
@@ -251,9 +251,9 @@ class Run:
         }
 
     def _skipped(self, step: int, windows: Sequence[int], lr: float, start: float) -> dict[str, Any]:
-        """A step in which no token has a loss: nothing is updated, not by the weight decay either, or counted."""
+        """Skip a step in which no token has a loss. Nothing is updated, not by weight decay either, or counted."""
         note(f"skipped step {step + 1}: no token has a loss {_windows(windows)}")
-        self.engine.flush()  # fetches for this step are on their way
+        self.engine.flush()  # fetches for this step are under way
         return {
             "step": step + 1,
             "skipped": True,
@@ -266,7 +266,7 @@ class Run:
         }
 
     def _micro_batches(self, stream: Stream, samples: Sequence[Sample]) -> list[Batch]:
-        """This rank's share of a global batch."""
+        """The micro-batches of this rank's share of a global batch."""
         shares = deal(samples, self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size)
         first = self.ranks.rank * len(shares)
         return [self.text.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
@@ -277,7 +277,7 @@ class Run:
         return MicroBatch(partial(model_loss, self.model, *(tensor.to(self.device) for tensor in given)), weight, seed)
 
     def _evaluate(self) -> float:
-        """Mean loss over the held-out windows, all ranks together."""
+        """The mean loss over the held-out windows, of all ranks together."""
         assert self.text.held_out is not None
         windows = self.text.held_out.num_windows(self.recipe.train.seq_len)
         size = self.recipe.train.micro_batch_size
@@ -313,7 +313,7 @@ class Run:
         return read, written
 
     def _memory(self) -> dict[str, int]:
-        """Peaks of this rank in the step, and what went to and from its drives."""
+        """This rank's peaks of memory in the step, and its traffic to and from drives."""
         read, write = self._traffic()
         before, self._moved = self._moved, (read, write)
         values = {
@@ -338,6 +338,6 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _windows(windows: Sequence[int]) -> str:
-    """Of the text, as an error names them."""
+    """Windows of the text, in words for an error."""
     shown = ", ".join(str(window) for window in windows[:8])
     return f"(windows {shown}{', ...' if len(windows) > 8 else ''})"

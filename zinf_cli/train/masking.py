@@ -1,4 +1,4 @@
-"""Masked language modelling: which tokens of a sequence are hidden, and behind what (BERT, section 3.1)."""
+"""Masked language modelling: chooses the tokens of a sequence to hide, and what to put there (BERT, section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from zinf_cli.train.token_stream import MASKED
 
 CHOSEN = 0.15
-"""Of the tokens that are not special: these are predicted."""
+"""The share of tokens that are chosen, among those that are not special. The model predicts these."""
 HIDDEN, RANDOM = 0.8, 0.1
-"""Of the chosen: behind the mask token, or behind any other one; the rest is left to be seen."""
+"""Shares of the chosen tokens: hidden by the mask token, or replaced by a random token. The rest stay as they are."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Draws as transformers' DataCollatorForLanguageModeling does, but from (seed, place of the sequence in the run):
-    a sequence is masked in the same way on whatever rank, in whatever micro-batch, after a resume."""
+    """Masks sequences as transformers' DataCollatorForLanguageModeling does, but from (seed, place of the sequence in
+    the run). So a sequence is masked in the same way on any rank, in any micro-batch and after a resume."""
 
     mask_token: int
     special: np.ndarray[Any, np.dtype[np.int64]]
     """Tokens that are never chosen."""
     num_tokens: int
-    """A random token is below this."""
+    """Random tokens are below this number."""
     seed: int
 
     def apply(self, input_ids: torch.Tensor, labels: torch.Tensor, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, labels) with some hidden, and labels for these alone; all int64 [seq_len]."""
+        """(input_ids, labels), int64 [seq_len]: with some tokens masked, and labels only for the chosen ones."""
         draw = np.random.Generator(np.random.PCG64([self.seed, place, 1]))
         ids = input_ids.numpy()
         chosen = (draw.random(ids.shape) < CHOSEN) & ~np.isin(ids, self.special) & (labels.numpy() != MASKED)
