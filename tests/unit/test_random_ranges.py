@@ -30,7 +30,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded, "_PIECE", 32)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, *(KEPT_IN_FP32.keys() - CONFIGS.keys())])
+@pytest.mark.parametrize("name", [*CONFIGS, *sorted(KEPT_IN_FP32.keys() - CONFIGS.keys() - {"deepseek_v4"})])
 def test_parts_are_the_whole(name: str) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
