@@ -1,10 +1,10 @@
-"""The checkpoints of a run: where they lie, which are there, which is the newest; and how one appears and goes.
+"""Finds, adds and removes the checkpoints of a run.
 
-A checkpoint exists when its manifest does. The manifest is written beside its name, synced and renamed when everything
-else is on the drive, and it is the first thing to go when a checkpoint is removed. So a crash at any moment leaves
-whole checkpoints, and folders without a manifest, which are nothing.
+A checkpoint exists if its manifest exists. When all else is on the drive, the manifest is written under another name,
+synced and renamed. When a checkpoint is removed, its manifest is removed first. So a crash at any moment leaves whole
+checkpoints, and folders without a manifest, which count as nothing.
 
-What is removed is what a run wrote (own_files.py): checkpoints/ may hold a user's folders and files as well.
+Only files that a run wrote are ever removed (own_files.py): checkpoints/ may hold a user's files as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER, LATEST = "checkpoints", "latest"
 _STEP = re.compile(r"step-(\d{8,})")
 _DAMAGED = "damaged-"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
-"""What file systems answer that have no symbolic links."""
+"""Error numbers of file systems that have no symbolic links."""
 _SET_ASIDE = re.compile(rf"{_DAMAGED}{_STEP.pattern}(-\d+)?")
 
 
@@ -36,7 +36,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint's folder is named by; -1 where it is not named so."""
+    """The step in the name of a checkpoint's folder. -1 if its name has none."""
     named = _STEP.fullmatch(folder.name)
     return int(named[1]) if named else -1
 
@@ -47,7 +47,7 @@ def steps_done(folder: Path) -> int:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """UnreadableError where that can't be known."""
+    """Whether `folder` is a checkpoint. UnreadableError if the drive does not tell."""
     return exists(folder / MANIFEST)
 
 
@@ -62,20 +62,23 @@ def set_aside_in(run_dir: Path) -> list[Path]:
 
 
 def made_by_runs(run_dir: Path) -> list[Path]:
-    """All that runs have put into checkpoints/, whole or damaged, and the link to the newest."""
+    """All that runs have put into checkpoints/, whole or damaged, with the link to the newest."""
     link = run_dir / FOLDER / LATEST
     return _step_folders(run_dir) + set_aside_in(run_dir) + [link] * _is_latest(link)
 
 
 def remains_of(run_dir: Path) -> list[Path]:
-    """What a killed run left of checkpoints: folders without a manifest, a link that was to be renamed."""
+    """What a killed run has left of checkpoints: folders without a manifest, and a link before it is renamed."""
     half = [folder for folder in _step_folders(run_dir) if not is_checkpoint(folder) and not folder.is_symlink()]
     link = run_dir / FOLDER / f"{LATEST}{PARTIAL}"
     return [folder for folder in half if own_files(folder) or not names_in(folder)] + [link] * _is_latest(link)
 
 
 def remove_remains(run_dir: Path) -> list[Path]:
-    """Remove what is nothing, while no run is at work in `run_dir`; what is not a run's stays and is returned."""
+    """Remove the remains of checkpoints, while no run is at work in `run_dir`.
+
+    Returns the files that stay, since no run wrote them.
+    """
     left = []
     for path in remains_of(run_dir):
         left += remove_remain(path)
@@ -88,7 +91,7 @@ def remove_remains(run_dir: Path) -> list[Path]:
 
 
 def remove_remain(path: Path) -> list[Path]:
-    """Remove one of `remains_of`; what is not a run's stays and is returned."""
+    """Remove one of `remains_of`. Returns the files that stay, since no run wrote them."""
     if path.is_dir() and not path.is_symlink():
         return remove(path)
     path.unlink(missing_ok=True)
@@ -96,13 +99,13 @@ def remove_remain(path: Path) -> list[Path]:
 
 
 def kept_back(paths: Sequence[Path]) -> str:
-    """A line for the user of what was not removed with checkpoints."""
+    """A line for the user about files that were not removed with checkpoints."""
     names = ", ".join(str(path) for path in paths[:8])
     return f"not removed, since zinf did not write it: {names}{', ...' if len(paths) > 8 else ''}"
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run in it; CheckpointError where there is none."""
+    """The checkpoint at `path`, or the newest of the run at `path`. CheckpointError if there is none."""
     if is_checkpoint(path):
         return path.resolve()
     found = checkpoints_of(path)
@@ -118,9 +121,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def checkpoints_to_resume(output_dir: Path, resume: str | Path) -> list[Path]:
-    """What checkpoint.resume ("auto", "never" or a path) means for a run in `output_dir`: tried in this order.
+    """The checkpoints to try, in this order, for checkpoint.resume ("auto", "never" or a path) of a run.
 
-    auto falls back to older ones, a path does not. CheckpointError where there is none at a path.
+    With auto, older checkpoints follow the newest; a path is the only one. CheckpointError if it has no checkpoint.
     """
     if isinstance(resume, Path):
         return [find_checkpoint(resume)]
@@ -128,7 +131,7 @@ def checkpoints_to_resume(output_dir: Path, resume: str | Path) -> list[Path]:
 
 
 def begin(folder: Path) -> None:
-    """A folder for a new checkpoint; one of the same name is removed first."""
+    """Make a folder for a new checkpoint. An older one of the same name is removed first."""
     if folder.is_symlink() or folder.is_file():
         what = "link" if folder.is_symlink() else "file"
         raise CheckpointError(
@@ -139,12 +142,12 @@ def begin(folder: Path) -> None:
 
 
 def announce(folder: Path, names: Sequence[str]) -> None:
-    """Say what is written into `folder` from now on, so that it can be told from what others put there."""
+    """Note the names that a run is going to write into `folder`, to tell them from files of others."""
     write_durably(folder / UNFINISHED, json.dumps({"files": names}))
 
 
 def commit(folder: Path, manifest: bytes) -> None:
-    """Make the checkpoint exist: everything else in `folder` is on the drive."""
+    """Make the checkpoint exist, by its manifest. All else in `folder` is on the drive before."""
     write_durably(folder / MANIFEST, manifest)
     with suppress(OSError):
         (folder / UNFINISHED).unlink(missing_ok=True)
@@ -153,13 +156,13 @@ def commit(folder: Path, manifest: bytes) -> None:
 
 
 def point_latest(run_dir: Path) -> None:
-    """Let the link `latest` lead to the newest checkpoint."""
+    """Point the link `latest` to the newest checkpoint."""
     for newest in checkpoints_of(run_dir)[:1]:
         point_latest_to(newest)
 
 
 def point_latest_to(folder: Path) -> None:
-    """Let the link `latest` lead to a checkpoint, unless a user (or a copy of the run) has its place."""
+    """Point the link `latest` to a checkpoint, unless a file or folder has that name (as in a copy of the run)."""
     link = folder.parent / LATEST
     if os.path.lexists(link) and not _is_latest(link):
         return
@@ -177,7 +180,7 @@ def point_latest_to(folder: Path) -> None:
 
 
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
-    """Rename checkpoints that are not whole, so that they are neither resumed from nor kept instead of whole ones."""
+    """Rename damaged checkpoints, so that no run resumes from them, or keeps them instead of whole ones."""
     for folder in damaged:
         aside, number = folder.with_name(f"{_DAMAGED}{folder.name}"), 1
         while os.path.lexists(aside):
@@ -189,9 +192,9 @@ def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
 
 
 def keep_latest(newest: Path, count: int) -> list[Path]:
-    """Remove all but the `count` newest checkpoints up to `newest`; what is not a run's stays and is returned.
+    """Remove all but the `count` newest checkpoints up to `newest`. Returns files that stay, since no run wrote them.
 
-    Later ones are of an earlier life of the run, which could not read them; they count for nothing.
+    Checkpoints after `newest` are left by an earlier life of the run, which could not read them. They do not count.
     """
     left = []
     run_dir = newest.parent.parent
@@ -203,7 +206,7 @@ def keep_latest(newest: Path, count: int) -> list[Path]:
 
 
 def _is_latest(link: Path) -> bool:
-    """Whether it is the link that a run makes."""
+    """Whether `link` is one that a run makes."""
     return link.is_symlink() and _STEP.fullmatch(Path(os.readlink(link)).name) is not None  # noqa: PTH115
 
 
@@ -212,6 +215,6 @@ def _step_folders(run_dir: Path) -> list[Path]:
 
 
 def _folders(run_dir: Path, named: re.Pattern[str]) -> list[Path]:
-    """Folders in checkpoints/ and links to such; a file of such a name is a user's."""
+    """Folders in checkpoints/ with such names, and links to folders. A file with such a name is a user's."""
     paths = [run_dir / FOLDER / name for name in names_in(run_dir / FOLDER) if named.fullmatch(name)]
     return [path for path in paths if is_folder(path)]

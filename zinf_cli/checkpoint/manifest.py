@@ -6,10 +6,10 @@
       config.json, tokenizer... what makes the folder a model for `model.name_or_path`, chat templates in a folder
       manifest.json             written last: without it there is no checkpoint
 
-A rank's file is an ordinary safetensors file whose header is padded with spaces so that data starts on a page. Slices
-are whole pages long, so each field of each flat of a unit is a *region* of the file that O_DIRECT can write: its place
-is known before the first byte is written, the regions can be filled in any order, and a tier's extent can be such a
-region. The second flat of a kind (parameters that stay fp32 in a 16-bit model) has regions "param.1" and so on.
+A rank's file is an ordinary safetensors file. Its header is padded with spaces, so that data starts on a page. Slices
+are whole pages long, so each field of each flat of a unit is a *region* of the file that O_DIRECT can write. The place
+of a region is known before the first byte is written, regions may be filled in any order, and a region may be an extent
+of a tier. The second flat of a kind (parameters that stay fp32 in a 16-bit model) has regions "param.1" and so on.
 
 Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut into PIECE bytes from its start. The manifest
 begins with the checksum of the rest of itself.
@@ -36,9 +36,9 @@ from zinf_cli.model_state import ADAMW, FROZEN, ITEM_BYTES, PIECE, round_up
 VERSION = 1
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
-"""The only folder in a model's, as transformers has it."""
+"""The only folder in the folder of a model, as transformers writes it."""
 UNFINISHED = "manifest.json.partial"
-"""Beside it, while a checkpoint is written or removed: "files" names what in the folder is the run's."""
+"""A file that exists while a checkpoint is written or removed. Its "files" are those that are the run's."""
 _HEAD, _DIGITS = b'{"xxh3": "', 16
 
 
@@ -48,14 +48,14 @@ class StoredParam:
 
     name: str
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """The shape of the whole parameter."""
     offset: int
     updates: int
     """How often it has been updated."""
     first: int = 0
-    """Element of the parameter with which this begins: it may be a tile of a larger one (engine/units/tiles.py)."""
+    """The parameter's element with which this begins: it may be a tile of the parameter (engine/units/tiles.py)."""
     count: int | None = None
-    """Elements of it that are here; None: all."""
+    """How many elements of the parameter are here. None: all."""
 
     @property
     def numel(self) -> int:
@@ -67,13 +67,13 @@ class StoredFlat:
     """Parameters side by side, padded to `numel` elements and cut into world_size equal slices."""
 
     dtype: str
-    """Of the parameters, as safetensors writes it: F32; of a frozen flat, as the model computes with them."""
+    """The dtype of the parameters in the words of safetensors: F32; in a frozen flat, that of the model."""
     trainable: bool
     numel: int
     params: tuple[StoredParam, ...]
     fields: Mapping[str, str]
-    """What is stored of it (model_state.py), the parameters first, with the dtype of each. A manifest does not say it
-    where it is what AdamW keeps, or nothing but frozen parameters."""
+    """The fields that are stored (model_state.py) with their dtypes, the parameters first. A manifest leaves them
+    out if they are AdamW's, or if all parameters are frozen."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class StoredUnit:
 
 @dataclass(frozen=True)
 class Region:
-    """One field of one flat in the file of every rank: a flat tensor of `numel` elements, whole pages long."""
+    """One field of one flat in the file of every rank: a 1-D tensor of `numel` elements, whole pages long."""
 
     unit: str
     flat: int
-    """By its place in the unit."""
+    """The flat's number in the unit."""
     field: str
     name: str
     dtype: str
@@ -107,7 +107,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the bytes of a rank's file lie; the same for every rank."""
+    """The places of the bytes in a rank's file. They are the same for every rank."""
 
     units: tuple[StoredUnit, ...]
     world_size: int
@@ -128,7 +128,7 @@ class Layout:
 
     @cached_property
     def header(self) -> bytes:
-        """The safetensors header with its length in front, padded to whole pages."""
+        """The safetensors header, with its length in front, padded to whole pages."""
         entries: dict[str, Any] = {"__metadata__": {"zinf": f"a slice of every unit, see {MANIFEST}"}}
         for region in self.regions:
             offsets = [region.start, region.start + region.num_bytes]
@@ -139,12 +139,12 @@ class Layout:
 
     @property
     def num_bytes(self) -> int:
-        """Size of a rank's file."""
+        """The size of a rank's file."""
         return len(self.header) + sum(region.num_bytes for region in self.regions)
 
     @cached_property
     def pieces(self) -> tuple[tuple[int, int], ...]:
-        """(offset in the file, length) of what has a checksum of its own."""
+        """(offset in the file, length) of each piece, which has a checksum of its own."""
         pieces = [(0, len(self.header))]
         for region in self.regions:
             start = len(self.header) + region.start
@@ -153,7 +153,7 @@ class Layout:
 
     @cached_property
     def first_piece(self) -> Mapping[tuple[str, int, str], int]:
-        """Number of the first piece of a region, by its key."""
+        """The number of the first piece of each region, by the region's key."""
         first, number = {}, 1
         for region in self.regions:
             first[region.key] = number
@@ -170,7 +170,7 @@ def cut(num_bytes: int) -> list[tuple[int, int]]:
 class StoredFile:
     num_bytes: int
     xxh3: tuple[str, ...]
-    """Of its pieces, in order: 16 hexadecimal digits each."""
+    """The checksums of its pieces, in order, each with 16 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +181,16 @@ class Manifest:
     world_size: int
     precision: str
     sequences: int
-    """Sequences consumed so far: where in the text the run is."""
+    """How many sequences the run has taken so far: its place in the text."""
     text: str
-    """Fingerprint of the tokens, so that the place means the same."""
+    """The fingerprint of the tokens, without which that place has no meaning."""
     loss_scale: tuple[float, int] | None
     """fp16: the scale, and the finite steps since it last changed."""
     units: tuple[StoredUnit, ...]
     files: Mapping[str, StoredFile]
     recipe: Mapping[str, Any]
-    """As the run's recipe.yaml has it. Its seed and the step give every random number to come: generators start
-    anew in every micro-batch."""
+    """The run's recipe. Its seed and the step give every random number to come, since generators start anew in every
+    micro-batch."""
     version: int = field(default=VERSION, kw_only=True)
 
     @cached_property
@@ -223,9 +223,9 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """The manifest of a checkpoint; DamagedError where there is none, or not as it was written.
+        """The manifest of a checkpoint. DamagedError if there is none, or if it is not as it was written.
 
-        UnreadableError where the drive does not give it, CheckpointError where another version of zinf wrote it.
+        UnreadableError if the drive does not give it. CheckpointError if another version of zinf wrote it.
         """
         path = folder / MANIFEST
         try:

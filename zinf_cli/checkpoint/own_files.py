@@ -1,4 +1,4 @@
-"""What a run wrote into a checkpoint's folder, and how it goes. All else in there is a user's and stays."""
+"""Finds and removes what a run wrote into a checkpoint's folder. All else in the folder is a user's, and stays."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def own_files(folder: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> list[Path]:
-    """Remove a checkpoint, or what is left of one; what is not a run's stays, in its folder, and is returned.
+    """Remove a checkpoint, or what is left of one. Returns the files that stay in its folder, since no run wrote them.
 
-    The manifest is the first to go, since without one there is no checkpoint; as long as files that it lists are there
-    it stays under another name. A link is a user's: neither it nor what it leads to is touched; so is a file.
+    The manifest is renamed first, since without it there is no checkpoint. Under its other name it stays as long as
+    files that it lists exist. A link or a file is a user's: neither it, nor what it leads to, is touched.
     """
     if folder.is_symlink() or folder.is_file():
         return []
@@ -55,7 +55,7 @@ def remove(folder: Path) -> list[Path]:
 
 
 def _listed(manifest: Path) -> set[str]:
-    """The files a manifest names, also one whose checksum is another by now."""
+    """The files that a manifest lists, even if its checksum is wrong."""
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         return set(json.loads(manifest.read_bytes())["files"])
     return set()

@@ -1,8 +1,8 @@
-"""Reading what was written once and checked: a drive or a network may answer wrong once and right the next time.
+"""Reads with patience: a drive or a network may answer wrong once and right the next time.
 
-Short reads go on where they stopped. An I/O error or content that is not what was written is read again, past the page
-cache, before anyone judges. What is then still other content is damage; what the drive does not give says nothing of
-what is on it.
+A short read goes on where it stopped. After an I/O error, or if content is not as it was written, the bytes are read
+again, past the page cache. If the content is then still different, it is damaged. If the drive still gives nothing,
+that says nothing about what is on it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _T = TypeVar("_T")
 
 
 def patiently(call: Callable[[], _T], path: Path) -> _T:
-    """What `call` returns; called again where an error may pass. UnreadableError of `path` where it does not.
+    """What `call` returns. It is called again while an error may pass; if it does not, UnreadableError names `path`.
 
-    That there is no such file is an answer, and raised as it is.
+    The error that there is no such file is an answer, and is raised as it is.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -47,7 +47,7 @@ def unreadable(path: Path, error: OSError) -> UnreadableError:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a name; UnreadableError where that can't be known."""
+    """Whether `path` exists. UnreadableError if the drive does not tell."""
     try:
         patiently(path.stat, path)
     except (FileNotFoundError, NotADirectoryError):
@@ -56,7 +56,7 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder, or a link to one; UnreadableError where that can't be known."""
+    """Whether `path` is a folder, or a link to one. UnreadableError if the drive does not tell."""
     try:
         return stat.S_ISDIR(patiently(path.stat, path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -64,7 +64,7 @@ def is_folder(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What is in a folder, sorted; nothing where there is none. UnreadableError where that can't be known."""
+    """The names in a folder, sorted; none if there is no folder. UnreadableError if the drive does not tell."""
     try:
         return sorted(patiently(lambda: os.listdir(folder), folder))  # noqa: PTH208
     except (FileNotFoundError, NotADirectoryError):
@@ -72,17 +72,17 @@ def names_in(folder: Path) -> list[str]:
 
 
 def read_checked(descriptor: int, into: memoryview, offset: int, xxh3: str, path: Path) -> bool:
-    """Read len(into) bytes of a file from `offset` on; whether they are, at last, those of the checksum."""
+    """Read len(into) bytes of a file from `offset` on. False if they don't match the checksum, however often read."""
     for _ in range(ATTEMPTS):
         read = patiently(lambda: _read(descriptor, into, offset), path)
-        os.posix_fadvise(descriptor, offset, len(into), os.POSIX_FADV_DONTNEED)  # if read again, then from the drive
+        os.posix_fadvise(descriptor, offset, len(into), os.POSIX_FADV_DONTNEED)  # another read comes from the drive
         if read == len(into) and f"{checksum(into):016x}" == xxh3:
             return True
     return False
 
 
 def read_whole(path: Path, is_right: Callable[[bytes], bool]) -> bytes | None:
-    """A small file; None where its content is not right however often it is read."""
+    """The content of a small file. None if it is not right, however often it is read."""
     for _ in range(ATTEMPTS):
         content = patiently(lambda: _read_file(path), path)
         if is_right(content):
@@ -91,7 +91,7 @@ def read_whole(path: Path, is_right: Callable[[bytes], bool]) -> bytes | None:
 
 
 def _read(descriptor: int, into: memoryview, offset: int) -> int:
-    """Bytes read: all, but at the end of the file."""
+    """Fill `into`. Returns the bytes read, which are fewer only at the end of the file."""
     done = 0
     while done < len(into) and (count := os.preadv(descriptor, [into[done:]], offset + done)):
         done += count

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is as it was written: every byte of it is read and every checksum compared."""
+"""Checks that a checkpoint is as it was written: reads every byte and compares every checksum."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Verdict:
-    """One file of a checkpoint."""
+    """What a check has found about one file of a checkpoint."""
 
     name: str
     num_bytes: int
     problem: str | None
-    """None: it is whole."""
+    """What is wrong; None if the file is whole."""
     damaged: bool = False
-    """It is not as it was written; otherwise a problem says nothing of what is on the drive."""
+    """Whether the file is not as it was written. If not, a problem says nothing about what is on the drive."""
 
 
 def verify(folder: Path) -> list[Verdict]:
-    """A verdict on every file, the manifest's first; memory is a few pieces."""
+    """A verdict on every file, that on the manifest first. It takes memory of a few pieces."""
     path = folder / MANIFEST
     try:
         manifest = Manifest.load(folder)
@@ -47,7 +47,7 @@ def verify(folder: Path) -> list[Verdict]:
 
 
 def size_problem(folder: Path, manifest: Manifest, name: str) -> str | None:
-    """What a look at its size says of a file; None when it is as long as it was written."""
+    """What is wrong with the size of a file; None if it is as long as it was written."""
     written, path = manifest.files[name].num_bytes, folder / name
     try:
         size = patiently(path.stat, path).st_size
@@ -57,7 +57,7 @@ def size_problem(folder: Path, manifest: Manifest, name: str) -> str | None:
 
 
 def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
-    """A small file of a checkpoint; DamagedError where it is not as it was written."""
+    """The content of a small file of a checkpoint. DamagedError if it is not as it was written."""
     content = bytearray(manifest.files[name].num_bytes)
     problem = size_problem(folder, manifest, name) or next(_damage(folder, manifest, name, memoryview(content)), None)
     if problem is not None:
@@ -70,7 +70,7 @@ def damage_of(number: int, offset: int, length: int) -> str:
 
 
 def _damage(folder: Path, manifest: Manifest, name: str, into: memoryview | None = None) -> Iterator[str]:
-    """What is wrong with the pieces of a file, which are read `into` memory for all of it, where it is given."""
+    """What is wrong with the pieces of a file. They are read `into` that memory for the whole file, if it is given."""
     expected, pieces, path = manifest.files[name].xxh3, manifest.pieces_of(name), folder / name
     descriptor = patiently(lambda: os.open(path, os.O_RDONLY), path)
     try:

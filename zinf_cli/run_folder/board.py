@@ -1,4 +1,4 @@
-"""TensorBoard's event file of a run. Each step is in it when `add` returns: no thread of its own, nothing to flush."""
+"""Writes TensorBoard's event file of a run. A step is in the file when `add` returns: no thread, nothing to flush."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 class Board:
-    """A new event file in `folder`; OSError where it can't be written.
+    """A new event file in `folder`. OSError if it can't be written.
 
-    A run that goes on after `step` has TensorBoard forget what a crashed run said of later steps.
+    If a run goes on after `step`, TensorBoard forgets what a crashed run has written of later steps.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -30,7 +30,7 @@ class Board:
             raise
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """The point of each curve at `step`."""
+        """Write the point of each curve at `step`."""
         self._write(step=step, summary={"value": [{"tag": tag, "simple_value": at} for tag, at in values.items()]})
 
     def close(self) -> None:

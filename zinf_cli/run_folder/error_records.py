@@ -1,4 +1,4 @@
-"""Why ranks failed: each records its own error as it ends, or its guard does; the launcher reads them."""
+"""Records of why ranks failed. A rank, or its guard, writes one as it ends; the launcher reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zinf_cli.run_folder.names import error_file, files_of_ranks
 
 _RECORD_BYTES = 2**16
 _MOST_SAID = 2**12
-"""Characters of a traceback in a record on a full drive. In JSON each takes 6 bytes at most."""
+"""Characters of a traceback that a record on a full drive has. In JSON, each takes at most 6 bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class ErrorRecord:
     """The fields of an error (errors.py)."""
     traceback: str = ""
     secondary: bool = False
-    """Caused by a peer: by its loss, or by an error that the peer records itself."""
+    """Whether a peer has caused it: by its loss, or by an error that the peer records itself."""
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
 
 class ErrorPlace:
-    """Where a rank's record goes, with room for it from the start: a full drive is one of the reasons to fail."""
+    """The place of a rank's record. It takes its room at the start, since a full drive is a reason to fail."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self._path = run_dir / error_file(rank)
         self._reserved = reserve(self._path.parent, _RECORD_BYTES)
 
     def write(self, record: ErrorRecord) -> None:
-        """Whole or not at all, since the launcher may be reading."""
+        """Write the record, whole or not at all: the launcher may be reading."""
         try:
             write_durably(self._path, _as_json(record))
         except OSError:
@@ -57,7 +57,7 @@ def _as_json(record: ErrorRecord) -> str:
 
 
 def errors_in(run_dir: Path) -> list[dict[str, Any]]:
-    """The records that can be read: a full drive, or a mirror of it, may hold half of one."""
+    """The records that can be read. A full drive, or a mirror of it, may hold half of one, which is left out."""
     found = []
     for file in files_of_ranks(run_dir, "error"):
         with suppress(OSError, ValueError):
@@ -71,6 +71,6 @@ def any_recorded(run_dir: Path) -> bool:
 
 
 def forget_errors(run_dir: Path) -> None:
-    """Remove what the ranks of an earlier run recorded in the same folder."""
+    """Remove the records of an earlier run in the same folder."""
     for file in files_of_ranks(run_dir, "error"):
         file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The folder of a run (output_dir): locked while a launch lasts, what an earlier run left set aside."""
+"""Locks the folder of a run (output_dir) for a launch, and sets aside what an earlier run has left in it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from zinf_cli.run_folder.names import PLAN, RECIPE, RUN_FILES, set_aside
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Have the run's folder for this launch alone. What a launch decides by what is in there, it decides from here on.
+    """Hold the run's folder for this launch alone. A launch decides nothing by the folder's content before it holds it.
 
-    PreflightError where another launch has it, or it can't be made or written. A folder in which nothing was done goes
-    again.
+    PreflightError if another launch holds it, or it can't be made or written. A new folder that stays empty is removed
+    at the end.
     """
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     lock = None
@@ -63,9 +63,9 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], None]) -> Iterator[Path]:
-    """The run's folder, with recipe.yaml and plan.json in it; files of an earlier run set aside. It is locked.
+    """The run's folder, which is locked, with recipe.yaml and plan.json in it. Files of an earlier run are set aside.
 
-    Where the ranks run `here`, the drives are tried as well.
+    If the ranks run `here`, the drives are tried as well.
     """
     run_dir = recipe.output_dir
     try:
@@ -83,7 +83,7 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], N
 
 
 def _remove_marks(run_dir: Path) -> None:
-    """Of launches (runner.py) that were killed: the folder is locked, so none of them is at work."""
+    """Remove the marks of killed launches (runner.py). The folder is locked, so no other launch is at work."""
     for mark in marks_in(run_dir):
         mark.unlink(missing_ok=True)
 
@@ -95,7 +95,7 @@ def _cant_write(run_dir: Path, error: OSError) -> PreflightError:
 
 
 def _check_nvme(plan: Plan, run_dir: Path) -> None:
-    """That files can be created there. Folders made for it go again: a run's are made by its supervisor (mirror.py)."""
+    """Check that files can be made on the drives. Folders made for that are removed: the supervisor makes its own."""
     made = MadeFolders(run_dir)
     try:
         for folder in map(Path, plan.nvme_folders):
@@ -113,10 +113,10 @@ def _check_nvme(plan: Plan, run_dir: Path) -> None:
 
 
 def _set_aside(run_dir: Path, resume: str | None) -> None:
-    """Move what an earlier run left into earlier/N, so that nothing is lost and nothing is mixed.
+    """Move what an earlier run has left into earlier/N, so that nothing is lost or mixed.
 
-    A run that goes on from a checkpoint of its own keeps its files, but for checkpoints of later steps. What else lies
-    in checkpoints/ is a user's, and stays.
+    A run that goes on from a checkpoint of its own keeps its files, without checkpoints of later steps. All else in
+    checkpoints/ is the user's, and stays.
     """
     if resume is not None and (run_dir / CHECKPOINTS).resolve() in Path(resume).resolve().parents:
         step = steps_done(Path(resume))

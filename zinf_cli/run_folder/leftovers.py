@@ -1,4 +1,4 @@
-"""What a killed run leaves in its folder. Its files on drives have no name and are gone with it."""
+"""Finds and removes what a killed run leaves in its folder. Its nameless files on drives vanish with it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _MARK = re.compile(r"\.[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or a folder that nobody will use again; of a folder, what a run wrote into it."""
+    """A file or a folder that nobody uses any more. Of a folder, only what a run wrote into it counts."""
 
     run_dir: Path
     path: Path
     what: str
     num_bytes: int
     keep: bool = False
-    """It stays unless the user says otherwise."""
+    """Whether it stays, unless the user says otherwise."""
 
 
 def leftovers_of(path: Path, damaged: bool = False) -> list[Leftover]:
-    """Of the run in `path`, or of every run in it; a run that is alive has none.
+    """The leftovers of the run in `path`, or of every run in that folder. A run that is alive has none.
 
-    Checkpoints that were set aside as damaged stay. With `damaged` each of them is read again, and goes as well, unless
-    it is whole or its drive does not give it.
+    Checkpoints that were set aside as damaged stay. With `damaged` each of them is read again. It is removed, too,
+    unless it is whole or its drive does not give it.
     """
     if not path.is_dir():
         raise UsageError("no such folder", where=str(path))
@@ -60,7 +60,7 @@ def leftovers_of(path: Path, damaged: bool = False) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> list[Path]:
-    """Remove it, unless a run has begun in its folder meanwhile; what is not a run's stays and is returned."""
+    """Remove it, unless a run has begun in its folder meanwhile. Returns the files that stay: no run wrote them."""
     with _held(leftover.run_dir) as idle:
         still = [*remains_of(leftover.run_dir), *set_aside_in(leftover.run_dir), *_files(leftover.run_dir)]
         if idle and leftover.path in still:
@@ -75,7 +75,7 @@ def remove(leftover: Leftover) -> list[Path]:
 
 
 def marks_in(run_dir: Path) -> list[Path]:
-    """Of launches that began here: empty files with their ids (runner.py)."""
+    """The marks of launches: empty files named by their ids (runner.py)."""
     marks = [run_dir / name for name in names_in(run_dir) if _MARK.fullmatch(name)]
     return [mark for mark in marks if mark.is_file() and mark.stat().st_size == 0]
 
@@ -112,7 +112,7 @@ def _set_aside(run_dir: Path, folder: Path, damaged: bool) -> Leftover:
 
 
 def _files(run_dir: Path) -> list[Path]:
-    """Files of a run that is over, which nobody will read."""
+    """Files of a run that has ended, which nobody reads any more."""
     names = [*names_in(run_dir), *(f"{LOGS}/{name}" for name in names_in(run_dir / LOGS))]
     paths = [run_dir / name for name in names if _is_being_written(Path(name).name)]
     return [path for path in paths if path.is_file() or path.is_symlink()] + marks_in(run_dir)
@@ -123,19 +123,19 @@ def _is_being_written(name: str) -> bool:
 
 
 def _nvme(run_dir: Path) -> Path:
-    """Where the drives' files are, which have no name, where a recipe says no other place."""
+    """The folder for nameless files on drives, unless a recipe names another."""
     return run_dir / "nvme"
 
 
 def _size(path: Path) -> int:
-    """Bytes on the drive."""
+    """Bytes that it takes on the drive."""
     files = own_files(path) if path.is_dir() and not path.is_symlink() else [path]
     return sum(file.lstat().st_blocks * 512 for file in files)
 
 
 @contextmanager
 def _held(run_dir: Path) -> Iterator[bool]:
-    """Whether no run is at work in the folder; none begins while this lasts."""
+    """Whether no run is at work in the folder. No run can begin inside this context."""
     lock = os.open(run_dir, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

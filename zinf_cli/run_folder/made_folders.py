@@ -1,7 +1,7 @@
-"""Folders that a run makes on drives, and that go again however it ends; a folder that was there before stays.
+"""Makes the folders of a run on drives, and removes them however it ends. A folder that was there before stays.
 
-Which ones were made stands in a record beside the run. Whoever made them holds the record locked; where nobody does, he
-was killed, and the next run, or zinf clean, takes over. Standard library only, as supervisor.py.
+A record beside the run lists them. The process that made them holds a lock on the record. If nobody holds it, that
+process was killed, and the next run, or zinf clean, removes the folders. Standard library only, as supervisor.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class MadeFolders:
-    """Those of the run in `run_dir` on this host."""
+    """The folders that this process makes for the run in `run_dir`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._record = run_dir / f"{_prefix()}{uuid.uuid4().hex}"
@@ -24,25 +24,25 @@ class MadeFolders:
         self._made: list[Path] = []
 
     def make(self, folder: Path) -> None:
-        """With its parents; OSError."""
+        """Make a folder with its parents. OSError if that fails."""
         absent = missing(folder)
         if absent:
             self._note([*self._made, *absent])
         for part in absent:
-            with contextlib.suppress(FileExistsError):  # made by another since then, and not ours
+            with contextlib.suppress(FileExistsError):  # another process has made it meanwhile
                 part.mkdir()
                 self._made.append(part)
         folder.mkdir(parents=True, exist_ok=True)
 
     def take_over(self) -> None:
-        """What killed runs made in this place is ours to remove."""
+        """Take over the folders that killed runs have made here, to remove them."""
         for record, folders in abandoned_in(self._record.parent):
             self._made += folders
             self._note(self._made)
             record.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Those that are empty, and the record."""
+        """Remove the folders that are empty, and the record."""
         remove_empty(self._made)
         if self._lock is not None:
             with contextlib.suppress(OSError):
@@ -61,12 +61,12 @@ class MadeFolders:
 
 
 def missing(folder: Path) -> list[Path]:
-    """The folder and those above it, as far as they are not there; the highest first."""
+    """The folder and its parents, as far as they do not exist. The highest comes first."""
     return [part for part in (folder, *folder.parents) if not os.path.lexists(part)][::-1]
 
 
 def abandoned_in(run_dir: Path) -> list[tuple[Path, list[Path]]]:
-    """(record, folders) of those on this host that made folders for the run and were killed."""
+    """(record, folders) of processes on this host that have made folders for the run and were killed."""
     found = []
     for record in sorted(run_dir.glob(f"{_prefix()}*")):
         with contextlib.suppress(OSError):
@@ -80,14 +80,14 @@ def abandoned_in(run_dir: Path) -> list[tuple[Path, list[Path]]]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """The last first: it lies in those before it."""
+    """Remove the folders that are empty. The last comes first, since it lies in those before it."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError, ValueError):  # a damaged record may name anything
             folder.rmdir()
 
 
 def _read(descriptor: int) -> list[Path]:
-    """What a record says; nothing where a power cut emptied it."""
+    """The folders in a record. The list is empty if a power cut has emptied it."""
     try:
         names = json.loads(os.pread(descriptor, 1 << 20, 0))
     except ValueError:

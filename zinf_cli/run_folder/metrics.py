@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one object a step. Rank 0 writes it as the step ends, the launcher follows."""
+"""metrics.jsonl and TensorBoard: one object a step. Rank 0 writes it when the step ends, and the launcher follows."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NUMBERS = (
     "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "wait_s", "updated_in_backward",
     "device_bytes", "cpu_bytes", "nvme_bytes", "nvme_read_bytes", "nvme_write_bytes",
 )  # fmt: skip
-"""What every step's line has, as a number."""
+"""The numbers that every step's line has."""
 _MOST_PENDING = 64 * 2**20
-"""Bytes of lines that wait for room on a full drive."""
+"""Most bytes of lines that wait for room on a full drive."""
 
 
 class Metrics:
-    """Appends to `run_dir`/metrics.jsonl, every line at once; every `interval` steps to TensorBoard.
+    """Appends every line at once to `run_dir`/metrics.jsonl, and every `interval` steps to TensorBoard.
 
-    A run that goes on after `step` keeps the lines up to there: what a crashed run wrote of later steps comes again.
-    Training does not end for want of a line: what the drive does not take is written later, and `notice` told.
-    TierError where the file can't be begun.
+    A run that goes on after `step` keeps the lines up to there. Lines of a crashed run about later steps are dropped:
+    these steps come again. A full drive does not end training: lines that it does not take are written later, and
+    `notice` is told. TierError if the file can't be begun.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Metrics:
             self._on_board(lambda: self._open_board(run_dir, step))
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line; `values` has "step". What is not finite becomes null, since JSON has no word for it."""
+        """Write one line. `values` has "step". Numbers that are not finite become null: JSON has no word for them."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         self._flush()
@@ -66,7 +66,7 @@ class Metrics:
             self._on_board(lambda: board.add(scalars, values["step"]))
 
     def sync(self) -> None:
-        """Return when every line is on the drive, if it takes them."""
+        """Return when every line is on the drive, as far as the drive takes them."""
         self._flush()
         self._try(lambda: os.fsync(self._file))
 
@@ -86,7 +86,7 @@ class Metrics:
             self._pending = self._pending[os.write(self._file, self._pending) :]
 
     def _try(self, call: Callable[[], object]) -> bool:
-        """Whether the drive did it; the first time that it does not is said."""
+        """Whether `call` succeeded. A notice tells of the first time that the drive fails."""
         try:
             call()
         except OSError as error:
@@ -110,7 +110,7 @@ class Metrics:
 
 
 def _lines_until(step: int, path: Path) -> tuple[list[bytes], int]:
-    """(the lines up to `step`, how many others are damaged); a killed run may have left half of one at the end.
+    """(the lines up to `step`, the number of damaged lines). The end of the file may be half a line of a killed run.
 
     A power cut may have left anything.
     """
@@ -124,7 +124,7 @@ def _lines_until(step: int, path: Path) -> tuple[list[bytes], int]:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line; None where it is not one that a run has written."""
+    """The step of a line. None if no run has written such a line."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -147,7 +147,7 @@ class Watch:
     show: Callable[[dict[str, Any]], None]
     lines: list[dict[str, Any]] = field(default_factory=list)
     first_step: int | None = None
-    """Steps up to here were done by a run before; None while the ranks have not said so."""
+    """The last step of the run before this one. None as long as the ranks have not said it."""
     _offset: int = 0
 
     def poll(self) -> None:

@@ -1,8 +1,8 @@
-"""A run's folder on one host, and how much of it the launcher has already.
+"""Holds a run's folder on one host, and mirrors it to the launcher.
 
-What ranks append to their logs, metrics and event files is sent to the launcher as it comes, so that the launcher's
-folder has it all even if the host is lost a moment later. Where the launcher sees the same folder (this machine, a
-shared file system) there is nothing to send. Standard library only, as supervisor.py.
+What ranks append to their logs, metrics and event files is sent to the launcher at once. So the launcher has it all,
+even if the host is lost a moment later. If the launcher sees the same folder (this machine, a shared file system),
+nothing is sent. Standard library only, as supervisor.py.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from zinf_cli.run_folder.made_folders import MadeFolders, missing, remove_empty
 from zinf_cli.run_folder.names import LOGS, METRICS, RUN_FILES, TENSORBOARD, set_aside
 
 _MARK = ".launch"
-"""In a folder that is mirrored: the launch it belongs to."""
+"""A file in a mirrored folder that names its launch."""
 _RENAMED = re.compile(r"(start|error-\d+)\.json")
-"""In logs/: what a rank writes under another name, and may be killed before it has renamed it (durable.py)."""
+"""Files in logs/ that a rank writes under another name (durable.py). It may be killed before it renames them."""
 _CHUNK_BYTES = 1 << 18
 _PARTS = (LOGS, TENSORBOARD, "")
-"""Folders of the run's folder that are mirrored; of the last, itself, only metrics.jsonl."""
+"""Folders in the run's folder that are mirrored. The last is the run's folder itself: of it, only metrics.jsonl is."""
 
 
 class RunFolder:
-    """The folder `path` of the launch `launch_id`; `nvme` are its folders on drives."""
+    """The folder `path` of the run of a launch. `nvme` are its folders on drives."""
 
     def __init__(self, path: str, nvme: Sequence[str], launch_id: str) -> None:
         self.path = Path(path)
         self.mirrored = False
         """Whether the launcher sees another folder than this one."""
         self.behind = False
-        """Whether the last call of `news` left something out."""
+        """Whether the last call of `news` has left something out."""
         self._nvme = [Path(folder) for folder in nvme]
         self._launch_id = launch_id
         self._sent: dict[str, int] = {}
@@ -43,12 +43,12 @@ class RunFolder:
         self._lock: int | None = None
         self._made = MadeFolders(self.path)
         self._own: list[Path] = []
-        """Of a mirror: the folder itself and those above it, as far as they were made for a launch."""
+        """The mirrored folder and its parents, as far as they were made for a launch."""
 
     def open(self, files: Mapping[str, str]) -> None:
-        """Lock the folder and write `files` into it, unless the launcher sees it; OSError if another run has it.
+        """Lock the folder, and write `files` into it unless it is the launcher's. OSError if another run has it.
 
-        The launcher marks its own folder with the launch's id.
+        The launcher's own folder has a mark with the launch's id.
         """
         try:
             self._open(files)
@@ -78,9 +78,10 @@ class RunFolder:
             self._made.make(folder)
 
     def _claim(self, made: list[Path]) -> None:
-        """Mark the folder as this launch's; what another left in it goes to earlier/N, neither mixed nor lost.
+        """Mark the folder as this launch's. What another launch has left in it is moved to earlier/N.
 
-        The mark also tells which folders were made for a launch: by this one, by it before it was cut off, by another.
+        The mark also lists the folders that were made for a launch: by this one, maybe before it was cut off, or by
+        another.
         """
         mark = self.path / _MARK
         owner, *before = mark.read_text(encoding="utf-8", errors="replace").split("\n") if mark.exists() else [""]
@@ -92,7 +93,7 @@ class RunFolder:
         mark.write_text("\n".join([self._launch_id, *map(str, self._own)]), encoding="utf-8")
 
     def news(self) -> Iterator[tuple[str, int, bytes]]:
-        """(name, offset, bytes) of what was appended since the last call, at most a chunk of each file."""
+        """(name, offset, bytes) of what was appended since the last call: at most a chunk of each file."""
         self.behind = False
         for name in self._names():
             offset = self._sent.get(name, 0)
@@ -106,17 +107,17 @@ class RunFolder:
                     yield name, offset, data
 
     def remove(self) -> None:
-        """Give the folder up; of what was delivered, and what the launcher has too, nothing stays."""
+        """Give the folder up. In a mirrored folder, remove what the launcher has sent and what it has received."""
         if self.mirrored:
             partials = (path.name for path in (self.path / LOGS).glob(f"*{PARTIAL}"))
             half = [f"{LOGS}/{name}" for name in partials if _RENAMED.fullmatch(final_name(name))]
             for name in (*self._delivered, *self._sent, METRICS, _MARK, *half):
-                with contextlib.suppress(OSError):  # what ended the run is to be told, not this
+                with contextlib.suppress(OSError):  # an error here would hide the one that ended the run
                     (self.path / name).unlink()
         self.leave()
 
     def leave(self) -> None:
-        """Give the folder up; empty ones that were made for this run go."""
+        """Give the folder up, and remove empty folders that were made for this run."""
         self._made.remove()
         if self.mirrored:
             remove_empty([*self._own, *(self.path / part for part in _PARTS if part)])

@@ -1,4 +1,4 @@
-"""The names of what lies in a run's folder. Standard library only, as supervisor.py, which takes this file along."""
+"""The names of files in a run's folder. Standard library only, as supervisor.py, which brings this file along."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 RECIPE, PLAN, METRICS, SUMMARY, TRACE = "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json"
 LOGS, TENSORBOARD = "logs", "tensorboard"
 RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, LOGS, TENSORBOARD)
-"""What a run leaves beside its checkpoints."""
+"""All that a run leaves, without its checkpoints."""
 START = f"{LOGS}/start.json"
 EARLIER = "earlier"
-"""Holds a numbered folder for each run that was here before."""
+"""A folder with a numbered folder for each earlier run."""
 
 
 def rank_log(rank: int) -> str:
-    """Both output streams of a rank."""
+    """The log of a rank: both of its output streams."""
     return f"{LOGS}/rank-{rank:05d}.log"
 
 
 def error_file(rank: int) -> str:
-    """Why a rank failed (error_records.py)."""
+    """The record of why a rank failed (error_records.py)."""
     return f"{LOGS}/error-{rank:05d}.json"
 
 
@@ -31,12 +31,12 @@ def rank_trace(rank: int) -> str:
 
 
 def files_of_ranks(run_dir: Path, kind: str) -> list[Path]:
-    """Those that are there, "error" or "trace", in the order of ranks."""
+    """The files of a kind ("error" or "trace") that exist, in the order of ranks."""
     return sorted((run_dir / LOGS).glob(f"{kind}-{'[0-9]' * 5}.json"))
 
 
 def set_aside(run_dir: Path, there: Sequence[Path]) -> None:
-    """Move what lies `there` in the run's folder into earlier/N, so that nothing is lost and nothing is mixed."""
+    """Move the paths `there` from the run's folder into earlier/N, so that nothing is lost or mixed."""
     if not there:
         return
     number = 1
@@ -55,7 +55,7 @@ def set_aside(run_dir: Path, there: Sequence[Path]) -> None:
 
 
 def _lead_to_its_drive(folder: Path, source: Path) -> None:
-    """Let `folder`, in earlier/N, be a link to source/earlier/N: checkpoints/ may lie on another drive."""
+    """Make `folder`, in earlier/N, a link to source/earlier/N: checkpoints/ may lie on another drive."""
     home = source.resolve() / EARLIER / folder.parent.name
     home.mkdir(parents=True)
     folder.rmdir()

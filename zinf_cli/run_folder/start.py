@@ -1,4 +1,4 @@
-"""Where a run begins: rank 0 says it when the state is loaded and metrics.jsonl is ready, the launcher reads it."""
+"""Tells the launcher where a run begins. Rank 0 writes it when the state is loaded and metrics.jsonl is ready."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zinf_cli.run_folder.names import START
 
 
 def announce(run_dir: Path, step: int, checkpoint: Path | None) -> None:
-    """The run begins after `step`, which is in `checkpoint`; TierError where that can't be written."""
+    """Tell that the run begins after `step`, the state in `checkpoint`. TierError if that can't be written."""
     start = {"step": step, "checkpoint": str(checkpoint) if checkpoint else None}
     try:
         write_durably(run_dir / START, json.dumps(start))
@@ -21,7 +21,7 @@ def announce(run_dir: Path, step: int, checkpoint: Path | None) -> None:
 
 
 def announced(run_dir: Path) -> int | None:
-    """The step a run begins after; None while the ranks have not said so."""
+    """The step after which a run begins. None as long as the ranks have not told it."""
     with suppress(OSError, ValueError):  # not there yet, or not whole
         step: int = json.loads((run_dir / START).read_text())["step"]
         return step
@@ -29,5 +29,5 @@ def announced(run_dir: Path) -> int | None:
 
 
 def forget(run_dir: Path) -> None:
-    """What an earlier run said."""
+    """Remove what an earlier run has told."""
     (run_dir / START).unlink(missing_ok=True)
