@@ -1,8 +1,8 @@
-"""A transformers model without its weights: parameters on the meta device, buffers real.
+"""Builds a transformers model without its weights: parameters on the meta device, buffers real.
 
-The engine fills the parameters group by group (see train/weights.py), so a model never has to fit in memory.
-Buffers are small and many belong to no checkpoint (rotary frequencies, position ids): the model's own
-`__init__` computes them, here, on the CPU.
+The engine fills the parameters group by group (train/weights.py), so a model never has to fit in memory. Buffers are
+small, and many are in no checkpoint (rotary frequencies, position ids). So the model's own `__init__` computes them
+here, on the CPU.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TRAINABLE = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model to train and where its weights come from: `name_or_path` or else `config`."""
+    """The model to train, and where its weights come from: `name_or_path`, or else `config`."""
 
     name_or_path: Path | None
     """A Hugging Face checkpoint directory."""
@@ -55,18 +55,18 @@ class ModelSource:
     """A transformers configuration, `model_type` included."""
     init: Literal["pretrained", "random"]
     seed: int
-    """Of the random weights, and of buffers that a model draws."""
+    """The seed of random weights, and of buffers that a model draws."""
 
 
 def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in train mode: parameters of `dtype` on the meta device, tied ones one object.
 
-    What the class keeps in fp32 is fp32, as from_pretrained(dtype=...) makes it; whoever needs a parameter's dtype asks
-    the parameter.
+    Parameters that the class keeps in fp32 are fp32, as from_pretrained(dtype=...) makes them. So code that needs a
+    parameter's dtype has to ask the parameter.
 
-    The class is the configuration's own `architectures`, or else the causal, sequence-to-sequence or masked
-    language model of its type. Buffers are real, on the CPU. KV caches are off, since they would outlive a
-    unit's forward. Raises ModelError.
+    The class is that of the configuration's `architectures`, or else the causal, sequence-to-sequence or masked
+    language model of its type. Buffers are real, on the CPU. KV caches are off, since they would outlive a unit's
+    forward. Raises ModelError.
     """
     where = _where(source)
     model_class, config = load_class(source)
@@ -78,7 +78,7 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
             model = model_class._from_config(config, dtype=dtype)
         if dtype != torch.float32:
             _compute_buffers(model, source.seed)
-    except Exception as error:  # a model's __init__ is foreign code and raises what it likes
+    except Exception as error:  # a model's __init__ is foreign code and may raise anything
         raise ModelError(f"{model_class.__name__} can't be built: {_one_line(error)}", where=where) from error
     model.tie_weights()  # no_init_weights skipped it
     _keep_in_fp32(model, dtype)
@@ -94,7 +94,7 @@ _OF_MODULE = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 def refuse_made_of_weights(model: nn.Module, where: str | None = None) -> None:
-    """ModelError where a module's `__init__` has kept something of a parameter: a buffer, or a view of one.
+    """ModelError if a module's `__init__` has kept values of a parameter: as a buffer, or as a view.
 
     Its values are not there yet, and a view would not follow the parameter from slot to slot.
     """
@@ -110,7 +110,7 @@ def refuse_made_of_weights(model: nn.Module, where: str | None = None) -> None:
 
 
 def _compute_buffers(model: PreTrainedModel, seed: int) -> None:
-    """Compute the buffers of a model that was built in 16 bits again, in fp32, as from_pretrained does.
+    """Compute the buffers of a model that was built in 16 bits anew, in fp32, as from_pretrained does.
 
     Rounded values are right, and what was computed in 16 bits is not: rotary frequencies, say.
     """
@@ -127,10 +127,10 @@ def _compute_buffers(model: PreTrainedModel, seed: int) -> None:
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Make fp32 what the class wants to be so in a model of `dtype`: parameters, and buffers that a checkpoint has.
+    """Make those parameters and stored buffers fp32 that the class wants in fp32 in a model of `dtype`.
 
-    `_keep_in_fp32_modules_strict` counts in bf16 and fp16, `_keep_in_fp32_modules` in fp16 only. A tied parameter goes
-    by the name that it is stored under.
+    `_keep_in_fp32_modules_strict` counts in bf16 and fp16, `_keep_in_fp32_modules` in fp16 only. A tied parameter
+    counts by the name under which it is stored.
     """
     plan = model._get_dtype_plan(dtype)
     if not plan:
@@ -156,11 +156,11 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
-    """What the model's `__init__` gives the parameters `names`, float32 on the CPU; O(their bytes) of memory.
+    """The values that the model's `__init__` gives the parameters `names`: float32 on the CPU. It takes O(their bytes).
 
-    A parameter's name is not known when it is registered, its place in the order of registrations is: so the
-    model is built once to learn the places and once to keep what stands there. What modules above hold themselves is
-    kept too: a parametrization makes its parameters of one that its module had (weight_norm).
+    When a parameter is registered, its name is unknown, and only its place in the order of registrations is known. So
+    the model is built once to find the places, and once more to keep the parameters there. Parameters of the modules
+    above are kept, too: a parametrization makes its parameters of one that its module had (weight_norm).
     """
 
     def build(keep: Collection[int]) -> tuple[PreTrainedModel, list[tuple[nn.Module, nn.Parameter]]]:
@@ -169,7 +169,7 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
             return type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32), registered
 
     twin, registered = build(keep=())
-    order = [id(parameter) for _, parameter in registered]  # a tied one's first place counts
+    order = [id(parameter) for _, parameter in registered]  # of a tied parameter the first place counts
     places = {order.index(id(twin.get_parameter(name))) for name in names}
     above = {id(module) for name in names for module in _modules_above(twin, name)}
     twin, _ = build(keep=places | {place for place, (module, _) in enumerate(registered) if id(module) in above})
@@ -177,7 +177,7 @@ def parameters_as_built(model: PreTrainedModel, names: Sequence[str], seed: int)
 
 
 def _modules_above(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Those around the parameter `name`, from the model's root down."""
+    """The modules around the parameter `name`, from the model's root down."""
     module = model
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
@@ -185,7 +185,7 @@ def _modules_above(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def load_class(source: ModelSource) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class and its configuration, a new one at each call. Raises ModelError.
+    """The class and its configuration, which is a new object at each call. Raises ModelError.
 
     Of a model of several parts (text, vision) whose configuration names no class, that is the language model alone.
     """
@@ -201,7 +201,7 @@ def _where(source: ModelSource) -> str:
 
 
 def _load_config(source: ModelSource) -> PreTrainedConfig:
-    """The configuration as it was given."""
+    """The configuration as the user gives it."""
     if source.name_or_path is None:
         return _config_from_dict(source.config or {})
     where = str(source.name_or_path)
@@ -248,7 +248,7 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _settings_of(config_class: type[PreTrainedConfig]) -> set[str]:
-    """The keys that a configuration knows, old names and what its `__post_init__` looks for among the others too."""
+    """The keys that a configuration knows, with old names and those that its `__post_init__` reads from other keys."""
     known = {field.name for field in dataclasses.fields(config_class)}
     known |= {*dir(config_class), *config_class.attribute_map, *config_class.attribute_map.values()}
     with suppress(Exception):  # a few types have no default that their own checks let pass
@@ -283,7 +283,7 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
 
 
 def _language_models_beside(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
-    """Those of a text part that transformers lists under the whole model only (emu3_text_model, mllama_text_model)."""
+    """The classes of a text part (emu3_text_model, mllama_text_model), listed only under the whole model."""
     if config.base_config_key == "text_config":
         modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         for name, found in vars(modeling).items():
@@ -292,24 +292,24 @@ def _language_models_beside(config: PreTrainedConfig) -> Iterator[type[PreTraine
 
 
 def _one_line(error: Exception) -> str:
-    """What transformers says, without its list of some 500 known model types."""
+    """The message of transformers' error, without its list of some 500 known model types."""
     return " ".join(str(error).partition(". Should contain one of")[0].split())
 
 
 @contextmanager
 def _parameters_on_meta(keep: Collection[int] = ()) -> Iterator[list[tuple[nn.Module, nn.Parameter]]]:
-    """Every parameter registered inside goes to the meta device at once; buffers stay where they are made.
+    """A context in which parameters go to the meta device when they are registered. Buffers stay where they are.
 
-    Yields modules and their parameters in the order of registration; those at the positions `keep` stay real.
-    A torch.device("meta") context would take the buffers along. What `__init__` allocates for a parameter is
-    freed before the next one is made, and an untouched torch.empty costs no memory.
+    Yields modules and their parameters in the order of registration; those at the positions `keep` stay real. (Inside
+    torch.device("meta") buffers would be on the meta device, too.) The memory that `__init__` takes for a parameter is
+    freed before the next one is made, and a torch.empty that nothing touches costs no memory.
     """
     registered: list[tuple[nn.Module, nn.Parameter]] = []
     register = nn.Module.register_parameter
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None:
-            # One that lies on meta already may be tied to another name: keep the object.
+            # A parameter that is on meta already may be tied to another name: keep the object.
             if not param.is_meta and len(registered) not in keep:
                 param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
             registered.append((self, param))

@@ -1,7 +1,7 @@
-"""The small files that make a folder a model: its configuration, its tokenizer, and all else that is not its weights.
+"""Gives the small files of a model's folder: its configuration, its tokenizer, and all else that is not its weights.
 
-Whatever lies in the folder a model comes from and that training does not change goes along: processors, chat templates,
-how it generates, its licence, its own code (which is copied and never run).
+All files of the folder that a model comes from are copied, if training does not change them: processors, chat
+templates, settings for generation, the licence, the model's own code (which is never run).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zinf_cli.train.tokens import TOKENIZER_FILES
 
 CONFIG = "config.json"
 LARGEST = 128 * 2**20
-"""Bytes. The largest vocabularies have a third of it: a larger file in the folder is no part of the model."""
+"""Most bytes of such a file. The largest vocabularies have a third of it, so a larger file is no part of the model."""
 _LEFT_OUT = (
     # weights, in every format they are published in, and what describes them
     "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.keras",
@@ -31,11 +31,11 @@ _LEFT_OUT = (
     # hidden or unfinished
     ".*", "*.partial", "*.incomplete", "*.lock", "*~",
 )  # fmt: skip
-"""Of a model's folder, in small letters; CONFIG is written anew."""
+"""Files of a model's folder that are not copied, in small letters. CONFIG is written anew."""
 
 
 def config_of(source: ModelSource, model: nn.Module) -> str:
-    """config.json of a model from `build_model(source)`, naming its class."""
+    """The text of config.json for a model from `build_model(source)`. It names the model's class."""
     _, config = load_class(source)
     config.architectures = [type(model).__name__]
     return str(config.to_json_string())
@@ -44,9 +44,9 @@ def config_of(source: ModelSource, model: nn.Module) -> str:
 def model_files(
     source: ModelSource, model: nn.Module, tokenizer: Path | None, notice: Callable[[str], None]
 ) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files; `tokenizer` is a directory, where it is not that of the model.
+    """(name, content) of the files. `tokenizer` is a directory, if the tokenizer is not that of the model.
 
-    `notice` is told of a file that does not go along, since it is too large or can't be read (any more).
+    `notice` is told of a file that is left out because it is too large or can't be read.
     """
     yield CONFIG, config_of(source, model).encode()
     paths = dict(_paths(source.name_or_path, notice))
@@ -64,7 +64,7 @@ def model_files(
 
 
 def _paths(folder: Path | None, notice: Callable[[str], None]) -> Iterator[tuple[str, Path]]:
-    """(name in the folder, path) of what goes along with a model."""
+    """(name in the folder, path) of each file that is copied with a model."""
     if folder is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a model is trained to do, as its class has it: its labels, and which of them its own loss averages over.
+"""Finds what a model is trained to do, from its class: the labels, and which of them its own loss averages over.
 
     objective          input_ids      labels                          the loss at position t compares
     NEXT_TOKEN         the text       the text                        logits t with label t + 1
@@ -6,7 +6,7 @@
     MASKED_TOKENS      some masked    what was masked                 logits t with label t
     TARGET_OF_SOURCE   the source     the target                      logits t of the decoder with label t
 
-A micro-batch weighs as much as its targets, so that a step is the same however it is dealt; they are counted here.
+A micro-batch has the weight of its targets, so that a step is the same however it is dealt. They are counted here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GIVEN = {
     "WhisperForCausalLM",
     "XLMWithLMHeadModel",
 }
-"""Causal models that compare logits with the label of the same position: a test finds them in transformers' sources."""
+"""Causal models that compare logits with the label of the same position. A test finds them in transformers' sources."""
 
 REFUSED = {
     "GitForCausalLM": "predicts what follows the tokens of an image, which text has not",
@@ -65,11 +65,11 @@ _LANGUAGE_MODELS = {
     for name in (names if isinstance(names, tuple | list) else (names,))
 }
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
-"""Of the names of other language models."""
+"""Ends of the names of other language models."""
 
 
 class Objective(Enum):
-    """See the table above."""
+    """An objective: see the table above."""
 
     NEXT_TOKEN = auto()
     NEXT_TOKEN_GIVEN = auto()
@@ -77,13 +77,13 @@ class Objective(Enum):
     TARGET_OF_SOURCE = auto()
 
     def num_targets(self, labels: torch.Tensor) -> int:
-        """How many of `labels`, int64 [sequences, length], the loss averages over."""
+        """The number of `labels` (int64 [sequences, length]) that the loss averages over."""
         compared = labels[:, 1:] if self is Objective.NEXT_TOKEN else labels
         return int((compared != MASKED).sum())
 
 
 def check_language_model(model_class: type[PreTrainedModel], where: str) -> None:
-    """ModelError where the loss of `model_class` is not that of a language model: it would be trained on token ids."""
+    """ModelError if the loss of `model_class` is not that of a language model: it would be trained on token ids."""
     name = model_class.__name__
     if name in REFUSED:
         raise ModelError(f"{name} {REFUSED[name]}", where=where, hint="train a causal or a masked language model")
@@ -101,13 +101,13 @@ def check_language_model(model_class: type[PreTrainedModel], where: str) -> None
 _WANTS = (
     r"forward\(\) missing \d+ required|\b(specify|provide|pass|required|has to be not-None|(can't|cannot) be None)\b"
 )
-"""What a model says where an argument is missing: Python's own words, or those of its checks."""
+"""What an error says if an argument is missing: Python's own words, or those of a model's checks."""
 
 
 def wants_more_than_text(model: nn.Module, error: Exception) -> ModelError | None:
-    """What to raise for an `error` of its forward that asks for an argument which it was not given: pixel_values, bbox.
+    """The error to raise if `error`, from a model's forward, asks for a missing argument: pixel_values, bbox.
 
-    None for any other, whatever arguments it names.
+    None for any other error, even if it names arguments.
     """
     said = " ".join(str(error).split())
     if not re.search(_WANTS, said) or (isinstance(error, TypeError) and "forward() missing" not in said):
@@ -119,13 +119,13 @@ def wants_more_than_text(model: nn.Module, error: Exception) -> ModelError | Non
 
 
 def sees_both_ways(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration attends to what comes later: its type has a masked language model."""
+    """Whether a model of this configuration attends to later tokens: its type has a masked language model."""
     causal = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter is XLM's word
     return config.model_type in MASKED_LMS and not causal and not config.is_encoder_decoder
 
 
 def objective_of(model: nn.Module) -> Objective:
-    """By the class and the configuration of the model; ModelError where no loss of it trains a language model."""
+    """The objective of a model, from its class and configuration. ModelError if its loss trains no language model."""
     name = type(model).__name__
     config: Any = model.config
     if config.is_encoder_decoder:
@@ -141,7 +141,7 @@ def objective_of(model: nn.Module) -> Objective:
 
 
 def _sees_ahead(config: PreTrainedConfig) -> tuple[str, str] | None:
-    """The setting by which a causal model's attention is not causal, and the one that it needs."""
+    """If a causal model's attention is not causal: the setting that makes it so, and the setting that it needs."""
     if sees_both_ways(config) or (config.model_type == "bert-generation" and not config.is_decoder):
         return "is_decoder: false", "is_decoder: true"
     text = config.get_text_config()

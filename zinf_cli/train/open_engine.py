@@ -1,4 +1,4 @@
-"""From a recipe and its plan to an engine: the model with room for its state, and where its first weights come from."""
+"""Makes an engine of a recipe and its plan: the model with room for its state, and the source of its first weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
 def open_engine(
     recipe: Recipe, plan: Plan, device: torch.device, ranks: Ranks, trace: Trace, notice: Callable[[str], None]
 ) -> tuple[Engine, torch.nn.Module, WeightSource]:
-    """The model with room for its state on the plan's tiers, and where its first weights come from."""
+    """The model with room for its state on the plan's tiers, and the source of its first weights."""
     model = open_model(recipe, plan.precision)
     weights = TiledWeights(open_weights(model, model_source(recipe)), model)
     load_buffers(model, model_source(recipe))

@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names, as a kernel of the engine, which says what state it keeps."""
+"""The optimizer that a recipe names, as a kernel of the engine. The kernel says what state it keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zinf_cli.recipe.recipe import Optimizer
 
 
 def kernel_of(settings: Optimizer, lr: float) -> Kernel:
-    """For one step with this learning rate."""
+    """The kernel for one step with this learning rate."""
     return KERNELS[settings.name](settings, lr)
 
 
@@ -19,4 +19,4 @@ def _adamw(settings: Optimizer, lr: float) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {"adamw": _adamw}
-"""By `optimizer.name`."""
+"""The kernels by `optimizer.name`."""

@@ -1,7 +1,7 @@
-"""Pairs of a source and its target, for encoder-decoders: what one reads and what it is to write.
+"""Pairs of a source and its target, for encoder-decoders: what a model reads and what it has to write.
 
-They lie in a token stream one behind the other, source before target, with a loss on the targets alone; so a pair
-begins where the mask falls.
+They lie in a token stream one after another, each source before its target. Only targets have a loss, so a pair begins
+where the loss mask ends.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from zinf_cli.train.token_stream import MASKED, TokenStream
 
 _BLOCK = 1 << 24
-"""Tokens whose mask is looked at together."""
+"""How many tokens of the mask are read at once."""
 
 
 @dataclass(frozen=True)
 class PairStream:
-    """A row of a text is a sequence; nothing is packed. `pad` is the token that fills a source up."""
+    """A stream of pairs, each a sequence of its own; nothing is packed. `pad` is the token that pads a source."""
 
     stream: TokenStream
     pad: int
@@ -38,18 +38,18 @@ class PairStream:
         return self.stream.fingerprint
 
     def num_windows(self, seq_len: int) -> int:
-        """Pairs: sources and targets that are longer than `seq_len` are cut."""
+        """The number of pairs. A source or target that is longer than `seq_len` is cut."""
         return len(self._edges) // 2
 
     def num_cut(self, seq_len: int) -> int:
-        """Pairs of which a part is longer than `seq_len`."""
+        """The number of pairs with a source or target that is longer than `seq_len`."""
         lengths = np.diff(self._edges, append=len(self)).reshape(-1, 2)
         return int((lengths > seq_len).any(axis=1).sum())
 
     def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, labels, attention_mask) of pair `index`, each int64 [seq_len]: filled up where it is shorter.
+        """(input_ids, labels, attention_mask) of pair `index`, each int64 [seq_len], padded if it is shorter.
 
-        What is cut keeps its last token, by which a tokenizer says that it ends.
+        A source or target that is cut keeps its last token, by which a tokenizer marks the end.
         """
         edges = self._edges
         start, middle = int(edges[2 * index]), int(edges[2 * index + 1])
@@ -76,7 +76,7 @@ class PairStream:
 
     @cached_property
     def _edges(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Where sources and targets begin, in turn."""
+        """The places where sources and targets begin, in turn."""
         mask = self.stream.loss_mask
         assert mask is not None
         edges = [np.zeros(min(1, len(mask)), dtype=np.int64)]

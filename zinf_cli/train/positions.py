@@ -1,6 +1,7 @@
-"""How many positions a model knows: a lookup behind the end of a table fails in the middle of a run, or reads nonsense.
+"""Checks that a sequence has no more positions than a model knows.
 
-Rotary, relative and recurrent positions have no end, as long as they are computed and not looked up.
+A lookup behind the end of a table fails in the middle of a run, or reads nonsense. Rotary, relative and recurrent
+positions have no end if they are computed and not looked up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _NOT_OF_TEXT = re.compile(
 
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
-    """ModelError where a sequence of `seq_len` tokens is longer than a table of positions."""
+    """ModelError if a sequence of `seq_len` tokens is longer than a table of positions."""
     limit, name = min(_limits(model), default=(seq_len, ""))
     if limit < seq_len:
         raise ModelError(
@@ -32,7 +33,7 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
 
 
 def _limits(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """(positions, name) of each table that text is looked up in."""
+    """(positions, name) of each table in which the positions of text are looked up."""
     config: Any = model.config
     if config.model_type == "mpt":  # its bias is computed for that many, whatever the input
         yield config.max_seq_len, "max_seq_len"
@@ -50,10 +51,10 @@ def _limits(model: nn.Module) -> Iterator[tuple[int, str]]:
 
 
 def _first_row(table: nn.Embedding) -> int:
-    """The row of the first position: some tables begin behind the padding token's."""
+    """The row of the first position. Some tables begin with rows up to that of the padding token."""
     if isinstance(offset := getattr(table, "offset", None), int):
         return offset
     if table.padding_idx is None:
         return 0
-    ahead = type(table).__name__ == "ProphetNetPositionalEmbeddings"  # what it predicts stands one position further
+    ahead = type(table).__name__ == "ProphetNetPositionalEmbeddings"  # its prediction is one position further
     return table.padding_idx + 1 + ahead

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def return_free_memory() -> None:
-    """Give the kernel the pages that malloc keeps of what was freed (glibc)."""
+    """Give freed pages that malloc keeps back to the kernel (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

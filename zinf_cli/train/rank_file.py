@@ -24,7 +24,7 @@ _NO_ROOM = f"free space, or set checkpoint.keep_latest_k; {_KEPT}"
 
 
 def cant_write(error: OSError, where: Path) -> CapacityError | TierError:
-    """What a drive says that does not take a file of a checkpoint."""
+    """The error to raise if a drive does not take a file of a checkpoint."""
     if error.errno in FULL:
         return CapacityError(f"no room for a checkpoint: {error.strerror}", where=str(where), hint=_NO_ROOM)
     return TierError(f"can't write a checkpoint: {error.strerror}", where=str(where), hint=_KEPT)
@@ -40,8 +40,8 @@ def open_rank_file(
     verify: bool = True,
     notice: Callable[[str], None] | None = None,
 ) -> RankFile:
-    """This rank's file, its space taken; nothing of it is left where that fails. With `verify`, what the engine reads
-    of it is compared with what was written."""
+    """Make this rank's file, with its space taken. If that fails, no file is left. With `verify`, what the engine reads
+    from it is compared with what was written."""
     if not folder.is_dir():
         raise PreflightError(
             f"rank {rank} does not see the checkpoint's folder that rank 0 has made",
@@ -58,7 +58,7 @@ def open_rank_file(
 
 
 class RankFile:
-    """One rank's file of a checkpoint, a StateSink; checksums are taken by the threads that write."""
+    """A StateSink: one rank's file of a checkpoint. The threads that write also take the checksums."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class RankFile:
     ) -> None:
         self.path = path
         self.checksums = torch.zeros(len(layout.pieces), dtype=torch.int64)
-        """xxh3 of every piece, as signed 64-bit numbers."""
+        """The xxh3 of every piece, as signed 64-bit numbers."""
         self.closed = False
         self._pieces = {start: (number, length) for number, (start, length) in enumerate(layout.pieces)}
         self._descriptor = _create(path, layout, rank)
         self.why_buffered = None if set_direct(self._descriptor) else why_buffered(self._descriptor)
-        """What the user should know, where it is not written past the page cache."""
+        """A line for the user, if the file is not written past the page cache."""
         self._tier = NvmeTier(
             [path], trace, rank=rank, file=self._descriptor, written=self._note, verify=verify, notice=notice
         )
@@ -106,12 +106,12 @@ class RankFile:
 
     @property
     def completed(self) -> bool:
-        """Whether everything has been handed to it; the same on every rank."""
+        """Whether all state has been handed to it. This is the same on every rank."""
         return self._on_drive is not None
 
     @property
     def on_drive(self) -> Future[None]:
-        """Done when all of it is on the drive."""
+        """A future that is done when all of the file is on the drive."""
         assert self._on_drive is not None
         return self._on_drive
 
@@ -121,7 +121,7 @@ class RankFile:
         return self._tier.read_bytes, self._tier.write_bytes
 
     def close(self) -> None:
-        """Wait for what is being synced, and close. What was not completed is given up."""
+        """Wait for a sync that is under way, and close. A file that was not completed is given up."""
         if not self.closed:
             self.closed = True
             if self._on_drive is not None:
@@ -141,7 +141,7 @@ class RankFile:
 
 
 def _create(path: Path, layout: Layout, rank: int) -> int:
-    """The file with its header, as long as it will be: a full drive is found here, and not half way."""
+    """Make the file with its header, in its full length: so a full drive is found here, and not half way."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except OSError as error:

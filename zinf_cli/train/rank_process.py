@@ -1,10 +1,9 @@
-"""The process a rank lives in: its log, its tether to the launcher, and the record of how it failed.
+"""The process of a rank: its log, its end with the launcher, and the record of how it failed.
 
-run_rank() splits the process torchrun's agent has forked in two. The child is the rank: it runs `main`. The parent is
-its guard, which only waits: a rank killed by a signal can't say so itself, and when the kernel picks one
-because memory ran out, that is the one thing the user must hear. Agent, guard and rank are tethered
-(PR_SET_PDEATHSIG), so the rank dies with the guard and the guard with the agent; launch/supervisor.py has the
-rest of the chain.
+run_rank() splits the process that torchrun's agent has forked. The child is the rank, which runs `main`. The parent is
+its guard, which only waits: a rank that a signal kills can't say so itself. If the kernel kills a rank because memory
+ran out, the user has to know that. The rank dies with its guard, and the guard with the agent (PR_SET_PDEATHSIG);
+launch/supervisor.py has the rest of the chain.
 """
 
 from __future__ import annotations
@@ -32,31 +31,30 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 _GUARDED = {signal.SIGTERM, signal.SIGCHLD}
-"""What a guard waits for: torchrun's teardown, which it hands on, and the end of its rank."""
+"""The signals that a guard waits for: torchrun's teardown, which it hands on, and the end of its rank."""
 
 _LOG_BYTES = 2**16
-"""Room for a log from the start: what a run says on a full drive is there to be read."""
+"""Bytes that a log takes at the start, so that a run on a full drive can still say something."""
 
 _PATIENCE_S = 2.0
-"""How long a rank with a secondary error stays: its exit makes torchrun terminate the others, and the rank
-that failed first may still be on its way to recording why."""
+"""How long a rank with a secondary error waits before it exits. Its exit makes torchrun end the others, and the rank
+that failed first may not have recorded its error yet."""
 
 _PEER_MESSAGE = re.compile(
     r"closed by peer|reset by peer|broken pipe|socket closed|gloo/transport|ncclRemoteError|got 0 bytes"
     r"|timeout waiting for key",
     re.IGNORECASE,
 )
-"""gloo raises RuntimeErrors that differ by nothing but their text."""
+"""Texts of gloo's errors about a lost peer: they are RuntimeErrors, and only the text tells them apart."""
 
 
 def run_rank(main: Callable[[], int], run_dir: Path) -> None:
-    """Run `main` as the rank that the environment's RANK names; return if it returns 0, else exit with what it does.
+    """Run `main` as the rank that the environment's RANK names. Return if it returns 0, else exit with its code.
 
-    Both output streams go to run_dir/logs/rank-00003.log, appended. Ctrl-C is the launcher's business and
-    ignored here: `main` looks for stop_requested() and then returns 0. An exception, a code other than 0
-    and a deadly signal are recorded in run_dir/logs/error-00003.json. The rank ends with os._exit, since
-    a process group or a thread that waits for lost peers would hold up an ordinary exit: `main` closes what
-    it opened, atexit handlers don't run.
+    Both output streams are appended to run_dir/logs/rank-00003.log. Ctrl-C is left to the launcher and ignored here:
+    `main` asks stop_requested(), and then returns 0. An exception, a code other than 0 and a deadly signal are recorded
+    in run_dir/logs/error-00003.json. The rank ends with os._exit, since a process group or a thread that waits for lost
+    peers would hold up an ordinary exit. So `main` has to close what it opens, and atexit handlers don't run.
     """
     _die_with(int(os.environ.get("ZINF_AGENT_PID", os.getppid())))
     rank = int(os.environ["RANK"])
@@ -84,16 +82,16 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether the user asked the run to stop at the end of the step. One rank asks and tells the others.
+    """Whether the user has asked the run to stop at the end of the step. One rank calls this and tells the others.
 
-    The descriptor is the supervisor's (launch/process_tree.py): a request needs no drive that takes a file.
+    It reads a descriptor of the supervisor (launch/process_tree.py), so that a request needs no file on a drive.
     """
     descriptor = os.environ.get("ZINF_STOP")
     return descriptor is not None and os.fstat(int(descriptor)).st_size > 0
 
 
 def _run_main(main: Callable[[], int], rank: int, place: ErrorPlace) -> int:
-    """The rank's life; its exit code."""
+    """Run the rank to its end. Returns its exit code."""
     record = None
     code = 1
     try:
@@ -118,11 +116,11 @@ def _run_main(main: Callable[[], int], rank: int, place: ErrorPlace) -> int:
 
 
 def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> int:
-    """Wait for the rank and record the signal that killed it, if one did; its exit code, as in a shell."""
+    """Wait for the rank, and record the signal that killed it, if any. Returns its exit code, as in a shell."""
     torn_down = False
     ended = 0
     while not ended:
-        if signal.sigwait(_GUARDED) == signal.SIGTERM:  # of two at once it gives this one first
+        if signal.sigwait(_GUARDED) == signal.SIGTERM:  # if both are pending, SIGTERM comes first
             torn_down = True
             os.kill(child, signal.SIGTERM)
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -148,7 +146,7 @@ def _signal_line(number: signal.Signals, oom_kills_before: int | None) -> str:
 
 
 def _count_oom_kills() -> int | None:
-    """How often the out-of-memory killer struck in this control group (v1 or v2); None if unreadable."""
+    """How many processes of this control group (v1 or v2) were killed for memory. None if that can't be read."""
     mounted = Path("/sys/fs/cgroup")
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -169,8 +167,8 @@ def _count_oom_kills() -> int | None:
 
 
 def _is_secondary(error: BaseException) -> bool:
-    """Whether a peer caused `error`: by its loss, as torch.distributed, gloo and NCCL tell the survivors, or by an
-    error of its own that it has told (RankError)."""
+    """Whether a peer has caused `error`: by its loss, which torch.distributed, gloo and NCCL tell the other ranks, or
+    by an error of its own that it has told (RankError)."""
     kinds: tuple[type[BaseException], ...] = (ConnectionError, RankError)
     if (dist := sys.modules.get("torch.distributed")) is not None:  # else the rank had no peers yet
         kinds += (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
@@ -199,12 +197,12 @@ def _redirect_output(log: Path, rank: int) -> None:
 
 
 def _name_process(name: str) -> None:
-    """The name that ps and top show; the kernel keeps 15 bytes of it."""
+    """Set the name that ps and top show. The kernel keeps 15 bytes of it."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies, and end here if it already has."""
+    """Have the kernel kill this process when `parent` dies. If it has died already, end at once."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)

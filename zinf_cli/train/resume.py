@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether the recipe still goes with it, and the state back into the engine."""
+"""Resumes a run: finds the checkpoint, checks that the recipe fits it, and loads its state into the engine."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from zinf_cli.train.model_files import CONFIG, config_of
 from zinf_cli.train.setup import Text, model_source
 
 _FIXED = ("seed", "train.seq_len", "dataset.shuffle")
-"""Keys that say where in the text a step is and what is random in it."""
+"""Keys that decide a step's place in the text and its random numbers."""
 _OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 """Entries of a config.json that do not change what a model computes here."""
 
 _WHOLE, _DAMAGED, _UNREADABLE = 0, 1, 2
-"""What a rank finds of a checkpoint."""
+"""What a rank has found a checkpoint to be."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at the beginning, or after what a checkpoint holds."""
+    """Where a run begins: at step 0, or after the state of a checkpoint."""
 
     folder: Path | None = None
     step: int = 0
@@ -43,15 +43,15 @@ class Start:
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a manifest holds it."""
+    """The recipe as a manifest stores it."""
     tree: dict[str, Any] = yaml.safe_load(dump_recipe(recipe))
     return tree
 
 
 def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | None:
-    """Of the checkpoint a run would go on from, as far as small files tell; None where it begins at the beginning.
+    """The checkpoint that a run would go on from, as far as small files tell. None if the run begins at step 0.
 
-    CheckpointError where the recipe does not go with it.
+    CheckpointError if the recipe does not fit it.
     """
     problem: ZinfError | None = None
     for folder in checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume):
@@ -68,9 +68,9 @@ def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | 
 
 
 def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Module, text: Text) -> None:
-    """CheckpointError with the keys by which a recipe does not go with a checkpoint.
+    """CheckpointError, with the keys, if a recipe does not fit a checkpoint.
 
-    What may change: the length of the run, batch sizes, the optimizer's settings, placement, precision, ranks.
+    These may change: the length of the run, batch sizes, the optimizer's settings, placement, precision and ranks.
     """
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
     problems = [f"{key} was {before.get(key)}, is {now[key]}" for key in _FIXED if before.get(key) != now[key]]
@@ -92,7 +92,7 @@ def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Mod
 
 
 def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
-    """Keys of the recipe that a run goes on with in another way, and that bear on its numbers."""
+    """The keys of the recipe that have changed since the checkpoint, and that have an effect on the run's numbers."""
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
     sections = ("train", "optimizer", "lr_scheduler")
     return [key for key in now if key.split(".")[0] in sections and before.get(key) != now[key]]
@@ -101,10 +101,10 @@ def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
 def resume(
     recipe: Recipe, engine: Engine, model: nn.Module, text: Text, ranks: Ranks, notice: Callable[[str], None]
 ) -> Start:
-    """Load the newest checkpoint that is whole on every rank; without one to go on from, do nothing.
+    """Load the newest checkpoint that is whole on every rank. If the run has none, do nothing.
 
-    `notice` is called (on every rank) for each one that is not, and with what has changed. Damaged ones are set aside,
-    those that a drive does not give stay. CheckpointError where none is whole, or the recipe does not go with it.
+    `notice` is told, on every rank, of each checkpoint that is not whole, and of what has changed. Damaged checkpoints
+    are set aside; those that a drive does not give stay. CheckpointError if none is whole, or the recipe does not fit.
     """
     candidates = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     damaged: list[Path] = []

@@ -19,7 +19,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsFiles:
-    """Shapes, from the headers, at once; tensors when asked for. Errors are CheckpointErrors of a file."""
+    """Reads shapes from all headers at once, and tensors on demand. Errors are CheckpointErrors that name a file."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -35,20 +35,20 @@ class SafetensorsFiles:
         return list(self._shapes)
 
     def on_meta(self, key: str) -> torch.Tensor:
-        """A tensor of the stored shape on the meta device, float32 whatever is stored."""
+        """A tensor of the stored shape on the meta device. It is float32, whatever dtype is stored."""
         return torch.empty(self._shapes[key], dtype=torch.float32, device="meta")
 
     def not_finite(self) -> str | None:
-        """The first tensor that holds a NaN or an infinity; reads all of them, one at a time."""
+        """The first tensor with a NaN or an infinity. All tensors are read, one at a time."""
         with self.reader() as fetch:
             return next((key for key in self.keys() if not bool(fetch(key).isfinite().all())), None)
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[str], torch.Tensor]]:
-        """A function from key to CPU tensor, in the stored dtype, as long as the context lasts.
+        """A context with a function that gives the CPU tensor of a key, in the stored dtype.
 
-        The tensors are private views of mapped files. Their pages count as this process's memory until the
-        files are closed and the tensors gone, which is why no file stays open between two readers.
+        The tensors are private views of mapped files. Their pages count as this process's memory until the files are
+        closed and the tensors are freed. So no file stays open between two readers.
         """
         with ExitStack() as stack:
             files: dict[Path, Any] = {}

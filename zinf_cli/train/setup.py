@@ -1,4 +1,4 @@
-"""What a recipe stands for: the model on the meta device, the text. Used by the plan and by every rank."""
+"""Opens what a recipe names: the model on the meta device, and the text. The plan and every rank use it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Text:
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> str:
-    """auto is bf16 on CUDA, fp32 on a CPU (which has no fast 16-bit arithmetic)."""
+    """The recipe's precision. auto is bf16 on CUDA, and fp32 on a CPU, which has no fast 16-bit arithmetic."""
     if recipe.train.precision != "auto":
         return recipe.train.precision
     return "bf16" if device.type == "cuda" else "fp32"
@@ -57,10 +57,10 @@ def open_model(recipe: Recipe, precision: str) -> nn.Module:
 def model_loss(
     model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The model's own mean loss over `labels` that are not -100; all int64 [sequences, seq_len].
+    """The model's own mean loss over `labels` that are not -100. All tensors are int64 [sequences, seq_len].
 
-    With an `attention_mask` the two are a source and its target, which a decoder sees moved by one, as transformers'
-    DataCollatorForSeq2Seq has it. ModelError where the model wants more than text.
+    With an `attention_mask` the inputs are a source, and the labels are its target. The decoder sees the target moved
+    by one, as in transformers' DataCollatorForSeq2Seq. ModelError if the model needs more than text.
     """
     more = {}
     if attention_mask is not None:
@@ -85,9 +85,9 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = lambda line: None) -> Text:
-    """Tokenise (or find in the cache) the recipe's text; DatasetError where it does not suit the model.
+    """The tokens of the recipe's text, from the cache or tokenised now. DatasetError if the model can't take it.
 
-    `notice` is called with what the user should know of it.
+    `notice` gets lines for the user about the text.
     """
     dataset, train = recipe.dataset, recipe.train
     collator = _collator(recipe, model)
@@ -136,7 +136,7 @@ def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = 
 
 
 def _collator(recipe: Recipe, model: nn.Module) -> Collator:
-    """Makes micro-batches of what the model is trained on."""
+    """The collator for what the model is trained on."""
     objective = objective_of(model)
     masking = None
     if objective is Objective.MASKED_TOKENS:
@@ -151,7 +151,7 @@ def _collator(recipe: Recipe, model: nn.Module) -> Collator:
 
 
 def _check_pairs(recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> None:
-    """DatasetError where a text is no pairs of a source and a target."""
+    """DatasetError if a text does not consist of pairs of a source and a target."""
     dataset = recipe.dataset
     other = next((file for file in find_files(paths) if kind_of(file) not in RECORDS), None)
     if other is not None or dataset.messages_field is not None:
@@ -165,6 +165,6 @@ def _check_pairs(recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> N
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Rows of the input embedding."""
+    """The number of rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])

@@ -1,8 +1,8 @@
-"""Router logits and hidden states that transformers collects with hooks, made visible to the engine.
+"""Shows the engine the router logits and hidden states that transformers collects with hooks.
 
-transformers' `capture_outputs` sets a collector (a dict of lists, in a context variable) around a model's forward;
-forward hooks deep inside the layers append to it. The engine runs units on another thread and twice, so each run gets
-a collector of its own, whose tensors become outputs of the unit.
+transformers' `capture_outputs` sets a collector (a dict of lists, in a context variable) around a model's forward.
+Forward hooks deep inside the layers append to it. The engine runs units on another thread, and twice. So each run gets
+a collector of its own, and its tensors become outputs of the unit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that are not what their name says but stand for it: a pointer of Git LFS or git-annex, a page of HTML."""
+"""Recognises files that only stand for another file: a pointer of Git LFS or git-annex, a page of HTML."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LARGEST_POINTER = 1024
 
 
 def pointer(path: Path) -> tuple[str, str] | None:
-    """(what it is, what to do) for a file that only stands for another; None for any other file."""
+    """(what it is, what to do) for a file that only stands for another one. None for any other file."""
     return _first(path, _POINTERS)
 
 
 def stand_in(path: Path) -> tuple[str, str] | None:
-    """The same, and for a page of HTML: of a file that is no text."""
+    """The same, also for a page of HTML, for a file that should not be text."""
     return _first(path, _POINTERS + _PAGES)
 
 

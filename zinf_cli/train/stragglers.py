@@ -1,4 +1,4 @@
-"""The rank that holds up a step."""
+"""Finds the rank that holds up a step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import statistics
 from collections.abc import Sequence
 
 STRAGGLING = 0.2
-"""Of a step: what the others have to wait for a rank to be called the slowest."""
+"""The share of a step that the others have to wait longer, for a rank to count as the slowest."""
 
 
 def straggler_of(waits: Sequence[float], step_s: float) -> int | None:
-    """The rank that the others wait for, by the seconds that each has waited in a step.
+    """The rank that the others wait for, found by the seconds that each has waited in a step. None if there is none.
 
-    All are done at the same time, so the slowest waits least. It counts where the others, by their median, wait a fifth
-    of the step longer.
+    All ranks end a step at the same time, so the slowest waits least. It counts if the others, by their median, wait a
+    fifth of the step longer.
     """
     if len(waits) < 2:
         return None

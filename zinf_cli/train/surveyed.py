@@ -1,4 +1,4 @@
-"""The survey of a recipe's model: dry, or else on the run's first micro-batch, or else guessed."""
+"""Surveys a recipe's model: on the meta device, or else on the run's first micro-batch, or else by a guess."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from zinf_cli.train.tiled_weights import cut_model
 from zinf_cli.train.weights import load_buffers
 
 TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
-"""What a forward may take that is only for the plan: minutes."""
+"""FLOP that a forward for the plan alone may take, by device: minutes."""
 MORE = 1.5
-"""Of what the first micro-batch took, as others may take more."""
+"""What to plan for, as a multiple of what the first micro-batch takes: others may take more."""
 TRIED = (
     "what the model computes depends on data: its activations were counted on the first micro-batch, and half as much "
     "again is planned"
@@ -34,9 +34,9 @@ GUESSED = "what the model's activations take is guessed, and generously, since "
 
 
 def survey_model(model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None) -> Survey:
-    """The units of `model`, and what one micro-batch of no values moves through them, if it can do without.
+    """The survey of `model` by one micro-batch on the meta device. It has a `failure` if the model needs values.
 
-    Of a model that was cut, `most` is the largest number of elements of a part.
+    `most` is the largest number of elements of a part, if the model was cut.
     """
     ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
@@ -53,7 +53,7 @@ def survey_on_data(
     flops: float,
     most: int | None = None,
 ) -> tuple[Survey, str]:
-    """What a `dry` survey that failed left open, and what the plan says of it; `flops` are those of a forward."""
+    """Complete a `dry` survey that failed. Returns it with a note for the plan. `flops` are those of one forward."""
     why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
     if flops <= TRIAL_FLOPS[trial.device.type]:
         load_buffers(model, model_source(recipe))
@@ -70,14 +70,14 @@ def survey_on_data(
 
 
 def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
-    """Of the step that a run begins with, on its first rank."""
+    """The first micro-batch of the step that a run begins with, on its first rank."""
     first, size = text.order.sequences_before(step), recipe.train.micro_batch_size
     windows = text.order.windows(step)[:size]
     return text.collator.collate(text.train, [Sample(window, first + n) for n, window in enumerate(windows)], 0)
 
 
 def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[UnitLayout, ...]:
-    """The units that a survey found, from what the plan has of it; the model is cut as the plan says."""
+    """The units that a survey has found, made from the plan's figures. The model is cut as the plan says."""
     if figures.most is not None:
         cut_model(model, figures.most)
     units = discover(model, world_size, frozenset(figures.demoted), figures.most)

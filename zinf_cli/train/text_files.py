@@ -1,4 +1,4 @@
-"""The files a recipe's paths stand for, and what was left out of their folders: nothing is left out in silence."""
+"""Finds the files that a recipe's paths name, and reports those in their folders that are left out."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from zinf_cli.train.stand_ins import LARGEST_POINTER, pointer
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 RECORDS = (".jsonl", ".parquet")
 PACKED = (".txt", ".jsonl")
-"""Those of which .gz is read as well."""
+"""Suffixes of files that may also be packed as .gz."""
 _SHOWN = 4
 
 
 @dataclass
 class Texts:
-    """What one path gives: itself, or what lies in a folder."""
+    """The files of one path: the file itself, or those in the folder."""
 
     path: Path
     files: list[Path] = field(default_factory=list)
     num_bytes: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Reason to names."""
+    """The names of files that are left out, by reason."""
 
     def line(self) -> str:
-        """What it contributes, in words."""
+        """What the path contributes, in words."""
         count = f"{len(self.files)} {'file' if len(self.files) == 1 else 'files'}, " if self.path.is_dir() else ""
         said = f"{self.path}: {count}{format_bytes(self.num_bytes)}"
         without = [f"{len(names)} {reason} ({_some(names)})" for reason, names in self.left_out.items()]
@@ -48,7 +48,7 @@ class Texts:
 
 
 def kind_of(file: Path) -> str:
-    """The suffix that says how a file is read, .gz aside; empty where it is not."""
+    """The suffix that says how to read a file, without .gz. Empty if the file is not read."""
     suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
     if suffixes[-1:] == [".gz"]:
         return suffixes[0] if suffixes[0] in PACKED else ""
@@ -60,10 +60,10 @@ def is_packed(file: Path) -> bool:
 
 
 def find_texts(paths: Sequence[Path]) -> list[Texts]:
-    """Of each path the data files, folders searched recursively, in sorted order.
+    """The data files of each path, in sorted order. Folders are searched recursively.
 
-    Links are followed, a folder is read once. Names that begin with a dot and __pycache__ are no text. DatasetError
-    where a path has no file, a file can't be read, or tokens are mixed with text.
+    Links are followed, and a folder is read once. Names that begin with a dot, and __pycache__, are skipped.
+    DatasetError if a path has no file, a file can't be read, or tokens are mixed with text.
     """
     found = []
     for path in paths:
@@ -78,7 +78,7 @@ def find_texts(paths: Sequence[Path]) -> list[Texts]:
 
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
-    """The files of `find_texts`, side by side."""
+    """The files of `find_texts`, in one list."""
     return [file for texts in find_texts(paths) for file in texts.files]
 
 
@@ -114,7 +114,7 @@ def _folder(path: Path) -> Texts:
 
 
 def _below(folder: Path, texts: Texts, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """Every regular file below a folder; `seen` are the folders so far, so that a circle of links ends."""
+    """Every regular file below a folder. `seen` are the folders visited so far, so that a circle of links ends."""
     status = folder.stat()
     if (status.st_dev, status.st_ino) in seen:
         texts.leave("read already", folder.name)

@@ -20,7 +20,7 @@ def cut_model(model: nn.Module, most: int) -> None:
 
 
 class TiledWeights:
-    """A WeightSource for `model`, out of one for the model as it was before it was cut."""
+    """A WeightSource for a cut `model`, made from one for the whole model."""
 
     def __init__(self, source: RangedWeights, model: nn.Module) -> None:
         self._source = source

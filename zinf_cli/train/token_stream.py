@@ -1,4 +1,4 @@
-"""Tokens side by side in files: written whole, checked whole whenever they are opened, memory-mapped."""
+"""Tokens side by side in files. They are checked as a whole whenever they are opened, and memory-mapped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 MASKED = -100
-"""A label that no loss takes."""
+"""A label that losses ignore."""
 TokenBlock = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any] | None"]
 """Integers [n], n > 0, and for chats bool [n]: where there is a loss."""
 _TOKENS, _MASK, _META = "tokens.bin", "mask.bin", "meta.json"
@@ -22,20 +22,20 @@ _PIECE_BYTES = 1 << 22
 
 
 class NotAsWrittenError(Exception):
-    """A folder that does not hold what `write_tokens` put there."""
+    """A folder does not hold what `write_tokens` has written."""
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Documents side by side, an end-of-text token after each. Memory-mapped: opening costs no memory."""
+    """Documents side by side, with an end-of-text token after each. They are mapped, so opening takes no memory."""
 
     tokens: np.ndarray[Any, np.dtype[np.int32]]
     """int32 [num_tokens]."""
     loss_mask: np.ndarray[Any, np.dtype[np.bool_]] | None
-    """bool [num_tokens]: where there is a loss; None: everywhere."""
+    """bool [num_tokens]: True where there is a loss. None: everywhere."""
     max_token: int
     fingerprint: str
-    """Of every token and its mask: the same for the same text, wherever it lies."""
+    """A hash of every token and its mask. The same text has the same one, wherever its files lie."""
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -69,7 +69,7 @@ def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, T
 
 
 def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
-    """Put the blocks into an empty folder, which is then to be synced; the number of tokens."""
+    """Write the blocks into an empty folder, which the caller has to sync. Returns the number of tokens."""
     max_token = -1
     with _Growing(folder / _TOKENS) as tokens, _Growing(folder / _MASK) as mask:
         for block, block_mask in blocks:
@@ -84,7 +84,7 @@ def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
 
 
 def read_tokens(folder: Path) -> TokenStream:
-    """What `write_tokens` put there, every byte of it read and checked; NotAsWrittenError where it is another."""
+    """Open what `write_tokens` has written. Every byte is read and checked; NotAsWrittenError if it differs."""
     try:
         document = json.loads((folder / _META).read_bytes())
         meta = document["meta"]
@@ -100,7 +100,7 @@ def read_tokens(folder: Path) -> TokenStream:
 
 
 def _mapped(path: Path, dtype: Any, sealed: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The file as an array, after a look at all of it through a buffer, which leaves no page mapped."""
+    """The file as an array. It is first read through a buffer, to check it, which leaves no page mapped."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != sealed["bytes"]:
@@ -119,7 +119,7 @@ def _checksum_of(file: IO[bytes]) -> str:
 
 
 class _Growing:
-    """A file that only its owner may read, and the checksum of what was appended to it."""
+    """A file that only its owner can read, with the checksum of what is appended to it."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

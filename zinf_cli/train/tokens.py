@@ -1,4 +1,4 @@
-"""The model's tokenizer: documents and chats to tokens."""
+"""The model's tokenizer, which makes tokens of documents and chats."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TOKENIZER_FILES = (
     "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "byte_maps.json",
     "word_shape.json", "word_pronunciation.json",
 )  # fmt: skip
-"""What tokenizers of transformers read; a test compares."""
+"""The files that transformers' tokenizers read. A test compares."""
 TOKENIZER_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "tiktoken", "mistral_common", "jinja2")
-"""What reads them: another version may cut other tokens from the same text."""
+"""The libraries that tokenise. Another version may make other tokens of the same text."""
 
 
 class Tokenizer:
@@ -41,7 +41,7 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # a file of a newer version, or a damaged one, raises what it likes
+        except Exception as error:  # a file of a newer version, or a damaged one, may raise anything
             if names_custom_code(directory, TOKENIZER_CONFIG):
                 raise custom_code_refused(directory, TOKENIZER_CONFIG, DatasetError) from error
             for name in TOKENIZER_FILES:
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @staticmethod
     def fingerprint(directory: Path) -> list[str]:
-        """What decides its tokens: hashes of the files, versions of the libraries."""
+        """All that decides its tokens: hashes of its files, and versions of the libraries."""
         try:
             files = [
                 f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
@@ -87,7 +87,7 @@ class Tokenizer:
         return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
 
     def encode_text(self, document: Document) -> list[int]:
-        """Tokens of a text without special tokens, and the end-of-text token where the document ends."""
+        """The tokens of a text, without special tokens, and the end-of-text token if the document ends."""
         if not isinstance(document.content, str):
             raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
         ids: list[int] = self._encode(document.content, document)["input_ids"]
@@ -97,7 +97,7 @@ class Tokenizer:
         return [*ids, end] if document.ends and end is not None else ids
 
     def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:
-        """Tokens of a source and its target, each with the special tokens it is given, and which are the target's."""
+        """The tokens of a source and its target, with their special tokens, and which of them are the target's."""
         source, target = document.content, document.beside.get(target_field)
         for text in (source, target):
             if not isinstance(text, str) or not text:
@@ -113,7 +113,7 @@ class Tokenizer:
         return [*read, *written], [False] * len(read) + [True] * len(written)
 
     def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
-        """Tokens of a dialog in the chat template, and which of them the assistant says (its turn's end included)."""
+        """The tokens of a dialog in the chat template, and which of them the assistant says, with its end of turn."""
         if not self._tokenizer.is_fast:
             raise DatasetError(
                 f"{type(self._tokenizer).__name__} is written in Python and can't tell where in a chat a token stands, "
@@ -136,7 +136,7 @@ class Tokenizer:
         return encoded["input_ids"], mask
 
     def _encode(self, text: Any, document: Document, name: str = "text", **options: Any) -> Any:
-        """The tokenizer's own answer, given the text by `name`; DatasetError for a text that it can't take."""
+        """What the tokenizer makes of a text, which it gets as argument `name`. DatasetError if it can't take it."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -153,7 +153,7 @@ class Tokenizer:
 
 
 def _version_of(library: str) -> str | None:
-    """None where it is not installed."""
+    """The version of a library. None if it is not installed."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

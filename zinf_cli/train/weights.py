@@ -1,12 +1,11 @@
-"""Where a model's weights come from, a group of parameters at a time.
+"""Reads a model's weights, a group of parameters at a time.
 
-Note "two names for one tensor". A checkpoint's keys and the model's parameter names differ: transformers
-renames, stacks, splits and transposes as it loads (a saved Mixtral holds
-`block_sparse_moe.experts.0.w1.weight` where the module has `mlp.experts.gate_up_proj`). `_plan` therefore
-puts every key through transformers' own renaming, in the order of its
-`convert_and_load_state_dict_in_model`, and notes which conversion takes it. Run on meta tensors, the
-conversions give names and shapes, so that a checkpoint is judged by its headers alone; run on the tensors
-of one group they give its values, in memory that follows the group.
+Note "two names for one tensor". A checkpoint's keys differ from the model's parameter names: transformers renames,
+stacks, splits and transposes tensors as it loads them. A saved Mixtral has `block_sparse_moe.experts.0.w1.weight` where
+the module has `mlp.experts.gate_up_proj`. So `_plan` puts every key through transformers' own renaming, in the order of
+its `convert_and_load_state_dict_in_model`, and notes which conversion takes the key. Run on meta tensors, conversions
+give names and shapes, so a checkpoint is judged by its headers alone. Run on the tensors of one group, they give its
+values, and take memory for that group.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ class WeightSource(Protocol):
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The parameters `names` (as in `model.named_parameters()`) on the CPU, in their shape and any dtype.
 
-        Memory follows what is read, so ask for a block's parameters together, and copy what is to stay: the
+        Memory is that of what is read. So ask for a block's parameters together, and copy values that have to stay: the
         tensors may be views of mapped files.
         """
 
 
 class RangedWeights(WeightSource, Protocol):
     def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last) of a parameter, flat."""
+        """Elements [first, last) of a parameter, as a 1-D tensor."""
 
 
 def open_weights(
@@ -59,8 +58,8 @@ def open_weights(
 ) -> RangedWeights:
     """The weights of a model from `build_model(source)`, which keeps its parameters on the meta device.
 
-    A checkpoint is judged here, by its headers: one CheckpointError tells all that is missing or misshaped. Tensors
-    that the model has no place for are left out, as transformers does, and `notice` is told their names.
+    A checkpoint is judged here, by its headers: one CheckpointError names all that is missing or has a wrong shape.
+    Tensors without a place in the model are left out, as in transformers, and `notice` is told their names.
     """
     if source.init == "random" or source.name_or_path is None:
         return RandomWeights(model, source.seed)
@@ -70,7 +69,7 @@ def open_weights(
 
 
 def load_buffers(model: nn.Module, source: ModelSource) -> None:
-    """Fill the persistent buffers from the checkpoint; random weights leave them as `__init__` made them."""
+    """Fill the persistent buffers from the checkpoint. With random weights they stay as `__init__` made them."""
     stored = model.state_dict().keys() & dict(model.named_buffers()).keys()
     if source.init == "random" or source.name_or_path is None or not stored:
         return
@@ -86,7 +85,7 @@ def load_buffers(model: nn.Module, source: ModelSource) -> None:
 
 
 class PretrainedWeights:
-    """A WeightSource over a checkpoint directory; raises CheckpointError at once where the two do not fit.
+    """A WeightSource over a checkpoint directory. CheckpointError at once if model and checkpoint do not fit.
 
     Parameters that the model class allows to be absent are drawn from `seed`.
     """
@@ -100,7 +99,7 @@ class PretrainedWeights:
         self._seed = seed
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """See WeightSource; raises CheckpointError where tied names are stored with values that differ."""
+        """See WeightSource. CheckpointError if tied names are stored with different values."""
         values: dict[str, torch.Tensor] = {}
         converted: dict[int, dict[str, torch.Tensor]] = {}
         with self._files.reader() as fetch:
@@ -145,13 +144,13 @@ class PretrainedWeights:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """Checkpoint tensors that become one or more of the model's together."""
+    """Tensors of a checkpoint that together become one or more of the model's tensors."""
 
     transform: WeightConverter | WeightRenaming
     target: str
-    """The first of the names it yields."""
+    """The first of the names that it yields."""
     keys: list[tuple[str, str]] = field(default_factory=list)
-    """(the transform's source pattern, the checkpoint key), in the order the tensors are stacked."""
+    """(the transform's source pattern, the checkpoint's key), in the order in which the tensors are stacked."""
 
     def first_keys(self) -> str:
         more = ", ..." if len(self.keys) > 3 else ""
@@ -166,7 +165,7 @@ class _Conversion:
         return replace(self, keys=[key for stack in stacks for key in stack[first:last]])
 
     def run(self, model: PreTrainedModel, fetch: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors by their names in the model; `fetch` is called as late as the conversion permits."""
+        """The tensors by their names in the model. `fetch` is called as late as the conversion permits."""
         transform = copy.deepcopy(self.transform)  # running one consumes it
         for pattern, key in self.keys:
             transform.add_tensor(self.target, key, pattern, partial(fetch, key))
@@ -175,14 +174,14 @@ class _Conversion:
 
 
 _Origins = dict[str, _Conversion]
-"""Stored under which name, yielded by which conversion: several where tied names are stored twice."""
+"""For a parameter, the name under which it is stored and the conversion that yields it. Tied names may have several."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     conversions: list[_Conversion]
     homeless: dict[str, str]
-    """Name in the model's terms -> checkpoint key, of the tensors the model has no place for."""
+    """The tensors without a place in the model: the checkpoint's key by the name that the model would use."""
 
 
 def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
@@ -209,7 +208,7 @@ def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
 def _judge(
     model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None]
 ) -> dict[str, _Origins]:
-    """What yields each parameter, nothing for one that its class allows to be absent; reads headers only."""
+    """What yields each parameter, from headers alone. A parameter that its class allows to be absent has nothing."""
     state = model.state_dict()
     homeless, misshaped = dict(plan.homeless), []
     yields: _Origins = {}
@@ -258,10 +257,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _telling(extra: Collection[str], known: Collection[str]) -> list[str]:
-    """What tensors without a place say of a config.json that is not theirs; most say nothing (a value head, old masks).
+    """Those tensors without a place that show a wrong config.json. Most show nothing (a value head, old masks).
 
-    A list of modules goes on with more of the same where there should be more layers; and next to a weight lie the
-    scales of a quantized one.
+    If there should be more layers, a list of modules goes on with more of the same. If weights are quantized, their
+    scales lie beside them.
     """
     ours, theirs = _elements(known), _elements(extra)
     alike = {(path, frozenset(inside)) for (path, _), inside in ours.items()}
@@ -274,7 +273,7 @@ def _telling(extra: Collection[str], known: Collection[str]) -> list[str]:
 
 
 def _elements(names: Collection[str]) -> dict[tuple[str, str], set[str]]:
-    """The names inside of each element of a module list, by the list and the element's number."""
+    """The names inside each element of a module list, by the list and the element's number."""
     inside: dict[tuple[str, str], set[str]] = {}
     for name in names:
         for place in re.finditer(r"\.(\d+)\.", name):
@@ -283,7 +282,7 @@ def _elements(names: Collection[str]) -> dict[tuple[str, str], set[str]]:
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter, the one in `model.named_parameters()` first."""
+    """The names of each parameter. That in `model.named_parameters()` is the first."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
