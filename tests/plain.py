@@ -122,11 +122,13 @@ def open_engine(
     room: int = 1,
     chunk_numel: int = 8192,
     most: int | None = None,
+    slot_bytes: int | None = None,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
     `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
+    `slot_bytes`: the slots have these instead.
     """
     model = build_model(source, dtype)
     freeze_params(model, freeze)
@@ -145,7 +147,7 @@ def open_engine(
     options = replace(
         options,
         nvme_bytes=room * 32 * MIB,
-        slot_bytes=room * 8 * MIB,
+        slot_bytes=slot_bytes or room * 8 * MIB,
         resident_bytes=room * 4 * MIB,
         chunk_numel=chunk_numel,
         num_chunks=32,

@@ -94,3 +94,14 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
         source = random_source(name, **changes)
         assert relative_difference(losses, plain_losses(source, STEPS, count=COUNT)) < 1e-5
     assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[]] * world_size
+
+
+def test_ranks_agree_on_experts_that_their_tokens_are_routed_to(tmp_path: Path) -> None:
+    many = {"num_experts": 16}
+    cases: list[Case] = [
+        ("qwen3_moe", many, {**dict.fromkeys(CLASSES, tier), "most": 2000}) for tier in ("cpu", "device", "nvme")
+    ]
+    first, *others = run_ranks(2, cases, tmp_path)
+    assert others == [first, first]
+    expected = plain_losses(random_source("qwen3_moe", **many), STEPS, count=COUNT)
+    assert relative_difference(first, expected) < 1e-5

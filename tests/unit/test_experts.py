@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,12 +18,14 @@ from transformers import AutoModelForCausalLM
 from checkpoints import resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.setup import model_loss
 from zinf_cli.train.weights import open_weights
 
 STEPS = 5
@@ -149,3 +152,43 @@ def test_of_a_checkpoint_that_has_experts_one_by_one_some_are_read(name: str, tm
     each = whole[0].numel()
     assert torch.equal(weights.read_part(param, each, 3 * each), whole[1:3].reshape(-1))
     assert torch.equal(weights.read_part(param, 5, 2 * each), whole.reshape(-1)[5 : 2 * each])
+
+
+def test_micro_batches_share_a_sweep_whichever_experts_they_call(tmp_path: Path) -> None:
+    many = source("qwen3_moe", num_experts=8)
+    said: list[str] = []
+    losses = {}
+    for options in (everything_on("nvme", tmp_path), EngineOptions()):
+        engine = open_engine(many, options, most=ONE, notice=said.append)
+        losses[options] = engine_losses(engine, 10)
+    assert not said
+    one, two = losses.values()
+    assert one == two
+    assert relative_difference(one, plain_losses(many, 10)) < 1e-6
+    options = replace(everything_on("nvme", tmp_path), speculate=True, micro_batches_per_sweep=2)
+    engine = open_engine(many, options, most=ONE, keep=True)
+    assert relative_difference(engine_losses(engine, STEPS), one[:STEPS]) < 1e-6
+
+
+def test_experts_are_fetched_where_buffers_hold_only_what_is_announced(tmp_path: Path) -> None:
+    many = source("qwen3_moe", num_experts=8)
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=ONE)
+    least = 3 * max(unit.layout.num_bytes for unit in engine.units)
+    engine.close()
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=ONE, slot_bytes=least)
+    assert relative_difference(engine_losses(engine, STEPS), plain_losses(many, STEPS)) < 1e-6
+
+
+def test_only_experts_that_a_token_is_routed_to_are_read(tmp_path: Path) -> None:
+    many = source("qwen3_moe", num_experts=64, num_experts_per_tok=4, moe_intermediate_size=64)
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=7000)
+    expert = 3 * 32 * 64 * 4
+    engine.trace.enabled = True
+    ids = torch.full((1, 16), 5)  # equal tokens take the same way
+    engine.evaluate([MicroBatch(lambda: model_loss(engine.model, ids, ids))])
+    engine.trace.write(tmp_path / "trace.json")
+    engine.close()
+    spans = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    reads = {span["name"]: span["args"]["bytes"] for span in spans if "experts" in span["name"] and "args" in span}
+    assert len(reads) == 2 * 4
+    assert 2 * 4 * expert <= sum(reads.values()) <= 1.1 * 2 * 4 * expert

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zinf_cli.engine.compute.moving_state import MovingState, named
-from zinf_cli.engine.compute.sweep import Disagreement
+from zinf_cli.engine.compute.next_unit import Disagreement
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import ModelError

@@ -245,7 +245,8 @@ class _Watch(TorchFunctionMode):
         sizes = {key: round_up(t.numel() * t.element_size()) for key, t in inputs.items()}
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
-        self.order.append(number)
+        if not self._units[number].on_demand or self.order[-1:] != [number]:  # one visit has all calls of an expert
+            self.order.append(number)
         use.before_bytes = max(use.before_bytes, self.tail_bytes)
         self.glue_bytes += self.tail_bytes
         self.tail_bytes = 0

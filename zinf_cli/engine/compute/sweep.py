@@ -26,15 +26,12 @@ from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import Finished
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.next_unit import Disagreement, NextUnit
 from zinf_cli.engine.compute.sweep_member import MicroBatch, SweepMember
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.trace import Trace
-
-
-class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on)
-    """Micro-batches can't share a sweep: they call different units next, or one changes what another reads."""
 
 
 @dataclass
@@ -82,10 +79,13 @@ class Sweep:
         ]
         """Of each unit, the parameters that it has parts of."""
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
-        self._lockstep = self._ranks.world_size > 1 and order is None
+        self._on_demand = frozenset(n for n, unit in enumerate(self._units) if unit.layout.on_demand)
+        self._next = NextUnit(self._ranks, self._on_demand)
+        self._lockstep = self._ranks.world_size > 1 and (order is None or bool(self._on_demand))
         self._disagreed = False
         if order is None:
             order = [number for number, unit in enumerate(self._units) if not unit.layout.resident]
+        order = [number for number in order if number not in self._on_demand]
         self._route = Route(list(order), list(reversed(order))[1:])
         self._backwards: Counter[int] = Counter()
         """Backward visits of this step, by unit."""
@@ -147,7 +147,7 @@ class Sweep:
         with self._members_for(batches, grad=False) as members:
             for unit in self._forward_units(members, self._route.forward):
                 self._visit_forward(members, unit)
-            self._agree(_all_finished(members) and (len(members) == 1 or not self._state.notices()))
+            self._next.agree(_all_finished(members) and (len(members) == 1 or not self._state.notices()))
             return [member.loss.detach().float() for member in members]
 
     def _train(
@@ -157,19 +157,20 @@ class Sweep:
             taken: list[int] = []
             losses: list[torch.Tensor] = []
             for unit in self._forward_units(members, self._route.forward):
-                taken.append(unit)
-                if taken == self._route.forward and not self._lockstep:
+                if unit not in self._on_demand:
+                    taken.append(unit)
+                if taken == self._route.forward and unit in taken[-1:] and not self._lockstep:
                     losses = self._turn(members, last, forward_done)
                 else:
                     self._visit_forward(members, unit)
             turned = bool(losses)
             if not turned:
-                self._agree(_all_finished(members) and _same_records(members) and not self._state.notices())
+                self._next.agree(_all_finished(members) and self._same_records(members) and not self._state.notices())
                 forward_done()
                 losses = [member.take_loss() for member in members]
             walked = self._backward(members, last)
             self._route = Route(taken, walked if turned or walked[:1] != taken[-1:] else walked[1:])
-            self._lockstep = self._disagreed
+            self._lockstep = self._disagreed or (self._ranks.world_size > 1 and bool(self._on_demand))
             return [loss.float() for loss in losses]
 
     def _forward_units(self, members: list[SweepMember], predicted: list[int]) -> Iterator[int]:
@@ -178,41 +179,38 @@ class Sweep:
             yield from predicted
             return
         while True:
-            unit = self._next_unit({member.called for member in members}, min)
+            unit = self._next.of({member.called for member in members}, min)
             if unit is None:
                 return
             yield unit
 
-    def _next_unit(self, called: set[int | None], choose: Callable[[list[int]], int]) -> int | None:
-        """The unit to visit next; None at the end. With several ranks, `choose` picks it among the units they call."""
-        if self._ranks.world_size == 1:
-            self._agree(len(called) == 1)
-            return called.pop()
-        mine = _PARTED if len(called) > 1 else _NOTHING if called == {None} else called.pop()
-        units = self._ranks.all(mine if mine is not None else _NOTHING)
-        if _PARTED in units:
-            raise Disagreement
-        wanted = [unit for unit in units if unit != _NOTHING]
-        return choose(wanted) if wanted else None
-
-    def _agree(self, agreed: bool) -> None:
-        """Raise Disagreement on every rank, if one of them has not `agreed`."""
-        if min(self._ranks.all(int(agreed))) == 0:
-            raise Disagreement
-
     def _visit_forward(self, members: list[SweepMember], unit: int) -> None:
         visit = Visit(unit, Kind.FORWARD)
-        self._pipeline.acquire(visit)
+        self._acquire(visit)
         self._pass_unit(members, unit)
         self._pipeline.release(visit)
 
     def _pass_unit(self, members: list[SweepMember], unit: int) -> None:
         name = self._units[unit].name
         for member in members:
-            if member.called == unit:
+            for _ in self._calls(unit, lambda: member.called):  # noqa: B023 (called at once)
                 with self._trace.span("compute", f"{name} forward"):
                     member.pass_unit(name, keeper=self._keeper(unit))
                 self._pipeline.advance()
+
+    def _calls(self, unit: int, at: Callable[[], int | None]) -> Iterator[None]:
+        """Once if a member is `at` the unit; of an expert as often as it comes there again at once."""
+        while at() == unit:
+            yield
+            if unit not in self._on_demand:
+                return
+
+    def _same_records(self, members: list[SweepMember]) -> bool:
+        """Whether they have called the same units in the same order, those on demand left out."""
+        return len({tuple(u for u in member.units if u not in self._on_demand) for member in members}) <= 1
+
+    def _acquire(self, visit: Visit) -> None:
+        (self._pipeline.acquire_between if visit.unit in self._on_demand else self._pipeline.acquire)(visit)
 
     def _keeper(self, number: int) -> Keeper | None:
         """Packs the graph of a call, if the unit's activations are kept; else None."""
@@ -239,8 +237,8 @@ class Sweep:
         name = self._units[visit.unit].name
         self._pipeline.acquire(visit)
         losses: list[torch.Tensor] = []
-        agreed = _same_records(members) and all(member.called == visit.unit for member in members)
-        self._agree(agreed or self._ranks.world_size > 1)
+        agreed = self._same_records(members) and all(member.called == visit.unit for member in members)
+        self._next.agree(agreed or self._ranks.world_size > 1)
         for member in members if agreed else ():
             with self._trace.span("compute", f"{name} forward"):
                 member.pass_unit(name, hot=True)
@@ -259,7 +257,7 @@ class Sweep:
             self._pass_unit(members[1:], visit.unit)
             self._pipeline.abandon(visit)
             return []
-        self._agree(agreed and not self._state.notices())
+        self._next.agree(agreed and not self._state.notices())
         self._pipeline.release(visit)
         self._count_backward(visit)
         return losses
@@ -270,17 +268,18 @@ class Sweep:
         Returns the units that were visited. In lockstep nobody knows which visit of a unit is its last, so
         `_finish_gradients` makes one more.
         """
-        left = Counter(record.call.unit for record in members[0].tape.records)
+        left = Counter(record.call.unit for member in members for record in member.tape.records)
         walked = []
         while (unit := self._next_backward(members)) is not None:
-            left[unit] -= 1
+            left[unit] -= sum(member.num_next(unit in self._on_demand) for member in members if member.recorded == unit)
             final = last and not left[unit] and not self._lockstep
             visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=final)
-            walked.append(unit)
+            if unit not in self._on_demand:
+                walked.append(unit)
             _prefetch(members)
-            self._pipeline.acquire(visit)
+            self._acquire(visit)
             for member in members:
-                if member.recorded == unit:
+                for _ in self._calls(unit, lambda: member.recorded):  # noqa: B023
                     with self._trace.span("compute", f"{self._units[unit].name} backward"):
                         member.backward()
                 _prefetch(members)
@@ -290,8 +289,8 @@ class Sweep:
         return walked
 
     def _next_backward(self, members: list[SweepMember]) -> int | None:
-        if self._lockstep:
-            return self._next_unit({member.recorded for member in members}, max)
+        if self._lockstep or self._on_demand:
+            return self._next.of({member.recorded for member in members}, max)
         return members[0].recorded
 
     def _back_visits(self, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
@@ -375,16 +374,8 @@ class Sweep:
             raise
 
 
-_NOTHING, _PARTED = -1, -2
-"""Told instead of a unit: the rank's micro-batches have ended; they call different units."""
-
-
 def _all_finished(members: list[SweepMember]) -> bool:
     return all(isinstance(member.at, Finished) for member in members)
-
-
-def _same_records(members: list[SweepMember]) -> bool:
-    return len({tuple(record.call.unit for record in member.tape.records) for member in members}) <= 1
 
 
 def _prefetch(members: list[SweepMember]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -75,6 +76,16 @@ class SweepMember:
     def recorded(self) -> int | None:
         """The unit of the newest record, whose backward is next; None if there is no record."""
         return self.tape.records[-1].call.unit if self.tape.records else None
+
+    @property
+    def units(self) -> list[int]:
+        """The units of all records, oldest first."""
+        return [record.call.unit for record in self.tape.records]
+
+    def num_next(self, several: bool) -> int:
+        """How many of the newest records are of the newest's unit; 1 if not `several` are asked for."""
+        same = takewhile(lambda record: record.call.unit == self.recorded, reversed(self.tape.records))
+        return sum(1 for _ in same) if several else 1
 
     def backward(self) -> None:
         """Run backward of the newest record."""

@@ -122,16 +122,23 @@ class Pipeline:
         self._complete(fetch)
         self._hold(fetch)
 
+    def acquire_between(self, visit: Visit) -> None:
+        """Bind a unit before the announced visits, which stay. Errors are those of `acquire`."""
+        fetch = self._fetch(visit)
+        self._complete(fetch, ahead=False)
+        self._hold(fetch)
+
     def flush(self, unit: int) -> None:
         """Make a unit's pending update. The announced visits stay. Errors are those of `acquire`."""
         fetch = self._fetch(Visit(unit, Kind.FLUSH))
         self._complete(fetch)
         fetch.free()
 
-    def _complete(self, fetch: Fetch) -> None:
+    def _complete(self, fetch: Fetch, *, ahead: bool = True) -> None:
         while not fetch.progress(self.wait):
             self.memory.reclaim()
-            self._issue_ahead()
+            if ahead:
+                self._issue_ahead()
             fetch.issue()
             if fetch.starved:
                 self._make_room(fetch)
@@ -240,7 +247,7 @@ class Pipeline:
             self.eager.wait_for_chunk()
         elif self.memory.draining:
             self.memory.drain_one(self.wait)
-        elif not self._update_others(fetch):
+        elif not self._update_others(fetch) and not self._call_back(fetch):
             raise CapacityError(
                 f"rank {self.ranks.rank}: no room for unit {fetch.unit.name} in {self.memory.slots.capacity} bytes",
                 hint="raise offload.cpu_memory or device_memory",
@@ -251,6 +258,21 @@ class Pipeline:
         for other in self._fetches:
             if other is not fetch and other.placed and other.updating:
                 other.progress(self.wait)
+                return True
+        return False
+
+    def _call_back(self, fetch: Fetch) -> bool:
+        """Free what the last of the announced fetches holds, for one that goes between; it begins again.
+
+        False if none holds anything. Several ranks share their gathers, and begin none again.
+        """
+        if self.ranks.world_size > 1 or fetch in self._fetches:
+            return False
+        for number in reversed(range(len(self._fetches))):
+            if (other := self._fetches[number]).placed:
+                self._complete(other, ahead=False)
+                other.free()
+                self._fetches[number] = self._fetch(other.visit)
                 return True
         return False
 

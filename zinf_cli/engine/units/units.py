@@ -93,6 +93,11 @@ class UnitLayout:
         return self.name == RESIDENT
 
     @property
+    def on_demand(self) -> bool:
+        """Whether it is some of a layer's experts, which only the tokens that are routed to them call."""
+        return any(place.part is not None and len(place.part.shape) > 2 for place in self.params())
+
+    @property
     def trainable(self) -> tuple[FlatLayout, ...]:
         return tuple(flat for flat in self.flats if flat.trainable)
 
