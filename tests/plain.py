@@ -21,6 +21,7 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.units.loss_chunks import has_many_logits, put_off_logits
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
@@ -123,18 +124,23 @@ def open_engine(
     chunk_numel: int = 8192,
     most: int | None = None,
     slot_bytes: int | None = None,
+    in_chunks: bool = False,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
     `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
     `slot_bytes`: the slots have these instead.
+    `in_chunks`: the loss is computed in chunks.
     """
     model = build_model(source, dtype)
     freeze_params(model, freeze)
     weights = TiledWeights(open_weights(model, source), model)
     if most is not None:
         cut_model(model, most)
+    if in_chunks:
+        assert has_many_logits(model, 24)
+        put_off_logits(model)
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     ranks = ranks or Ranks()
     side = CapturedOutputs()

@@ -59,10 +59,16 @@ KEPT_IN_FP32: dict[str, dict[str, Any]] = {
 }
 """Architectures that keep some parameters in fp32 where the others are bf16 or fp16: routers, sinks, norms."""
 
+OTHER_HEADS: dict[str, dict[str, Any]] = {
+    "cohere": {**_LLAMA, **_TOKENS},
+    "phi": {**_LLAMA, "num_key_value_heads": 4, **_TOKENS},
+}
+"""Architectures that scale their logits, or have a bias there."""
+
 
 def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:
     """The source of an architecture of these with random weights; `changes` override its settings."""
-    config = {"model_type": name, **(CONFIGS | KEPT_IN_FP32)[name], **changes}
+    config = {"model_type": name, **(CONFIGS | KEPT_IN_FP32 | OTHER_HEADS)[name], **changes}
     return ModelSource(name_or_path=None, config=config, init="random", seed=seed)
 
 

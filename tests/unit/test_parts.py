@@ -189,6 +189,7 @@ def test_what_cant_be_cut_is_named() -> None:
         lambda: weight + 1,
         lambda: torch.norm(weight),
         lambda: weight[0],
+        lambda: x @ weight.T,
     ]
     for use in uses:
         with pytest.raises(ModelError, match=r"proj\.weight is larger than the memory for it, and can't be cut"):

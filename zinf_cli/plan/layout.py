@@ -68,6 +68,8 @@ class ModelFigures:
     flops_per_token: float
     most: int | None = None
     """Elements that a part has at most, where blocks and matrices are cut into parts."""
+    loss_in_chunks: bool = False
+    """Whether logits are computed for a few tokens at a time (engine/units/loss_chunks.py)."""
     notes: tuple[str, ...] = ()
     """What the user should know of how model and checkpoint go together."""
 

@@ -20,7 +20,9 @@ from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
+from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
 from zinf_cli.engine.units.units import UnitLayout
+from zinf_cli.errors import ModelError
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of
@@ -65,7 +67,16 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
         text.order.start_at(resumed.step, resumed.sequences)
     if most is not None:
         cut_model(model, most)
-    seen = survey_model(model, recipe, world_size, most)
+    if in_chunks := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
+        put_off_logits(model)
+    try:
+        seen = survey_model(model, recipe, world_size, most)
+    except ModelError:
+        if not in_chunks:
+            raise
+        keep_logits(model)  # it may do with the head's weight what only the whole one can serve
+        in_chunks = False
+        seen = survey_model(model, recipe, world_size, most)
     if seen.failure:
         batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
         flops = _flops_per_token(model, recipe.train.seq_len) / 3 * batch.input_ids.numel()
@@ -76,7 +87,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    figures = replace(_model_figures(model, seen, recipe, tuple(left_out)), most=most)
+    figures = replace(_model_figures(model, seen, recipe, tuple(left_out)), most=most, loss_in_chunks=in_chunks)
     optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
     return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
 

@@ -10,6 +10,7 @@ from torch import nn
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
+from zinf_cli.engine.units.loss_chunks import put_off_logits
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.plan.layout import ModelFigures
@@ -80,5 +81,7 @@ def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[
     """The units that a survey has found, made from the plan's figures. The model is cut as the plan says."""
     if figures.most is not None:
         cut_model(model, figures.most)
+    if figures.loss_in_chunks:
+        put_off_logits(model)
     units = discover(model, world_size, frozenset(figures.demoted), figures.most)
     return bounded(units, {name: (least, most) for name, least, most in figures.bounds})

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.units.tiles import TiledWeight
+from zinf_cli.engine.units.tiles import Bodiless
 from zinf_cli.errors import ModelError
 
 MOST_OBJECTS = 100_000
@@ -51,7 +51,7 @@ _ENDS = (
     torch.dtype,
     torch.device,
     torch.Generator,
-    TiledWeight,
+    Bodiless,
 )
 
 

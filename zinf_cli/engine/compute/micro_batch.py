@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.units.forwards import replace_forward
+from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.units import UnitLayout, taken_apart
 from zinf_cli.errors import ModelError
 
@@ -222,6 +223,6 @@ def _routed(unit: int, path: str, forward: Callable[..., Any], side: SideOutputs
                 f"module {path} is called from inside another unit",
                 hint="the engine found it to be called by itself; please report the architecture",
             )
-        return thread.call_unit(unit, forward, args, kwargs, side)
+        return thread.call_unit(unit, forward, *with_whole_logits(args, kwargs), side)
 
     return routed

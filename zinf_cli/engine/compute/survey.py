@@ -26,7 +26,8 @@ from zinf_cli.engine.compute.meta_answers import answer_of
 from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
-from zinf_cli.engine.units.tiles import TiledWeight, computed_by_tiles
+from zinf_cli.engine.units.loss_chunks import bytes_of_a_chunk, in_chunks, with_whole_logits
+from zinf_cli.engine.units.tiles import Bodiless, computed_instead
 from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
 from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
 from zinf_cli.errors import ModelError
@@ -175,9 +176,9 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._binding:
             return func(*args, **(kwargs or {}))
-        if (by_tiles := computed_by_tiles(func, types, args)) is not None:
+        if (instead := computed_instead(func, types, args)) is not None:
             with self:
-                return by_tiles(*args, **(kwargs or {}))
+                return instead(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # also finds views of a weight: W.T, W.data
@@ -224,6 +225,7 @@ class _Watch(TorchFunctionMode):
                 self.misused.update(self._units[number].modules)
                 return own(*args, **kwargs)
             collector = self._side.collector() if self._side is not None else None
+            args, kwargs = with_whole_logits(args, kwargs)
             if self._side is None or collector is None:
                 return self._watched(number, own, args, kwargs)
             outputs, captured = self._watched(number, self._side.capture(collector, own), args, kwargs)
@@ -236,6 +238,9 @@ class _Watch(TorchFunctionMode):
     def _watched(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a unit as the tape does, with doors for its inputs and outputs."""
         use = self.uses.setdefault(number, UnitUse())
+        if args and args[0] is in_chunks:
+            weights = self._units[number].flats[0]
+            use.saved_bytes += bytes_of_a_chunk(weights.params[0].shape, weights.dtype, len(args[2]), args[5])
         flat, spec = opened(args, kwargs)
         reach = Reach(flat)
         leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]
@@ -365,7 +370,7 @@ def _learns(leaf: Any) -> bool:
 
 
 def _is_state(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and not isinstance(value, TiledWeight)
+    return isinstance(value, torch.Tensor) and not isinstance(value, Bodiless)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,35 @@ class Piece:
     """The matrix is this one of those in the tile."""
 
 
-class TiledWeight(torch.Tensor):
-    """Stands for a weight that was cut: its shape, dtype and device, and what may be computed with it."""
+Kind = TypeVar("Kind", bound="Bodiless")
+Weight = TypeVar("Weight", bound="TiledWeight")
+
+
+class Bodiless(torch.Tensor):
+    """Stands for a tensor that is nowhere as a whole: it has shape, dtype and device, and no bytes."""
+
+    @classmethod
+    def standing_for(cls: type[Kind], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Kind:
+        nothing = torch.full((1,), math.nan, dtype=dtype, device=device).expand(shape)
+        made: Kind = torch.Tensor._make_subclass(cls, nothing, False)
+        return made
+
+    @classmethod
+    def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
+        """What does the work of `func`; None where the shape is all that it takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (instead := computed_instead(func, types, args)) is not None:
+            return instead(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+class TiledWeight(Bodiless):
+    """Stands for a weight that was cut, and knows what may be computed with it."""
 
     tiles: Sequence[Tile]
     weight: str
@@ -82,11 +110,10 @@ class TiledWeight(torch.Tensor):
 
     @classmethod
     def of(
-        cls, like: torch.Tensor, device: torch.device, origin: str, weight: str, tiles: Sequence[Tile]
-    ) -> TiledWeight:
+        cls: type[Weight], like: torch.Tensor, device: torch.device, origin: str, weight: str, tiles: Sequence[Tile]
+    ) -> Weight:
         """What stands for a weight of the shape and dtype of `like`."""
-        nothing = torch.full((1,), math.nan, dtype=like.dtype, device=device).expand(like.shape)
-        made: TiledWeight = torch.Tensor._make_subclass(cls, nothing, False)
+        made = cls.standing_for(like.shape, like.dtype, device)
         made.tiles, made.weight, made.origin = tiles, weight, origin
         made.pieces = [piece for tile in tiles for piece in _pieces(tile, weight)]
         return made
@@ -100,18 +127,14 @@ class TiledWeight(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if (by_tiles := computed_by_tiles(func, types, args)) is not None:
-            return by_tiles(*args, **kwargs)
-        if getattr(func, "__name__", "") in _OF_THE_SHAPE and func not in _TURNED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        name = next(arg.origin for arg in (*args, *kwargs.values()) if isinstance(arg, TiledWeight))
-        raise ModelError(
-            f"{name} is larger than the memory for it, and can't be cut: the model passes it to {_name_of(func)}",
-            hint="what is looked up or multiplied as by torch.nn.Embedding or torch.nn.Linear can be cut",
+    def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
+        of_rows: dict[Any, Callable[..., Any]] = {F.linear: linear, F.embedding: _embedding}
+        found = of_rows.get(func) or (
+            _OF_EXPERTS.get(func) if func in _OF_EXPERTS and _takes_expert(func, args) else None
         )
+        if found is None and (getattr(func, "__name__", "") not in _OF_THE_SHAPE or func in _TURNED):
+            return partial(_refuse, func)
+        return found
 
 
 _OF_THE_SHAPE = {"__get__", "size", "dim", "numel", "ndimension", "__len__", "is_floating_point", "element_size",
@@ -122,12 +145,18 @@ _OF_THE_SHAPE = {"__get__", "size", "dim", "numel", "ndimension", "__len__", "is
 _TURNED = [getattr(getattr(torch.Tensor, name), "__get__") for name in ("T", "mT", "H", "mH")]  # noqa: B009 (mypy)
 
 
-def computed_by_tiles(func: Any, types: Collection[type], args: Sequence[Any]) -> Callable[..., torch.Tensor] | None:
-    """What does the work of `func` on tensors of these classes, if a weight that was cut is among them."""
-    if TiledWeight not in types or (func in _OF_EXPERTS and not _takes_expert(func, args)):
-        return None
-    of_rows: dict[Any, Callable[..., torch.Tensor]] = {F.linear: _linear, F.embedding: _embedding}
-    return _OF_EXPERTS.get(func) or of_rows.get(func)
+def computed_instead(func: Any, types: Collection[type], args: Sequence[Any]) -> Callable[..., Any] | None:
+    """What does the work of `func` on tensors of these classes, if one is Bodiless and it takes more than its shape."""
+    kind = next((kind for kind in types if issubclass(kind, Bodiless)), None)
+    return None if kind is None else kind.instead_of(func, args)
+
+
+def _refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
+    name = next(arg.origin for arg in (*args, *kwargs.values()) if isinstance(arg, TiledWeight))
+    raise ModelError(
+        f"{name} is larger than the memory for it, and can't be cut: the model passes it to {_name_of(func)}",
+        hint="what is looked up or multiplied as by torch.nn.Embedding or torch.nn.Linear can be cut",
+    )
 
 
 def _takes_expert(func: Any, args: Sequence[Any]) -> bool:
@@ -177,7 +206,7 @@ def move_tiled(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         for name, tiled in list(module.__dict__.items()):
             if isinstance(tiled, TiledWeight):
-                module.__dict__[name] = TiledWeight.of(tiled, device, tiled.origin, tiled.weight, tiled.tiles)
+                module.__dict__[name] = type(tiled).of(tiled, device, tiled.origin, tiled.weight, tiled.tiles)
 
 
 def _cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -221,15 +250,15 @@ def _pieces(tile: Tile, name: str) -> list[Piece]:
     return [Piece(tile, name, first, first + shape[0])]
 
 
-def _linear(input: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(input: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     results = []
     for piece in weight.pieces:
         rows = None if bias is None else bias[piece.first : piece.last]
-        results.append(piece.tile(_linear_rows, piece.weight, input, rows, piece.expert))
+        results.append(piece.tile(linear_rows, piece.weight, input, rows, piece.expert))
     return torch.cat(results, dim=-1) if len(results) > 1 else results[0]
 
 
-def _linear_rows(
+def linear_rows(
     weight: torch.Tensor, input: torch.Tensor, bias: torch.Tensor | None, expert: int | None
 ) -> torch.Tensor:
     return F.linear(input, weight if expert is None else weight[expert], bias)
