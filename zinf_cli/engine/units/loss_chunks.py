@@ -94,12 +94,12 @@ def _lazy_linear(input: torch.Tensor, weight: HeadWeight, bias: torch.Tensor | N
 
 
 class LazyLogits(Bodiless):
-    """Logits to come, [..., vocabulary]: `steps` of `hidden` [..., width] times the weight of `tile`, plus `bias`."""
+    """Logits to come, [..., vocabulary]: `operations` on `hidden` [..., width] by the weight of `tile`, plus `bias`."""
 
     hidden: torch.Tensor
     bias: torch.Tensor | None
     tile: Tile
-    steps: tuple[Step, ...]
+    operations: tuple[Step, ...]
     aliases: list[None]
     """One for each of those that would share memory."""
     whole: torch.Tensor | None
@@ -111,12 +111,12 @@ class LazyLogits(Bodiless):
         hidden: torch.Tensor,
         bias: torch.Tensor | None,
         tile: Tile,
-        steps: tuple[Step, ...],
+        operations: tuple[Step, ...],
         dtype: torch.dtype,
         aliases: list[None] | None = None,
     ) -> LazyLogits:
         made = cls.standing_for(torch.Size((*hidden.shape[:-1], tile.parts["weight"].shape[0])), dtype, hidden.device)
-        made.hidden, made.bias, made.tile, made.steps, made.whole = hidden, bias, tile, steps, None
+        made.hidden, made.bias, made.tile, made.operations, made.whole = hidden, bias, tile, operations, None
         made.aliases = aliases if aliases is not None else []
         made.aliases.append(None)
         return made
@@ -134,7 +134,7 @@ def whole_logits(value: Any) -> Any:
     if not isinstance(value, LazyLogits):
         return value
     if value.whole is None:
-        value.whole = _taken(value.tile(linear_rows, "weight", value.hidden, value.bias, None), value.steps)
+        value.whole = _taken(value.tile(linear_rows, "weight", value.hidden, value.bias, None), value.operations)
     return value.whole
 
 
@@ -172,7 +172,7 @@ def _with_step(logits: LazyLogits, func: Any, args: Sequence[Any], kwargs: dict[
     dtype = func(torch.empty((), dtype=logits.dtype, device="meta"), *args).dtype
     if getattr(func, "__name__", "") in ("float", "to") and dtype == logits.dtype:
         return logits
-    return LazyLogits.of(logits.hidden, logits.bias, logits.tile, (*logits.steps, (func, tuple(args))), dtype)
+    return LazyLogits.of(logits.hidden, logits.bias, logits.tile, (*logits.operations, (func, tuple(args))), dtype)
 
 
 def _reshaped(logits: LazyLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -200,11 +200,11 @@ def _part_of(logits: LazyLogits, index: Any) -> torch.Tensor | None:
 
 
 def _of_rows(logits: LazyLogits, hidden: torch.Tensor) -> LazyLogits:
-    return LazyLogits.of(hidden, logits.bias, logits.tile, logits.steps, logits.dtype, logits.aliases)
+    return LazyLogits.of(hidden, logits.bias, logits.tile, logits.operations, logits.dtype, logits.aliases)
 
 
-def _taken(logits: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:
-    for func, args in steps:
+def _taken(logits: torch.Tensor, operations: Sequence[Step]) -> torch.Tensor:
+    for func, args in operations:
         logits = func(logits, *args)
     return logits
 
@@ -224,7 +224,15 @@ def _loss(
     if not plain or reduction not in ("mean", "sum") or logits.dim() != 2 or target.shape != logits.shape[:1]:
         return None
     found: torch.Tensor = logits.tile(
-        in_chunks, "weight", logits.hidden, logits.bias, target, logits.steps, ignore_index, reduction, logits.dtype
+        in_chunks,
+        "weight",
+        logits.hidden,
+        logits.bias,
+        target,
+        logits.operations,
+        ignore_index,
+        reduction,
+        logits.dtype,
     )
     return found
 
@@ -235,15 +243,15 @@ def in_chunks(weight: torch.Tensor, *inputs: Any) -> torch.Tensor:
     return loss
 
 
-def bytes_of_a_chunk(shape: Sequence[int], dtype: torch.dtype, tokens: int, steps: Sequence[Step]) -> int:
+def bytes_of_a_chunk(shape: Sequence[int], dtype: torch.dtype, tokens: int, operations: Sequence[Step]) -> int:
     """What the loss takes at its peak beside its arguments, with a head's weight of `shape` and `dtype`, in bytes.
 
-    Logits and their gradient, what `steps` and the cross-entropy make of them, and, of a 16-bit weight, the gradient
+    Logits, their gradient, what `operations` and the cross-entropy make of them, and, of a 16-bit weight, the gradient
     that a chunk adds to the sum.
     """
     logits = min(tokens, _rows_of_a_chunk(shape[0])) * shape[0]
     more = 0 if dtype == torch.float32 else math.prod(shape) * dtype.itemsize
-    return logits * (2 * dtype.itemsize + 4 * (3 + len(steps))) + more
+    return logits * (2 * dtype.itemsize + 4 * (3 + len(operations))) + more
 
 
 def _rows_of_a_chunk(vocabulary: int) -> int:
@@ -251,7 +259,7 @@ def _rows_of_a_chunk(vocabulary: int) -> int:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of `steps` of hidden · weightᵀ + bias: a scalar of `dtype`, added up in fp32.
+    """Cross-entropy of `operations` of hidden · weightᵀ + bias: a scalar of `dtype`, added up in fp32.
 
     weight [vocabulary, width], hidden [tokens, width], bias [vocabulary] or None, target int64 [tokens].
     """
@@ -263,16 +271,16 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         bias: torch.Tensor | None,
         target: torch.Tensor,
-        steps: tuple[Step, ...],
+        operations: tuple[Step, ...],
         ignore_index: int,
         reduction: str,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, hidden, bias, target)
-        ctx.steps, ctx.ignore_index, ctx.mean = steps, ignore_index, reduction == "mean"
+        ctx.operations, ctx.ignore_index, ctx.mean = operations, ignore_index, reduction == "mean"
         total = torch.zeros((), device=hidden.device)
         for rows, labels in _chunks(weight, hidden, target):
-            logits = _taken(F.linear(rows, weight, bias), steps)
+            logits = _taken(F.linear(rows, weight, bias), operations)
             total += F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
         return (total / _divisor(ctx, target)).to(dtype)
 
@@ -289,7 +297,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = F.linear(rows, weight, bias).requires_grad_()
             with torch.enable_grad():
                 loss = F.cross_entropy(
-                    _taken(logits, ctx.steps).float(), labels, ignore_index=ctx.ignore_index, reduction="sum"
+                    _taken(logits, ctx.operations).float(), labels, ignore_index=ctx.ignore_index, reduction="sum"
                 )
             (of_logits,) = torch.autograd.grad(loss, logits, scale)
             del logits, loss
