@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -194,3 +195,25 @@ def test_what_cant_be_cut_is_named() -> None:
     for use in uses:
         with pytest.raises(ModelError, match=r"proj\.weight is larger than the memory for it, and can't be cut"):
             use()
+
+
+@pytest.mark.parametrize("most", [None, TILES])
+def test_nothing_of_a_step_waits_for_the_garbage_collector(most: int | None) -> None:
+    engine = in_parts("llama", EngineOptions(), most)
+    engine_losses(engine, 2, close=False)
+    gc.collect()
+    gc.disable()
+    try:
+        before = bytes_of_tensors()
+        engine_losses(engine, STEPS, first=2, close=False)
+        assert bytes_of_tensors() < before + 64 * 1024  # tables of positions; one hidden state more a call is 3 KiB
+    finally:
+        gc.enable()
+    gc.collect()
+    assert bytes_of_tensors() == before
+    engine.close()
+
+
+def bytes_of_tensors() -> int:
+    """Of all tensors that are alive, each by itself."""
+    return sum(t.numel() * t.element_size() for t in gc.get_objects() if type(t) is torch.Tensor)

@@ -37,8 +37,8 @@ class GlueTensor:
     """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
 
     edge: Edge
-    first: Record | Border
-    """What took it first, and so comes last in backward."""
+    first: int
+    """Number of what took it first, and so comes last in backward. A reference would be a circle that keeps memory."""
     saved: Saved | None = None
     """The value, if a consumer of it is to be recomputed."""
     grad: torch.Tensor | None = None
@@ -74,10 +74,11 @@ class Border(Emitter):
     Without that, the gradient of each layer would run through the residual additions of all layers before.
     """
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, number: int, position: int) -> None:
         super().__init__()
+        self.number = number
         self.position = position
-        """Number of the first record behind it."""
+        """How many records lie before it."""
         self.inputs: list[GlueTensor] = []
 
 
@@ -85,6 +86,8 @@ class Border(Emitter):
 class Record(Emitter):
     """One call of a unit by one micro-batch."""
 
+    number: int
+    """Of its tape, counted with borders."""
     label: str
     call: UnitCall
     leaves: list[Any]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Tape:
         """What the glue has saved since the last record, and what earlier glue has saved that it needs as well."""
         self.records: list[Record] = []
         self._borders: list[Border] = []
+        self._numbers = count()
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
         """Run a unit's call and return what the model gets. ModelError where the unit changes its input in place.
@@ -91,7 +93,7 @@ class Tape:
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
-        record = Record(label, call, [], spec, RngState(self._device))
+        record = Record(next(self._numbers), label, call, [], spec, RngState(self._device))
         (record.before, record.before_again), self._between = self._between, ([], [])
         if self._state.moving and keeper is None:
             record.moment = self._state.moment()
@@ -154,7 +156,7 @@ class Tape:
         for saved in (*record.before, *record.before_again):
             saved.get()
         for glue in record.glue_inputs():
-            if glue.first is record:
+            if glue.first == record.number:
                 self._glue_backward(glue)
             elif glue.saved is not None:
                 glue.saved.evict()
@@ -195,7 +197,7 @@ class Tape:
         tensors = list({id(leaf): leaf for leaf in flat if differentiable(leaf) and leaf.requires_grad}.values())
         if not tensors:
             return args, kwargs
-        border = Border(len(self.records))
+        border = Border(next(self._numbers), len(self.records))
         for tensor in tensors:
             glue = self._take(tensor, border, "", save=False)
             assert isinstance(glue, GlueTensor)
@@ -212,7 +214,7 @@ class Tape:
         """Backward over a border: all that lies behind it is done."""
         for glue, grad in zip(border.inputs, border.output_grads, strict=True):
             glue.add_grad(grad)
-            if glue.first is border:
+            if glue.first == border.number:
                 self._glue_backward(glue)
 
     def _take(
@@ -223,7 +225,7 @@ class Tape:
             return tensor.detach()
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
-        glue = self._glue.setdefault(key, GlueTensor(edge, taker))
+        glue = self._glue.setdefault(key, GlueTensor(edge, taker.number))
         if save and glue.saved is None:
             glue.saved = self._activations.save(tensor.detach(), label)
         return glue
