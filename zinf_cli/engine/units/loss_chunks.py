@@ -20,7 +20,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.units.tiles import TILES, Bodiless, Part, Tile, TiledWeight, linear, linear_rows
+from zinf_cli.engine.units.tiles import (
+    OF_THE_SHAPE,
+    TILES,
+    Bodiless,
+    Part,
+    Tile,
+    TiledWeight,
+    linear,
+    linear_rows,
+    put_in_place,
+)
 from zinf_cli.errors import ModelError
 
 CHUNK = 1 << 24
@@ -33,8 +43,7 @@ _STEPS = {"float", "to", "mul", "div", "true_divide", "tanh", "add", "sub"}
 """Functions of each logit by itself, with numbers or dtypes as further arguments."""
 _ROWS_STAY = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 """Functions that change no order; where the last dimension stays, so do rows."""
-_OF_THE_SHAPE = {"size", "dim", "numel", "ndimension", "__len__", "is_floating_point", "element_size", "is_complex",
-                 "get_device", "__hash__", "nelement"}  # fmt: skip
+_HARMLESS = OF_THE_SHAPE | {"nelement"}
 _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "layout"}
 
 
@@ -57,9 +66,7 @@ def put_off_logits(model: nn.Module) -> None:
     name = next(name for name, param in model.named_parameters() if param is weight)
     param = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
     tile = Tile({"weight": Part(name, weight.shape, 0)}, {"weight": param})
-    del head._parameters["weight"]
-    head.add_module(f"{TILES}weight", nn.ModuleList([tile]))
-    head.__dict__["weight"] = HeadWeight.of(weight, weight.device, name, "weight", [tile])
+    put_in_place(head, {"weight": HeadWeight.of(weight, weight.device, name, "weight", [tile])})
 
 
 def keep_logits(model: nn.Module) -> None:
@@ -125,7 +132,7 @@ class LazyLogits(Bodiless):
     def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
         name = getattr(func, "__name__", "")
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        harmless = attribute in _ATTRIBUTES if name == "__get__" else name in _OF_THE_SHAPE
+        harmless = attribute in _ATTRIBUTES if name == "__get__" else name in _HARMLESS
         return None if harmless else partial(_lazily, func)
 
 

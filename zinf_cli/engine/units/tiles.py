@@ -16,7 +16,8 @@ updated and freed by itself. One of experts has all weights of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -84,9 +85,9 @@ class Bodiless(torch.Tensor):
         return made
 
     @classmethod
+    @abstractmethod
     def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
         """What does the work of `func`; None where the shape is all that it takes."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,15 +133,16 @@ class TiledWeight(Bodiless):
         found = of_rows.get(func) or (
             _OF_EXPERTS.get(func) if func in _OF_EXPERTS and _takes_expert(func, args) else None
         )
-        if found is None and (getattr(func, "__name__", "") not in _OF_THE_SHAPE or func in _TURNED):
+        if found is None and (getattr(func, "__name__", "") not in _HARMLESS or func in _TURNED):
             return partial(_refuse, func)
         return found
 
 
-_OF_THE_SHAPE = {"__get__", "size", "dim", "numel", "ndimension", "__len__", "is_floating_point", "element_size",
-                 "is_complex", "__repr__", "get_device", "stride", "__hash__"}  # fmt: skip
+OF_THE_SHAPE = {"size", "dim", "numel", "ndimension", "__len__", "is_floating_point", "element_size", "is_complex",
+                "get_device", "__hash__"}  # fmt: skip
 """Functions of a tensor that use none of its values."""
-
+_HARMLESS = OF_THE_SHAPE | {"__get__", "stride", "__repr__"}
+"""Of a weight, these as well."""
 
 _TURNED = [getattr(getattr(torch.Tensor, name), "__get__") for name in ("T", "mT", "H", "mH")]  # noqa: B009 (mypy)
 
@@ -182,10 +184,16 @@ def cut(model: nn.Module, most: int) -> None:
         key = id(next(iter(weights.values())))
         if key not in made:
             made[key] = _tiled(weights, names, most)
-        for name, tiled in made[key].items():
-            del module._parameters[name]
-            module.__dict__[name] = tiled
-        module.add_module(TILES + (name if len(weights) == 1 else "experts"), nn.ModuleList(tiled.tiles))
+        put_in_place(module, made[key])
+
+
+def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
+    """Let what stands for weights of the same tiles be attributes of their module, and the tiles its children."""
+    for name in tiled:
+        del module._parameters[name]
+        module.__dict__[name] = tiled[name]
+    name = next(iter(tiled))
+    module.add_module(TILES + (name if len(tiled) == 1 else "experts"), nn.ModuleList(tiled[name].tiles))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
