@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.case import MODELS
-from zinf_cli.amounts import format_bytes
+from benchmarks.results import add_save, report
 
 SMALL = {**MODELS["216M"], "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
 SMALL |= {"num_key_value_heads": 8, "num_hidden_layers": 12}
@@ -60,21 +58,18 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", type=int, default=range(len(ROWS)), help="numbers of the rows, from 0")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
+    add_save(parser)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="accuracy-", dir=arguments.folder)).absolute()
-    table = Table("recipe", title="predicted → measured", title_justify="left")
-    for heading in ("s/step", "memory of the host", "of a rank", "on NVMe", "NVMe traffic/step"):
-        table.add_column(heading, justify="right")
     try:
         for number in arguments.rows:
             _bench(folder, "links")
             _bench(folder, "nvme", str(folder), "--size", "1GiB", "--block-sizes", "4MiB", "--threads", "2")
             summary = _run(ROWS[number], arguments.steps, folder)
-            table.add_row(ROWS[number].name, *_cells(summary))
+            report(ROWS[number].name, [_row(summary)], arguments.save)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    Console(width=170).print(table)
 
 
 def _bench(folder: Path, *what: str) -> None:
@@ -103,17 +98,18 @@ def _run(row: Row, steps: int, folder: Path) -> dict[str, Any]:
     return summary
 
 
-def _cells(summary: dict[str, Any]) -> list[str]:
+def _row(summary: dict[str, Any]) -> dict[str, Any]:
+    """Each figure as it was predicted, and as it was measured."""
     predicted, measured = summary["predicted"], summary["measured"]
-
-    def cell(key: str, form: Any) -> str:
-        if not predicted[key] or not measured[key]:
-            return ""
-        off = 100 * (predicted[key] / measured[key] - 1)
-        return f"{form(predicted[key])} → {form(measured[key])} ({off:+.0f} %)"
-
-    sizes = ("host_cpu_bytes", "cpu_bytes", "nvme_bytes", "nvme_traffic")
-    return [cell("step_s", lambda value: f"{value:.2f}"), *(cell(key, format_bytes) for key in sizes)]
+    names = {
+        "step_s": "step_s",
+        "memory_of_the_host_bytes": "host_cpu_bytes",
+        "memory_of_a_rank_bytes": "cpu_bytes",
+        "on_NVMe_bytes": "nvme_bytes",
+        "NVMe_traffic_per_step_bytes": "nvme_traffic",
+    }
+    both = {name: (predicted[key], measured[key]) for name, key in names.items()}
+    return {name: pair if all(pair) else None for name, pair in both.items()}
 
 
 if __name__ == "__main__":

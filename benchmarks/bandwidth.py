@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.results import add_save, report
 from zinf_cli.amounts import format_bytes, parse_bytes
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.tiers.nvme import NvmeTier
@@ -98,6 +97,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the drive")
     parser.add_argument("--rank", choices=LAYOUTS, help=argparse.SUPPRESS)
     parser.add_argument("--group", type=Path, help=argparse.SUPPRESS)
+    add_save(parser)
     asked = parser.parse_args()
     if asked.rank is not None:
         (asked.group / "cgroup.procs").write_text(str(os.getpid()))
@@ -105,18 +105,15 @@ def main() -> None:
         print(seconds_per_fetch(asked.rank, ranks, asked.folder, asked.unit, asked.fetches))
         ranks.leave()
         return
-    table = Table(box=None, pad_edge=False, title=f"seconds to fetch {format_bytes(asked.unit)}")
-    for column in ("hosts", "sliced", "efficiency", "kept by one"):
-        table.add_column(column, justify="right")
+    rows = []
     with tempfile.TemporaryDirectory(dir=asked.folder or Path.cwd(), prefix="zinf-bandwidth-") as name:
         alone = None
         for num_hosts in asked.hosts:
             sliced, owner = (measure(layout, num_hosts, Path(name), asked) for layout in LAYOUTS)
             alone = alone or sliced * num_hosts
-            table.add_row(
-                str(num_hosts), f"{sliced:.2f}", f"{100 * alone / (sliced * num_hosts):.0f} %", f"{owner:.2f}"
-            )
-    Console().print(table)
+            share = alone / (sliced * num_hosts)
+            rows.append({"hosts": num_hosts, "sliced_s": sliced, "efficiency_share": share, "kept_by_one_s": owner})
+    report(f"a unit of {format_bytes(asked.unit)}", rows, asked.save)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.contenders import environment, launch_command
+from benchmarks.results import add_save, report
 from benchmarks.run import CASES
 from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.checkpoint.verify import verify
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=["8x16", "8x16-never-clips"], choices=CASES)
     parser.add_argument("--checkpoints", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
+    add_save(parser)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases:
@@ -42,12 +44,12 @@ def main() -> None:
             problems = [verdict.problem for path in checkpoints_of(run_dir) for verdict in verify(path)]
             assert len(problems) > 1
             assert not any(problems), problems
-            print(f"{CASES[name]} tokens: {_ratios(seconds)}; the last checkpoint is whole")
+            report(str(CASES[name]), [_ratios(seconds)], arguments.save, measured=seconds)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ratios(seconds: list[float]) -> str:
+def _ratios(seconds: list[float]) -> dict[str, float]:
     """Of the step that is saved, of the next, and of both; each to the mean of the two others before the next one."""
     saved, after = [], []
     for first in range(INTERVAL - 1, len(seconds) - INTERVAL, INTERVAL):
@@ -55,8 +57,8 @@ def _ratios(seconds: list[float]) -> str:
         saved.append(with_one[0] / without)
         after.append(with_one[1] / without)
     both = [(one + other) / 2 for one, other in zip(saved, after, strict=True)]
-    medians = [f"{what} {statistics.median(values):.2f}" for what, values in (("saved", saved), ("next", after))]
-    return f"{', '.join(medians)}, mean of both {statistics.median(both):.2f} times a step without ({len(both)} pairs)"
+    ratios = {"step_saved": saved, "next_step": after, "mean_of_both": both}
+    return {name: statistics.median(values) for name, values in ratios.items()} | {"pairs": len(both)}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Without an accelerator it runs in its smallest form on the CPU, so that it is kn
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
@@ -15,53 +16,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.case import Case
 from benchmarks.contenders import WARM_UP, environment, launch_command
-from zinf_cli.amounts import format_bytes
+from benchmarks.results import add_save, report
 
 STEPS = 2
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="zinf on an accelerator beside its matrix products.")
+    add_save(parser)
+    arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     cases = [Case(count, 2048, model) for model in ("3B", "8B") for count in (1, 4, 16)] if cuda else [Case(1, 16)]
-    console = Console(width=140)
     ceiling = matmul_flops(torch.device("cuda" if cuda else "cpu"))
-    name = torch.cuda.get_device_name() if cuda else "CPU"
-    console.print(
-        f"{time.strftime('%Y-%m-%d')}, {name}, matmul {ceiling / 1e12:.3g} TFLOP/s, torch {torch.__version__}"
-    )
-    table = Table("model", "micro-batches", "states on")
-    for heading in ("s/step", "tokens/s", "TFLOP/s", "of matmul", "device memory", "waiting"):
-        table.add_column(heading, justify="right")
     Path("runs").mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir="runs")).absolute()
     try:
         for case in cases:
-            for tier in ("cpu", "nvme"):
-                steps = run(case, tier, folder)
-                if steps is None:
-                    table.add_row(case.model, str(case.micro_batches), tier, "failed")
-                    continue
-                flops = median(steps, "tflops_per_rank") * 1e12
-                memory = steps[-1].get("gpu_mem_bytes")
-                table.add_row(
-                    case.model,
-                    str(case.micro_batches),
-                    tier,
-                    f"{median(steps, 'step_s'):.2f}",
-                    f"{median(steps, 'tokens_per_s'):.0f}",
-                    f"{flops / 1e12:.3g}",
-                    f"{100 * flops / ceiling:.0f} %",
-                    format_bytes(memory) if memory else "",
-                    f"{100 * median(steps, 'wait_s') / median(steps, 'step_s'):.0f} %",
-                )
+            found = {tier: run(case, tier, folder) for tier in ("cpu", "nvme")}
+            rows = [_row(tier, steps, ceiling) for tier, steps in found.items()]
+            report(str(case), rows, arguments.save, f"matrix products: {ceiling / 1e12:.3g} TFLOP/s", found)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    console.print(table)
+
+
+def _row(tier: str, steps: list[dict[str, Any]] | None, ceiling: float) -> dict[str, Any]:
+    """Medians of the steps; the tier alone where the run failed."""
+    if steps is None:
+        return {"states_on": f"{tier}: failed"}
+    flops = median(steps, "tflops_per_rank") * 1e12
+    return {
+        "states_on": tier,
+        "step_s": median(steps, "step_s"),
+        "tokens_per_second": median(steps, "tokens_per_s"),
+        "TFLOP/s": flops / 1e12,
+        "of_matmul_share": flops / ceiling,
+        "device_memory_bytes": steps[-1].get("gpu_mem_bytes"),
+        "waiting_share": median(steps, "wait_s") / median(steps, "step_s"),
+    }
 
 
 def run(case: Case, tier: str, folder: Path) -> list[dict[str, Any]] | None:

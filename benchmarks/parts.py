@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.case import MODELS
 from benchmarks.contenders import WARM_UP, environment
+from benchmarks.results import add_save, report
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    add_save(parser)
     arguments = parser.parse_args()
     if arguments.inside is not None:
         inside(Path(arguments.inside[0]), json.loads(arguments.inside[1]))
@@ -97,10 +99,11 @@ def main() -> None:
         pairs = [(one_run(folder, None), one_run(folder, QUARTER)) for _ in range(arguments.rounds)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("step", "traffic", "memory"):
-        print(f"{name:8} " + "  ".join(f"{parts[name] / whole[name]:.3f}" for whole, parts in pairs))
-    far = max(abs(a / b - 1) for whole, parts in pairs for a, b in zip(whole["losses"], parts["losses"], strict=True))
-    print(f"losses   within {far:.1e}")
+    rows = [{name: parts[name] / whole[name] for name in ("step", "traffic", "memory")} for whole, parts in pairs]
+    for row, (whole, parts) in zip(rows, pairs, strict=True):
+        losses = zip(whole["losses"], parts["losses"], strict=True)
+        row["losses_apart"] = max(abs(ours / theirs - 1) for theirs, ours in losses)
+    report(f"{MICRO_BATCHES}×{TOKENS}, blocks in four parts", rows, arguments.save, "parts by whole", pairs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run`: the table of benchmarks/README.md, contenders alternating on one machine.
+"""`python -m benchmarks.run`: zinf beside plain PyTorch and DeepSpeed, in turn on one machine.
 
 Times are ratios to plain PyTorch of the same run: absolute times of a shared machine mean little.
 """
@@ -6,22 +6,18 @@ Times are ratios to plain PyTorch of the same run: absolute times of a shared ma
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import statistics
 import tempfile
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import CONTENDERS
+from benchmarks.results import add_save, report
 from benchmarks.watch import Watched
-from zinf_cli.amounts import format_bytes
 from zinf_cli.bench.nvme import READ, WRITE, Bench, Point, open_files
 
 ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
@@ -46,11 +42,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contender, in turn")
     parser.add_argument("--folder", type=Path, default=None, help="where the drive is (default: runs/)")
+    add_save(parser)
     arguments = parser.parse_args()
     names = arguments.cases or list(CASES)
     cases = [case for name in names for case in (SWEEP if name == "sweep" else (CASES[name],))]
-    console = Console(width=140)
-    console.print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, torch {torch.__version__}", highlight=False)
     root = arguments.folder or Path("runs")
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=root)).absolute()
@@ -62,9 +57,8 @@ def main() -> None:
                 for name in runs:
                     runs[name].append(CONTENDERS[name](case, arguments.steps, folder))
                     drive.append(_drive(folder))
-            console.print(_table(case, runs))
-            _compare_with_limit(console, runs, statistics.median(drive))
-            _compare_losses(console, runs)
+            measured = {name: [asdict(run) for run in watched] for name, watched in runs.items()}
+            report(str(case), _rows(case, runs, statistics.median(drive)), arguments.save, measured=measured)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -78,58 +72,55 @@ def _drive(folder: Path) -> float:
         return bench.both(points[1], points[0], DRIVE_BYTES)
 
 
-def _table(case: Case, runs: dict[str, list[Watched]]) -> Table:
-    title = f"{case} tokens, {case.num_params / 1e6:.0f}M parameters, fp32"
-    table = Table("contender", title=title, title_justify="left")
-    for heading in ("s/step (median)", "ratio", "waiting", "peak memory", "read/step", "written/step", "B/param"):
-        table.add_column(heading, justify="right")
+def _rows(case: Case, runs: dict[str, list[Watched]], drive: float) -> Sequence[dict[str, Any]]:
+    """A row a contender; medians of steps. `drive` is in bytes per second, and stands in the first row."""
+    rows: list[dict[str, Any]] = []
     base = statistics.median(_steps(next(iter(runs.values()))))
     for name, watched in runs.items():
         steps = _steps(watched)
         waits = [wait for run in watched for wait in run.wait_s]
         read = statistics.median(run.read_bytes for run in watched)
         written = statistics.median(run.write_bytes for run in watched)
-        table.add_row(
-            name,
-            f"{statistics.median(steps):.2f}",
-            f"{statistics.median(steps) / base:.2f}",
-            f"{100 * sum(waits) / sum(steps):.0f} %" if waits else "",
-            format_bytes(max(run.peak_bytes for run in watched)),
-            format_bytes(read),
-            format_bytes(written),
-            f"{(read + written) / case.num_params:.1f}",
+        rows.append(
+            {
+                "contender": name,
+                "step_s": statistics.median(steps),
+                "ratio": statistics.median(steps) / base,
+                "waiting_share": sum(waits) / sum(steps) if waits else None,
+                "peak_memory_bytes": max(run.peak_bytes for run in watched),
+                "read_per_step_bytes": read,
+                "written_per_step_bytes": written,
+                "bytes_per_parameter": (read + written) / case.num_params or None,
+                "drive_bytes_per_s": None if rows else drive,
+                "limit": _limit(runs, drive) if name == "zinf-nvme" else None,
+                "losses_apart": _apart(runs, name),
+            }
         )
-    return table
+    return rows
 
 
-def _compare_with_limit(console: Console, runs: dict[str, list[Watched]], drive: float) -> None:
-    """zinf on the drive beside what nothing could beat: its compute alone, or its bytes at the drive's rate."""
-    line = f"the drive, reading and writing at once: {drive / 1e9:.2f} GB/s"
-    if runs.get("zinf-nvme") and runs.get("zinf-cpu"):
-        compute = statistics.median(_steps(runs["zinf-cpu"]))
-        moving = statistics.median(run.read_bytes + run.write_bytes for run in runs["zinf-nvme"]) / drive
-        ours = statistics.median(_steps(runs["zinf-nvme"]))
-        line += f"; compute alone {compute:.2f} s, zinf-nvme's bytes at that rate {moving:.2f} s"
-        line += f"; zinf-nvme takes {ours / max(compute, moving):.2f} times the larger"
-    console.print(line, highlight=False)
+def _limit(runs: dict[str, list[Watched]], drive: float) -> float | None:
+    """zinf's step on the drive by what nothing could beat: its compute alone, or its bytes at the drive's rate."""
+    if not runs.get("zinf-cpu"):
+        return None
+    compute = statistics.median(_steps(runs["zinf-cpu"]))
+    moving = statistics.median(run.read_bytes + run.write_bytes for run in runs["zinf-nvme"]) / drive
+    return statistics.median(_steps(runs["zinf-nvme"])) / max(compute, moving)
 
 
-def _compare_losses(console: Console, runs: dict[str, list[Watched]]) -> None:
+def _apart(runs: dict[str, list[Watched]], name: str) -> float | None:
     """DeepSpeed trains on the windows and from the weights of plain PyTorch, so their losses must agree."""
-    for name in ("deepspeed", "deepspeed-small"):
-        if name in runs and "plain" in runs:
-            pairs = zip(runs["plain"][0].loss, runs[name][0].loss, strict=True)
-            apart = max(abs(ours - theirs) for ours, theirs in pairs)
-            verdict = "" if apart <= LOSS_TOLERANCE else ": NOT the same training"
-            console.print(f"losses of {name} and plain: at most {apart:.1e} apart{verdict}", highlight=False)
+    if not name.startswith("deepspeed") or "plain" not in runs:
+        return None
+    pairs = zip(runs["plain"][0].loss, runs[name][0].loss, strict=True)
+    apart = max(abs(ours - theirs) for ours, theirs in pairs)
+    if apart > LOSS_TOLERANCE:
+        raise SystemExit(f"error: {name} is not the same training: its losses are {apart:.1e} from those of plain")
+    return apart
 
 
 def _steps(watched: list[Watched]) -> list[float]:
     return [step for run in watched for step in run.step_s]
-
-
-def _machine() -> str:
-    return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}"
 
 
 if __name__ == "__main__":

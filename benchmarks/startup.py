@@ -7,6 +7,7 @@ it had looked up for the first one. In turn; medians.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from benchmarks.results import add_save, report
 from tests.lab import Lab, namespace_lab
 
 HOSTS, ROUNDS = 4, 3
@@ -40,6 +42,9 @@ LLAMA = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="From Enter to the first step on 4 hosts, beside plain torchrun.")
+    add_save(parser)
+    arguments = parser.parse_args()
     plain, first, second = [], [], []
     with tempfile.TemporaryDirectory(prefix="zinf-") as name, namespace_lab(Path(name), HOSTS) as lab:
         folder = Path(name)
@@ -50,9 +55,9 @@ def main() -> None:
             first.append(_zinf(lab, recipe))
             shutil.rmtree(recipe.parent / "run")
             second.append(_zinf(lab, recipe))
-    print(f"zinf, from Enter to the first step: {statistics.median(first):.1f} s")
-    print(f"zinf, the same recipe again: {statistics.median(second):.1f} s")
-    print(f"{HOSTS} plain torchruns, to their first collective: {statistics.median(plain):.1f} s")
+    measured = {"first_launch_s": first, "again_s": second, "torchrun_s": plain}
+    row = {name: statistics.median(seconds) for name, seconds in measured.items()}
+    report(f"{HOSTS} hosts", [row], arguments.save, measured=measured)
 
 
 def _torchrun(lab: Lab, script: Path, port: int) -> float:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.contenders import environment, launch_command
+from benchmarks.results import add_save, report
 from benchmarks.run import CASES
 
 
@@ -24,19 +25,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
+    add_save(parser)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for name in arguments.cases:
-        ratios = []
+        pairs = []
         for pair in range(arguments.pairs):
             order = ("on", "off") if pair % 2 else ("off", "on")
             found = {verify: _run(name, verify, arguments.steps, arguments.folder) for verify in order}
             assert found["on"][0] == found["off"][0], "checksums must change no loss"
-            ratios.append(found["on"][1] / found["off"][1])
-        print(
-            f"{CASES[name]} tokens: {statistics.median(ratios):.3f} times a step without "
-            f"({min(ratios):.3f} to {max(ratios):.3f}, {len(ratios)} pairs); the same losses"
-        )
+            pairs.append({verify: seconds for verify, (_, seconds) in found.items()})
+        ratios = [pair["on"] / pair["off"] for pair in pairs]
+        row = {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios), "pairs": len(ratios)}
+        report(str(CASES[name]), [row], arguments.save, measured=pairs)
 
 
 def _run(name: str, verify: str, steps: int, parent: Path) -> tuple[list[float], float]:
