@@ -1,16 +1,16 @@
-"""Tiles: a weight that is larger than its room, cut along its rows or experts; the model's code does not notice.
+"""Cuts a weight that is larger than the room for it into tiles. A tile has some of its rows, or some of its experts.
 
-`cut` takes the weight from its module and leaves a TiledWeight in its place: a tensor without bytes, of the same shape
-and dtype. What the model does with it goes to the tiles by torch's own dispatch on tensor classes: `F.linear` computes
-with one tile after another and joins what they give, `F.embedding` adds up what each tile knows. So a class of the
-model's own that scales an embedding, ties it to its head, or calls `F.linear` itself, works as it is. Any other use of
-the weight is a ModelError that names it.
+The model's code does not change. `cut` takes the weight from its module and leaves a TiledWeight in its place: a tensor
+of the same shape and dtype that has no bytes. torch hands every function that gets one to `__torch_function__`, which
+computes with the tiles instead. `F.linear` computes with one tile after another and joins the results. `F.embedding`
+adds up the rows that each tile has. It does not matter who calls these functions: a torch.nn.Linear, or a class of the
+model's own that scales an embedding or ties it to its head. Any other use of the weight is a ModelError that names it.
 
-All experts of a layer lie in a few parameters, an expert's matrix after another's. Code that takes one expert gets what
-stands for its matrix, and what it computes with that goes to the tile with this expert.
+The experts of a layer lie in a few parameters, the matrix of one behind that of another. Code that takes one expert
+gets a TiledWeight for the expert's matrix. The tile that has the expert computes what the code computes with it.
 
-A tile is a module with a contiguous range of the weight, and so a unit (units.py): it is fetched, computed, reduced,
-updated and freed by itself. One of experts has all weights of these.
+A tile is a module with a contiguous range of the weight. So it is a unit of its own (units.py): it is fetched,
+computed, reduced, updated and freed by itself. A tile of experts has all weights of these experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import nn
 from zinf_cli.errors import ModelError
 
 TILES = "tiles_of_"
-"""What the name of a list of tiles begins with; the name of the parameter follows."""
+"""The name of a list of tiles is this and the parameter's name."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,15 @@ class Part:
     """Where a tile lies in the parameter that it was cut from."""
 
     name: str
-    """The parameter's."""
+    """The parameter's name in the model."""
     shape: torch.Size
+    """The parameter's shape."""
     first: int
-    """Element of it with which the tile begins."""
+    """The element of the parameter with which the tile begins."""
 
 
 class Tile(nn.Module):
-    """Ranges of one weight, or of all weights of some experts, each under the name it has in its module."""
+    """A range of one weight, or all weights of some experts. Each has the name that its weight has in the module."""
 
     def __init__(self, parts: dict[str, Part], params: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -53,22 +54,21 @@ class Tile(nn.Module):
             self.register_parameter(name, param)
 
     def forward(self, compute: Callable[..., torch.Tensor], name: str, *inputs: Any) -> torch.Tensor:
-        """What `compute` makes of the range of the weight `name`."""
+        """Call `compute` with the tile's range of the weight `name`, and `inputs`."""
         return compute(getattr(self, name), *inputs)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a tile has of a matrix."""
+    """The rows [first, last) of a matrix, which lie in one tile."""
 
     tile: Tile
     weight: str
-    """Its name in the tile."""
+    """The weight's name in the tile."""
     first: int
     last: int
-    """Rows of the matrix."""
     expert: int | None = None
-    """The matrix is this one of those in the tile."""
+    """If the tile has a matrix for each of its experts: which of them, counted in the tile."""
 
 
 Kind = TypeVar("Kind", bound="Bodiless")
@@ -87,7 +87,7 @@ class Bodiless(torch.Tensor):
     @classmethod
     @abstractmethod
     def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
-        """What does the work of `func`; None where the shape is all that it takes."""
+        """The function to call instead of `func`. None if `func` uses no values, only shape, dtype and device."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,24 +103,24 @@ class TiledWeight(Bodiless):
 
     tiles: Sequence[Tile]
     weight: str
-    """Its name in the tiles."""
+    """The weight's name in the tiles."""
     origin: str
-    """Its name in the model."""
+    """The weight's name in the model."""
     pieces: Sequence[Piece]
-    """Of a matrix, from its first row to its last; or of each expert's."""
+    """Of a matrix, its rows from first to last. Of experts, the matrix of each."""
 
     @classmethod
     def of(
         cls: type[Weight], like: torch.Tensor, device: torch.device, origin: str, weight: str, tiles: Sequence[Tile]
     ) -> Weight:
-        """What stands for a weight of the shape and dtype of `like`."""
+        """One with the shape and dtype of `like`."""
         made = cls.standing_for(like.shape, like.dtype, device)
         made.tiles, made.weight, made.origin = tiles, weight, origin
         made.pieces = [piece for tile in tiles for piece in _pieces(tile, weight)]
         return made
 
     def of_expert(self, expert: int) -> TiledWeight:
-        """What stands for the matrix of one expert."""
+        """One for the matrix of an expert."""
         with torch._C.DisableTorchFunctionSubclass():
             made: TiledWeight = torch.Tensor._make_subclass(TiledWeight, self.as_subclass(torch.Tensor)[expert], False)
         made.tiles, made.weight, made.origin = self.tiles, self.weight, self.origin
@@ -142,13 +142,13 @@ OF_THE_SHAPE = {"size", "dim", "numel", "ndimension", "__len__", "is_floating_po
                 "get_device", "__hash__"}  # fmt: skip
 """Functions of a tensor that use none of its values."""
 _HARMLESS = OF_THE_SHAPE | {"__get__", "stride", "__repr__"}
-"""Of a weight, these as well."""
+"""Functions that use no values of a TiledWeight."""
 
 _TURNED = [getattr(getattr(torch.Tensor, name), "__get__") for name in ("T", "mT", "H", "mH")]  # noqa: B009 (mypy)
 
 
 def computed_instead(func: Any, types: Collection[type], args: Sequence[Any]) -> Callable[..., Any] | None:
-    """What does the work of `func` on tensors of these classes, if one is Bodiless and it takes more than its shape."""
+    """The function to call instead of `func`, if one of its arguments' classes is Bodiless. None as in `instead_of`."""
     kind = next((kind for kind in types if issubclass(kind, Bodiless)), None)
     return None if kind is None else kind.instead_of(func, args)
 
@@ -162,7 +162,7 @@ def _refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _takes_expert(func: Any, args: Sequence[Any]) -> bool:
-    """Whether the code takes one expert of several, or multiplies by the matrix of one."""
+    """Whether `func` takes one expert of several, or multiplies by the matrix of one."""
     first, second = args
     if func is torch.Tensor.__getitem__:
         return first.dim() > 2 and (isinstance(second, int) or (isinstance(second, torch.Tensor) and not second.dim()))
@@ -170,10 +170,10 @@ def _takes_expert(func: Any, args: Sequence[Any]) -> bool:
 
 
 def cut(model: nn.Module, most: int) -> None:
-    """Cut each weight of more than `most` elements, of a Linear or an Embedding, into tiles of rows, in place.
+    """Cut the weights of Linears, Embeddings and experts that have more than `most` elements, in place.
 
-    The weights of a layer's experts are cut together, where they have more than that. The model is on the meta device.
-    A row, or an expert, is the least that a tile has.
+    The weights of a layer's experts count and are cut together. A tile has at least one row, or one expert. The model
+    has to be on the meta device.
     """
     names = {id(param): name for name, param in model.named_parameters()}
     made: dict[int, dict[str, TiledWeight]] = {}
@@ -197,20 +197,20 @@ def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The parameters of a model as it was before it was cut."""
+    """The shape of each parameter of a model, by name, as it was before the model was cut."""
     parts = parts_of(model)
     named = ((parts.get(id(param)), name, param) for name, param in model.named_parameters())
     return {part.name if part else name: tuple(part.shape if part else param.shape) for part, name, param in named}
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:
-    """Of each parameter of a tile, by its id, where it lies in the one that was cut."""
+    """Where each tile's parameters lie in those that were cut, by the id() of the tile's parameter."""
     tiles = (tile for tile in model.modules() if isinstance(tile, Tile))
     return {id(getattr(tile, name)): part for tile in tiles for name, part in tile.parts.items()}
 
 
 def move_tiled(model: nn.Module, device: torch.device) -> None:
-    """Let what stands for weights that were cut be on `device`."""
+    """Make every TiledWeight of the model anew on `device`. The tiles stay where they are."""
     for module in model.modules():
         for name, tiled in list(module.__dict__.items()):
             if isinstance(tiled, TiledWeight):
@@ -218,7 +218,7 @@ def move_tiled(model: nn.Module, device: torch.device) -> None:
 
 
 def _cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module that can be cut, by name; several are those of the same experts."""
+    """The weights of a module that can be cut, by name. If they are several, they are those of the same experts."""
     weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
     if isinstance(module, nn.Linear) or (
         # a norm changes rows as they are looked up; the others change the gradient
@@ -259,6 +259,7 @@ def _pieces(tile: Tile, name: str) -> list[Piece]:
 
 
 def linear(input: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """F.linear of an input (..., columns): each tile gives the results of its rows."""
     results = []
     for piece in weight.pieces:
         rows = None if bias is None else bias[piece.first : piece.last]
