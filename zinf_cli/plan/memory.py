@@ -15,16 +15,16 @@ from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
 CHURN_BYTES = 50 * MIB
-"""What malloc and the libraries of matrix multiplication hold beside what is in use: temporaries of many sizes come and
-go."""
+"""What malloc and the libraries of matrix multiplication hold beside what is in use, since temporaries of many sizes
+come and go."""
 LANE_BYTES = 11 * MIB
-"""What each micro-batch of a sweep adds to that, with a thread of its own."""
+"""What each micro-batch of a sweep adds to CHURN_BYTES: each has a thread of its own."""
 LAUNCHER_BYTES = 122 * MIB
 """Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
-"""The memory of kept activations, by their bytes: they are many tensors, with gaps between them."""
+"""The memory of kept activations, divided by their bytes. They are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
-"""The same for the temporaries of compute: malloc does not always find the place of the last one for the next."""
+"""The same for temporaries of compute: malloc does not always put one where the last one was."""
 CLASSES = (*STATES, "activations")
 NAMES = {
     "params": "parameters",
@@ -44,25 +44,28 @@ NAMES = {
 }
 """What bytes are for, in words for the user: in plans, estimates and errors."""
 GOLDEN = 0.618034
-"""Its multiples, modulo 1, are spread evenly, however many there are: it is the golden ratio."""
+"""The golden ratio. Its multiples, modulo 1, are spread evenly, however many there are."""
 DEPTH = 2
 """How many typical blocks should fit beside the largest one."""
 
 
 @dataclass(frozen=True)
 class Working:
-    """Buffers of the engine on one rank, in bytes (chunk_numel in elements)."""
+    """Buffers of the engine on one rank, in bytes (chunk_numel in elements). `working_buffers` says what for."""
 
     slot_bytes: int
     least_slot_bytes: int
+    """The least slots that a run needs."""
     resident_bytes: int
     chunk_numel: int
     num_chunks: int
     staging_bytes: int
     least_staging_bytes: int
+    """The least staging that a run needs."""
 
     @property
     def total(self) -> int:
+        """Bytes of all buffers."""
         return self.slot_bytes + self.resident_bytes + self.num_chunks * self.chunk_bytes + self.staging_bytes
 
     @property
@@ -71,7 +74,10 @@ class Working:
         return self.chunk_numel * FP32_BYTES
 
     def shrunk(self, num_bytes: int) -> Working:
-        """The same with up to `num_bytes` less for running ahead; never less than a run needs."""
+        """The same with up to `num_bytes` less: first of chunks, then of staging, then of slots.
+
+        What a run needs at least is kept. Only buffers for running ahead are given up.
+        """
         least_chunks = min(self.num_chunks, 8)
         fewer = min(max(0, -(-num_bytes // self.chunk_bytes)), self.num_chunks - least_chunks)
         num_bytes -= fewer * self.chunk_bytes
@@ -103,9 +109,9 @@ class Choice:
     """When units are updated. deferred: in the next forward, when the gradient norm is known. eager: in backward, where
     nothing depends on the norm. speculative: in backward, into shadows, as long as no gradient was clipped lately."""
     cacheable: frozenset[str] = frozenset()
-    """Classes that may lie in CPU memory for some units, though they lie on NVMe for the others."""
+    """Classes that may lie in CPU memory for cached units, while they lie on NVMe for the others."""
     cached: frozenset[int] = frozenset()
-    """The units of which they lie in CPU memory."""
+    """The cached units."""
 
     @property
     def cached_states(self) -> frozenset[str]:
@@ -121,6 +127,7 @@ class Choice:
         return "deferred" if self.update == "speculative" and unit in self.cached else self.update
 
     def in_place(self, state: str) -> bool:
+        """Whether the compute device uses the state of this class where it lies, without a copy."""
         tier = self.placement[state]
         return tier in (self.compute_tier, "device") or (tier == "cpu" and self.compute_tier == "cpu")
 
@@ -159,7 +166,10 @@ def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, i
 
 
 def host_bytes(ranks: int, shared_bytes: int) -> int:
-    """Bytes of the launcher's side on a host, less what its ranks share."""
+    """Bytes of CPU memory of the launcher's processes on a host, less what its ranks share.
+
+    Each of its `ranks` counts `shared_bytes` as its own, but a host has them once.
+    """
     return LAUNCHER_BYTES - (ranks - 1) * shared_bytes
 
 
@@ -174,7 +184,7 @@ def framework_bytes(figures: Figures, choice: Choice) -> int:
 
 
 def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
-    """Bytes that each unit leaves for its backward, per micro-batch: its inputs, or all that autograd saved.
+    """Bytes that each unit leaves for its backward, per micro-batch: its inputs, or if they are kept, all activations.
 
     The last unit, where a sweep turns, leaves nothing and is left out.
     """
@@ -187,12 +197,12 @@ def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
 
 
 def sent_between(figures: Figures, choice: Choice) -> int:
-    """What is saved between units and leaves the compute device's memory, per micro-batch."""
+    """Bytes per micro-batch that are saved between units and go to the tier of activations."""
     return figures.model.glue_bytes if glue_leaves(figures, choice) else 0
 
 
 def glue_leaves(figures: Figures, choice: Choice) -> bool:
-    """Whether what is saved between units goes to the tier of activations: between parts of a block it is a lot."""
+    """Whether what is saved between units goes to the tier of activations. Between parts of a block it is a lot."""
     return figures.model.most is not None and not choice.in_place("activations")
 
 

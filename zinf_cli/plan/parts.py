@@ -1,8 +1,8 @@
-"""Parts: into how large ones a model is cut, where its blocks are larger than the memory that computes them.
+"""Plans a model whose blocks are larger than the memory that computes them: how large its parts are.
 
-A unit takes room for its parameters and their gradient, so the largest one decides what a rank needs at least. Where no
-placement fits, the model is cut: blocks into their own modules, and matrices into tiles of rows
-(engine/units/tiles.py). Parts are as large as fit, since each one costs a visit.
+A unit that is computed takes room for its parameters and their gradient, so the largest unit decides what a rank needs
+at least. If no placement fits, the model is cut: blocks into their own modules, and matrices into tiles of rows
+(engine/units/tiles.py). Each part costs a visit, so parts are as large as fit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zinf_cli.recipe.recipe import Recipe
 LEAST = 1 << 16
 """Elements of the smallest part."""
 ATTEMPTS = 4
-"""Cuts that are tried, each with half of the elements of the one before: what can't be cut shows only then."""
+"""How many cuts are tried, each with half the elements of the one before. Only a cut shows what can't be cut."""
 
 
 def plan_in_parts(
@@ -32,9 +32,10 @@ def plan_in_parts(
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
-    """The best plan of the model as it is, or, where none fits, cut into parts; it may not fit all the same.
+    """The best plan of the model as it is, or of the model in parts if that does not fit.
 
-    `figures_of(most)` looks at the model again, cut into parts of `most` elements.
+    If no parts fit, the plan that is returned does not fit. `figures_of(most)` gives the figures of the model in parts
+    of at most `most` elements. The other arguments and the errors are those of `best_plan`.
     """
     plan = best_plan(recipe, figures, profile, hosts, room)
     most = None if plan.fits else largest_that_fits(recipe, figures, hosts, room)
@@ -51,7 +52,7 @@ def largest_that_fits(
 ) -> int | None:
     """Elements of the largest parts with which some placement fits, as far as can be told before the model is cut.
 
-    None where even the smallest do not help.
+    None if no parts of LEAST elements or more fit.
     """
     most = max((unit.numel for unit in figures.model.units if not unit.resident), default=0) // 2
     while most >= LEAST:
@@ -62,7 +63,7 @@ def largest_that_fits(
 
 
 def _in_parts(figures: Figures, most: int) -> Figures:
-    """What the figures of the model may be when it is cut: every unit in equal parts of `most` elements at most."""
+    """The figures that the model may have when it is cut: each unit in equal parts of at most `most` elements."""
     units: list[UnitFigures] = []
     for unit in figures.model.units:
         count = 1 if unit.resident else -(-unit.numel // most)
@@ -71,7 +72,7 @@ def _in_parts(figures: Figures, most: int) -> Figures:
 
 
 def _part(unit: UnitFigures, count: int) -> UnitFigures:
-    """One of `count` parts of a unit; each saves its own share of what the unit saves."""
+    """One of `count` equal parts of a unit. Each saves an equal share of what the unit saves."""
     shared = {
         name: getattr(unit, name) // count
         for name in (

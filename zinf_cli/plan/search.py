@@ -46,7 +46,7 @@ from zinf_cli.recipe.recipe import Recipe
 CHECKPOINTS = "checkpoints"
 """Stands as a limit's tier for the file system of the run's folder."""
 UNSURE = 0.03
-"""By what share a plan of memory may be wrong: benchmarks/README.md, "Predictions"."""
+"""The share by which a plan's memory may be wrong: benchmarks/README.md, "Predictions"."""
 
 
 def make_plan(
@@ -61,8 +61,8 @@ def make_plan(
     `profile` is the machine that the run is for; without one, it is this machine as far as it is known. Without
     `hosts`, all ranks are on one. `room` is what each host has; without it, what this machine has now.
 
-    CapacityError, with the numbers of the most frugal placement, where none fits; UsageError where there are more ranks
-    than sequences in a step; PreflightError where a folder can't hold state or checkpoints.
+    CapacityError, with the numbers of the most frugal placement, if none fits. UsageError if there are more ranks than
+    sequences in a step. PreflightError if a folder can't hold state or checkpoints.
     """
     plan = best_plan(recipe, figures, profile, hosts, room)
     if not plan.fits:
@@ -77,7 +77,7 @@ def best_plan(
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
-    """The plan of the fastest placement that fits, or of the most frugal one where none does.
+    """The plan of the fastest placement that fits, or of the most frugal one if none does.
 
     Arguments and errors are those of `make_plan`, without the CapacityError.
     """
@@ -105,7 +105,10 @@ def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Roo
 def _judge(
     recipe: Recipe, figures: Figures, hosts: Sequence[Host], room: Room | None
 ) -> tuple[Callable[[Choice], Plan], int]:
-    """A function from a choice to its plan, without the plan's times; and the micro-batches of a step on a rank."""
+    """A function that makes the plan of a choice, without times; and how many micro-batches a rank has in a step.
+
+    Errors are those of `make_plan`, without the CapacityError.
+    """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
         raise UsageError(
@@ -157,6 +160,7 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
 
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
+    """The plan with its times, played on `profile`, and with the blocks and threads of its I/O."""
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     unclipped = predict(plan, tokens, profile, unclipped=True) if plan.update == "speculative" else played
@@ -186,7 +190,10 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
 
 
 def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
-    """Lists of all placements, the most frugal one last: with all micro-batches in a sweep, then with fewer."""
+    """A list of all placements for each length of a sweep: all micro-batches first, then fewer.
+
+    The most frugal placement is the last of its list.
+    """
     fixed = recipe.train.micro_batches_per_sweep
     sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
     compute_tier = "device" if figures.machine.accelerators else "cpu"

@@ -1,4 +1,4 @@
-"""Bytes that a step moves to and from the drives, and that a step with a checkpoint writes for it."""
+"""The bytes that a step moves to and from drives, and those that a step with a checkpoint writes in addition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes, sent_between
 def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
     """Bytes read and written per step and rank.
 
-    Every visit of a unit reads its parameters. A call takes one visit in forward and one in backward; the last unit's
-    takes one in all. Every backward visit writes the gradient, and reads what an earlier one left. A deferred update
-    reads the gradient once more.
+    A call of a unit takes one visit in forward and one in backward; a call of the last unit takes one for both. Every
+    visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that an earlier visit
+    left. A deferred update reads the gradient once more.
     """
     model, ranks = figures.model, figures.world_size
     total = 0
@@ -37,10 +37,10 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
 
 
 def checkpoint_traffic(figures: Figures, choice: Choice, drive: CheckpointDrive) -> int:
-    """Bytes, all ranks, that a step with a checkpoint writes to its drive beside those that every step moves.
+    """Bytes that all ranks write to the checkpoint's drive in a step with a checkpoint, beside those of every step.
 
-    Where tier and checkpoint share a drive, what an update writes goes into the checkpoint instead of the tier. All
-    else is written as a copy: state in memory or on other drives, and what the step does not update.
+    If tier and checkpoint share a drive, an update writes into the checkpoint instead of the tier. All other state is
+    written as a copy: state in memory or on other drives, and state that the step does not update.
     """
     total = 0
     for number, unit in enumerate(figures.model.units):
