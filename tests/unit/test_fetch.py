@@ -44,7 +44,8 @@ def test_a_flush_updates_what_lies_on_the_tier_and_binds_nothing(tmp_path: Path)
         pipeline = pipeline_of(engine)
         let_update(engine, AdamW(LR))
         assert engine.units[0].life.update_due
-        pipeline.flush(0)
+        pipeline.flush([0])
+        pipeline.finish_flushes()
         assert not engine.units[0].life.update_due
         assert layer_of(engine, 0).weight.isnan().all()
         pipeline.settle()

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 TRANSITIONS: dict[str, Callable[[Life], None]] = {
     "begin_step": Life.begin_step,
     "clear_gradient": Life.clear_gradient,
-    "touch_all": Life.touch_all,
+    "leave_zeros": Life.leave_zeros,
     "accumulate": Life.accumulate,
     "count_backward": Life.count_backward,
     "complete": Life.complete,

@@ -174,8 +174,8 @@ class Engine:
         unclipped = finite and clip.item() == 1.0
         self._unclipped_steps = self._unclipped_steps + 1 if unclipped else 0
         completed = [self.units[number] for number in self._pipeline.completed]
-        taken = [unit for unit in completed if self._pipeline.eager.takes(unit)]
-        waiting = [unit for unit in completed if not self._pipeline.eager.takes(unit)]
+        taken = set(self._pipeline.eager.made)
+        waiting = [unit for unit in completed if unit not in taken]
         factor = clip / loss_scale
         update = replace(kernel, clip=None if factor.item() == 1.0 else factor.to(self._options.device))
         self._set_update(waiting, update, finite=finite)
@@ -191,7 +191,7 @@ class Engine:
         updated = eager or (speculative and unclipped)
         return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
 
-    def _roll_back(self, taken: Sequence[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
+    def _roll_back(self, taken: Collection[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
         """Undo the speculative updates of the units `taken`: they get deferred ones. `written`: into a checkpoint."""
         self._pipeline.drop_coming()
         self._pipeline.eager.roll_back()
@@ -291,9 +291,9 @@ class Engine:
         save_state(regions, self.memory)
 
     def _flush_pending(self) -> None:
-        for number, unit in enumerate(self.units):
-            if unit.life.update_due and self._pipeline.updates.kernel is not None:
-                self._pipeline.flush(number)
+        if self._pipeline.updates.kernel is not None:
+            self._pipeline.flush(number for number, unit in enumerate(self.units) if unit.life.update_due)
+            self._pipeline.finish_flushes()
 
     def _grad_norm(self) -> torch.Tensor:
         """The 2-norm over all gradients (fp32 scalar). With one rank, computed as clip_grad_norm_ does."""
@@ -309,7 +309,7 @@ class Engine:
         counted = [loss for batch, loss in zip(batches, losses, strict=True) if batch.weight]
         return min(self._ranks.all(int(all(math.isfinite(loss.item()) for loss in counted)))) == 1
 
-    def _set_update(self, units: Sequence[Unit], update: Kernel, *, finite: bool) -> None:
+    def _set_update(self, units: Collection[Unit], update: Kernel, *, finite: bool) -> None:
         """The norm is known: start the pending updates of `units` with the settings `update`."""
         for unit in units:
             if finite:

@@ -259,7 +259,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     Chunks. An update streams every field that does not lie in memory of the compute device: the gradient, the
     optimizer's fields, and the master of 16-bit parameters. A chunk of a field takes one buffer of `chunk_numel`
     elements: a piece, or the widest slice where that is less. With 8 buffers a field, reads and writes are under way
-    while a chunk is computed. An eager update does not stream the gradient: it is still in the slot arena.
+    while a chunk is computed. An eager update does not stream the gradient: it is still in the slot arena. The update
+    of a unit that no visit needs (an expert that no token reaches) streams its parameters as well.
 
     Staging. The activations of a call take buffers on their way to their tier or back. Their size is that of the
     largest call, of the code before it, and of what that code shares with earlier code. The least is twice that, since
@@ -272,10 +273,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
     chunk_numel = max(SLICE_MULTIPLE, min(CHUNK_NUMEL, widest))
     narrow = figures.precision != "fp32"
-    away = {"grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
-    if choice.update == "eager":
-        del away["grads"]
-    fields = sum(count for state, count in away.items() if not choice.in_place(state))
+    streamed = {"params": 1, "grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
+    away = {state: count for state, count in streamed.items() if not choice.in_place(state)}
+    least_chunks = sum(away.values())
+    fields = least_chunks - away.get("params", 0) - (away.get("grads", 0) if choice.update == "eager" else 0)
     staging = 0
     if not choice.in_place("activations"):
         staging = max(
@@ -294,7 +295,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
         least_slot_bytes=least,
         resident_bytes=2 * sum(resident) + PAGE,
         chunk_numel=chunk_numel,
-        num_chunks=8 * fields,
+        num_chunks=max(8 * fields, least_chunks),
         staging_bytes=8 * staging,
         least_staging_bytes=2 * staging,
     )

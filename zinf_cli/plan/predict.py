@@ -77,7 +77,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         optimizer=figures.optimizer,
         update=plan.update,
         depth=max(2, min(8, working.slot_bytes // typical)),
-        chunk_params=working.num_chunks * working.chunk_numel / fields or IN_PLACE_CHUNK,
+        chunk_params=working.num_chunks * working.chunk_numel / fields if working.num_chunks >= 8 else IN_PLACE_CHUNK,
     )
 
 

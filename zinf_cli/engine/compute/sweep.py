@@ -265,8 +265,7 @@ class Sweep:
     def _backward(self, members: list[SweepMember], last: bool) -> list[int]:
         """Run backward of the remaining records, in reverse order: all micro-batches at each unit.
 
-        Returns the units that were visited. In lockstep nobody knows which visit of a unit is its last, so
-        `_finish_gradients` makes one more.
+        Returns the units that were visited. In lockstep nobody knows which visit of a unit is its last.
         """
         left = Counter(record.call.unit for member in members for record in member.tape.records)
         walked = []
@@ -314,12 +313,7 @@ class Sweep:
         """
         reached = {origin for unit in self._backwards for origin in self._origins[unit]}
         zeros = {unit for unit in self._trainable if not self._backwards[unit] and self._origins[unit] & reached}
-        for unit in sorted(self._unfinished | zeros):
-            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=True)
-            self._pipeline.acquire(visit)
-            if unit in zeros:
-                self._units[unit].life.touch_all()
-            self._pipeline.release(visit)
+        self._pipeline.complete(sorted(self._unfinished), sorted(zeros))
 
     def _hold_resident(self, kind: Kind) -> Visit:
         assert self._resident is not None

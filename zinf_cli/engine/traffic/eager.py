@@ -35,6 +35,8 @@ class EagerUpdates:
         """Whether they may be rolled back: each waits for `commit` or `roll_back`."""
         self.kernel: Kernel | None = None
         """The settings of these updates."""
+        self.made: list[Unit] = []
+        """The units whose update of this step is one of them."""
         self._units = units
         self._memory = memory
         self._wait = wait
@@ -55,6 +57,7 @@ class EagerUpdates:
             writes = fetch.unit.write_grads(own)
         fetch.update_now(own, self.kernel, speculative=self.speculative)
         self._under_way.append((fetch, writes))
+        self.made.append(fetch.unit)
 
     def advance(self) -> None:
         """Move what can move without waiting."""

@@ -76,7 +76,7 @@ class Fetch:
         unit, layout = self.unit, self.unit.layout
         in_place = unit.in_place()
         sizes = [0, 0, 0]
-        if in_place is None:
+        if in_place is None and self.visit.kind is not Kind.FLUSH:
             sizes[0] = layout.num_bytes
         grads = None
         if self.visit.has_grads and layout.trainable:
@@ -139,8 +139,8 @@ class Fetch:
         """This rank's slice of each flat (1-D): the update writes there, and the gather reads there."""
         own = []
         for flat, values in zip(self.unit.flats, self.flats, strict=True):
-            memory = flat.slice.view()
-            own.append(flat.layout.slice_of(values, flat.rank) if memory is None else memory.view(flat.dtype))
+            there = flat.slice_in_place()
+            own.append(flat.layout.slice_of(values, flat.rank) if there is None else there)
         return own
 
     def progress(self, wait: Callable[[Transfer], None] | None = None) -> bool:
@@ -200,10 +200,12 @@ class Fetch:
 
         Returns where each flat will lie, by name of the field.
         """
-        goes = [destination(flat, self._updates.sink, speculative=speculative) for flat in self.unit.trained]
-        own = self.own_slices()[: len(goes)]
+        trained = self.unit.trained
+        goes = [destination(flat, self._updates.sink, speculative=speculative) for flat in trained]
+        # a flush has no slot
+        own: Sequence[torch.Tensor | None] = self.own_slices() if self.flats else [f.slice_in_place() for f in trained]
         before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
-        self._update = SliceUpdate(self.unit, own, self._memory, self._trace, goes, grads, before)
+        self._update = SliceUpdate(self.unit, own[: len(goes)], self._memory, self._trace, goes, grads, before)
         return [flat.into for flat in goes]
 
     def bind(self) -> None:

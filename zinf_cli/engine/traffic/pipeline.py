@@ -71,6 +71,8 @@ class Pipeline:
         """Units whose gradient of this step is complete."""
         self._coming: deque[Visit] = deque()
         self._fetches: deque[Fetch] = deque()
+        self._flushes: deque[Fetch] = deque()
+        """Pending updates under way of units that no visit needs."""
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
         self.eager = EagerUpdates(units, memory, self.wait)
@@ -90,6 +92,7 @@ class Pipeline:
         self.wait_s = 0.0
         self.norms.clear()
         self.completed.clear()
+        self.eager.made.clear()
         for unit in self.units:
             unit.life.begin_step()
 
@@ -103,6 +106,8 @@ class Pipeline:
         for fetch in self._fetches:
             if not fetch.progress():
                 break
+        while self._flushes and self._flushes[0].progress():
+            self._flushes.popleft().free()
         self._issue_ahead()
 
     def acquire(self, visit: Visit) -> None:
@@ -128,11 +133,16 @@ class Pipeline:
         self._complete(fetch, ahead=False)
         self._hold(fetch)
 
-    def flush(self, unit: int) -> None:
-        """Make a unit's pending update. The announced visits stay. Errors are those of `acquire`."""
-        fetch = self._fetch(Visit(unit, Kind.FLUSH))
-        self._complete(fetch)
-        fetch.free()
+    def flush(self, units: Iterable[int]) -> None:
+        """Begin the pending updates of `units`, which no visit needs, behind what is announced."""
+        self._flushes.extend(self._fetch(Visit(unit, Kind.FLUSH)) for unit in units)
+        self.advance()
+
+    def finish_flushes(self) -> None:
+        """Wait for these updates. Their writes may still be under way. Errors are those of `acquire`."""
+        while self._flushes:
+            self._complete(self._flushes[0])
+            self._flushes.popleft().free()
 
     def _complete(self, fetch: Fetch, *, ahead: bool = True) -> None:
         while not fetch.progress(self.wait):
@@ -180,6 +190,20 @@ class Pipeline:
         if not (self.eager.takes(fetch.unit) and visit.final):
             fetch.free_slot()
         self.advance()
+
+    def complete(self, late: Sequence[int], unreached: Sequence[int]) -> None:
+        """Complete gradients without a visit: of units that no further visit of the step has come to, and of those that
+        none has come to, where they are zeros."""
+        for number in unreached:
+            self.units[number].life.leave_zeros()
+        if late:
+            self.finish_gradients()
+            flags = iter(self.ranks.any([flag for number in late for flag in self.units[number].life.touched]).wait())
+            for number in late:
+                life = self.units[number].life
+                life.complete()
+                life.gradient_reduced([next(flags) for _ in life.touched])
+        self.completed.update(late, unreached)
 
     def finish_gradients(self) -> None:
         """Wait until every gradient of the step is reduced. Writes to tiers may still be under way."""
@@ -237,6 +261,9 @@ class Pipeline:
             self._fetches.append(self._fetch(self._coming.popleft()))
             if not self._fetches[-1].issue():
                 return
+        for fetch in self._flushes:
+            if not fetch.issue():
+                return
 
     def _make_room(self, fetch: Fetch) -> None:
         """Wait for something that frees buffers. CapacityError where nothing is under way: the plan was wrong."""
@@ -255,8 +282,8 @@ class Pipeline:
 
     def _update_others(self, fetch: Fetch) -> bool:
         """Go on with another fetch's update, which holds chunk buffers. False where there is none."""
-        for other in self._fetches:
-            if other is not fetch and other.placed and other.updating:
+        for other in (*self._fetches, *self._flushes):
+            if other is not fetch and other.updating and not other.starved:
                 other.progress(self.wait)
                 return True
         return False
@@ -297,14 +324,14 @@ class Pipeline:
         elif homes is not None and fetch.grad_in_buffer:
             for home, values in zip(homes, own, strict=True):
                 home.copy_(values)
-        if reduction.touched is None:
-            unit.life.count_backward()
-        else:
+        if reduction.touched is not None:
             unit.life.gradient_reduced(reduction.touched.wait())
-            self._note_norms(unit, own)
-            if self.eager.takes(unit):
-                self.eager.start(fetch, own)
-                return
+        else:
+            unit.life.count_backward()
+        self._note_norms(unit, own)  # of a visit that is not the last one, too: no other may come
+        if reduction.touched is not None and self.eager.takes(unit):
+            self.eager.start(fetch, own)
+            return
         fetch.free_grad(unit.write_grads(own))
 
     def _note_norms(self, unit: Unit, own: Sequence[torch.Tensor]) -> None:

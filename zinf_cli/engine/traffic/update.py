@@ -2,7 +2,8 @@
 
 Where a chunk's gradient and optimizer states lie in memory of the compute device, they are used in place. Otherwise
 they are read into chunk buffers, and written back when the kernel has changed them. The parameters are updated in the
-slot (or in place). Where parameters are 16-bit, the kernel acts on the fp32 master, and the slot gets it rounded.
+slot (or in place); if no visit needs them, they pass through chunk buffers, too. Where parameters are 16-bit, the
+kernel acts on the fp32 master, and the slot gets it rounded.
 """
 
 from __future__ import annotations
@@ -34,33 +35,38 @@ class Updates:
 
 
 class ChunkUpdate:
-    """The update of elements [begin, begin + numel) of the slice of a trainable flat."""
+    """The update of elements [begin, end) of the slice of a trainable flat."""
 
     def __init__(
         self,
         flat: Flat,
-        param: torch.Tensor,
-        grad: torch.Tensor | None,
         begin: int,
+        end: int,
+        given: Mapping[Field, torch.Tensor],
         sources: Mapping[Field, Extent],
         goes: Destination,
         trace: Trace,
+        *,
+        zeros: bool,
     ) -> None:
+        """`given` has what lies in memory that others hold; `sources` says where the other fields lie. `zeros`: the
+        gradient is that, and is not read."""
         self._flat = flat
         self._sources = sources
         self._goes = goes
-        self._grad = grad
-        self._param = param
         self._begin = begin
+        self._end = end
         self._trace = trace
-        self._fields: dict[Field, torch.Tensor] = {}
+        self._zeros = zeros
+        self._fields = dict(given)
+        self._in_slot = PARAM in given
         self._buffers: list[Buffer] = []
         self._writes: list[Transfer] = []
         self.reads: list[Transfer] = []
 
     def read(self, chunks: Arena) -> bool:
         """Start reading what does not lie in memory of the compute device. False where chunk buffers are lacking."""
-        begin, end = self._begin, self._begin + self._param.numel()
+        begin, end = self._begin, self._end
         away = [field for field, extent in self._sources.items() if extent.view() is None]
         buffers: list[Buffer] = []
         for field in away:
@@ -71,36 +77,41 @@ class ChunkUpdate:
                 return False
             buffers.append(buffer)
         self._buffers = buffers
-        if self._grad is not None:
-            self._fields[GRAD] = self._grad
         where = dict(zip(away, buffers, strict=True))
         for field, extent in self._sources.items():
             memory, dtype = extent.view(), self._flat.dtype_of(field)
             if memory is None:
                 self._fields[field] = where[field].data.view(dtype)
-                self.reads.append(extent.read(begin * dtype.itemsize, where[field].data))
             else:
                 self._fields[field] = memory.view(dtype)[begin:end]
+            if self._zeros and field is GRAD:
+                self._fields[field].zero_()
+            elif memory is None and not (field is PARAM and MASTER in self._sources):  # which is rounded anew
+                self.reads.append(extent.read(begin * dtype.itemsize, where[field].data))
         for extent in self._goes.into.values():
             if extent.view() is not None:  # a checkpoint may still be copying the version before
                 self.reads.extend(extent.writes)
         return True
 
     def apply(self, kernel: Kernel) -> list[Transfer]:
-        """Compute, and start to write back. Returns the writes of the parameters: the slot is held until these are
-        done."""
-        with self._trace.span("update", self._flat.unit, self._param.numel() * GRAD.item_bytes):
-            target = self._fields.get(MASTER, self._param)
-            if target is self._param:
-                self._hold_to_bounds()
+        """Compute, and start to write back. Returns the writes that read the slot: it is held until these are done."""
+        param = self._fields[PARAM]
+        with self._trace.span("update", self._flat.unit, param.numel() * GRAD.item_bytes):
+            target = self._fields.get(MASTER, param)
+            if target is param:
+                self._hold_to_bounds(param)
             for start, end, step in self._segments():
                 grad, *fields = (self._fields[field][start:end] for field in (GRAD, *kernel.state.fields))
                 kernel.update(target[start:end], grad, *fields, step)
-            if target is not self._param:
-                self._param.copy_(target)
+            if target is not param:
+                param.copy_(target)
         for field in self._flat.beside:
             self._writes += self._send(field, self._fields[field])
-        return self._send(PARAM, self._param)
+        writes = self._send(PARAM, param)
+        if self._in_slot:
+            return writes
+        self._writes += writes
+        return []
 
     def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
         """Start writing the new values of `field` to where they go; values in place need no write."""
@@ -118,24 +129,24 @@ class ChunkUpdate:
         """The write-backs, and the buffers that are free when these are done."""
         return self._writes, self._buffers
 
-    def _hold_to_bounds(self) -> None:
+    def _hold_to_bounds(self, param: torch.Tensor) -> None:
         """Clamp the parameters to their bounds, as the forward did with its copy."""
         layout = self._flat.layout
         base = self._flat.rank * layout.slice_numel + self._begin
         for place, touched in zip(layout.params, self._flat.touched, strict=True):
-            first, last = overlap(place, base, base + self._param.numel())
+            first, last = overlap(place, base, base + param.numel())
             if place.bounds is not None and touched and first < last:
-                self._param[first - base : last - base].clamp_(*place.bounds)
+                param[first - base : last - base].clamp_(*place.bounds)
 
     def _segments(self) -> Iterator[tuple[int, int, int]]:
         """(start, end, step) of ranges that share an update count, without those of parameters that are not touched."""
         flat, layout = self._flat, self._flat.layout
         if all(flat.touched) and len(set(flat.steps)) == 1:
-            yield 0, self._param.numel(), flat.steps[0]
+            yield 0, self._end - self._begin, flat.steps[0]
             return
         base = flat.rank * layout.slice_numel + self._begin
         for place, touched, step in zip(layout.params, flat.touched, flat.steps, strict=True):
-            first, last = overlap(place, base, base + self._param.numel())
+            first, last = overlap(place, base, base + self._end - self._begin)
             if touched and first < last:
                 yield first - base, last - base, step
 
@@ -143,8 +154,9 @@ class ChunkUpdate:
 class SliceUpdate:
     """The update of this rank's trainable slices of a unit. Reads run ahead as far as there are chunk buffers.
 
-    `own` has the parameter slice of each trainable flat, in the flat's dtype, where compute sees it. `grads` has the
-    gradient slices (fp32); without them the update reads the gradient from its tier. The memory of both is held until
+    `own` has the parameter slice of each trainable flat, in the flat's dtype, where compute sees it. None stands for
+    one that nothing computes with: the update streams it as it does the other fields. `grads` has the gradient slices
+    (fp32); without them the update reads the gradient from its tier. The memory of both is held until
     `progress` has returned True and `writes` are done. `goes` says where the new values of each flat go. `after` are
     writes that still read `own`: nothing is changed before they are done.
     """
@@ -152,34 +164,28 @@ class SliceUpdate:
     def __init__(
         self,
         unit: Unit,
-        own: Sequence[torch.Tensor],
+        own: Sequence[torch.Tensor | None],
         memory: Memory,
         trace: Trace,
         goes: Sequence[Destination],
         grads: Sequence[torch.Tensor] | None = None,
         after: Sequence[Transfer] = (),
     ) -> None:
-        chunk_numel = memory.chunk_numel
         chunks: list[ChunkUpdate] = []
         for number, flat in enumerate(unit.trained):
             # where it lies now: a transition of its life may move it while the update is under way
             sources = {field: flat.at[field.name] for field in flat.beside}
-            grad = None if grads is None else grads[number]
-            if grad is None:
+            given = {PARAM: own[number], GRAD: None if grads is None else grads[number]}
+            if given[PARAM] is None:
+                sources[PARAM] = flat.slice
+            if given[GRAD] is None:
                 assert flat.grad is not None
                 sources[GRAD] = flat.grad
-            chunks += [
-                ChunkUpdate(
-                    flat,
-                    own[number][begin : begin + chunk_numel],
-                    None if grad is None else grad[begin : begin + chunk_numel],
-                    begin,
-                    sources,
-                    goes[number],
-                    trace,
-                )
-                for begin in range(0, own[number].numel(), chunk_numel)
-            ]
+            numel = flat.layout.slice_numel
+            for begin in range(0, numel, memory.chunk_numel):
+                end = min(numel, begin + memory.chunk_numel)
+                there = {field: values[begin:end] for field, values in given.items() if values is not None}
+                chunks.append(ChunkUpdate(flat, begin, end, there, sources, goes[number], trace, zeros=unit.life.zeros))
         self._memory = memory
         self._chunks = deque(chunks)
         self._unread = deque(chunks)

@@ -11,7 +11,7 @@ Every transition, and where it leads. From any other state it is an error.
 
     begin_step        CLEAN → CLEAN, ACCUMULATING → CLEAN, DUE → DUE, UPDATING → UPDATING
     clear_gradient    CLEAN → CLEAN
-    touch_all         CLEAN → CLEAN
+    leave_zeros       CLEAN → DUE
     accumulate        CLEAN → ACCUMULATING, ACCUMULATING → ACCUMULATING
     count_backward    ACCUMULATING → ACCUMULATING
     complete          CLEAN → REDUCING, ACCUMULATING → REDUCING
@@ -84,6 +84,8 @@ class Life:
         self.state = State.CLEAN
         self.backwards = 0
         """Backward visits of this step whose gradient has been handed to its tier, the last one left out."""
+        self.zeros = False
+        """Whether the gradient is zeros, which no tier holds."""
         self._unit = unit
         self._flats = flats
 
@@ -140,15 +142,17 @@ class Life:
         """The last backward visit of the step is over."""
         self._go({State.CLEAN: State.REDUCING, State.ACCUMULATING: State.REDUCING})
 
-    def touch_all(self) -> None:
-        """The only backward visit of the step leaves zeros as the gradient of every parameter."""
-        self._go({State.CLEAN: State.CLEAN})
+    def leave_zeros(self) -> None:
+        """No backward visit of the step has come. The gradient of every parameter is zeros, which lie nowhere."""
+        self._go({State.CLEAN: State.DUE})
         self._set_touched([True] * len(self.touched))
+        self.zeros = True
 
     def gradient_reduced(self, touched: Sequence[bool]) -> None:
         """Every rank has its slice. `touched`: of every trained parameter, whether any rank computed a gradient."""
         self._go({State.REDUCING: State.DUE})
         self.backwards = 0
+        self.zeros = False
         self._set_touched(touched)
 
     def start_update(self, into: Sequence[dict[str, Extent]]) -> None:

@@ -122,6 +122,11 @@ class Flat:
         """This rank's slice of the parameters, where it lies now."""
         return self.at[PARAM.name]
 
+    def slice_in_place(self) -> torch.Tensor | None:
+        """The same (1-D, the flat's dtype), if it lies in memory of the compute device; else None."""
+        memory = self.slice.view()
+        return None if memory is None else memory.view(self.dtype)
+
     def bind(self, flat: torch.Tensor) -> None:
         """Let the model's parameters be views of `flat` (1-D, the flat's dtype)."""
         for place, param in zip(self.layout.params, self.params, strict=True):
