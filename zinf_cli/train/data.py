@@ -1,4 +1,4 @@
-"""Makes one stream of tokens of a text. It is tokenised once for all ranks and runs."""
+"""Turns a text into one stream of tokens. A text is tokenised once for all ranks and runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_token_stream(
 ) -> TokenStream:
     """The tokens of a text, from the cache if it has them whole. `notice` is told if it has them damaged.
 
-    If several processes start at once, one of them tokenises.
+    If several processes start at once, one of them tokenises. DatasetError if the text or the cache can't be used.
     """
     files = find_files(source.paths)
     if source.tokenizer is None and kind_of(files[0]) != ".npy":
@@ -69,7 +69,7 @@ def open_token_stream(
 
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
-    """A key of all that the tokens follow from: the files as they are now, the fields, the tokenizer."""
+    """The name of the cache entry. All that decides the tokens is in it: files as they are now, fields, tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
@@ -142,6 +142,7 @@ def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
 
 
 def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
+    """A function that yields a block for each document of a file. DatasetError if no document has a target."""
     assert source.tokenizer is not None
     tokenizer = Tokenizer(source.tokenizer)
 
@@ -173,7 +174,7 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
 
 
 def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
-    """The error for chats without anything to train on. It names the roles that they have."""
+    """The error for a file of chats that have nothing to train on. It names the roles in the file."""
     roles = Counter(str(message["role"]) for document in _documents(file, source) for message in document.content)
     if not roles[ANSWERS]:
         found = ", ".join(f"{role} ({count})" for role, count in roles.most_common(8))

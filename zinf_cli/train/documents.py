@@ -1,4 +1,4 @@
-"""Reads documents from files: .txt, .jsonl (both also .gz) and .parquet. Each has its place, for errors.
+"""Reads documents from files: .txt, .jsonl (both also .gz) and .parquet. A document has its place, for errors.
 
 Whatever the bytes of a file are, the result is documents or a DatasetError.
 """
@@ -40,6 +40,7 @@ class Document:
     """A text, or a piece of one, or chat messages. `ends` says if it is the last piece."""
 
     where: str
+    """File, and line or row."""
     content: Any
     """str, or a list of {role, content}."""
     ends: bool = True
@@ -48,9 +49,10 @@ class Document:
 
 
 def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterator[Document]:
-    """The documents of one text file. An empty file has none.
+    """The documents of one file. An empty file has none.
 
-    `field` is the field of a record to read, `beside` are the other fields that are wanted.
+    `field` is the field of a record to read; `beside` are other fields that are wanted. DatasetError if the file can't
+    be read, or a record has no `field`.
     """
     kind = kind_of(path)
     try:
@@ -121,9 +123,9 @@ def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Doc
 
 
 def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line, its end included as \\n.
+    """(number, text) of every line. Its end is part of it, always as \\n.
 
-    A line of more than `longest` bytes comes in pieces. If lines have to be `whole`, it is refused.
+    A line of more than `longest` bytes comes in pieces. If lines have to be `whole`, such a line is a DatasetError.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, begins = 1, True

@@ -104,6 +104,7 @@ class _Weights:
         return self._groups(lambda name: self.reader.param(name).to(self._dtypes[name]))
 
     def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
+        """The published tensors of each unit, then those of the buffers. `value_of` gives a parameter by its name."""
         seen: set[str] = set()
         for unit in self.reader.manifest.units:  # several may hold tiles of one parameter
             names = [param.name for flat in unit.flats for param in flat.params if param.name not in seen]

@@ -136,7 +136,7 @@ class Run:
         saved = step = self.start.step
         if self.text.held_out is not None and not step:
             self._write({"step": 0, "eval_loss": self._evaluate()})
-        return_free_memory()  # of loading
+        return_free_memory()  # that loading took
         while step < max_steps and not self._stop_requested():
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
@@ -156,7 +156,7 @@ class Run:
             if written:
                 saved = step
         self.engine.flush()
-        if save_interval and saved < step:  # the run was told to stop after this step, or there was no room in it
+        if save_interval and saved < step:  # the run was told to stop, or there was no room for the step's checkpoint
             self._writer.write(self._position(step))
         self._writer.finish()
 
@@ -172,7 +172,7 @@ class Run:
         )
 
     def _position(self, step: int) -> Position:
-        """Where the run stands after `step` steps, whose lines of metrics.jsonl are then on the drive."""
+        """Where the run stands after `step` steps. First their lines of metrics.jsonl are synced."""
         if self.metrics is not None:
             self.metrics.sync()
         scale = self._loss_scale
@@ -186,6 +186,10 @@ class Run:
         )
 
     def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:
+        """Train one step, or skip it. Returns its line of metrics.jsonl.
+
+        `more`: another step follows at once. `save`: the step has a checkpoint.
+        """
         start = time.perf_counter()
         self._writer.advance()
         self._peak.reset()
@@ -251,7 +255,7 @@ class Run:
         }
 
     def _skipped(self, step: int, windows: Sequence[int], lr: float, start: float) -> dict[str, Any]:
-        """Skip a step in which no token has a loss. Nothing is updated, not by weight decay either, or counted."""
+        """Skip a step in which no token has a loss. Nothing is updated, by weight decay neither. Returns its line."""
         note(f"skipped step {step + 1}: no token has a loss {_windows(windows)}")
         self.engine.flush()  # fetches for this step are under way
         return {
@@ -338,6 +342,6 @@ def _due(step: int, interval: int | None) -> bool:
 
 
 def _windows(windows: Sequence[int]) -> str:
-    """Windows of the text, in words for an error."""
+    """Windows of the text, as words of a message."""
     shown = ", ".join(str(window) for window in windows[:8])
     return f"(windows {shown}{', ...' if len(windows) > 8 else ''})"

@@ -1,13 +1,16 @@
-"""A parameter that is not there: the operations that would make it, and any range of what they make.
+"""Records the operations that make a parameter, and makes any range of it without memory for the whole.
 
-Note "ranges of a draw". torch draws from one serial stream, normal values in groups of 16: pieces of a multiple of 16
-elements that are drawn one after the other are, to the bit, what one draw of them all gives. If the last group is not
-full, torch draws the last 16 elements anew, so the last piece has 16 or more. A `Recorded` tensor says that it lies on
-the CPU, but has no memory. What is done to it in place is noted in its `Recording`. A draw moves torch's generator as
-it always would, piece by piece through one buffer, and the generator's state before each piece is kept: 5 KiB for
-1 MiB of values. A range is made by doing what was noted to it, each draw from the state of the pieces it touches.
-Whatever can't be done to a range (orthogonal matrices, a rejected tail drawn again) makes the tensor real first: such
-a parameter is held whole from then on.
+Note "ranges of a draw". torch draws from one serial stream, normal values in groups of 16. So a draw may be made in
+pieces, one after the other: the values are the same to the bit, if each piece but the last has a multiple of 16 elements.
+If the last group is not full, torch draws the last 16 elements anew. So the last piece has 16 elements or more.
+
+A `Recorded` tensor says that it lies on the CPU, but it has no memory. What is done to it in place is noted in its
+`Recording`. A draw moves torch's generator as it always would: the pieces are drawn into one buffer, and thrown away.
+The generator's state before each piece is kept, 5 KiB for 1 MiB of values. To make a range, what was noted is done to
+it. Each piece that it touches is drawn again from its state.
+
+Some operations can't be done to a range: orthogonal matrices, a rejected tail that is drawn again. They make the tensor
+real first. Such a parameter is held whole from then on.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ _FILLED = (_aten.zero_.default, _aten.fill_.Scalar)
 
 
 class Recording:
-    """What has been done to a float32 parameter of `shape` that began as NaN; `real` where it is held whole."""
+    """What has been done to a float32 parameter of `shape`, NaN at first. `real` is one that is held whole."""
 
     def __init__(self, shape: torch.Size, real: torch.Tensor | None = None) -> None:
         self._shape = shape
@@ -35,11 +38,11 @@ class Recording:
         self._steps: list[_Step] = []
 
     def tensor(self) -> torch.Tensor:
-        """The parameter: the real one, or a stand-in of its shape that notes what is done to it."""
+        """The real parameter, or a tensor of its shape that notes what is done to it."""
         return Recorded(self, torch.empty(self._shape, device="meta")) if self._real is None else self._real
 
     def read(self, first: int, last: int) -> torch.Tensor:
-        """Elements [first, last), flat. Memory: theirs and one piece; no generator moves."""
+        """Elements [first, last) of the flat parameter. Takes memory for them and one piece. No generator moves."""
         if self._real is not None:
             return self._real.reshape(-1)[first:last]
         values = torch.full((last - first,), float("nan"))
@@ -52,14 +55,14 @@ class Recording:
         return self._real is not None
 
     def whole(self) -> torch.Tensor:
-        """The real parameter, held from now on."""
+        """The real parameter. It is held from now on."""
         if self._real is None:
             self._real = self.read(0, self._shape.numel()).view(self._shape)
             self._steps.clear()
         return self._real
 
     def is_incomplete(self) -> bool:
-        """Whether an element is NaN still."""
+        """Whether some element is still NaN."""
         if self._real is not None:
             return bool(self._real.isnan().any())
         end = 0
@@ -69,7 +72,7 @@ class Recording:
         return end < self._shape.numel()
 
     def note(self, func: Callable[..., Any], first: int, last: int, args: Sequence[Any]) -> None:
-        """Do the operation `func` with `args` to the elements [first, last)."""
+        """Note that `func` with `args` is done to elements [first, last). If it draws, torch's generator moves."""
         if (first, last) == (0, self._shape.numel()):  # what was there is gone
             self._steps.clear()
         self._steps.append(_Step(func, first, last, args, _draw(func, last - first, args) if func in _DRAWN else []))
@@ -86,7 +89,7 @@ class _Step:
     states: list[torch.Tensor]
 
     def replay(self, values: torch.Tensor, first: int, last: int) -> None:
-        """Do it to `values`, the elements [first, last), as far as they are its own."""
+        """Do the operation to those of `values`, elements [first, last) of the parameter, that it was done to."""
         start, end = max(first, self.first), min(last, self.last)
         if start >= end:
             return
@@ -103,13 +106,13 @@ class _Step:
 
 
 def _pieces(num_elements: int) -> list[tuple[int, int]]:
-    """First and last elements of the pieces in which a draw is made, see the note "ranges of a draw"."""
+    """[first, last) of each piece of a draw of `num_elements`: the note "ranges of a draw"."""
     starts = range(0, max(1, num_elements - 15), _PIECE)
     return list(zip(starts, [*starts[1:], num_elements], strict=True))
 
 
 def _draw(func: Callable[..., Any], num_elements: int, args: Sequence[Any]) -> list[torch.Tensor]:
-    """Move torch's generator as a draw of so many elements does; its states before each piece."""
+    """Move torch's generator as a draw of `num_elements` does. Returns its state before each piece."""
     states = []
     buffer = torch.empty(min(num_elements, _PIECE + 15))
     for begin, stop in _pieces(num_elements):
@@ -119,7 +122,7 @@ def _draw(func: Callable[..., Any], num_elements: int, args: Sequence[Any]) -> l
 
 
 class Recorded(torch.Tensor):
-    """A tensor of a Recording's parameter, or a view of it; `on_meta` has its shape, strides and offset."""
+    """Stands for a Recording's parameter, or for a view of it. `on_meta` has its shape, strides and offset."""
 
     recording: Recording
     on_meta: torch.Tensor
@@ -140,7 +143,7 @@ class Recorded(torch.Tensor):
         return tensor
 
     def __init__(self, recording: Recording, on_meta: torch.Tensor) -> None:
-        """All is done in __new__, as torch wants it."""
+        """__new__ does all, as torch wants it."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -165,7 +168,7 @@ class Recorded(torch.Tensor):
         return target if result is real_args[0] else result
 
     def _takes(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the operation is one that is done to ranges, and this a range that is not real yet."""
+        """Whether the operation can be noted: it can be done to a range, and this is one that is not real yet."""
         is_plain = func in (*_DRAWN, *_FILLED) and all(value is None for value in kwargs.values())
         return is_plain and not self.recording.is_real and self.on_meta.is_contiguous()
 

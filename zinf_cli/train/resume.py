@@ -39,7 +39,9 @@ class Start:
     folder: Path | None = None
     step: int = 0
     sequences: int = 0
+    """Sequences that have been trained on."""
     loss_scale: tuple[float, int] | None = None
+    """The loss scale and its finite steps, in fp16."""
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -49,9 +51,10 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | None:
-    """The checkpoint that a run would go on from, as far as small files tell. None if the run begins at step 0.
+    """The manifest of the checkpoint that a run would go on from. None if the run begins at step 0.
 
-    CheckpointError if the recipe does not fit it.
+    Only small files are read, so the checkpoint's state may still turn out to be damaged. CheckpointError if the recipe
+    does not fit the checkpoint.
     """
     problem: ZinfError | None = None
     for folder in checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume):
@@ -68,7 +71,7 @@ def newest_manifest(recipe: Recipe, model: nn.Module, text: Text) -> Manifest | 
 
 
 def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Module, text: Text) -> None:
-    """CheckpointError, with the keys, if a recipe does not fit a checkpoint.
+    """Raise a CheckpointError that names the keys, if a recipe does not fit a checkpoint.
 
     These may change: the length of the run, batch sizes, the optimizer's settings, placement, precision and ranks.
     """
@@ -92,7 +95,7 @@ def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Mod
 
 
 def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
-    """The keys of the recipe that have changed since the checkpoint, and that have an effect on the run's numbers."""
+    """Keys of the recipe that have changed since the checkpoint and may change the run's numbers."""
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
     sections = ("train", "optimizer", "lr_scheduler")
     return [key for key in now if key.split(".")[0] in sections and before.get(key) != now[key]]
@@ -101,10 +104,11 @@ def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
 def resume(
     recipe: Recipe, engine: Engine, model: nn.Module, text: Text, ranks: Ranks, notice: Callable[[str], None]
 ) -> Start:
-    """Load the newest checkpoint that is whole on every rank. If the run has none, do nothing.
+    """Load the newest checkpoint that is whole on every rank. If the run has no checkpoints, do nothing.
 
-    `notice` is told, on every rank, of each checkpoint that is not whole, and of what has changed. Damaged checkpoints
-    are set aside; those that a drive does not give stay. CheckpointError if none is whole, or the recipe does not fit.
+    On every rank, `notice` is told of each checkpoint that is not whole, and of keys that have changed. Damaged
+    checkpoints are set aside; those that a drive can't read stay. CheckpointError if none is whole or the recipe does
+    not fit. UnreadableError if none is whole, and some can't be read.
     """
     candidates = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     damaged: list[Path] = []

@@ -1,4 +1,4 @@
-"""The weights of a model some of whose parameters were cut into tiles (engine/units/tiles.py)."""
+"""Cuts a model, and reads the weights of one that was cut (engine/units/tiles.py)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from zinf_cli.train.weights import RangedWeights
 
 
 def cut_model(model: nn.Module, most: int) -> None:
-    """Cut what is larger than `most` elements (see tiles.py). From now on experts are computed one after another."""
+    """Cut weights of more than `most` elements into tiles. From now on experts are computed one after another."""
     cut(model, most)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation("eager")
 
 
 class TiledWeights:
-    """A WeightSource for a cut `model`, made from one for the whole model."""
+    """The WeightSource of a `model` that was cut. `source` is that of the whole model."""
 
     def __init__(self, source: RangedWeights, model: nn.Module) -> None:
         self._source = source

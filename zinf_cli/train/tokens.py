@@ -1,4 +1,4 @@
-"""The model's tokenizer, which makes tokens of documents and chats."""
+"""The model's tokenizer: it turns documents and chats into tokens."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @staticmethod
     def fingerprint(directory: Path) -> list[str]:
-        """All that decides its tokens: hashes of its files, and versions of the libraries."""
+        """What a tokenizer's tokens follow from: hashes of its files, and versions of the libraries."""
         try:
             files = [
                 f"{name}:{hashlib.sha256((directory / name).read_bytes()).hexdigest()}"
@@ -70,7 +70,10 @@ class Tokenizer:
         return files + [f"{name} {_version_of(name)}" for name in TOKENIZER_LIBRARIES]
 
     def masking(self, vocabulary: int, seed: int) -> Masking:
-        """How a masked language model's text is masked: by the tokenizer's mask token and special tokens."""
+        """The masking of a masked language model's text, with the tokenizer's mask token and special tokens.
+
+        DatasetError if the tokenizer has no mask token, or one that the model's `vocabulary` does not have.
+        """
         if self._tokenizer.mask_token_id is None:
             raise DatasetError(
                 "this tokenizer has no mask token, and the model is trained on masked tokens",
@@ -87,7 +90,7 @@ class Tokenizer:
         return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
 
     def encode_text(self, document: Document) -> list[int]:
-        """The tokens of a text, without special tokens, and the end-of-text token if the document ends."""
+        """The tokens of a text, without special tokens. If the document ends, the end-of-text token is the last."""
         if not isinstance(document.content, str):
             raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
         ids: list[int] = self._encode(document.content, document)["input_ids"]
@@ -97,7 +100,7 @@ class Tokenizer:
         return [*ids, end] if document.ends and end is not None else ids
 
     def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:
-        """The tokens of a source and its target, with their special tokens, and which of them are the target's."""
+        """(tokens, mask) of a source and its target, with their special tokens. The mask is True for the target's."""
         source, target = document.content, document.beside.get(target_field)
         for text in (source, target):
             if not isinstance(text, str) or not text:
@@ -113,7 +116,10 @@ class Tokenizer:
         return [*read, *written], [False] * len(read) + [True] * len(written)
 
     def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
-        """The tokens of a dialog in the chat template, and which of them the assistant says, with its end of turn."""
+        """(tokens, mask) of a dialog in the chat template.
+
+        The mask is True for what the assistant says, and for the end of its turn.
+        """
         if not self._tokenizer.is_fast:
             raise DatasetError(
                 f"{type(self._tokenizer).__name__} is written in Python and can't tell where in a chat a token stands, "
@@ -136,7 +142,7 @@ class Tokenizer:
         return encoded["input_ids"], mask
 
     def _encode(self, text: Any, document: Document, name: str = "text", **options: Any) -> Any:
-        """What the tokenizer makes of a text, which it gets as argument `name`. DatasetError if it can't take it."""
+        """What the tokenizer returns for a text, which is passed as argument `name`. DatasetError if it fails."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

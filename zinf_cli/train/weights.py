@@ -43,8 +43,8 @@ class WeightSource(Protocol):
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The parameters `names` (as in `model.named_parameters()`) on the CPU, in their shape and any dtype.
 
-        Memory is that of what is read. So ask for a block's parameters together, and copy values that have to stay: the
-        tensors may be views of mapped files.
+        Reading takes memory for `names`, so ask for a block at a time. Tensors may be views of mapped files, so copy
+        values that have to stay.
         """
 
 
@@ -113,9 +113,10 @@ class PretrainedWeights:
         return values
 
     def read_part(self, name: str, first: int, last: int) -> torch.Tensor:
-        """See RangedWeights; a view of a mapped file, unless a conversion made the parameter.
+        """See RangedWeights. A view of a mapped file, unless a conversion makes the parameter.
 
-        Of experts that a checkpoint has one by one and the model in one parameter, only these are read.
+        A checkpoint may have experts one by one that the model has in one parameter. Then only those are read that lie
+        in the range.
         """
         shape = self._model.get_parameter(name).shape
         each = shape[1:].numel()
@@ -148,7 +149,7 @@ class _Conversion:
 
     transform: WeightConverter | WeightRenaming
     target: str
-    """The first of the names that it yields."""
+    """The first of the names that the conversion yields."""
     keys: list[tuple[str, str]] = field(default_factory=list)
     """(the transform's source pattern, the checkpoint's key), in the order in which the tensors are stacked."""
 
@@ -157,7 +158,7 @@ class _Conversion:
         return ", ".join(key for _, key in self.keys[:3]) + more
 
     def of_experts(self, first: int, last: int, count: int) -> _Conversion | None:
-        """What makes experts [first, last) of `count`; None where the checkpoint has no tensor for each of them."""
+        """The conversion for experts [first, last) of `count`. None if the checkpoint has no tensor for each expert."""
         patterns = dict.fromkeys(pattern for pattern, _ in self.keys)
         stacks = [[key for key in self.keys if key[0] == pattern] for pattern in patterns]
         if not stacks or any(len(stack) != count for stack in stacks):
@@ -165,7 +166,7 @@ class _Conversion:
         return replace(self, keys=[key for stack in stacks for key in stack[first:last]])
 
     def run(self, model: PreTrainedModel, fetch: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors by their names in the model. `fetch` is called as late as the conversion permits."""
+        """The tensors, by their names in the model. `fetch` is called as late as the conversion permits."""
         transform = copy.deepcopy(self.transform)  # running one consumes it
         for pattern, key in self.keys:
             transform.add_tensor(self.target, key, pattern, partial(fetch, key))
@@ -174,14 +175,14 @@ class _Conversion:
 
 
 _Origins = dict[str, _Conversion]
-"""For a parameter, the name under which it is stored and the conversion that yields it. Tied names may have several."""
+"""For a parameter, the conversion that yields it, by the name under which it is stored. Tied names may have several."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     conversions: list[_Conversion]
     homeless: dict[str, str]
-    """The tensors without a place in the model: the checkpoint's key by the name that the model would use."""
+    """Tensors without a place in the model: the checkpoint's key, by the name that the model would use."""
 
 
 def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
@@ -208,7 +209,11 @@ def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
 def _judge(
     model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None]
 ) -> dict[str, _Origins]:
-    """What yields each parameter, from headers alone. A parameter that its class allows to be absent has nothing."""
+    """The conversions that yield each parameter, found from headers alone.
+
+    A parameter that its class allows to be absent has none. CheckpointError if tensors are missing, have a wrong shape,
+    or show that config.json is not theirs. `notice` is told of tensors that are left out.
+    """
     state = model.state_dict()
     homeless, misshaped = dict(plan.homeless), []
     yields: _Origins = {}
@@ -257,10 +262,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _telling(extra: Collection[str], known: Collection[str]) -> list[str]:
-    """Those tensors without a place that show a wrong config.json. Most show nothing (a value head, old masks).
+    """Lines of an error: which tensors without a place show that config.json is not theirs.
 
-    If there should be more layers, a list of modules goes on with more of the same. If weights are quantized, their
-    scales lie beside them.
+    Most show nothing (a value head, old masks). More elements of a list of modules show that there should be more
+    layers. Scales beside known weights show that the weights are quantized.
     """
     ours, theirs = _elements(known), _elements(extra)
     alike = {(path, frozenset(inside)) for (path, _), inside in ours.items()}
@@ -273,7 +278,7 @@ def _telling(extra: Collection[str], known: Collection[str]) -> list[str]:
 
 
 def _elements(names: Collection[str]) -> dict[tuple[str, str], set[str]]:
-    """The names inside each element of a module list, by the list and the element's number."""
+    """The names inside each element of a module list, by (name of the list, number of the element)."""
     inside: dict[tuple[str, str], set[str]] = {}
     for name in names:
         for place in re.finditer(r"\.(\d+)\.", name):
@@ -282,7 +287,7 @@ def _elements(names: Collection[str]) -> dict[tuple[str, str], set[str]]:
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter. That in `model.named_parameters()` is the first."""
+    """All names of each parameter. The first is the one in `model.named_parameters()`."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
