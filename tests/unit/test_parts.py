@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from checkpoints import resumed, save
@@ -159,6 +160,17 @@ def test_a_gradient_passes_the_code_between_parts_of_its_own_block_only(monkeypa
     Counted.passed = 0
     engine_losses(engine, 1, count=1)
     assert 4 * layers < Counted.passed <= 2 * (4 * layers + 1)  # without borders it would grow with their square
+
+
+def test_no_product_is_computed_again() -> None:
+    engine = in_parts("llama", EngineOptions(), TILES)
+    params = dict(build_model(random_source("llama")).named_parameters())
+    weights = sum(param.numel() for name, param in params.items() if param.dim() > 1 and "embed" not in name)
+    with FlopCounterMode(display=False) as counter:
+        engine_losses(engine, 1, count=1)
+    ops = counter.get_flop_counts()["Global"]
+    passes, tokens = 3, 2 * 12  # forward, and backward into input and weight
+    assert sum(ops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)) == passes * 2 * tokens * weights
 
 
 def test_units_of_parts_are_no_larger_than_a_part_may_be() -> None:

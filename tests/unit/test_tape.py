@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.micro_batch import UnitCall
@@ -78,6 +79,42 @@ def test_gradients_are_those_of_plain_pytorch() -> None:
     assert model.runs == 4
     for found, expected in zip(model.grads(), plain(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # sums may be in another order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 24), (1, 24), (2, 3, 24), (2, 5, 3, 24), (24,)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_the_graph_of_a_product_that_is_not_computed_again_gives_the_same_bits(
+    dtype: torch.dtype, bias: bool, shape: tuple[int, ...], layout: str
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, bias=bias, dtype=dtype)
+    x = torch.randn(shape, dtype=dtype)
+    if layout == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "expanded":
+        x = x[:1].expand(shape)
+    weights = torch.randn((*shape[:-1], 40), dtype=dtype)
+
+    def grads(compute: Callable[[torch.Tensor], torch.Tensor], backward: Callable[[], None]) -> list[torch.Tensor]:
+        linear.zero_grad()
+        entered = x.detach().requires_grad_()
+        torch.autograd.backward((compute(entered.view_as(entered)) * weights).sum())
+        backward()
+        return [tensor.grad for tensor in (entered, *linear.parameters()) if tensor.grad is not None]
+
+    expected = grads(linear, lambda: None)
+    units = tape()
+
+    def on_tape(given: torch.Tensor) -> Any:
+        return units.forward(UnitCall(0, linear, (given,), {}, True, (False, dtype), product=True), "a unit")
+
+    with FlopCounterMode(display=False) as counter:
+        found = grads(on_tape, lambda: units.backward(units.records[-1]))
+    assert all(map(torch.equal, found, expected))
+    assert len(found) == len(expected) == 2 + bias
+    assert counter.get_total_flops() in (0, 3 * 2 * x.numel() * 40)  # mv is not counted
 
 
 def test_a_hot_forward_needs_no_recompute() -> None:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from zinf_cli.engine.compute.products import is_one_product
 from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.units import UnitLayout, taken_apart
@@ -40,6 +41,8 @@ class UnitCall:
     kwargs: dict[str, Any]
     grad_enabled: bool
     autocast: tuple[bool, torch.dtype]
+    product: bool = False
+    """Whether it returns a product and nothing else: see products.py."""
 
 
 @dataclass
@@ -145,15 +148,22 @@ class MicroBatchThread:
             del answer
 
     def call_unit(
-        self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any, side: SideOutputs | None
+        self,
+        unit: int,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        side: SideOutputs | None,
+        *,
+        product: bool,
     ) -> Any:
         """Called inside the thread: pause at a unit, and return its outputs."""
-        collector = side.collector() if side is not None else None
+        collector = side.collector() if side is not None and not product else None  # a product has no inside
         if side is not None and collector is not None:
             outputs, captured = self._pause(unit, side.capture(collector, forward), args, kwargs)
             side.deliver(collector, captured)
             return outputs
-        return self._pause(unit, forward, args, kwargs)
+        return self._pause(unit, forward, args, kwargs, product=product)
 
     def enter_block(self, args: Any, kwargs: Any) -> Any:
         """From inside the thread: the arguments of a block, as they go on behind its border."""
@@ -166,7 +176,7 @@ class MicroBatchThread:
             raise outputs
         return outputs
 
-    def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any, *, product: bool = False) -> Any:
         kind = self._device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         variables = copy_context()
@@ -177,7 +187,7 @@ class MicroBatchThread:
             runs.append(variables.copy())
             return runs[-1].run(forward, *args, **kwargs)
 
-        outputs = self._wait(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast))
+        outputs = self._wait(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast, product))
         for variable, value in runs[0].items():
             if variable not in variables or variables[variable] is not value:
                 variable.set(value)
@@ -196,7 +206,7 @@ def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs |
     for unit, layout in enumerate(units):
         for path in layout.modules:
             module = model.get_submodule(path)
-            undo.append(replace_forward(module, _routed(unit, path, module.forward, side)))
+            undo.append(replace_forward(module, _routed(unit, path, module, side)))
 
     def restore() -> None:
         while undo:
@@ -215,7 +225,9 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
     return entered
 
 
-def _routed(unit: int, path: str, forward: Callable[..., Any], side: SideOutputs | None) -> Callable[..., Any]:
+def _routed(unit: int, path: str, module: nn.Module, side: SideOutputs | None) -> Callable[..., Any]:
+    forward = module.forward
+
     def routed(*args: Any, **kwargs: Any) -> Any:
         thread: MicroBatchThread | None = getattr(_running, "thread", None)
         if thread is None:
@@ -223,6 +235,7 @@ def _routed(unit: int, path: str, forward: Callable[..., Any], side: SideOutputs
                 f"module {path} is called from inside another unit",
                 hint="the engine found it to be called by itself; please report the architecture",
             )
-        return thread.call_unit(unit, forward, *with_whole_logits(args, kwargs), side)
+        args, kwargs = with_whole_logits(args, kwargs)
+        return thread.call_unit(unit, forward, args, kwargs, side, product=is_one_product(module, args))
 
     return routed

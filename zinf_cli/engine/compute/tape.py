@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import Any
@@ -31,6 +31,7 @@ from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.products import without_products
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
 from zinf_cli.engine.compute.record import Border, Emitter, GlueTensor, Graph, Record, RngState
 from zinf_cli.engine.units.written_weights import storage_of
@@ -109,7 +110,7 @@ class Tape:
         for tensor, version in zip(tensors, versions, strict=True):
             if tensor._version != version:
                 raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
-        if recompute and self._compare:
+        if recompute and self._compare and not call.product:
             record.results = some_of(_results(outputs, record))
         emitted = self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
         record.shared = _shared_storage(tensors, emitted)
@@ -238,7 +239,8 @@ class Tape:
             values[id(glue)] = glue.saved.get()
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
         try:
-            outputs, _, _ = self._run(record, values)
+            with without_products() if record.call.product else nullcontext():
+                outputs, _, _ = self._run(record, values)
         except StopIteration as error:  # the forward has used up an iterator that is an argument
             raise differs(record.label) from error
         if record.results is not None:

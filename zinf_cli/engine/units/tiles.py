@@ -276,11 +276,11 @@ def linear_rows(
 def _matmul(input: torch.Tensor, weight: TiledWeight) -> torch.Tensor:
     """With an expert's matrix, which lies in its tile as the model multiplies it."""
     (piece,) = weight.pieces
-    result: torch.Tensor = piece.tile(_matmul_rows, piece.weight, input, piece.expert)
+    result: torch.Tensor = piece.tile(matmul_rows, piece.weight, input, piece.expert)
     return result
 
 
-def _matmul_rows(weight: torch.Tensor, input: torch.Tensor, expert: int) -> torch.Tensor:
+def matmul_rows(weight: torch.Tensor, input: torch.Tensor, expert: int) -> torch.Tensor:
     return input @ weight[expert]
 
 
