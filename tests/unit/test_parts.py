@@ -179,6 +179,9 @@ def test_units_of_parts_are_no_larger_than_a_part_may_be() -> None:
     cut(model, TILES)
     units = discover(model, 2, most=TILES)
     assert max(sum(param.numel for param in unit.params()) for unit in units) <= TILES
+    assert [unit.name for unit in units if "layers.1.mlp.gate" in unit.name] == [
+        f"model.layers.1.mlp.gate_proj {number}/2" for number in (1, 2)
+    ]
     pieces: dict[str, list[tuple[int, int]]] = {}
     for place in (place for unit in units for place in unit.params()):
         pieces.setdefault(place.origin, []).append((place.first, place.first + place.numel))

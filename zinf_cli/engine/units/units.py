@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.units.tiles import Part, parts_of
+from zinf_cli.engine.units.tiles import Part, Tile, parts_of
 from zinf_cli.model_state import SLICE_MULTIPLE
 
 ALIGN = 128
@@ -85,6 +85,7 @@ class UnitLayout:
     """A unit by name: module paths, and the flats of their parameters: trainable first, narrow dtypes first."""
 
     name: str
+    """The path of its first module; of a tile, the path of the module that was cut, and which of its tiles it is."""
     modules: tuple[str, ...]
     flats: tuple[FlatLayout, ...]
 
@@ -134,11 +135,19 @@ def discover(
         params = [p for p in model.parameters() if taken.get(id(p)) == number]
         if params:
             paths = tuple(name for name, _ in group)
-            units.append(UnitLayout(paths[0], paths, _flats(params, names, order, parts, world_size)))
+            units.append(UnitLayout(_name(model, paths[0]), paths, _flats(params, names, order, parts, world_size)))
     rest = [p for p in model.parameters() if id(p) not in taken]
     if rest:
         units.append(UnitLayout(RESIDENT, (), _flats(rest, names, order, parts, world_size)))
     return tuple(units)
+
+
+def _name(model: nn.Module, path: str) -> str:
+    tiles, _, number = path.rpartition(".")
+    if not isinstance(model.get_submodule(path), Tile):
+        return path
+    owner, count = tiles.rpartition(".")[0], len(list(model.get_submodule(tiles).children()))
+    return f"{owner} {int(number) + 1}/{count}" if count > 1 else owner
 
 
 def taken_apart(model: nn.Module, units: Sequence[UnitLayout]) -> list[str]:
