@@ -1,8 +1,8 @@
 """Records the operations that make a parameter, and makes any range of it without memory for the whole.
 
 Note "ranges of a draw". torch draws from one serial stream, normal values in groups of 16. So a draw may be made in
-pieces, one after the other: the values are the same to the bit, if each piece but the last has a multiple of 16 elements.
-If the last group is not full, torch draws the last 16 elements anew. So the last piece has 16 elements or more.
+pieces, one after the other. The values are the same to the bit if each piece but the last has a multiple of 16
+elements. If the last group is not full, torch draws the last 16 elements anew. So the last piece has 16 or more.
 
 A `Recorded` tensor says that it lies on the CPU, but it has no memory. What is done to it in place is noted in its
 `Recording`. A draw moves torch's generator as it always would: the pieces are drawn into one buffer, and thrown away.
