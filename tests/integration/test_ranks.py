@@ -62,8 +62,9 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     cases += [(name, changes, placements[2]) for name, changes in architectures]
     cases += [("llama", {}, {**placements[2], "micro_batches_per_sweep": 1})]
     cases += [(name, {}, {**placements[2], "most": 1000}) for name in ("llama-tied", "mixtral")]  # in parts
-    cases += [("phi", {}, {**placements[2], "chunk": 7 * 96})]  # the loss in chunks
-    architectures += [("llama", {}), ("llama-tied", {}), ("mixtral", {}), ("phi", {})]
+    in_chunks = {**placements[2], "chunk": 7 * 96}  # the loss
+    cases += [("phi", {}, in_chunks), ("gemma2", {}, in_chunks), ("gemma2", {}, {**in_chunks, "most": 1000})]
+    architectures += [(name, {}) for name in ("llama", "llama-tied", "mixtral", "phi", "gemma2", "gemma2")]
     eager = {"settings": {"clip": None, "eager": True}}
     cases += [("llama", {}, {**placement, **eager}) for placement in placements[:3:2]]
     clips = (0.78, 0.81)  # at the first one, the speculation of step 4 fails

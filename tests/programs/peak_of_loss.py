@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from in_process import run
-from zinf_cli.engine.units import loss_chunks
+from zinf_cli.engine.units import chunked_loss
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import make_plan
 from zinf_cli.recipe.recipe import Recipe
@@ -46,9 +46,9 @@ recipe = Recipe.model_validate(
         "output_dir": str(folder / "run"),
     }
 )  # fmt: skip
-chunk, loss_chunks.CHUNK = loss_chunks.CHUNK, 1 << 60
+chunk, chunked_loss.CHUNK = chunked_loss.CHUNK, 1 << 60
 whole = make_plan(recipe, find_figures(recipe, 1))
-loss_chunks.CHUNK = chunk
+chunked_loss.CHUNK = chunk
 plan = make_plan(recipe, find_figures(recipe, 1))
 peak = PeakMemory()
 peak.reset()

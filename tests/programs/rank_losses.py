@@ -18,7 +18,7 @@ from plain import engine_losses, every_other_unit_cached, open_engine
 from tiny_models import random_source
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.engine.units import loss_chunks
+from zinf_cli.engine.units import chunked_loss
 
 torch.set_num_threads(1)
 ranks = Ranks.join(torch.device("cpu"))
@@ -30,7 +30,7 @@ for name, changes, placement in json.loads(sys.argv[4]):
     cached, late = placement.pop("cached", False), placement.pop("late", False)
     dtype, most = getattr(torch, placement.pop("dtype", "float32")), placement.pop("most", None)
     if (chunk := placement.pop("chunk", None)) is not None:
-        loss_chunks.CHUNK = chunk
+        chunked_loss.CHUNK = chunk
     options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
     if cached:
         options = every_other_unit_cached(options)

@@ -26,7 +26,8 @@ from zinf_cli.engine.compute.meta_answers import answer_of
 from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
-from zinf_cli.engine.units.loss_chunks import bytes_of_a_chunk, in_chunks, with_whole_logits
+from zinf_cli.engine.units.chunked_loss import temporary_bytes
+from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.tiles import Bodiless, computed_instead
 from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
 from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
@@ -238,9 +239,8 @@ class _Watch(TorchFunctionMode):
     def _watched(self, number: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a unit as the tape does, with doors for its inputs and outputs."""
         use = self.uses.setdefault(number, UnitUse())
-        if args and args[0] is in_chunks:
-            weights = self._units[number].flats[0]
-            use.saved_bytes += bytes_of_a_chunk(weights.params[0].shape, weights.dtype, len(args[2]), args[5])
+        weights = self._units[number].flats[0]
+        use.saved_bytes += temporary_bytes(args, weights.params[0].shape, weights.dtype)
         flat, spec = opened(args, kwargs)
         reach = Reach(flat)
         leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]

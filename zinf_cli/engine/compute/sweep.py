@@ -358,6 +358,7 @@ class Sweep:
                     trainable=self._trainable,
                     compare=self._checks[:1] == ["recompute"],
                     glue=self._glue_keeper() if grad else None,
+                    scale=batch.weight,
                 )
                 at_home = self._resident_params() if self._checks[:1] == ["leaks"] else None
                 member.start(batch, tape, grad=grad, at_home=at_home)

@@ -34,6 +34,7 @@ from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import without_products
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
 from zinf_cli.engine.compute.record import Border, Emitter, GlueTensor, Graph, Record, RngState
+from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
@@ -66,13 +67,18 @@ class Tape:
         trainable: set[int],
         compare: bool = False,
         glue: Keeper | None = None,
+        scale: float = 1.0,
     ) -> None:
-        """`glue` packs what the code between units saves, in the micro-batch's thread."""
+        """`glue` packs what the code between units saves, in the micro-batch's thread.
+
+        `scale` is what the micro-batch's loss is multiplied by for its backward.
+        """
         self._device = device
         self._activations = activations
         self._state = state
         self._trainable = trainable
         self._compare = compare
+        self._scale = scale
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.glue = glue
@@ -239,7 +245,8 @@ class Tape:
             values[id(glue)] = glue.saved.get()
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
         try:
-            with without_products() if record.call.product else nullcontext():
+            product = without_products() if record.call.product else nullcontext()
+            with product, backward_follows(self._scale, results_wanted=record.results is not None):
                 outputs, _, _ = self._run(record, values)
         except StopIteration as error:  # the forward has used up an iterator that is an argument
             raise differs(record.label) from error
@@ -252,7 +259,8 @@ class Tape:
     ) -> tuple[Any, Reach, dict[int, torch.Tensor]]:
         """Run the unit's forward on the arguments themselves. With a `keeper`, its graph holds no device memory."""
         if keeper is None:
-            return self._run(record, values, grad=grad)
+            with backward_follows(self._scale) if grad else nullcontext():
+                return self._run(record, values, grad=grad)
         keeper.add_present(record.plain_inputs())
         with keeper.packing():
             done = self._run(record, values)

@@ -2,14 +2,13 @@
 
 `put_off_logits` leaves a HeadWeight in the place of the head's weight. F.linear with it gives LazyLogits, which have
 shape, dtype and device, and no bytes; they remember the head's input and what the model does to each logit (a cast, a
-scale, a cap). F.cross_entropy of them is one call of the head's tile: forward adds up the loss, a chunk of tokens after
-another; backward computes each chunk's logits again and takes their gradients. So the model's code stays as it is.
-Whatever else a model does with its logits has them made as a whole, and then works on these.
+scale, a cap). F.cross_entropy of them is one call of each of the head's tiles (chunked_loss.py); unless the head was
+cut, one tile is all of it. So the model's code stays as it is. Whatever else a model does with its logits has them made
+as a whole, and then works on these.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -17,29 +16,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from zinf_cli.engine.units.chunked_loss import (
+    Operation,
+    after_operations,
+    joined,
+    loss_in_chunks,
+    more_than_a_chunk,
+    sums_in_chunks,
+)
 from zinf_cli.engine.units.tiles import (
     OF_THE_SHAPE,
-    TILES,
     Bodiless,
-    Part,
-    Tile,
     TiledWeight,
+    can_be_cut,
+    in_one_tile,
     linear,
-    linear_rows,
-    put_in_place,
+    put_back,
+    replace_tiled,
 )
 from zinf_cli.errors import ModelError
 
-CHUNK = 1 << 24
-"""Logits that are computed at a time; a micro-batch that has no more keeps its logits as they are."""
-
-Step = tuple[Callable[..., torch.Tensor], tuple[Any, ...]]
-"""A function of each logit, and its further arguments."""
-
-_STEPS = {"float", "to", "mul", "div", "true_divide", "tanh", "add", "sub"}
+_OPERATIONS = {"float", "to", "mul", "div", "true_divide", "tanh", "add", "sub"}
 """Functions of each logit by itself, with numbers or dtypes as further arguments."""
 _ROWS_STAY = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 """Functions that change no order; where the last dimension stays, so do rows."""
@@ -50,40 +49,41 @@ _ATTRIBUTES = {"shape", "dtype", "device", "ndim", "is_cuda", "is_meta", "layout
 def has_many_logits(model: nn.Module, num_tokens: int) -> bool:
     """Whether logits of `num_tokens` are more than a chunk, and `model` lets them be computed in several.
 
-    A head that is no Linear, shares its weight or was cut (tiles.py) does not.
+    A head that is no Linear does not, nor one that shares its weight with what is no Linear and no Embedding.
     """
-    head = _head(model)
-    if head is None or num_tokens * head.weight.shape[0] <= CHUNK:
+    weight = _weight_of_head(model)
+    if weight is None or not more_than_a_chunk(num_tokens * weight.shape[0]):
         return False
-    return sum(param is head.weight for module in model.modules() for param in module._parameters.values()) == 1
+    return isinstance(weight, TiledWeight) or can_be_cut(model, weight)
 
 
 def put_off_logits(model: nn.Module) -> None:
     """Have the loss of `model`, which has many logits, computed in chunks."""
-    head = _head(model)
-    assert head is not None
-    weight = head.weight
-    name = next(name for name, param in model.named_parameters() if param is weight)
-    param = nn.Parameter(torch.empty_like(weight), weight.requires_grad)
-    tile = Tile({"weight": Part(name, weight.shape, 0)}, {"weight": param})
-    put_in_place(head, {"weight": HeadWeight.of(weight, weight.device, name, "weight", [tile])})
+    weight = _weight_of_head(model)
+    assert weight is not None
+    tiled = weight if isinstance(weight, TiledWeight) else in_one_tile(model, weight)
+    replace_tiled(model, tiled, _as(HeadWeight, tiled))
 
 
 def keep_logits(model: nn.Module) -> None:
     """Undo `put_off_logits`."""
-    for module in model.modules():
-        weight = module.__dict__.get("weight")
-        if isinstance(weight, HeadWeight):
-            del module.__dict__["weight"]
-            delattr(module, f"{TILES}weight")
-            module.weight = weight.tiles[0].get_parameter("weight")
+    weight = _weight_of_head(model)
+    assert isinstance(weight, HeadWeight)
+    if len(weight.tiles) == 1:
+        put_back(model, weight)
+    else:
+        replace_tiled(model, weight, _as(TiledWeight, weight))
 
 
-def _head(model: nn.Module) -> nn.Linear | None:
-    """The Linear that makes logits, with a weight of its own."""
+def _as(kind: type[TiledWeight], tiled: TiledWeight) -> TiledWeight:
+    return kind.of(tiled, tiled.device, tiled.origin, tiled.weight, tiled.tiles)
+
+
+def _weight_of_head(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the Linear that makes logits, or what stands for it."""
     find: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
-    return head if isinstance(head, nn.Linear) and "weight" in head._parameters else None
+    return head.weight if isinstance(head, nn.Linear) and not hasattr(head, "parametrizations") else None
 
 
 class HeadWeight(TiledWeight):
@@ -97,16 +97,16 @@ class HeadWeight(TiledWeight):
 def _lazy_linear(input: torch.Tensor, weight: HeadWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     if input.dim() < 2 or (not input.is_meta and torch.is_autocast_enabled(input.device.type)):
         return linear(input, weight, bias)
-    return LazyLogits.of(input, bias, weight.tiles[0], (), input.dtype)
+    return LazyLogits.of(input, bias, weight, (), input.dtype)
 
 
 class LazyLogits(Bodiless):
-    """Logits to come, [..., vocabulary]: `operations` on `hidden` [..., width] by the weight of `tile`, plus `bias`."""
+    """Logits to come, [..., vocabulary]: `operations` on `hidden` [..., width] times the head's weight, plus `bias`."""
 
     hidden: torch.Tensor
     bias: torch.Tensor | None
-    tile: Tile
-    operations: tuple[Step, ...]
+    head: HeadWeight
+    operations: tuple[Operation, ...]
     aliases: list[None]
     """One for each of those that would share memory."""
     whole: torch.Tensor | None
@@ -117,13 +117,13 @@ class LazyLogits(Bodiless):
         cls,
         hidden: torch.Tensor,
         bias: torch.Tensor | None,
-        tile: Tile,
-        operations: tuple[Step, ...],
+        head: HeadWeight,
+        operations: tuple[Operation, ...],
         dtype: torch.dtype,
         aliases: list[None] | None = None,
     ) -> LazyLogits:
-        made = cls.standing_for(torch.Size((*hidden.shape[:-1], tile.parts["weight"].shape[0])), dtype, hidden.device)
-        made.hidden, made.bias, made.tile, made.operations, made.whole = hidden, bias, tile, operations, None
+        made = cls.standing_for(torch.Size((*hidden.shape[:-1], head.shape[0])), dtype, hidden.device)
+        made.hidden, made.bias, made.head, made.operations, made.whole = hidden, bias, head, operations, None
         made.aliases = aliases if aliases is not None else []
         made.aliases.append(None)
         return made
@@ -141,7 +141,7 @@ def whole_logits(value: Any) -> Any:
     if not isinstance(value, LazyLogits):
         return value
     if value.whole is None:
-        value.whole = _taken(value.tile(linear_rows, "weight", value.hidden, value.bias, None), value.operations)
+        value.whole = after_operations(linear(value.hidden, value.head, value.bias), value.operations)
     return value.whole
 
 
@@ -157,7 +157,7 @@ def _lazily(func: Any, *args: Any, **kwargs: Any) -> Any:
         found: torch.Tensor | None = None
         if func is F.cross_entropy:
             found = _loss(logits, *args[1:], **kwargs)
-        elif name in _STEPS:
+        elif name in _OPERATIONS:
             found = _with_step(logits, func, args[1:], kwargs)
         elif name in _ROWS_STAY or (name == "contiguous" and not kwargs):
             found = _reshaped(logits, func, args[1:], kwargs)
@@ -179,7 +179,7 @@ def _with_step(logits: LazyLogits, func: Any, args: Sequence[Any], kwargs: dict[
     dtype = func(torch.empty((), dtype=logits.dtype, device="meta"), *args).dtype
     if getattr(func, "__name__", "") in ("float", "to") and dtype == logits.dtype:
         return logits
-    return LazyLogits.of(logits.hidden, logits.bias, logits.tile, (*logits.operations, (func, tuple(args))), dtype)
+    return LazyLogits.of(logits.hidden, logits.bias, logits.head, (*logits.operations, (func, tuple(args))), dtype)
 
 
 def _reshaped(logits: LazyLogits, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -207,13 +207,7 @@ def _part_of(logits: LazyLogits, index: Any) -> torch.Tensor | None:
 
 
 def _of_rows(logits: LazyLogits, hidden: torch.Tensor) -> LazyLogits:
-    return LazyLogits.of(hidden, logits.bias, logits.tile, logits.operations, logits.dtype, logits.aliases)
-
-
-def _taken(logits: torch.Tensor, operations: Sequence[Step]) -> torch.Tensor:
-    for func, args in operations:
-        logits = func(logits, *args)
-    return logits
+    return LazyLogits.of(hidden, logits.bias, logits.head, logits.operations, logits.dtype, logits.aliases)
 
 
 def _loss(
@@ -230,100 +224,15 @@ def _loss(
     plain = weight is None and size_average is None and reduce is None and not label_smoothing
     if not plain or reduction not in ("mean", "sum") or logits.dim() != 2 or target.shape != logits.shape[:1]:
         return None
-    found: torch.Tensor = logits.tile(
-        in_chunks,
-        "weight",
-        logits.hidden,
-        logits.bias,
-        target,
-        logits.operations,
-        ignore_index,
-        reduction,
-        logits.dtype,
-    )
-    return found
-
-
-def in_chunks(weight: torch.Tensor, *inputs: Any) -> torch.Tensor:
-    """What the tile of a head computes of the loss; `inputs` are those of _ChunkedLoss after the weight."""
-    loss: torch.Tensor = _ChunkedLoss.apply(weight, *inputs)  # type: ignore[no-untyped-call]
-    return loss
-
-
-def bytes_of_a_chunk(shape: Sequence[int], dtype: torch.dtype, tokens: int, operations: Sequence[Step]) -> int:
-    """What the loss takes at its peak beside its arguments, with a head's weight of `shape` and `dtype`, in bytes.
-
-    Logits, their gradient, what `operations` and the cross-entropy make of them, and, of a 16-bit weight, the gradient
-    that a chunk adds to the sum.
-    """
-    logits = min(tokens, _rows_of_a_chunk(shape[0])) * shape[0]
-    more = 0 if dtype == torch.float32 else math.prod(shape) * dtype.itemsize
-    return logits * (2 * dtype.itemsize + 4 * (3 + len(operations))) + more
-
-
-def _rows_of_a_chunk(vocabulary: int) -> int:
-    return max(1, CHUNK // vocabulary)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy of `operations` of hidden · weightᵀ + bias: a scalar of `dtype`, added up in fp32.
-
-    weight [vocabulary, width], hidden [tokens, width], bias [vocabulary] or None, target int64 [tokens].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: torch.Tensor,
-        hidden: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        operations: tuple[Step, ...],
-        ignore_index: int,
-        reduction: str,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight, hidden, bias, target)
-        ctx.operations, ctx.ignore_index, ctx.mean = operations, ignore_index, reduction == "mean"
-        total = torch.zeros((), device=hidden.device)
-        for rows, labels in _chunks(weight, hidden, target):
-            logits = _taken(F.linear(rows, weight, bias), operations)
-            total += F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
-        return (total / _divisor(ctx, target)).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weight, hidden, bias, target = ctx.saved_tensors
-        of_weight, of_hidden, of_bias = ctx.needs_input_grad[:3]
-        sums = torch.zeros(weight.shape, device=weight.device) if of_weight else None
-        bias_sum = torch.zeros(bias.shape, device=weight.device) if of_bias else None
-        into: list[torch.Tensor] = []
-        scale = grad.float() / _divisor(ctx, target)
-        for rows, labels in _chunks(weight, hidden, target):
-            logits = F.linear(rows, weight, bias).requires_grad_()
-            with torch.enable_grad():
-                loss = F.cross_entropy(
-                    _taken(logits, ctx.operations).float(), labels, ignore_index=ctx.ignore_index, reduction="sum"
-                )
-            (of_logits,) = torch.autograd.grad(loss, logits, scale)
-            del logits, loss
-            if sums is not None:
-                if sums.dtype == of_logits.dtype:
-                    sums.addmm_(of_logits.T, rows)
-                else:
-                    sums += of_logits.T @ rows
-            if bias_sum is not None:
-                bias_sum += of_logits.sum(0, dtype=torch.float32)
-            if of_hidden:
-                into.append(of_logits @ weight)
-        return sums, torch.cat(into) if into else None, bias_sum, None, None, None, None, None
-
-
-def _divisor(ctx: Any, target: torch.Tensor) -> torch.Tensor | int:
-    return (target != ctx.ignore_index).sum() if ctx.mean else 1
-
-
-def _chunks(weight: torch.Tensor, hidden: torch.Tensor, target: torch.Tensor) -> zip[tuple[torch.Tensor, torch.Tensor]]:
-    rows = _rows_of_a_chunk(weight.shape[0])
-    return zip(hidden.split(rows), target.split(rows), strict=True)
+    hidden, bias, operations, pieces = logits.hidden, logits.bias, logits.operations, logits.head.pieces
+    if len(pieces) == 1:
+        whole = pieces[0]
+        found: torch.Tensor = whole.tile(
+            loss_in_chunks, whole.weight, hidden, bias, target, operations, ignore_index, reduction, logits.dtype
+        )
+        return found
+    sums = []
+    for piece in pieces:
+        rows = None if bias is None else bias[piece.first : piece.last]
+        sums.append(piece.tile(sums_in_chunks, piece.weight, hidden, rows, target, operations, piece.first))
+    return joined(sums, [(piece.first, piece.last) for piece in pieces], target, ignore_index, reduction, logits.dtype)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -187,6 +187,44 @@ def cut(model: nn.Module, most: int) -> None:
         put_in_place(module, made[key])
 
 
+def can_be_cut(model: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether every module that has the parameter `weight` is a Linear or an Embedding that lets it be cut."""
+    owners = [module for module, _ in _owners(model, weight)]
+    return bool(owners) and all(any(each is weight for each in _cut_together(module).values()) for module in owners)
+
+
+def in_one_tile(model: nn.Module, weight: torch.Tensor) -> TiledWeight:
+    """Let the parameter `weight` be a tile, in place; that has all of its rows. Returns what stands for it."""
+    origin, param = next((name, param) for name, param in model.named_parameters() if param is weight)
+    made = _tiled({"weight": param}, {id(param): origin}, param.numel())
+    for module, _ in list(_owners(model, weight)):
+        put_in_place(module, made)
+    return made["weight"]
+
+
+def put_back(model: nn.Module, tiled: TiledWeight) -> None:
+    """Undo `in_one_tile`."""
+    (tile,) = tiled.tiles
+    for module, name in list(_owners(model, tiled)):
+        del module.__dict__[name]
+        delattr(module, TILES + name)
+        module.register_parameter(name, tile.get_parameter(tiled.weight))
+
+
+def replace_tiled(model: nn.Module, old: TiledWeight, new: TiledWeight) -> None:
+    """Let `new` stand for the weight for which `old` does."""
+    for module, name in list(_owners(model, old)):
+        module.__dict__[name] = new
+
+
+def _owners(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str]]:
+    """Modules that have a parameter, or what stands for it, and its name there."""
+    for module in model.modules():
+        for name, value in (*module._parameters.items(), *module.__dict__.items()):
+            if value is weight:
+                yield module, name
+
+
 def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
     """Let what stands for weights of the same tiles be attributes of their module, and the tiles its children."""
     for name in tiled:
@@ -295,12 +333,20 @@ def _embedding(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
+    if len(weight.pieces) == 1:
+        (whole,) = weight.pieces
+        found: torch.Tensor = whole.tile(_rows_of, whole.weight, input, padding_idx)
+        return found
     total: torch.Tensor | None = None
     for piece in weight.pieces:
         known = piece.tile(_known_rows, piece.weight, input, piece.first, padding_idx)
         total = known if total is None else total + known
     assert total is not None
     return total
+
+
+def _rows_of(weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
+    return F.embedding(ids, weight, padding_idx)
 
 
 def _known_rows(weight: torch.Tensor, ids: torch.Tensor, first: int, padding_idx: int | None) -> torch.Tensor:
