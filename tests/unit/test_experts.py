@@ -23,7 +23,7 @@ from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
-from zinf_cli.engine.units.tiles import cut
+from zinf_cli.engine.units.tiles import cut, parts_of
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
 from zinf_cli.trace import LANES
@@ -115,13 +115,39 @@ def test_both_matrices_of_an_expert_are_one_unit_and_the_survey_calls_all_expert
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 4
-        self.up = nn.Parameter(torch.empty(4, 8, 6, device="meta"))
-        self.down = nn.Parameter(torch.empty(4, 6, 8, device="meta"))
+        self.up = nn.Parameter(torch.randn(4, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))  # the last expert has none
+
+
+def cut_with_values(module: nn.Module, most: int) -> None:
+    values = {name: param.detach().reshape(-1) for name, param in module.named_parameters()}
+    cut(module, most)
+    parts = parts_of(module)
+    with torch.no_grad():
+        for param in module.parameters():
+            part = parts[id(param)]
+            param.copy_(values[part.name][part.first : part.first + param.numel()].view(param.shape))
+
+
+@pytest.mark.parametrize("most", [96, 200])
+def test_products_with_experts_and_with_rows_are_those_of_the_whole(most: int) -> None:
+    torch.manual_seed(0)
+    whole, experts = Experts(), Experts()
+    experts.load_state_dict(whole.state_dict())
+    cut_with_values(experts, most)
+    x, batch = torch.randn(5, 6), torch.randn(4, 5, 8)
+    uses: list[Callable[[Any], torch.Tensor]] = [
+        lambda of: F.linear(x, of.up[2]),
+        lambda of: x @ of.down[2],
+        lambda of: torch.bmm(batch, of.up),
+        lambda of: of.up[3] @ x.T,
+    ]
+    for compute in uses:
+        torch.testing.assert_close(compute(experts), compute(whole))
 
 
 def test_what_stands_for_experts_gives_the_matrix_of_one_and_refuses_what_takes_all() -> None:
-    experts = Experts()
+    experts = Experts().to("meta")
     cut(experts, 100)
     x = torch.zeros(3, 6, device="meta")
     up: Any = experts.up

@@ -130,9 +130,7 @@ class TiledWeight(Bodiless):
     @classmethod
     def instead_of(cls, func: Any, args: Sequence[Any]) -> Callable[..., Any] | None:
         of_rows: dict[Any, Callable[..., Any]] = {F.linear: linear, F.embedding: _embedding}
-        found = of_rows.get(func) or (
-            _OF_EXPERTS.get(func) if func in _OF_EXPERTS and _takes_expert(func, args) else None
-        )
+        found = of_rows.get(func) or (_PRODUCTS.get(func) if func in _PRODUCTS and _can_serve(func, *args) else None)
         if found is None and (getattr(func, "__name__", "") not in _HARMLESS or func in _TURNED):
             return partial(_refuse, func)
         return found
@@ -161,12 +159,14 @@ def _refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _takes_expert(func: Any, args: Sequence[Any]) -> bool:
-    """Whether `func` takes one expert of several, or multiplies by the matrix of one."""
-    first, second = args
+def _can_serve(func: Any, first: Any, second: Any = None, *_: Any) -> bool:
+    """Whether `func` takes one expert of several, or whether tiles can give its product."""
     if func is torch.Tensor.__getitem__:
         return first.dim() > 2 and (isinstance(second, int) or (isinstance(second, torch.Tensor) and not second.dim()))
-    return isinstance(second, TiledWeight) and len(second.pieces) == 1 and second.pieces[0].expert is not None
+    if isinstance(first, TiledWeight):
+        return first.dim() == 2 and not isinstance(second, TiledWeight)
+    experts = [piece for piece in second.pieces if piece.expert is not None]
+    return len(experts) == 1 if second.dim() == 2 else func in _BATCHED and bool(experts)
 
 
 def cut(model: nn.Module, most: int) -> None:
@@ -230,8 +230,9 @@ def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
     for name in tiled:
         del module._parameters[name]
         module.__dict__[name] = tiled[name]
-    name = next(iter(tiled))
-    module.add_module(TILES + (name if len(tiled) == 1 else "experts"), nn.ModuleList(tiled[name].tiles))
+    name = next(iter(tiled)) if len(tiled) == 1 else "experts"
+    tiles = max((weight.tiles for weight in tiled.values()), key=len)  # some weights are of fewer experts
+    module.add_module(TILES + name, nn.ModuleList(tiles))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -266,12 +267,14 @@ def _cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
         and not module.sparse
     ):
         return {"weight": weights["weight"]} if "weight" in weights else {}
-    count = getattr(module, "num_experts", None)
-    return {name: weight for name, weight in weights.items() if weight.dim() == 3 and len(weight) == count}
+    packed = {name: weight for name, weight in weights.items() if weight.dim() == 3}
+    if "Experts" in type(module).__name__:
+        return packed
+    return {name: weight for name, weight in packed.items() if len(weight) == getattr(module, "num_experts", None)}
 
 
 def _tiled(weights: dict[str, nn.Parameter], names: dict[int, str], most: int) -> dict[str, TiledWeight]:
-    rows = len(next(iter(weights.values())))
+    rows = max(map(len, weights.values()))
     numel = sum(weight.numel() for weight in weights.values())
     count = min(rows, -(-numel // most))
     each = max(1, min(-(-rows // count), most // (numel // rows)))
@@ -279,12 +282,17 @@ def _tiled(weights: dict[str, nn.Parameter], names: dict[int, str], most: int) -
     for first in range(0, rows, each):
         parts, params = {}, {}
         for name, weight in weights.items():
+            if first >= len(weight):
+                continue
             values = weight.detach()[first : first + each]
             params[name] = nn.Parameter(torch.empty_like(values), requires_grad=weight.requires_grad)
             parts[name] = Part(names[id(weight)], weight.shape, first * weight[0].numel())
         tiles.append(Tile(parts, params))
     return {
-        name: TiledWeight.of(weight, weight.device, names[id(weight)], name, tiles) for name, weight in weights.items()
+        name: TiledWeight.of(
+            weight, weight.device, names[id(weight)], name, [tile for tile in tiles if name in tile.parts]
+        )
+        for name, weight in weights.items()
     }
 
 
@@ -311,11 +319,28 @@ def linear_rows(
     return F.linear(input, weight if expert is None else weight[expert], bias)
 
 
-def _matmul(input: torch.Tensor, weight: TiledWeight) -> torch.Tensor:
+def _matmul(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A cut matrix times an input, or an input times the matrix of an expert."""
+    if isinstance(first, TiledWeight):
+        results = [piece.tile(_rows_times, piece.weight, second, piece.expert) for piece in first.pieces]
+        return torch.cat(results, dim=-min(2, second.dim()))
+    assert isinstance(second, TiledWeight)
+    (piece,) = second.pieces
+    return _product(first, piece)
+
+
+def _bmm(inputs: torch.Tensor, weight: TiledWeight) -> torch.Tensor:
+    return torch.stack([_product(input, piece) for input, piece in zip(inputs, weight.pieces, strict=True)])
+
+
+def _product(input: torch.Tensor, piece: Piece) -> torch.Tensor:
     """With an expert's matrix, which lies in its tile as the model multiplies it."""
-    (piece,) = weight.pieces
     result: torch.Tensor = piece.tile(matmul_rows, piece.weight, input, piece.expert)
     return result
+
+
+def _rows_times(weight: torch.Tensor, input: torch.Tensor, expert: int | None) -> torch.Tensor:
+    return (weight if expert is None else weight[expert]) @ input
 
 
 def matmul_rows(weight: torch.Tensor, input: torch.Tensor, expert: int) -> torch.Tensor:
@@ -362,9 +387,12 @@ def _name_of(func: Any) -> str:
     return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))
 
 
-_OF_EXPERTS: dict[Any, Callable[..., torch.Tensor]] = {
+_PRODUCTS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
+    torch.bmm: _bmm,
+    torch.Tensor.bmm: _bmm,
     torch.Tensor.__getitem__: _getitem,
 }
+_BATCHED = (torch.bmm, torch.Tensor.bmm)
