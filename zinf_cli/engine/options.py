@@ -68,6 +68,10 @@ class EngineOptions:
 
 
 def open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable[[str], None]) -> dict[str, Tier]:
+    """The tiers that the options name, by name. CapacityError if a drive has no room for `nvme_bytes`.
+
+    `notice` is told what a tier can't have as asked, such as direct I/O or page-locked memory.
+    """
     opened: dict[str, Tier] = {}
     for name in (*options.placement, *(["cpu"] if options.cached_states else [])):
         if name in opened:
@@ -96,6 +100,7 @@ def open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable
 
 
 def open_memory(options: EngineOptions) -> Memory:
+    """The arenas on the compute device out of which fetches and updates take their buffers."""
     device = options.device
     return Memory(
         slots=Arena(options.slot_bytes, device),

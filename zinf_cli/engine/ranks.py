@@ -111,6 +111,7 @@ class Ranks:
         return [int(value) for value in self.sum(numbers)]
 
     def leave(self) -> None:
+        """Destroy the process groups. Every rank has to call this."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -123,9 +124,11 @@ class Flags:
     work: Any
 
     def done(self) -> bool:
+        """Whether `wait` returns at once."""
         return self.work is None or bool(self.work.is_completed())
 
     def wait(self) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
         if self.work is not None:
             self.work.wait()
         return [bool(value) for value in self.values]

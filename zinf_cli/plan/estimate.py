@@ -103,6 +103,7 @@ class Estimate:
         return f"{tier} has {format_bytes(max(0.0, may_use - self.needs.total(tier)))} left"
 
     def to_json(self) -> dict[str, Any]:
+        """What `zinf estimate --json` prints: bytes, seconds, FLOP/s."""
         scenario, model, needs = self.scenario, self.scenario.model, self.needs
         have = capacity(scenario.profile, scenario.ranks)
         return {

@@ -38,10 +38,12 @@ class UnitFigures:
 
     @property
     def numel(self) -> int:
+        """Elements of all parameters, trainable or not."""
         return self.trainable_numel + self.frozen_numel
 
     @property
     def param_bytes(self) -> int:
+        """Bytes of all parameters, in the dtype that the model computes in, the slices of all ranks together."""
         return self.trainable_bytes + self.frozen_bytes
 
 
@@ -128,6 +130,7 @@ class Figures:
 
     @classmethod
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
+        """The figures of a plan.json."""
         model = dict(document["model"])
         model["units"] = tuple(UnitFigures(**unit) for unit in model["units"])
         model["bounds"] = tuple(tuple(bound) for bound in model["bounds"])

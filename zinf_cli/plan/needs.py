@@ -78,6 +78,7 @@ class Scenario:
 
     @property
     def compute_tier(self) -> str:
+        """The tier whose memory the compute device uses."""
         return "device" if self.profile.accelerators else "cpu"
 
     @property
@@ -97,6 +98,7 @@ class Needs:
     """How many parameters of an update may be under way at once, on one rank."""
 
     def total(self, tier: str) -> float:
+        """Bytes that a host needs on a tier."""
         return sum(self.terms[tier].values())
 
     @property

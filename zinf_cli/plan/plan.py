@@ -109,6 +109,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether no tier, and no drive of checkpoints, needs more than it may use."""
         return all(limit.needed <= limit.allowed for limit in self.limits)
 
     def room(self, tier: str, unsure: float = 0.0) -> int:
@@ -124,6 +125,7 @@ class Plan:
 
     @property
     def cpu_bytes_per_rank(self) -> int:
+        """Bytes of CPU memory of one rank, without what a host has besides."""
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
     @property
@@ -140,10 +142,12 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The content of plan.json, which `load` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> Plan:
+        """The plan in a plan.json. UnreadableError if the drive does not give the file."""
         document = json.loads(patiently(path.read_text, path))
         document["hosts"] = tuple(Host(**{**host, "slots": tuple(host["slots"])}) for host in document["hosts"])
         document["working"] = Working(**document["working"])

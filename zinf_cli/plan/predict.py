@@ -51,6 +51,7 @@ def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = Fals
 
 
 def cluster_of(plan: Plan, tokens: int) -> Cluster:
+    """The hosts and ranks of a plan, each with micro-batches of `tokens` tokens."""
     return Cluster(len(plan.hosts), plan.figures.ranks_per_host, plan.precision, tokens)
 
 

@@ -87,6 +87,7 @@ class Ops:
     ops: list[Op] = field(default_factory=list)
 
     def add(self, lane: str, name: str, amount: float, after: Sequence[int], rate: str | None = None) -> int:
+        """Add one operation: see Op. Without a `rate`, it has the speed of its lane."""
         self.ops.append(Op(lane, rate or lane, name, amount, tuple(after)))
         return len(self.ops) - 1
 

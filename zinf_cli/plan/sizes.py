@@ -35,6 +35,7 @@ class Transformer:
 
     @property
     def params(self) -> int:
+        """Parameters of all blocks, and of the embedding."""
         return self.layers * self.block_params + self.vocab * self.hidden
 
     @property

@@ -33,7 +33,8 @@ class Saved(Protocol):
     def evict(self) -> None:
         """Give up its memory for now. A later `get` brings it back."""
 
-    def free(self) -> None: ...
+    def free(self) -> None:
+        """Give up the tensor for good, in memory and on its tier."""
 
 
 class Kept:
@@ -78,6 +79,7 @@ class Activations:
         return self._staging is None or num_bytes < SMALL
 
     def save(self, tensor: torch.Tensor, label: str) -> Saved:
+        """Send a copy of the tensor to the tier, or hold the tensor itself if it stays in memory. Errors: `take`."""
         if self.keeps(tensor.numel() * tensor.element_size()):
             return Kept(tensor)
         return self.save_together([tensor], label)[0]
@@ -85,7 +87,7 @@ class Activations:
     def save_together(self, tensors: Sequence[torch.Tensor], label: str) -> list[Offloaded]:
         """Send several tensors to the tier in one transfer, as copies.
 
-        CapacityError where the staging arena is too small for them.
+        CapacityError if the staging arena is too small for them.
         """
         starts = [0]
         for tensor in tensors:
@@ -99,7 +101,10 @@ class Activations:
         return [Offloaded(parcel, start, t.shape, t.dtype) for t, start in zip(tensors, starts, strict=False)]
 
     def take(self, num_bytes: int) -> Buffer:
-        """A staging buffer. Where none is free, wait for the oldest writes; then drop what was read ahead."""
+        """A staging buffer. If none is free, wait for the oldest writes; then drop what was read ahead.
+
+        CapacityError if the staging arena is too small for it.
+        """
         buffer = self.try_take(num_bytes)
         while buffer is None:
             if not self._leaving and self.ahead:
@@ -120,6 +125,7 @@ class Activations:
         return buffer
 
     def try_take(self, num_bytes: int) -> Buffer | None:
+        """A staging buffer, if one is free now."""
         while self._leaving and self._leaving[0][0].done():
             transfer, leaving = self._leaving.popleft()
             transfer.wait()

@@ -107,6 +107,7 @@ class MicroBatchThread:
         return self._hand_over((forward, grad, within or nullcontext()))
 
     def resume(self, outputs: Any) -> UnitCall | BlockCall | Finished:
+        """Go on with what the paused call returns to the model. Returns where the forward pauses or ends next."""
         return self._hand_over(outputs)
 
     def abandon(self) -> None:
@@ -117,6 +118,7 @@ class MicroBatchThread:
             self._paused = False
 
     def close(self) -> None:
+        """End the thread."""
         self.abandon()
         self._inbox.put(None)
         self._thread.join()

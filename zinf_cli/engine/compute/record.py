@@ -27,6 +27,7 @@ class RngState:
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def restore(self) -> None:
+        """Make this the random state again."""
         torch.set_rng_state(self._cpu)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda, self._device)
@@ -44,6 +45,7 @@ class GlueTensor:
     grad: torch.Tensor | None = None
 
     def add_grad(self, grad: torch.Tensor | None) -> None:
+        """Add the gradient that one consumer gives, if it gives one."""
         if grad is not None:
             self.grad = grad if self.grad is None else self.grad + grad
 
@@ -63,6 +65,7 @@ class Emitter:
         self.output_grads: list[torch.Tensor | None] = []
 
     def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
+        """Add to the gradient of output `index` what one use of it gives, if it gives something."""
         if grad is not None:
             before = self.output_grads[index]
             self.output_grads[index] = grad if before is None else before + grad
@@ -122,6 +125,7 @@ class Record(Emitter):
         return [*(glue.saved for glue in self.glue_inputs() if glue.saved is not None), *between]
 
     def glue_inputs(self) -> list[GlueTensor]:
+        """The tensors with a gradient among the inputs, each of them once."""
         return list({id(leaf): leaf for leaf in self._taken() if isinstance(leaf, GlueTensor)}.values())
 
     def plain_inputs(self) -> list[torch.Tensor]:

@@ -76,6 +76,7 @@ class EagerUpdates:
             self._memory.drain_one(self._wait)
 
     def finish(self) -> None:
+        """Wait until all updates under way are made."""
         while self._under_way:
             self.wait_for_chunk()
 

@@ -46,6 +46,7 @@ class Fetch:
 
     @property
     def issued(self) -> bool:
+        """Whether all of its reads have begun, those of its update too."""
         return self.placed and (self._update is None or self._update.all_read)
 
     @property
@@ -55,6 +56,7 @@ class Fetch:
 
     @property
     def updating(self) -> bool:
+        """Whether its update is under way."""
         return self._update is not None and not self._update.finished
 
     @property
@@ -209,6 +211,7 @@ class Fetch:
         return [flat.into for flat in goes]
 
     def bind(self) -> None:
+        """Let the model compute on the buffers of this visit. Gradients begin with zeros."""
         self.unit.bind(self.flats)
         if self.visit.kind is Kind.BACKWARD:
             self.unit.hold_to_bounds()
@@ -226,16 +229,19 @@ class Fetch:
             self.free_grad([])
 
     def free_slot(self) -> None:
+        """Free the slot as soon as the update's writes, which read it, are done."""
         if self._slot is not None:
             writes = self._update.writes if self._update is not None else []
             self._memory.free_after(writes, [self._slot])
 
     def free_grad(self, writes: list[Transfer]) -> None:
+        """Free the buffers of gradients as soon as `writes`, which read them, are done."""
         buffers = [b for b in (self._grad_buffer, self._earlier_buffer) if b is not None]
         self._memory.free_after(writes, buffers)
 
     @property
     def grad_in_buffer(self) -> bool:
+        """Whether the gradient lies in a buffer of this visit, and not in place on its tier."""
         return self._grad_buffer is not None
 
 

@@ -304,6 +304,7 @@ class Pipeline:
         return False
 
     def wait(self, transfer: Transfer) -> None:
+        """Wait for a transfer. The seconds count as time that compute waits (`wait_s`)."""
         if not transfer.done():
             start = time.perf_counter()
             transfer.wait()

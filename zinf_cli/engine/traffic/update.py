@@ -195,6 +195,7 @@ class SliceUpdate:
 
     @property
     def finished(self) -> bool:
+        """Whether all chunks are computed. Writes may still be under way."""
         return not self._chunks
 
     @property

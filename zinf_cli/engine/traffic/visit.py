@@ -7,6 +7,8 @@ from enum import Enum
 
 
 class Kind(Enum):
+    """What is done at a stop."""
+
     FORWARD = "forward"
     TURN = "turn"
     """Forward and backward in one visit: of a sweep's last unit, and of the resident unit for the whole step."""
@@ -28,8 +30,10 @@ class Visit:
 
     @property
     def accumulate(self) -> bool:
+        """Whether the gradient is added to that of earlier visits of the step."""
         return self.nth > 0
 
     @property
     def has_grads(self) -> bool:
+        """Whether the visit computes gradients."""
         return self.kind in (Kind.TURN, Kind.BACKWARD)

@@ -39,6 +39,8 @@ from zinf_cli.tiers.tier import Extent
 
 
 class State(Enum):
+    """What has become of a unit's gradient and of its update."""
+
     CLEAN = auto()
     """The tiers hold the newest parameters. There is no gradient."""
     ACCUMULATING = auto()
@@ -73,6 +75,7 @@ class FlatLife:
         self.touched[place] = True
 
     def count_update(self, by: int) -> None:
+        """Add `by` to the updates of each parameter that got a gradient in this step."""
         self.steps = [step + by * touched for step, touched in zip(self.steps, self.touched, strict=True)]
 
 
@@ -91,6 +94,7 @@ class Life:
 
     @property
     def update_due(self) -> bool:
+        """Whether the next visit has to make the update."""
         return self.state is State.DUE
 
     @property

@@ -87,6 +87,7 @@ class Flat:
         return tier.allocate(self.layout.slice_numel * self.dtype_of(field).itemsize, f"{self.unit} {field.name}")
 
     def dtype_of(self, field: Field) -> torch.dtype:
+        """The dtype in which a field of this flat lies on its tier."""
         return self.dtype if field.dtype is None else STORED[field.dtype]
 
     def next_home(self, *, speculative: bool) -> dict[str, Extent]:
@@ -209,6 +210,7 @@ class Unit:
 
     @property
     def has_shadow(self) -> bool:
+        """Whether some flat has a shadow, so that the unit may be updated speculatively."""
         return any(len(flat.homes) > 1 for flat in self.trained)
 
     def in_place(self) -> list[torch.Tensor] | None:

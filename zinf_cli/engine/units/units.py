@@ -74,9 +74,11 @@ class FlatLayout:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the parameters, the slices of all ranks together."""
         return self.numel * self.dtype.itemsize
 
     def slice_of(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
+        """A rank's slice, as a view of a whole flat (1-D)."""
         return flat[rank * self.slice_numel : (rank + 1) * self.slice_numel]
 
 
@@ -100,13 +102,16 @@ class UnitLayout:
 
     @property
     def trainable(self) -> tuple[FlatLayout, ...]:
+        """The flats of trained parameters."""
         return tuple(flat for flat in self.flats if flat.trainable)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the parameters, the slices of all ranks together."""
         return sum(flat.num_bytes for flat in self.flats)
 
     def params(self) -> Iterator[ParamLayout]:
+        """The parameters of all flats, in the order of the flats."""
         for flat in self.flats:
             yield from flat.params
 
