@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.case import MODELS
 from benchmarks.contenders import WARM_UP, environment
 from benchmarks.results import add_save, report
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
 from zinf_cli.run_folder.names import PLAN, RECIPE
@@ -77,7 +77,7 @@ def inside(folder: Path, most: int | None) -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
     (run_dir / "logs").mkdir(parents=True)
     (run_dir / RECIPE).write_text(dump_recipe(recipe))
-    (run_dir / PLAN).write_text(json.dumps(make_plan(recipe, find_figures(recipe, 1, most=most)).to_json()))
+    (run_dir / PLAN).write_text(json.dumps(best_plan(recipe, find_figures(recipe, 1, most=most)).to_json()))
     loop.train(run_dir)
     print((run_dir / "metrics.jsonl").read_text())
 

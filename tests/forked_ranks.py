@@ -108,14 +108,14 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
 
 
 def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
-    from zinf_cli.plan.search import make_plan
+    from zinf_cli.plan.search import best_plan
     from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
     from zinf_cli.train import figures
     from zinf_cli.train.figures import find_figures
 
     figures._flops = lambda *_: 1e13  # to measure it takes as long as the run
     loaded = load_recipe(Path(recipe))
-    (run_dir / "plan.json").write_text(json.dumps(make_plan(loaded, find_figures(loaded, ranks)).to_json()))
+    (run_dir / "plan.json").write_text(json.dumps(best_plan(loaded, find_figures(loaded, ranks)).to_json()))
     (run_dir / "recipe.yaml").write_text(dump_recipe(loaded))
     return 0
 

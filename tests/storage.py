@@ -24,7 +24,7 @@ from zinf_cli.checkpoint.folder import checkpoints_of, remains_of
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.errors import ZinfError
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
@@ -59,7 +59,7 @@ class Lab:
     def _plan(self, steps: int) -> None:
         recipe = load_recipe(self.run.recipe, [f"train.max_steps={steps}"])
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "plan.json").write_text(json.dumps(make_plan(recipe, find_figures(recipe, 1)).to_json()))
+        (self.run_dir / "plan.json").write_text(json.dumps(best_plan(recipe, find_figures(recipe, 1)).to_json()))
         (self.run_dir / "recipe.yaml").write_text(dump_recipe(recipe))
 
     def _keep(self, name: str) -> None:

@@ -9,6 +9,7 @@
     ├── CheckpointError       2   missing, extra or misshaped tensors; a checkpoint that does not go with the recipe
     │   └── DamagedError      2   a checkpoint of a run that is not as it was written
     ├── ModelError            2   a model the engine can't run, named with the reason
+    │   └── UncuttableError   2   a weight that is used as only a whole one can be
     ├── PreflightError        3   a machine that lacks something the run needs
     ├── HostError             3   a host that can't be reached, or does not do what it is asked to
     ├── CapacityError         4   bytes that do not fit, with the numbers
@@ -92,6 +93,17 @@ class DamagedError(CheckpointError):
 
 class ModelError(ZinfError):
     exit_code = 2
+
+
+class UncuttableError(ModelError):
+    """`weight` is its name, `why` what the model does with it."""
+
+    def __init__(self, weight: str, why: str) -> None:
+        super().__init__(
+            f"{weight} is larger than the memory for it, and can't be cut: {why}",
+            hint="what is looked up or multiplied as by torch.nn.Embedding or torch.nn.Linear can be cut",
+        )
+        self.weight, self.why = weight, why
 
 
 class PreflightError(ZinfError):

@@ -38,7 +38,8 @@ def test_a_block_that_does_not_fit_is_computed_in_parts(workshop: Workshop) -> N
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measured"]["nvme_bytes"] <= summary["predicted"]["nvme_bytes"]
 
-    again = workshop.launch(f"output_dir={run}", "train.max_steps=6")  # goes on whole
+    again = workshop.launch(f"output_dir={run}", "train.max_steps=6")  # memory for whole blocks is there now
     assert again.code == 0, again.err
     assert "resume" in again.err
+    assert "computed in parts of up to" in again.err
     assert workshop.left_behind() == []

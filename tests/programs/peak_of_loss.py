@@ -16,7 +16,7 @@ import numpy as np
 from in_process import run
 from zinf_cli.engine.units import chunked_loss
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.process_memory import PeakMemory
@@ -47,9 +47,9 @@ recipe = Recipe.model_validate(
     }
 )  # fmt: skip
 chunk, chunked_loss.CHUNK = chunked_loss.CHUNK, 1 << 60
-whole = make_plan(recipe, find_figures(recipe, 1))
+whole = best_plan(recipe, find_figures(recipe, 1))
 chunked_loss.CHUNK = chunk
-plan = make_plan(recipe, find_figures(recipe, 1))
+plan = best_plan(recipe, find_figures(recipe, 1))
 peak = PeakMemory()
 peak.reset()
 run(recipe, plan)

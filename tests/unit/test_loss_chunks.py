@@ -28,7 +28,7 @@ from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.loss_chunks import HeadWeight, has_many_logits, keep_logits, put_off_logits
 from zinf_cli.engine.units.tiles import cut, parts_of
 from zinf_cli.errors import ModelError
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.model import build_model
 
@@ -269,7 +269,7 @@ def test_the_plan_counts_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     needed = {}
     for figures, chunk in ((chunks, 7 * 96), (whole, 1 << 24)):
         monkeypatch.setattr(chunked_loss, "CHUNK", chunk)
-        plan = make_plan(recipe, figures)
+        plan = best_plan(recipe, figures)
         lines = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
         needed[chunk] = (plan, [line["loss"] for line in lines])
     assert needed[7 * 96][1] == pytest.approx(needed[1 << 24][1], rel=1e-6)
@@ -290,7 +290,7 @@ def test_a_model_that_does_more_with_its_heads_weight_keeps_its_logits(
     figures = find_figures(recipe, 1)
     assert not figures.model.loss_in_chunks
     assert "lm_head" in [unit.name for unit in figures.model.units]
-    run(recipe, make_plan(recipe, figures))
+    run(recipe, best_plan(recipe, figures))
 
 
 def test_memory_of_the_loss_does_not_follow_the_batch(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
@@ -24,7 +25,9 @@ from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.refusal import does_not_fit
+from zinf_cli.plan.search import best_plan
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train.figures import find_figures
@@ -38,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name, micro_batches_per_sweep=per_sweep)
-    plan = make_plan(recipe, find_figures(recipe, 1))
+    plan = best_plan(recipe, find_figures(recipe, 1))
     ample = run(recipe, plan)
     least = replace(plan, working=plan.working.shrunk(1 << 60))
     assert least.working.total < plan.working.total
@@ -53,7 +56,7 @@ def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama")
     figures = find_figures(recipe, 1)
     for share in (0.0, 0.5, 1.0):
-        plan = make_plan(recipe, figures, room=Room(1 << 34, 1 << 34, drives_in_memory=share))
+        plan = best_plan(recipe, figures, room=Room(1 << 34, 1 << 34, drives_in_memory=share))
         assert plan.nvme_bytes > 0
         assert [line.num_bytes for line in plan.lines if line.what == "tmpfs"] == [int(plan.nvme_bytes * share)] * (
             share > 0
@@ -65,7 +68,7 @@ def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
 
 def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", max_grad_norm=None)
-    plan = make_plan(recipe, find_figures(recipe, 1))
+    plan = best_plan(recipe, find_figures(recipe, 1))
     assert plan.update == "eager"
     ample = run(recipe, plan)
     tight = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
@@ -75,11 +78,11 @@ def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name).model_copy(update={"activation_checkpointing": "none"})
-    plan = make_plan(recipe, find_figures(recipe, 1))
+    plan = best_plan(recipe, find_figures(recipe, 1))
     tight = replace(plan, working=plan.working.shrunk(1 << 60))
     lines = run(recipe, tight)
     states = {line.what: line.num_bytes for line in plan.lines}
-    recomputing = make_plan(recipe.model_copy(update={"activation_checkpointing": "unit"}), plan.figures)
+    recomputing = best_plan(recipe.model_copy(update={"activation_checkpointing": "unit"}), plan.figures)
     assert states["activations"] > next(line.num_bytes for line in recomputing.lines if line.what == "activations")
     assert max(line["nvme_bytes"] for line in lines) == plan.nvme_bytes
     assert [tier.allocated for tier in closed] == [plan.nvme_bytes]
@@ -102,13 +105,13 @@ def test_auto_keeps_the_activations_that_memory_holds(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="cpu")
     figures = find_figures(recipe, 1)
     assert recipe.activation_checkpointing == "auto"
-    assert make_plan(recipe, figures).kept_units == tuple(sorted(figures.model.order[:-1]))
+    assert best_plan(recipe, figures).kept_units == tuple(sorted(figures.model.order[:-1]))
     unit = recipe.model_copy(update={"activation_checkpointing": "unit"})
-    needed = make_plan(unit, figures).limits[0].needed
-    assert make_plan(unit, figures).kept_units == ()
+    needed = best_plan(unit, figures).limits[0].needed
+    assert best_plan(unit, figures).kept_units == ()
     one_more = int(figures.model.units[1].saved_bytes * KEPT_MORE) * 3
     offload = recipe.offload.model_copy(update={"cpu_memory": needed + one_more})
-    plan = make_plan(recipe.model_copy(update={"offload": offload}), figures)
+    plan = best_plan(recipe.model_copy(update={"offload": offload}), figures)
     assert len({1, 2} & set(plan.kept_units)) == 1  # of the two layers; the embedding saves next to nothing
     assert plan.limits[0].needed <= needed + one_more
 
@@ -120,7 +123,7 @@ EXACT = {"llama": ("fp32", "bf16", "fp16"), "deepseek_v3": ("bf16",), "glm4_moe"
 @pytest.mark.parametrize(("name", "precision"), [(name, precision) for name in EXACT for precision in EXACT[name]])
 def test_states_are_exact(name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path, name, precision=precision)
-    plan = make_plan(recipe, find_figures(recipe, 1))
+    plan = best_plan(recipe, find_figures(recipe, 1))
     used: dict[str, int] = {}
     close = Engine.close
 
@@ -146,13 +149,13 @@ def test_what_is_left_out_of_a_checkpoint_stands_in_the_plan(tmp_path: Path) -> 
     figures = find_figures(recipe, 1)
     assert Figures.from_json(json.loads(json.dumps(asdict(figures)))) == figures
     shown = StringIO()
-    Console(width=500, file=shown).print(plan_screen(make_plan(recipe, figures), "tiny", []))
+    Console(width=500, file=shown).print(plan_screen(best_plan(recipe, figures), "tiny", []))
     assert "left out, as LlamaForCausalLM has no place for it: v_head.weight" in shown.getvalue()
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama")
-    plan = make_plan(recipe, find_figures(recipe, 2))
+    plan = best_plan(recipe, find_figures(recipe, 2))
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     assert Plan.load(tmp_path / "plan.json") == plan
 
@@ -160,11 +163,40 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
 def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="auto")
     figures = find_figures(recipe, 1)
-    assert set(make_plan(recipe, figures).placement.values()) == {"cpu"}
-    needs = make_plan(recipe, figures).limits[0].needed
-    budget = recipe.offload.model_copy(update={"cpu_memory": needs - 1})
+    assert set(best_plan(recipe, figures).placement.values()) == {"cpu"}
+    less = recipe.offload.model_copy(update={"cpu_memory": 1 << 20})
     with pytest.raises(CapacityError, match=r"cpu needs .*, offload\.cpu_memory allows"):
-        make_plan(recipe.model_copy(update={"offload": budget.model_copy(update={"cpu_memory": 1 << 20})}), figures)
+        raise does_not_fit(best_plan(recipe.model_copy(update={"offload": less}), figures))
+
+
+def test_where_memory_for_all_micro_batches_is_not_there_groups_of_them_make_sweeps(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", gradient_accumulation_steps=12)
+    figures = find_figures(recipe, 1)
+    figures = replace(figures, model=replace(figures.model, live_bytes=50 << 20))
+    together = best_plan(recipe, figures)
+    assert (together.per_sweep, together.sweep_cost) == (12, None)
+
+    def with_memory(recipe: Recipe, num_bytes: int) -> Recipe:
+        return recipe.model_copy(update={"offload": recipe.offload.model_copy(update={"cpu_memory": num_bytes})})
+
+    fours = recipe_of(tmp_path, "llama", gradient_accumulation_steps=12, micro_batches_per_sweep=4)
+    tight = with_memory(recipe, best_plan(with_memory(fours, 1), figures).limits[0].needed + (20 << 20))
+    plan = best_plan(tight, figures)
+    assert plan.per_sweep == 4
+    cost = plan.sweep_cost
+    assert cost is not None
+    assert [limit.tier for limit in cost.lacking] == ["cpu"]
+    assert cost.traffic == plan.nvme_traffic_clipped - together.nvme_traffic_clipped > 0
+    assert cost.step_s > 0
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    assert Plan.load(tmp_path / "plan.json") == plan
+    shown = StringIO()
+    Console(width=500, file=shown).print(plan_screen(plan, "tiny", []))
+    said = r"12 micro-batches in one, cpu would need .* of .*; more than one moves .* more a step, and takes .* longer"
+    assert re.search(said, shown.getvalue())
+    told = best_plan(fours, figures).sweep_cost
+    assert told is not None
+    assert not told.lacking
 
 
 @pytest.mark.parametrize("said", [TRIED, GUESSED])
@@ -174,7 +206,7 @@ def test_a_model_that_needs_data_is_planned_and_says_so(
     """A question that no shape can answer ends the dry forward; the run trains as it would have."""
     recipe = recipe_of(tmp_path, "llama")
     known = find_figures(recipe, 1)
-    whole = run(recipe, make_plan(recipe, known))
+    whole = run(recipe, best_plan(recipe, known))
     forward = LlamaMLP.forward
 
     def asking(self: LlamaMLP, x: torch.Tensor) -> Any:
@@ -191,5 +223,5 @@ def test_a_model_that_needs_data_is_planned_and_says_so(
     assert unknown.model.surveyed == (said == TRIED)
     for seen, dry in zip(unknown.model.units, known.model.units, strict=True):
         assert seen.saved_bytes >= 1.5 * dry.saved_bytes
-    plan = make_plan(recipe, unknown)
+    plan = best_plan(recipe, unknown)
     assert [line["loss"] for line in run(recipe, plan)] == [line["loss"] for line in whole]

@@ -21,7 +21,8 @@ from zinf_cli.errors import CapacityError
 from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.refusal import does_not_fit
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Checkpoint
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train.figures import find_figures
@@ -35,18 +36,18 @@ def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, 
         update={"checkpoint": Checkpoint(interval=2, keep_latest_k=kept)}
     )
     figures = find_figures(recipe, 2)
-    (limit,) = (limit for limit in make_plan(recipe, figures).limits if limit.tier == "checkpoints")
+    (limit,) = (limit for limit in best_plan(recipe, figures).limits if limit.tier == "checkpoints")
     assert limit.needed == count * checkpoint_bytes(figures)
     many = recipe.model_copy(update={"checkpoint": Checkpoint(interval=1)})
     endless = replace(figures, data=replace(figures.data, max_steps=10**9))
     with pytest.raises(CapacityError, match=r"checkpoints need .*TiB, this machine allows .*keep_latest_k"):
-        make_plan(many, endless)
+        raise does_not_fit(best_plan(many, endless))
 
 
 def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama").model_copy(update={"checkpoint": Checkpoint(interval=3)})
     figures = find_figures(recipe, 1)
-    run(recipe, make_plan(recipe, figures))
+    run(recipe, best_plan(recipe, figures))
     manifest = Manifest.load(recipe.output_dir / "checkpoints" / "latest")
     assert manifest.layout.num_bytes - len(manifest.layout.header) == checkpoint_bytes(figures)
 
@@ -89,13 +90,13 @@ def assert_checkpoint_moves(
     offload = recipe.offload.model_validate({**recipe.offload.model_dump(exclude_none=True), **tiers})
     recipe = recipe.model_copy(update={"offload": offload})
     figures = find_figures(recipe, 1)
-    plain = make_plan(recipe, figures)
+    plain = best_plan(recipe, figures)
     assert plain.checkpoint is None
     losses = [line["loss"] for line in run(recipe, plain)]
     written = sum(tier.written for tier in closed)
     closed.clear()
     recipe = recipe.model_copy(update={"checkpoint": Checkpoint(interval=2)})
-    plan = make_plan(recipe, figures)
+    plan = best_plan(recipe, figures)
     assert plan.checkpoint is not None
     assert plan.checkpoint.num_bytes == checkpoint_bytes(figures)
     assert plan.checkpoint.traffic == round(share * plan.checkpoint.num_bytes)
@@ -120,7 +121,7 @@ def test_a_slow_drive_of_checkpoints_holds_up_their_steps(tmp_path: Path) -> Non
     profile = profile_here(figures, [tmp_path], None)
     slow = replace(profile, drives=replace(profile.drives, read=1e6, write=1e6, both=1e6))
     for name, tier in (("cpu", recipe), ("nvme", recipe_of(tmp_path, "llama"))):
-        plan = make_plan(tier.model_copy(update={"checkpoint": recipe.checkpoint}), figures, slow)
+        plan = best_plan(tier.model_copy(update={"checkpoint": recipe.checkpoint}), figures, slow)
         assert plan.checkpoint is not None
         if name == "cpu":
             assert plan.checkpoint.step_s == pytest.approx(plan.checkpoint.num_bytes / 1e6)

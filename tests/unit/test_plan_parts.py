@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from in_process import run
 from tiny_models import CONFIGS
 from tiny_recipes import recipe_of
-from zinf_cli.errors import CapacityError
+from zinf_cli.amounts import parse_bytes
+from zinf_cli.machine.profiles import Drives
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.parts import LEAST, largest_that_fits, plan_in_parts
-from zinf_cli.plan.search import best_plan, does_not_fit, make_plan
+from zinf_cli.plan.parts import largest_that_fits, plan_in_parts
+from zinf_cli.plan.predict import profile_here
+from zinf_cli.plan.refusal import refusal
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train import figures as finding
 from zinf_cli.train.figures import find_figures
@@ -36,8 +43,8 @@ def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bert"])
 def test_the_least_buffers_are_enough(name: str, most: int, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, name)
-    whole = run(recipe, make_plan(recipe, find_figures(recipe, 1)))
-    plan = make_plan(recipe, find_figures(recipe, 1, most=most))
+    whole = run(recipe, best_plan(recipe, find_figures(recipe, 1)))
+    plan = best_plan(recipe, find_figures(recipe, 1, most=most))
     tight = run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
     for one, other in zip(whole, tight, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
@@ -45,10 +52,7 @@ def test_the_least_buffers_are_enough(name: str, most: int, tmp_path: Path) -> N
 
 
 def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> None:
-    wide = {"hidden_size": 512, "intermediate_size": 4096}  # blocks of 7.3M parameters: 28 MiB, and their gradient
-    recipe = recipe_of(tmp_path, "llama")
-    config = {**(recipe.model.config or {}), **wide}
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    recipe = _with_wide_blocks(tmp_path)
     figures = find_figures(recipe, 1)
     asked: list[int] = []
 
@@ -67,9 +71,69 @@ def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> Non
         assert plan.figures.model.most == (asked[-1] if asked else None)
     hopeless = _with_memory(recipe, figures.machine.process_bytes)
     assert largest_that_fits(hopeless, figures) is None
-    with pytest.raises(CapacityError, match="does not fit"):
-        raise does_not_fit(plan_in_parts(hopeless, figures, figures_of))
-    assert asked[-1] >= LEAST
+    asked.clear()
+    refused = refusal(plan_in_parts(hopeless, figures, figures_of), hopeless).message
+    assert not asked
+    assert "smallest parts; the largest, of model.layers.0." in refused
+    least = parse_bytes(re.findall(r"cpu needs (\S+ \S+),", refused)[0])
+    assert plan_in_parts(_with_memory(recipe, int(least * 1.05)), figures, figures_of).fits
+    assert not plan_in_parts(_with_memory(recipe, int(least * 0.95)), figures, figures_of).fits
+
+
+def test_blocks_that_fit_whole_are_cut_if_the_step_gets_much_shorter_and_stay_so(tmp_path: Path) -> None:
+    recipe = _with_wide_blocks(tmp_path)
+    train = recipe.train.model_copy(update={"gradient_accumulation_steps": 1, "micro_batch_size": 1, "seq_len": 64})
+    model = recipe.model.model_copy(update={"config": {**(recipe.model.config or {}), "num_hidden_layers": 6}})
+    offload = recipe.offload.model_copy(update=dict.fromkeys(("params", "grads", "optimizer"), "auto"))
+    recipe = recipe.model_copy(update={"train": train, "model": model, "offload": offload})
+    found = find_figures(recipe, 1)
+    figures = replace(found, machine=replace(found.machine, flops=1e11))
+    profile = replace(profile_here(figures, [tmp_path], None), drives=Drives(1 << 40, 1e9, 1e9, 1e9))
+
+    def figures_of(most: int) -> Figures:
+        return replace(find_figures(recipe, 1, most=most), machine=figures.machine)
+
+    least = best_plan(_with_memory(recipe, 1), figures).limits[0].needed
+    tight, more = (_with_memory(recipe, least + spare * MIB) for spare in (0, 100))
+    assert plan_in_parts(tight, figures, figures_of, profile).figures.model.most is None  # it would gain a fiftieth
+    whole, cut = best_plan(more, figures, profile), plan_in_parts(more, figures, figures_of, profile)
+    assert cut.figures.model.most is not None
+    assert cut.step_s + cut.calm_step_s < 0.9 * (whole.step_s + whole.calm_step_s)
+    assert plan_in_parts(more, figures, figures_of, profile, before=whole).figures.model.most is None
+    again = plan_in_parts(tight, figures, figures_of, profile, before=cut)
+    assert again.figures.model.most == cut.figures.model.most
+
+
+def transposed(self: LlamaMLP, x: torch.Tensor) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * (x @ self.up_proj.weight.T))
+
+
+def test_a_weight_that_cant_be_cut_stays_whole_and_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _with_wide_blocks(tmp_path)
+    monkeypatch.setattr(LlamaMLP, "forward", transposed)
+    figures = find_figures(recipe, 1)
+    assert figures.model.whole == ()
+    cut = replace(find_figures(recipe, 1, most=200_000), machine=figures.machine)
+    assert cut.model.whole == ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    assert "model.layers.0.mlp.up_proj.weight, and 1 like it, can't be cut: the model passes it to" in " ".join(
+        cut.model.notes
+    )
+    needed = best_plan(_with_memory(recipe, 1), cut).limits[0].needed
+    tight = _with_memory(recipe, needed - 16 * MIB)
+    refused = refusal(plan_in_parts(tight, figures, lambda _: cut), tight).message
+    assert re.search(r"parts; model\.layers\.\d\.mlp\.up_proj\.weight can't be cut, and takes 64\.1 MiB", refused)
+    tiny = recipe_of(tmp_path, "llama")
+    whole = run(tiny, best_plan(tiny, find_figures(tiny, 1)))
+    parts = run(tiny, best_plan(tiny, find_figures(tiny, 1, most=2000)))
+    for one, other in zip(whole, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+def _with_wide_blocks(folder: Path) -> Recipe:
+    """Blocks of 7.3M parameters: 28 MiB, and their gradient."""
+    recipe = recipe_of(folder, "llama")
+    config = {**(recipe.model.config or {}), "hidden_size": 512, "intermediate_size": 4096}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
 
 
 def _with_memory(recipe: Recipe, num_bytes: int) -> Recipe:

@@ -12,7 +12,7 @@ from tiny_models import CONFIGS
 from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.train.figures import find_figures
 from zoo.shrink import configs
 
@@ -26,7 +26,7 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     """A step reads ahead for the next one, so only the sum over a run is exact; its last update is a flush."""
     train: dict[str, Any] = {"micro_batches_per_sweep": per_sweep, "max_grad_norm": clip, "max_steps": 12}
     recipe = recipe_of(tmp_path, name, **train, precision="bf16" if name == "deepseek_v3" else "fp32")
-    plan = make_plan(recipe, find_figures(recipe, 1))
+    plan = best_plan(recipe, find_figures(recipe, 1))
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
@@ -42,13 +42,13 @@ def test_memory_that_is_left_holds_units(
     monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
     figures = find_figures(recipe, 1)
-    streamed = make_plan(recipe, figures)
+    streamed = best_plan(recipe, figures)
     losses = [line["loss"] for line in run(recipe, streamed)]
     states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
     budget = streamed.limits[0].needed + states // 3
     auto = {"params": "auto", "grads": "auto", "optimizer": "auto", "cpu_memory": budget}
     recipe = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=auto)})
-    plan = make_plan(recipe, figures)
+    plan = best_plan(recipe, figures)
     assert plan.cached_units
     assert plan.limits[0].needed <= budget
     held: list[int] = []
@@ -80,7 +80,7 @@ def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
     called = {unit.name: unit.calls for unit in figures.model.units}
     assert called["model.vision_tower.encoder.layers.0"] == 0
     assert called["model.language_model.layers.0"] == 1
-    plan = make_plan(recipe, figures)
+    plan = best_plan(recipe, figures)
     assert plan.working.resident_bytes < sum(unit.param_bytes for unit in figures.model.units if not unit.calls)
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)

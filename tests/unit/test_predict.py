@@ -21,7 +21,7 @@ from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.predict import profile_here
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.figures import find_figures
@@ -64,13 +64,13 @@ def test_what_has_to_leave_memory_is_what_costs_least(tmp_path: Path) -> None:
     recipe = recipe.model_copy(update={"activation_checkpointing": "unit", "model": model})
     figures = figures_of(recipe)
     profile = profile_here(figures, [tmp_path], measured(tmp_path, rate=1e7))
-    ample = tight = make_plan(recipe, figures, profile)
+    ample = tight = best_plan(recipe, figures, profile)
     assert set(ample.placement.values()) == {"cpu"}
     budget = ample.limits[0].needed
     while "nvme" not in tight.placement.values():
         budget -= 16 * MIB
         offload = recipe.offload.model_copy(update={"cpu_memory": budget})
-        tight = make_plan(recipe.model_copy(update={"offload": offload}), figures, profile)
+        tight = best_plan(recipe.model_copy(update={"offload": offload}), figures, profile)
     assert tight.placement["params"] == "cpu"
     assert tight.step_s > ample.step_s
     reasons = reasons_of(tight, recipe)
@@ -81,7 +81,7 @@ def test_a_faster_drive_is_a_shorter_step(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama")
     figures = figures_of(recipe)
     slow, fast = (
-        make_plan(recipe, figures, profile_here(figures, [tmp_path], measured(tmp_path, rate))) for rate in (1e7, 1e9)
+        best_plan(recipe, figures, profile_here(figures, [tmp_path], measured(tmp_path, rate))) for rate in (1e7, 1e9)
     )
     assert slow.bottleneck == "nvme"
     assert slow.step_s > 5 * fast.step_s
@@ -113,7 +113,7 @@ def test_a_recipe_is_estimated_as_it_is_planned(tmp_path: Path, capsys: pytest.C
     recipe = recipe_of(tmp_path, "llama-tied")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     found = answer(tmp_path / "r.yaml", capsys)
-    plan = make_plan(recipe, figures_of(recipe))
+    plan = best_plan(recipe, figures_of(recipe))
     assert found["params"] == plan.figures.model.num_params
     assert found["placement"] == plan.placement
     assert found["tiers"]["nvme"]["need_bytes"] == plan.nvme_bytes + GROWTH

@@ -27,7 +27,7 @@ from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.errors import CheckpointError
 from zinf_cli.model_state import ADAMW, Field, OptimizerState
 from zinf_cli.plan.checkpoints import checkpoint_bytes
-from zinf_cli.plan.search import make_plan
+from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train import figures as finding
@@ -91,7 +91,7 @@ def test_it_is_planned_to_the_byte_checkpointed_and_exported(
     recipe = recipe_of(tmp_path, precision)
     figures = find_figures(recipe, 1)
     assert figures.optimizer == SGD
-    plan = make_plan(recipe, figures)
+    plan = best_plan(recipe, figures)
     used: list[int] = []
     close = Engine.close
 
@@ -111,7 +111,7 @@ def test_it_is_planned_to_the_byte_checkpointed_and_exported(
     trained = sum(unit.trainable_numel for unit in figures.model.units)
     assert states["optimizer"] == trained * {"fp32": 4, "bf16": 8}[precision]
     with_adamw = replace(figures, optimizer=ADAMW)
-    lines = {line.what: line.num_bytes for line in make_plan(recipe, with_adamw).lines}
+    lines = {line.what: line.num_bytes for line in best_plan(recipe, with_adamw).lines}
     assert lines["optimizer"] - states["optimizer"] == 4 * trained
     assert checkpoint_bytes(with_adamw) - checkpoint_bytes(figures) == 4 * trained
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

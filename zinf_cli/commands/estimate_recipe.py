@@ -17,7 +17,7 @@ from rich.console import Console
 from zinf_cli.commands.estimate import Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
-from zinf_cli.launch.question import ask_figures, question
+from zinf_cli.launch.question import figures_from
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.machine.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.machine.profiles import BUILT_IN, Profile
@@ -25,7 +25,8 @@ from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.predict import predict, profile_here
-from zinf_cli.plan.search import does_not_fit, nvme_folders
+from zinf_cli.plan.refusal import refusal
+from zinf_cli.plan.search import nvme_folders
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
@@ -48,11 +49,10 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             Screen(stderr=True).status("reading the model, its checkpoint and the text ..."),
             Lifelines(transport_to(())) as lifelines,
         ):
-            connection = lifelines.connect(this_machine(1))
+            found = figures_from(lifelines.connect(this_machine(1)), recipe, ranks, hosts)
 
             def figures_of(most: int | None) -> Figures:
-                figures = ask_figures(question(recipe, ranks, hosts, most), connection)
-                return figures if elsewhere is None else _there(elsewhere, figures, recipe)
+                return found(most) if elsewhere is None else _there(elsewhere, found(most), recipe)
 
             figures = figures_of(None)
             if elsewhere is not None:
@@ -75,7 +75,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         known = elsewhere is not None or (profile.measured and profile.drives.measured)
         console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
     if not plan.fits:
-        raise does_not_fit(plan)
+        raise refusal(plan, recipe, hosts)
 
 
 def _elsewhere(hardware: str | None) -> Profile | None:

@@ -18,11 +18,11 @@ from rich.console import Console
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, find_checkpoint, step_of, steps_done
 from zinf_cli.durable import write_durably
-from zinf_cli.errors import Interrupted
+from zinf_cli.errors import Interrupted, ZinfError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
-from zinf_cli.launch.question import ask_figures, overheard, question
+from zinf_cli.launch.question import figures_from, question
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
@@ -31,7 +31,8 @@ from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
-from zinf_cli.plan.search import does_not_fit, nvme_folders
+from zinf_cli.plan.refusal import refusal
+from zinf_cli.plan.search import nvme_folders
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import filled_in, load_recipe
@@ -113,11 +114,12 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         else:
             ready = _this_machine_ready(recipe, request, lifelines)
         with console.status("reading the model, its checkpoint and the text ..."):
-            figures = ready.figures(None)
+            figures = ready.figures_of(None)
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        plan = plan_in_parts(recipe, figures, ready.figures, profile, ready.hosts, ready.room)
+        before = _plan_before(recipe) if resumed else None
+        plan = plan_in_parts(recipe, figures, ready.figures_of, profile, ready.hosts, ready.room, before)
         if not plan.fits:
-            raise does_not_fit(plan)
+            raise refusal(plan, recipe, ready.hosts, ready.room)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
         console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
@@ -144,8 +146,8 @@ class _Ready:
     hosts: Sequence[Host]
     """Those of a hostfile; none: this machine."""
     room: Room
-    figures: Callable[[int | None], Figures]
-    """Finds what the plan needs to know, with the model cut into parts of so many elements, or whole for None."""
+    figures_of: Callable[[int | None], Figures]
+    """See figures_from."""
 
 
 def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
@@ -155,13 +157,8 @@ def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) 
     if standing_by:
         asked = question(recipe, request.slots, request.hosts)
         connection.request("stand_by", **_agent(request).start(asked))
-
-    def figures(most: int | None) -> Figures:
-        if standing_by and most is None:
-            return overheard(connection)
-        return ask_figures(question(recipe, request.slots, request.hosts, most), connection)
-
-    return _Ready(World(lifelines, [connection]), request.hosts, room, figures)
+    figures_of = figures_from(connection, recipe, request.slots, request.hosts, asked=standing_by)
+    return _Ready(World(lifelines, [connection]), request.hosts, room, figures_of)
 
 
 def _hosts_ready(
@@ -185,13 +182,16 @@ def _hosts_ready(
     connections = preflight.connections
     hosts = [connection.host for connection in connections]
     world = World(lifelines, connections, preflight.rendezvous)
+    figures_of = figures_from(connections[0], recipe, None, hosts, asked=hosts == list(request.hosts))
+    return _Ready(world, hosts, _least_room(preflight), figures_of)
 
-    def figures(most: int | None) -> Figures:
-        if hosts == list(request.hosts) and most is None:
-            return overheard(connections[0])
-        return ask_figures(question(recipe, None, hosts, most), connections[0])
 
-    return _Ready(world, hosts, _least_room(preflight), figures)
+def _plan_before(recipe: Recipe) -> Plan | None:
+    """The plan in the run's folder, if there is one that this zinf can read."""
+    try:
+        return Plan.load(recipe.output_dir / PLAN)
+    except (ZinfError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _report(ended: Ended, request: Request, console: Console) -> None:

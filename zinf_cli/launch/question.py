@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zinf_cli.errors import HostError, RankError, ReportedError
@@ -30,7 +30,23 @@ def question(recipe: Recipe, slots: int | None, hosts: Sequence[Host], most: int
     return json.dumps(asked) + "\n"
 
 
-def ask_figures(asked: str, connection: Connection) -> Figures:
+def figures_from(
+    connection: Connection, recipe: Recipe, slots: int | None, hosts: Sequence[Host], *, asked: bool = False
+) -> Callable[[int | None], Figures]:
+    """What finds the figures of a recipe: of its model cut into parts of so many elements, or whole for None.
+
+    `asked` says that the agent behind the connection was asked for those of the whole model when it was started.
+    """
+
+    def figures_of(most: int | None) -> Figures:
+        if asked and most is None:
+            return _overheard(connection)
+        return _ask(question(recipe, slots, hosts, most), connection)
+
+    return figures_of
+
+
+def _ask(asked: str, connection: Connection) -> Figures:
     """Ask a process on that host, which builds the model on the meta device or finds the answer in its cache.
 
     The errors are those of `find_figures` (train/figures.py); RankError where the process fell.
@@ -40,10 +56,10 @@ def ask_figures(asked: str, connection: Connection) -> Figures:
     return _figures(done["output"], done["errors"], done["code"])
 
 
-def overheard(connection: Connection) -> Figures:
+def _overheard(connection: Connection) -> Figures:
     """The answer of that host's agent, which was asked when it was started.
 
-    Errors are those of `ask_figures`; HostError where the host is lost.
+    Errors are those of `_ask`; HostError where the host is lost.
     """
     while (event := connection.hear(_MOST_S)) is not None:
         if event["event"] == "said":

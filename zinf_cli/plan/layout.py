@@ -12,6 +12,18 @@ from zinf_cli.model_state import ADAMW, OptimizerState
 
 
 @dataclass(frozen=True)
+class LeastPart:
+    """The smallest part that a unit can be cut into, as far as its parameters let it."""
+
+    param: str
+    """The largest parameter in it."""
+    numel: int
+    """Elements of a row, of an expert, or of all that can't be cut."""
+    whole: bool
+    """Whether it can't be cut."""
+
+
+@dataclass(frozen=True)
 class UnitFigures:
     """One unit. Element counts include the padding of slices for `world_size` ranks. Bytes are for one micro-batch."""
 
@@ -35,6 +47,7 @@ class UnitFigures:
     output_bytes: int
     before_bytes: int
     """What autograd saves between the unit called before and this one."""
+    least: LeastPart
 
     @property
     def numel(self) -> int:
@@ -70,6 +83,8 @@ class ModelFigures:
     flops_per_token: float
     most: int | None = None
     """Elements that a part has at most, where blocks and matrices are cut into parts."""
+    whole: tuple[str, ...] = ()
+    """Weights that have more, and can't be cut: the model uses them as only a whole weight can be used."""
     loss_in_chunks: bool = False
     """Whether logits are computed for a few tokens at a time (engine/units/loss_chunks.py)."""
     notes: tuple[str, ...] = ()
@@ -132,7 +147,7 @@ class Figures:
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]
         """The figures of a plan.json."""
         model = dict(document["model"])
-        model["units"] = tuple(UnitFigures(**unit) for unit in model["units"])
+        model["units"] = tuple(UnitFigures(**{**unit, "least": LeastPart(**unit["least"])}) for unit in model["units"])
         model["bounds"] = tuple(tuple(bound) for bound in model["bounds"])
         return cls(
             ModelFigures(**{key: _frozen(value) for key, value in model.items()}),

@@ -1,8 +1,14 @@
-"""Plans a model whose blocks are larger than the memory that computes them: how large its parts are.
+"""Plans a model in parts: how large they are, and when there are any.
 
 A unit that is computed takes room for its parameters and their gradient, so the largest unit decides what a rank needs
 at least. If no placement fits, the model is cut: blocks into their own modules, and matrices into tiles of rows
 (engine/units/tiles.py). Each part costs a visit, so parts are as large as fit.
+
+Whole blocks may fit, and leave so little memory beside them that compute waits for the drive. Smaller units leave more,
+for what is read ahead and for cached units. So the model is cut as well if that makes the simulated step shorter, by
+more than parts may cost.
+
+A cut changes the order of some sums, and with it the last bits of losses. So a run that goes on is cut as it was.
 """
 
 from __future__ import annotations
@@ -22,6 +28,8 @@ LEAST = 1 << 16
 """Elements of the smallest part."""
 ATTEMPTS = 4
 """How many cuts are tried, each with half the elements of the one before. Only a cut shows what can't be cut."""
+GAIN = 0.1
+"""A model that fits whole is cut if that spares this share of its step. Parts may cost half as much."""
 
 
 def plan_in_parts(
@@ -31,20 +39,46 @@ def plan_in_parts(
     profile: Profile | None = None,
     hosts: Sequence[Host] = (),
     room: Room | None = None,
+    before: Plan | None = None,
 ) -> Plan:
-    """The best plan of the model as it is, or of the model in parts if that does not fit.
+    """The best plan of the model as it is, or of the model in parts.
 
     If no parts fit, the plan that is returned does not fit. `figures_of(most)` gives the figures of the model in parts
-    of at most `most` elements. The other arguments and the errors are those of `best_plan`.
+    of at most `most` elements. `before` is the plan of the run that goes on. The other arguments and the errors are
+    those of `best_plan`.
     """
-    plan = best_plan(recipe, figures, profile, hosts, room)
-    most = None if plan.fits else largest_that_fits(recipe, figures, hosts, room)
+
+    def planned(figures: Figures) -> Plan:
+        return best_plan(recipe, figures, profile, hosts, room)
+
+    if before is not None:
+        most = before.figures.model.most
+        plan = planned(figures if most is None else figures_of(most))
+        if plan.fits:
+            return plan
+    plan = planned(figures)
+    half = _largest(figures) // 2
+    if plan.fits and 1 - plan.busy["compute"] > GAIN and half >= LEAST:
+        enough = (1 - GAIN) * _seconds(plan)
+        if _seconds(planned(in_parts(figures, half))) < enough:
+            cut = planned(figures_of(half))
+            return cut if cut.fits and _seconds(cut) < enough else plan
     for _ in range(ATTEMPTS):
-        if most is None or plan.fits:
+        smaller = None if plan.fits else largest_that_fits(recipe, plan.figures, hosts, room)
+        if smaller is None:
             break
-        plan = best_plan(recipe, figures_of(most), profile, hosts, room)
-        most = most // 2 if most > LEAST else None
+        plan = planned(figures_of(smaller))
     return plan
+
+
+def _seconds(plan: Plan) -> float:
+    """Of a clipped and an unclipped step."""
+    return plan.step_s + plan.calm_step_s
+
+
+def _largest(figures: Figures) -> int:
+    """Elements of the largest unit that is fetched."""
+    return max((unit.numel for unit in figures.model.units if not unit.resident), default=0)
 
 
 def largest_that_fits(
@@ -54,21 +88,24 @@ def largest_that_fits(
 
     None if no parts of LEAST elements or more fit.
     """
-    most = max((unit.numel for unit in figures.model.units if not unit.resident), default=0) // 2
+    most = _largest(figures) // 2
     while most >= LEAST:
-        if fits(recipe, _in_parts(figures, most), hosts, room):
+        if fits(recipe, in_parts(figures, most), hosts, room):
             return most
         most = most * 3 // 4
     return None
 
 
-def _in_parts(figures: Figures, most: int) -> Figures:
-    """The figures that the model may have when it is cut: each unit in equal parts of at most `most` elements."""
+def in_parts(figures: Figures, most: int) -> Figures:
+    """The figures that the model may have when it is cut: each unit in equal parts of `most` elements, or its least."""
     units: list[UnitFigures] = []
+    places: list[range] = []
     for unit in figures.model.units:
-        count = 1 if unit.resident else -(-unit.numel // most)
+        count = 1 if unit.resident else -(-unit.numel // max(most, unit.least.numel))
+        places.append(range(len(units), len(units) + count))
         units += [_part(unit, count)] * count
-    return replace(figures, model=replace(figures.model, units=tuple(units), order=()))
+    order = tuple(part for number in figures.model.order for part in places[number])
+    return replace(figures, model=replace(figures.model, units=tuple(units), order=order, most=most))
 
 
 def _part(unit: UnitFigures, count: int) -> UnitFigures:

@@ -56,6 +56,18 @@ class CheckpointStep:
 
 
 @dataclass(frozen=True)
+class SweepCost:
+    """What it costs that a step takes several sweeps, beside the same placement with all micro-batches in one."""
+
+    lacking: tuple[Limit, ...]
+    """What one sweep would need, if that is too much; nothing if the recipe asks for several."""
+    traffic: int
+    """Bytes more to and from NVMe per step and rank."""
+    step_s: float
+    """Expected seconds more of a step."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a rank needs to know beside the recipe, and that a user wants to see before it starts."""
 
@@ -104,6 +116,8 @@ class Plan:
     """Whether the drives' speed was measured on this machine."""
     checkpoint: CheckpointStep | None = None
     """None where the run will write none."""
+    sweep_cost: SweepCost | None = None
+    """None if all micro-batches of a step pass the units together."""
     resume: str | None = None
     """The folder of the checkpoint that the run goes on from."""
 
@@ -111,6 +125,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether no tier, and no drive of checkpoints, needs more than it may use."""
         return all(limit.needed <= limit.allowed for limit in self.limits)
+
+    def over(self, tier: str) -> int:
+        """Bytes that a host has too few on a tier; negative where some are left."""
+        limit = next(limit for limit in self.limits if limit.tier == tier)
+        return limit.needed - limit.allowed
 
     def room(self, tier: str, unsure: float = 0.0) -> int:
         """Bytes that are left for each rank on a tier, even if the plan is too low by a share `unsure`."""
@@ -158,5 +177,8 @@ class Plan:
         document["io"] = Io(**document["io"])
         if document["checkpoint"] is not None:
             document["checkpoint"] = CheckpointStep(**document["checkpoint"])
+        if (cost := document["sweep_cost"]) is not None:
+            lacking = tuple(Limit(**limit) for limit in cost["lacking"])
+            document["sweep_cost"] = SweepCost(lacking, cost["traffic"], cost["step_s"])
         document["figures"] = Figures.from_json(document["figures"])
         return cls(**document)

@@ -1,8 +1,9 @@
 """The search for a plan: the fastest placement that fits.
 
-`make_plan` judges every placement by its bytes, plays those that fit on a profile of the machine, and takes the
-fastest. Classes that the recipe pins stay where it says. A recipe that does not fit is refused, with the numbers,
-before anything is loaded.
+`best_plan` judges every placement by its bytes, plays those that fit on a profile of the machine, and takes the
+fastest. Classes that the recipe pins stay where it says. It plans the model as its figures have it: whole, or cut into
+parts of one size. Into which, parts.py decides. A recipe that does not fit is refused, with the numbers, before
+anything is loaded.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from zinf_cli.amounts import format_bytes
-from zinf_cli.errors import CapacityError, UsageError
+from zinf_cli.errors import UsageError
 from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
@@ -23,7 +23,6 @@ from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
-    NAMES,
     Choice,
     Working,
     cacheable,
@@ -36,7 +35,7 @@ from zinf_cli.plan.memory import (
     working_buffers,
 )
 from zinf_cli.plan.placement import placements, undominated
-from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan
+from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan, SweepCost
 from zinf_cli.plan.predict import cluster_of, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.traffic import checkpoint_traffic, nvme_traffic
@@ -49,27 +48,6 @@ UNSURE = 0.03
 """The share by which a plan's memory may be wrong: benchmarks/README.md, "Predictions"."""
 
 
-def make_plan(
-    recipe: Recipe,
-    figures: Figures,
-    profile: Profile | None = None,
-    hosts: Sequence[Host] = (),
-    room: Room | None = None,
-) -> Plan:
-    """The plan of the fastest placement that fits.
-
-    `profile` is the machine that the run is for; without one, it is this machine as far as it is known. Without
-    `hosts`, all ranks are on one. `room` is what each host has; without it, what this machine has now.
-
-    CapacityError, with the numbers of the most frugal placement, if none fits. UsageError if there are more ranks than
-    sequences in a step. PreflightError if a folder can't hold state or checkpoints.
-    """
-    plan = best_plan(recipe, figures, profile, hosts, room)
-    if not plan.fits:
-        raise does_not_fit(plan)
-    return plan
-
-
 def best_plan(
     recipe: Recipe,
     figures: Figures,
@@ -79,27 +57,56 @@ def best_plan(
 ) -> Plan:
     """The plan of the fastest placement that fits, or of the most frugal one if none does.
 
-    Arguments and errors are those of `make_plan`, without the CapacityError.
+    `profile` is the machine that the run is for; without one, it is this machine as far as it is known. Without
+    `hosts`, all ranks are on one. `room` is what each host has; without it, what this machine has now.
+
+    UsageError if there are more ranks than sequences in a step; PreflightError if a folder can't hold state or
+    checkpoints.
     """
     judge, micro_batches = _judge(recipe, figures, hosts, room)
     profile = profile or profile_here(figures, nvme_folders(recipe), None)
-    frugal = None
     for choices in _choices(recipe, figures, micro_batches):
-        plans = [judge(choice) for choice in choices]
+        frugal = judge(choices[-1])
+        plans = [] if _hopeless(frugal) else [judge(choice) for choice in choices]
         fitting = [(plan.placement, plan) for plan in plans if plan.fits]
         if fitting:
-            ways = [way for plan in undominated(fitting) for way in _improvements(recipe, plan, judge)]
+            # the last one leaves most memory for what may be kept or cached
+            chosen = {str(plan.placement): plan for plan in (*undominated(fitting), fitting[-1][1])}
+            ways = [way for plan in chosen.values() for way in _improvements(recipe, plan, judge)]
             timed = (_with_time(plan, recipe, profile) for plan in ways)
-            return min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
-        frugal = plans[-1]
-    assert frugal is not None
+            best = min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
+            return _with_cost_of_sweeps(best, recipe, profile, judge)
     return _with_time(frugal, recipe, profile)
 
 
+def _hopeless(frugal: Plan) -> bool:
+    """Whether no placement fits, since the most frugal one lacks more memory for compute than its buffers take.
+
+    A placement with more in memory spares these at most.
+    """
+    return frugal.over(frugal.choice.compute_tier) > frugal.working.total * frugal.figures.ranks_per_host
+
+
 def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> bool:
-    """Whether any placement fits."""
+    """Whether any placement fits. It asks the most frugal ones first: of many parts a plan takes a while."""
     judge, micro_batches = _judge(recipe, figures, hosts, room)
-    return any(judge(choice).fits for choices in _choices(recipe, figures, micro_batches) for choice in choices)
+    choices = list(_choices(recipe, figures, micro_batches))
+    frugal = [judge(placed[-1]) for placed in choices]
+    if any(plan.fits for plan in frugal):
+        return True
+    return any(
+        judge(choice).fits
+        for plan, placed in zip(frugal, choices, strict=True)
+        if not _hopeless(plan)
+        for choice in placed
+    )
+
+
+def frugal_plan(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> Plan:
+    """Of the plans with the most frugal placement, the one that needs least memory for compute; without times."""
+    judge, micro_batches = _judge(recipe, figures, hosts, room)
+    plans = [judge(placed[-1]) for placed in _choices(recipe, figures, micro_batches)]
+    return min(plans, key=lambda plan: plan.over(plan.choice.compute_tier))
 
 
 def _judge(
@@ -189,13 +196,22 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     )
 
 
+def _with_cost_of_sweeps(plan: Plan, recipe: Recipe, profile: Profile, judge: Callable[[Choice], Plan]) -> Plan:
+    if plan.per_sweep >= plan.micro_batches:
+        return plan
+    together = _with_time(judge(replace(plan.choice, per_sweep=plan.micro_batches)), recipe, profile)
+    lacking = tuple(limit for limit in together.limits if limit.needed > limit.allowed)
+    traffic = plan.nvme_traffic_clipped - together.nvme_traffic_clipped
+    return replace(plan, sweep_cost=SweepCost(lacking, traffic, max(0.0, plan.step_s - together.step_s)))
+
+
 def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
     """A list of all placements for each length of a sweep: all micro-batches first, then fewer.
 
     The most frugal placement is the last of its list.
     """
     fixed = recipe.train.micro_batches_per_sweep
-    sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _halvings(micro_batches)
+    sweeps = [min(fixed, micro_batches)] if isinstance(fixed, int) else _sizes(micro_batches)
     compute_tier = "device" if figures.machine.accelerators else "cpu"
     asked = {state: getattr(recipe.offload, state) for state in CLASSES}
     kept = frozenset(figures.model.order if recipe.activation_checkpointing == "none" else ())
@@ -206,11 +222,9 @@ def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[l
         yield [Choice(placed, per_sweep, compute_tier, kept, update) for placed in placements(asked, compute_tier)]
 
 
-def _halvings(count: int) -> list[int]:
-    halvings = [count]
-    while halvings[-1] > 1:
-        halvings.append(-(-halvings[-1] // 2))
-    return halvings
+def _sizes(micro_batches: int) -> list[int]:
+    """How many micro-batches a sweep may have, the most first: for each count of sweeps, as few as do."""
+    return sorted({-(-micro_batches // sweeps) for sweeps in range(1, micro_batches + 1)}, reverse=True)
 
 
 def _plan(
@@ -342,28 +356,3 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
 def nvme_folders(recipe: Recipe) -> Sequence[Path]:
     """The folders of the NVMe tier: the recipe's, or one inside the run's."""
     return recipe.offload.nvme_path or (recipe.output_dir / "nvme",)
-
-
-def does_not_fit(plan: Plan) -> CapacityError:
-    """The error for a plan that does not fit: what is too much, on which tier, and what to do."""
-    problems = []
-    for limit in plan.limits:
-        if limit.needed > limit.allowed:
-            parts = ", ".join(
-                f"{NAMES[line.what]} {format_bytes(line.num_bytes)}"
-                for line in plan.lines
-                if line.tier == limit.tier and line.num_bytes
-            )
-            count = plan.figures.ranks_per_host
-            ranks = f" on each of {count} ranks" if parts and count > 1 else ""
-            problems.append(
-                f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
-                f"{limit.origin} allows {format_bytes(limit.allowed)}{': ' if parts else ''}{parts}{ranks}"
-            )
-    tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
-    hint = "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
-    if tiers == {"nvme"}:
-        hint = "free space on the drive or add a folder to offload.nvme_path"
-    elif tiers == {CHECKPOINTS}:
-        hint = "free space on the drive of output_dir, set checkpoint.keep_latest_k or raise checkpoint.interval"
-    return CapacityError("does not fit: " + "; ".join(problems), hint=hint)

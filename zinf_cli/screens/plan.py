@@ -12,7 +12,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, format_count
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.memory import NAMES
-from zinf_cli.plan.plan import CheckpointStep, Plan
+from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
 from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.screen import outside
 
@@ -32,6 +32,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
         f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
     )
+    if plan.sweep_cost is not None:
+        head.add_row("sweeps", _cost_of_sweeps(plan.sweep_cost, plan.micro_batches))
     if model.most is not None:
         head.add_row("parts", f"blocks are computed in parts of up to {format_count(model.most)} parameters")
     head.add_row("backward", _recomputed(plan))
@@ -96,6 +98,15 @@ def _expectation(plan: Plan) -> str:
         traffic = format_bytes(plan.nvme_traffic_clipped)
         text += f", {traffic} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
     return text
+
+
+def _cost_of_sweeps(cost: SweepCost, micro_batches: int) -> str:
+    short = " and ".join(
+        f"{limit.tier} would need {format_bytes(limit.needed)} of {format_bytes(limit.allowed)}"
+        for limit in cost.lacking
+    )
+    why = f"for {micro_batches} micro-batches in one, {short}" if short else "as train.micro_batches_per_sweep says"
+    return f"{why}; more than one moves {format_bytes(cost.traffic)} more a step, and takes {cost.step_s:.2g} s longer"
 
 
 def _checkpoint(step: CheckpointStep) -> str:

@@ -7,9 +7,9 @@ the text.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
-from zinf_cli.engine.units.units import UnitLayout
-from zinf_cli.errors import ModelError
-from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures, ModelFigures, UnitFigures
+from zinf_cli.engine.units.tiles import Tile, cut_together
+from zinf_cli.engine.units.units import ParamLayout, UnitLayout
+from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of
 from zinf_cli.train.pairs import PairStream
@@ -36,9 +35,9 @@ from zinf_cli.train.setup import (
     open_text,
     resolve_precision,
 )
-from zinf_cli.train.surveyed import first_micro_batch, survey_model, survey_on_data
+from zinf_cli.train.surveyed import Prepared, first_micro_batch, prepare, survey_on_data
 from zinf_cli.train.text_files import find_texts
-from zinf_cli.train.tiled_weights import TiledWeights, cut_model
+from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import open_weights
 
 
@@ -65,18 +64,9 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
         notes.append(f"{count} pairs are longer than train.seq_len={recipe.train.seq_len} and are cut there")
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
-    if most is not None:
-        cut_model(model, most)
-    if in_chunks := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
-        put_off_logits(model)
-    try:
-        seen = survey_model(model, recipe, world_size, most)
-    except ModelError:
-        if not in_chunks:
-            raise
-        keep_logits(model)  # it may do with the head's weight what only the whole one can serve
-        in_chunks = False
-        seen = survey_model(model, recipe, world_size, most)
+    prepared = prepare(model, recipe, world_size, most)
+    seen = prepared.seen
+    left_out += prepared.notes
     if seen.failure:
         batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
         flops = _flops_per_token(model, recipe.train.seq_len) / 3 * batch.input_ids.numel()
@@ -87,7 +77,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    figures = replace(_model_figures(model, seen, recipe, tuple(left_out)), most=most, loss_in_chunks=in_chunks)
+    figures = _model_figures(model, prepared, seen, recipe, tuple(left_out))
     optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
     return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
 
@@ -97,12 +87,15 @@ def _texts(recipe: Recipe) -> tuple[str, ...]:
     return (*(text.line() for text in find_texts(recipe.dataset.path)), *held_out)
 
 
-def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[str, ...]) -> ModelFigures:
+def _model_figures(
+    model: nn.Module, prepared: Prepared, seen: Survey, recipe: Recipe, notes: tuple[str, ...]
+) -> ModelFigures:
+    calls, whole = Counter(seen.order), prepared.whole
     return ModelFigures(
         architecture=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
         units=tuple(
-            _unit_figures(layout, seen.uses.get(number, UnitUse()), seen.order.count(number))
+            _unit_figures(layout, seen.uses.get(number, UnitUse()), calls[number], _least_part(model, layout, whole))
             for number, layout in enumerate(seen.units)
         ),
         order=seen.order,
@@ -114,11 +107,32 @@ def _model_figures(model: nn.Module, seen: Survey, recipe: Recipe, notes: tuple[
         written=tuple(sorted(seen.written)),
         bounds=tuple((p.name, *p.bounds) for unit in seen.units for p in unit.params() if p.bounds is not None),
         flops_per_token=_flops_per_token(model, recipe.train.seq_len),
+        most=prepared.most,
+        whole=whole,
+        loss_in_chunks=prepared.in_chunks,
         notes=notes,
     )
 
 
-def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
+def _least_part(model: nn.Module, layout: UnitLayout, whole: Collection[str]) -> LeastPart:
+    """Of the parameters of a unit, those that can be parted least: all of the resident unit, else those of a module."""
+    modules: dict[str, list[ParamLayout]] = {}
+    for place in layout.params():
+        modules.setdefault("" if layout.resident else place.name.rpartition(".")[0], []).append(place)
+    parts = []
+    for path, places in modules.items():
+        module = model.get_submodule(path)
+        cuttable = module._parameters if isinstance(module, Tile) else cut_together(module)
+        names = {f"{path}.{name}" for name in cuttable}
+        largest = max(places, key=lambda place: place.numel)
+        stays = layout.resident or not names or not names.isdisjoint(whole)
+        rows = places if stays else [place for place in places if place.name in names]
+        numel = sum(place.numel // (1 if stays else place.shape[0]) for place in rows)
+        parts.append(LeastPart(largest.origin, numel, stays))
+    return max(parts, key=lambda part: part.numel)
+
+
+def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart) -> UnitFigures:
     return UnitFigures(
         name=layout.name,
         trainable_numel=sum(flat.numel for flat in layout.trainable),
@@ -134,6 +148,7 @@ def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int) -> UnitFigures:
         saved_bytes=use.saved_bytes,
         output_bytes=use.output_bytes,
         before_bytes=use.before_bytes,
+        least=least,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,9 +12,11 @@ from torch import nn
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
-from zinf_cli.engine.units.loss_chunks import put_off_logits
+from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
+from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
+from zinf_cli.errors import ModelError, UncuttableError
 from zinf_cli.plan.layout import ModelFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.collator import Batch, Sample
@@ -20,7 +24,7 @@ from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.process_memory import return_free_memory
 from zinf_cli.train.setup import Text, model_loss, model_source
 from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.tiled_weights import cut_model
+from zinf_cli.train.tiled_weights import cut_model, uncut
 from zinf_cli.train.weights import load_buffers
 
 TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
@@ -32,6 +36,59 @@ TRIED = (
     "again is planned"
 )
 GUESSED = "what the model's activations take is guessed, and generously, since "
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that was cut, and whose logits were put off, as far as it serves; and its survey."""
+
+    seen: Survey
+    most: int | None
+    """Elements of a part; None: the model is whole."""
+    in_chunks: bool
+    """Whether logits are computed for a few tokens at a time."""
+    whole: tuple[str, ...]
+    """Weights that were to be cut, and stay whole."""
+    notes: tuple[str, ...]
+
+
+def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None) -> Prepared:
+    """Cut `model` into parts of `most` elements, put off its logits where they are many, and survey it.
+
+    What only a whole weight can serve is undone, for this weight and its like in other layers.
+    """
+    if most is not None:
+        cut_model(model, most)
+    if in_chunks := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
+        put_off_logits(model)
+    whole: list[str] = []
+    notes: list[str] = []
+    while True:
+        try:
+            seen = survey_model(model, recipe, world_size, most)
+            return Prepared(seen, most, in_chunks, tuple(whole), tuple(notes))
+        except ModelError as error:
+            if isinstance(error, UncuttableError) and (alike := _cut_alike(model, error.weight)):
+                uncut(model, alike)
+                whole += alike
+                others = f", and {len(alike) - 1} like it," if len(alike) > 1 else ""
+                notes.append(f"{error.weight}{others} can't be cut: {error.why}")
+            elif in_chunks:
+                keep_logits(model)
+                in_chunks = False
+            else:
+                raise
+
+
+def _cut_alike(model: nn.Module, weight: str) -> list[str]:
+    """The weights that were cut and have the name of `weight`, but for the numbers in it."""
+
+    def pattern(name: str) -> str:
+        return re.sub(r"\d+", "#", name)
+
+    held = [value for module in model.modules() for value in module.__dict__.values()]
+    names = {value.origin for value in held if type(value) is TiledWeight}  # what puts off logits is no cut
+    return sorted(name for name in names if pattern(name) == pattern(weight))
 
 
 def survey_model(model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None) -> Survey:
@@ -80,7 +137,7 @@ def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
 def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[UnitLayout, ...]:
     """The units that a survey has found, made from the plan's figures. The model is cut as the plan says."""
     if figures.most is not None:
-        cut_model(model, figures.most)
+        cut_model(model, figures.most, figures.whole)
     if figures.loss_in_chunks:
         put_off_logits(model)
     units = discover(model, world_size, frozenset(figures.demoted), figures.most)

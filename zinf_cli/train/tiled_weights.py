@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zinf_cli.engine.units.tiles import Part, Tile, cut
+from zinf_cli.engine.units.tiles import TILES, Part, Tile, TiledWeight, cut
 from zinf_cli.train.weights import RangedWeights
 
 
-def cut_model(model: nn.Module, most: int) -> None:
-    """Cut weights of more than `most` elements into tiles. From now on experts are computed one after another."""
-    cut(model, most)
+def cut_model(model: nn.Module, most: int, whole: Collection[str] = ()) -> None:
+    """Cut weights of more than `most` elements into tiles, but for those named in `whole`.
+
+    From now on experts are computed one after another.
+    """
+    cut(model, most, whole)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation("eager")
+
+
+def uncut(model: nn.Module, weights: Collection[str]) -> None:
+    """Undo the cut of `weights`, by their names in the model, and of those that were cut together with them."""
+    made: dict[str, nn.Parameter] = {}
+    for module in list(model.modules()):
+        tiled = {name: value for name, value in module.__dict__.items() if isinstance(value, TiledWeight)}
+        if not any(value.origin in weights for value in tiled.values()):
+            continue
+        delattr(module, next(name for name, _ in module.named_children() if name.startswith(TILES)))
+        for name, value in tiled.items():
+            like = value.tiles[0].get_parameter(value.weight)
+            whole = nn.Parameter(like.new_empty(value.shape), requires_grad=like.requires_grad)
+            del module.__dict__[name]
+            module.register_parameter(name, made.setdefault(value.origin, whole))
 
 
 class TiledWeights:

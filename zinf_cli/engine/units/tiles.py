@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinf_cli.errors import ModelError
+from zinf_cli.errors import UncuttableError
 
 TILES = "tiles_of_"
 """The name of a list of tiles is this and the parameter's name."""
@@ -153,10 +153,7 @@ def computed_instead(func: Any, types: Collection[type], args: Sequence[Any]) ->
 
 def _refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
     name = next(arg.origin for arg in (*args, *kwargs.values()) if isinstance(arg, TiledWeight))
-    raise ModelError(
-        f"{name} is larger than the memory for it, and can't be cut: the model passes it to {_name_of(func)}",
-        hint="what is looked up or multiplied as by torch.nn.Embedding or torch.nn.Linear can be cut",
-    )
+    raise UncuttableError(name, f"the model passes it to {_name_of(func)}")
 
 
 def _can_serve(func: Any, first: Any, second: Any = None, *_: Any) -> bool:
@@ -169,17 +166,19 @@ def _can_serve(func: Any, first: Any, second: Any = None, *_: Any) -> bool:
     return len(experts) == 1 if second.dim() == 2 else func in _BATCHED and bool(experts)
 
 
-def cut(model: nn.Module, most: int) -> None:
+def cut(model: nn.Module, most: int, whole: Collection[str] = ()) -> None:
     """Cut the weights of Linears, Embeddings and experts that have more than `most` elements, in place.
 
-    The weights of a layer's experts count and are cut together. A tile has at least one row, or one expert. The model
-    has to be on the meta device.
+    The weights of a layer's experts count and are cut together. Weights whose names are in `whole` stay. A tile has at
+    least one row, or one expert. The model has to be on the meta device.
     """
     names = {id(param): name for name, param in model.named_parameters()}
     made: dict[int, dict[str, TiledWeight]] = {}
     for module in list(model.modules()):
-        weights = _cut_together(module)
-        if not weights or sum(weight.numel() for weight in weights.values()) <= most:
+        weights = cut_together(module)
+        if sum(weight.numel() for weight in weights.values()) <= most:
+            continue
+        if any(names[id(weight)] in whole for weight in weights.values()):
             continue
         key = id(next(iter(weights.values())))
         if key not in made:
@@ -190,7 +189,7 @@ def cut(model: nn.Module, most: int) -> None:
 def can_be_cut(model: nn.Module, weight: torch.Tensor) -> bool:
     """Whether every module that has the parameter `weight` is a Linear or an Embedding that lets it be cut."""
     owners = [module for module, _ in _owners(model, weight)]
-    return bool(owners) and all(any(each is weight for each in _cut_together(module).values()) for module in owners)
+    return bool(owners) and all(any(each is weight for each in cut_together(module).values()) for module in owners)
 
 
 def in_one_tile(model: nn.Module, weight: torch.Tensor) -> TiledWeight:
@@ -256,7 +255,7 @@ def move_tiled(model: nn.Module, device: torch.device) -> None:
                 module.__dict__[name] = type(tiled).of(tiled, device, tiled.origin, tiled.weight, tiled.tiles)
 
 
-def _cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
+def cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of a module that can be cut, by name. If they are several, they are those of the same experts."""
     weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
     if isinstance(module, nn.Linear) or (

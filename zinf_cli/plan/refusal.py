@@ -1,0 +1,61 @@
+"""The error for a plan that does not fit: what is too much, and what would be the least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zinf_cli.amounts import format_bytes
+from zinf_cli.errors import CapacityError
+from zinf_cli.machine.hardware import Room
+from zinf_cli.plan.memory import NAMES, block_bytes
+from zinf_cli.plan.parts import LEAST, in_parts
+from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.search import CHECKPOINTS, frugal_plan
+from zinf_cli.recipe.hosts import Host
+from zinf_cli.recipe.recipe import Recipe
+
+
+def refusal(plan: Plan, recipe: Recipe, hosts: Sequence[Host] = (), room: Room | None = None) -> CapacityError:
+    """The error for a plan of `plan_in_parts` that does not fit.
+
+    If memory for compute is missing, it says what the smallest parts take, and which parameter makes them so large.
+    """
+    least = frugal_plan(recipe, in_parts(plan.figures, LEAST), hosts, room)
+    tier = least.choice.compute_tier
+    if plan.over(tier) <= 0 or least.over(tier) <= 0:
+        return does_not_fit(plan)
+    sweeps = -(-least.micro_batches // least.per_sweep)
+    sizes = [
+        (block_bytes(unit, least.figures, least.choice, sweeps) * (2 if unit.resident else 1), unit.least)
+        for unit in least.figures.model.units
+        if unit.calls or unit.resident
+    ]
+    num_bytes, part = max(sizes, key=lambda size: size[0])
+    size = f"takes {format_bytes(num_bytes)} of the buffers"
+    largest = f"{part.param} can't be cut, and {size}" if part.whole else f"the largest, of {part.param}, {size}"
+    return does_not_fit(least, f"that is with the smallest parts; {largest}")
+
+
+def does_not_fit(plan: Plan, why: str = "") -> CapacityError:
+    """The error for a plan that does not fit: what is too much, on which tier, and what to do; `why` comes after it."""
+    problems = []
+    for limit in plan.limits:
+        if limit.needed > limit.allowed:
+            parts = ", ".join(
+                f"{NAMES[line.what]} {format_bytes(line.num_bytes)}"
+                for line in plan.lines
+                if line.tier == limit.tier and line.num_bytes
+            )
+            count = plan.figures.ranks_per_host
+            ranks = f" on each of {count} ranks" if parts and count > 1 else ""
+            problems.append(
+                f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
+                f"{limit.origin} allows {format_bytes(limit.allowed)}{': ' if parts else ''}{parts}{ranks}"
+            )
+    tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
+    hint = "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
+    if tiers == {"nvme"}:
+        hint = "free space on the drive or add a folder to offload.nvme_path"
+    elif tiers == {CHECKPOINTS}:
+        hint = "free space on the drive of output_dir, set checkpoint.keep_latest_k or raise checkpoint.interval"
+    return CapacityError("does not fit: " + "; ".join([*problems, *([why] if why else [])]), hint=hint)
