@@ -90,7 +90,7 @@ def plain(make: Callable[[], nn.Module]) -> Result:
     for step in range(STEPS):
         for number in range(COUNT):
             torch.manual_seed(100 * step + number)
-            loss = model(_batch(step, number))
+            loss = model(make_batch(step, number))
             (loss / COUNT).backward()
             losses.append(loss.item())
         optimizer.step()
@@ -99,7 +99,7 @@ def plain(make: Callable[[], nn.Module]) -> Result:
             model.eval()
             torch.manual_seed(7)
             with torch.no_grad():
-                losses.append(model(_batch(step, 0)).item())
+                losses.append(model(make_batch(step, 0)).item())
             model.train()
     return Result(losses, {name: buffer.clone() for name, buffer in model.named_buffers()})
 
@@ -145,12 +145,13 @@ def _losses(engine: Engine) -> Iterator[float]:
     _seed()
     for step in range(STEPS):
         work = [
-            MicroBatch(partial(model, _batch(step, number)), 1 / COUNT, 100 * step + number) for number in range(COUNT)
+            MicroBatch(partial(model, make_batch(step, number)), 1 / COUNT, 100 * step + number)
+            for number in range(COUNT)
         ]
         yield from engine.train_step(work, AdamW(LR), max_grad_norm=None, more=step == 0).losses
         if step == 1:
             model.eval()
-            yield from engine.evaluate([MicroBatch(partial(model, _batch(step, 0)), 0.0, 7)])
+            yield from engine.evaluate([MicroBatch(partial(model, make_batch(step, 0)), 0.0, 7)])
             model.train()
 
 
@@ -163,5 +164,6 @@ def _weights(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode()))) * 0.3
 
 
-def _batch(step: int, number: int) -> torch.Tensor:
+def make_batch(step: int, number: int) -> torch.Tensor:
+    """The input of a micro-batch."""
     return torch.randn((3, WIDTH), generator=torch.Generator().manual_seed(10 * step + number))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact
+from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, make_batch
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import ModelError
 from zinf_cli.train.model import _parameters_on_meta
@@ -142,6 +142,78 @@ def test_where_no_survey_sees_it_the_first_step_does(place: str, mode: Mode, tmp
     assert_exact(partial(AsksForData, place, detached, USES["sum"]), mode, tmp_path)
 
 
+class TakesFromTheSide(Block):
+    """What the layer before, or the model between, has left in `side`; and may leave its own there."""
+
+    side: list[torch.Tensor]
+    leaves = True
+    given: Give
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.linear(x)
+        result = x + torch.tanh(hidden + self.side[-1])
+        if self.leaves:
+            self.side[-1] = self.given(hidden.sin())
+        return result
+
+
+class Siding(Blocks):
+    def __init__(self, *, leaves: bool, given: Give) -> None:
+        super().__init__(TakesFromTheSide)
+        self.given = given
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.side = [torch.zeros(())]
+        for layer in self.layers:
+            layer.side, layer.leaves, layer.given = self.side, leaves, whole  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.side[0] = self.given(self.first(x).cos())
+        return super().forward(x)
+
+
+def is_late(x: torch.Tensor) -> bool:
+    """Whether it is one certain micro-batch of the third step. No dry forward sees it."""
+    return not x.is_meta and torch.equal(x, make_batch(2, 1))
+
+
+class UsesLate(Collecting):
+    """Its layers always leave what they make; its loss depends on it once. Then, it takes it away (for some places)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        CONTEXT.set([])
+        loss = Blocks.forward(self, x)
+        if is_late(x):
+            loss = loss + 0.1 * self.use(self.read())
+        self.read().clear()
+        self.shelf.parts.clear()
+        return loss
+
+
+class LeavesLate(Siding):
+    """Its layers take from the side what has a gradient once."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given = whole if is_late(x) else detached
+        for layer in self.layers:
+            layer.given = self.given  # type: ignore[assignment]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_leak_on_a_way_that_the_survey_did_not_take_ends_the_run(place: str, mode: Mode, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a layer leaves a tensor somewhere else"):
+        engine(partial(UsesLate, place, whole, sum), mode, tmp_path)
+    assert_exact(partial(UsesLate, place, detached, sum), mode, tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_layer_that_once_takes_a_gradient_past_its_arguments(*, leaves: bool, mode: Mode, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="takes from somewhere else than its arguments"):
+        engine(partial(LeavesLate, leaves=leaves, given=detached), mode, tmp_path)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("given", [detached, without_grad])
 @pytest.mark.parametrize("place", PLACES)
@@ -159,34 +231,6 @@ def test_what_the_loss_does_not_depend_on_is_exact(place: str, mode: Mode, tmp_p
         return sum(part.detach() for part in parts)
 
     assert_exact(partial(Collecting, place, whole, looked_at), mode, tmp_path)
-
-
-class TakesFromTheSide(Block):
-    """What the layer before, or the model between, has left in `side`; and may leave its own there."""
-
-    side: list[torch.Tensor]
-    leaves = True
-
-    def forward(self, x: torch.Tensor) -> Any:
-        hidden = self.linear(x)
-        result = x + torch.tanh(hidden + self.side[-1])
-        if self.leaves:
-            self.side[-1] = hidden.sin()
-        return result
-
-
-class Siding(Blocks):
-    def __init__(self, *, leaves: bool, given: Give) -> None:
-        super().__init__(TakesFromTheSide)
-        self.given = given
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.side = [torch.zeros(())]
-        for layer in self.layers:
-            layer.side, layer.leaves = self.side, leaves  # type: ignore[assignment]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.side[0] = self.given(self.first(x).cos())
-        return super().forward(x)
 
 
 @pytest.mark.parametrize(

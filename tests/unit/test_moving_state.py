@@ -112,6 +112,35 @@ class CountsOutside(Blocks):
         return loss
 
 
+class Told(Block):
+    """Computes as a number tells that all layers and the model share."""
+
+    told: list[int]
+    counts = False
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.told[0] += self.counts
+        return x + torch.tanh(self.linear(x)) * (1 + 0.1 * self.told[0])
+
+
+class TellsAndTakesBack(Blocks):
+    """At its end the number is what it was at its beginning."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__(Told)
+        self.told, self.counts = [0], counts
+        for layer in self.layers:
+            layer.told, layer.counts = self.told, counts  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            if not self.counts:
+                self.told[0] = int(number < 2)
+            x = layer(x)
+        self.told[0] = 0
+        return x.square().mean()
+
+
 LAST: dict[str, torch.Tensor] = {}
 
 
@@ -187,6 +216,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "counter between layers": CountsOutside,
     "global": _with_global,
     "attribute of another layer": RingOfBlocks,
+    "counter that is set back": lambda: TellsAndTakesBack(counts=True),
+    "flag for the first half": lambda: TellsAndTakesBack(counts=False),
     **{
         f"random: {source}": _with(Draws, source=source)
         for source in ("python", "numpy", "own", "own of numpy", "torch")

@@ -169,7 +169,7 @@ def read_carrier(owner: Any) -> dict[_Place, Any]:
         )
     elif isinstance(owner, types.FunctionType):
         cells = enumerate(owner.__closure__ or ())
-        held.update((("cell", number), cell.cell_contents) for number, cell in cells if _filled(cell))
+        held.update((("cell", number), cell.cell_contents) for number, cell in cells if is_filled(cell))
     held.update((("attribute", name), value) for name, value in getattr(owner, "__dict__", {}).items())
     for slot in _slots(owner):
         try:
@@ -214,7 +214,7 @@ def _write(owner: Any, held: dict[_Place, Any]) -> None:
             slot.__delete__(owner)
 
 
-def _filled(cell: types.CellType) -> bool:
+def is_filled(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not cell
     except ValueError:

@@ -55,7 +55,8 @@ class Dealer:
         it is first needed moves once. ModelError where a forward changes the model in every step on several ranks."""
         if not self._state.moving:
             return
-        moved = self._state.moved()
+        self._state.look()
+        moved = set(self._state.moved)
         if self._ranks.world_size == 1:
             if not moved:
                 self._state.moving.clear()

@@ -8,8 +8,11 @@ In the survey, every tensor with a gradient passes a door when it enters a call 
 call. So a leak is an edge in the graph of the loss that joins nodes of a call with other nodes and passes no door.
 Tensors that the loss does not depend on may go any way: statistics without a gradient, values to look at.
 
-A model whose survey came to no end is checked in its first step. There the graph between units may lead only to
-results of units and to resident weights. A leak from one layer into another is not seen there.
+A survey sees one way through the model. A leak on another way leaves its tensor at a place that moves
+(moving_state.py), or in a context variable. So steps in which places move are checked, steps of models that name a
+context variable, and the first step of a model whose survey came to no end. In such a step forward makes the graph of
+each call, which costs no memory that backward does not need, and drops it. The graph of a call may lead only to what it
+was given and to weights; the graph between units, only to results of units and to resident weights.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 
+from zinf_cli.engine.compute.record import Record
 from zinf_cli.errors import ModelError
 
 _Node = torch.autograd.graph.Node
@@ -115,6 +119,30 @@ def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor])
                 "a layer leaves a tensor somewhere else than in its arguments or return values, and the model's loss "
                 "depends on it there: its gradient would be lost",
                 hint=_HINT,
+            )
+        new = {before for before, _ in node.next_functions if before is not None} - seen
+        seen |= new
+        ahead += new
+
+
+def check_call(record: Record, weights: Sequence[torch.Tensor]) -> None:
+    """ModelError where the graph of a call leads to something else than its arguments and `weights`."""
+    assert record.graph is not None
+    known = {id(weight) for weight in weights} | {id(leaf) for _, leaf in record.graph.inputs}
+    ahead = list({edge.node for edge in record.graph.outputs if edge is not None})
+    seen = {*ahead}
+    while ahead:
+        node = ahead.pop()
+        if hasattr(node, "variable"):
+            leaf = node.variable
+            strange = id(leaf) not in known and (isinstance(leaf, torch.nn.Parameter) or hasattr(leaf, "given_to"))
+        else:
+            strange = hasattr(node, "record")
+        if strange:
+            raise ModelError(
+                f"{record.label} goes on with a tensor that it takes from somewhere else than its arguments: its "
+                "gradient would be lost",
+                hint="a layer that gets it as an argument can be trained",
             )
         new = {before for before, _ in node.next_functions if before is not None} - seen
         seen |= new

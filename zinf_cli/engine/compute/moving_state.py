@@ -6,20 +6,19 @@ something else. So `MovingState` compares the whole model before a step's first 
 something has moved, the model is put back, and the step begins again with one micro-batch a sweep, in plain PyTorch's
 order. From then on every call notes what the places that move hold, and its recompute finds the same there.
 
-A place is an attribute or buffer of a module, an attribute of its class, or a variable that a function of its class
-names (a global, a closure). What can be reached from there is part of it. The global generators of Python and numpy are
-places, too. Objects that hide their state from Python (an iterator, a file) are not seen.
+A place is a variable of a space (spaces.py): an attribute or buffer of a module, an attribute of a class, a global or a
+closure that the model's code names. What can be reached from there is part of it. The global generators of Python and
+numpy are places, too. Objects that hide their state from Python (an iterator, a file) are not seen.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import CellType, FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,8 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.compute.carriers import Carrier, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.compute.spaces import ABSENT, PLAIN, Search
 from zinf_cli.engine.units.tiles import TiledWeight
-
-_ASIDE = frozenset({*vars(nn.Module()), "forward"})
-_NONE = object()
-_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
-_VARIABLES = (bool, int, float, type(None), torch.Tensor, list, dict, set, deque, np.ndarray, torch.Generator)
-"""Types of values that count as state where a class or a variable of a function holds them."""
 
 _WEIGHTS = (nn.Parameter, TiledWeight)
 
@@ -67,50 +61,59 @@ class _Held:
         )
 
 
-@dataclass(frozen=True)
-class _Space:
-    """The variables of a module, a class or a function, by name."""
-
-    values: Callable[[], Mapping[str, Any]]
-    put: Callable[[str, Any], None]
-
-
 _States = Mapping[int, tuple[Any, Any]]
 """(object, its state), by the object's id."""
 Moment = dict[tuple[str, str], _Held]
 """What places held, by space and name."""
-_ABSENT = _Held(_NONE)
+_ABSENT = _Held(ABSENT)
 
 
 class MovingState:
     """The places of a model that its forward changes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._spaces: dict[str, _Space] = {}
+        self._search = Search(model)
+        self._new = True
+        """Whether there may be spaces that the search has not found yet."""
         self._before: Moment = {}
         self._last: Moment = {}
         self._states: _States = {}
         """States of the last look at the whole model. An object that still holds its state is not copied again."""
+        self.moved: set[tuple[str, str]] = set()
+        """The places that were seen to hold something else than at `begin`, also if they hold the same again."""
         self.moving: set[tuple[str, str]] = set()
-        """The places that a forward has changed."""
+        """The places that are known to move."""
 
     def begin(self) -> None:
         """Look at the model, before a step or an evaluation."""
-        self._spaces = dict(_spaces(self._model))
+        if self._new:
+            self._search.look()
+            self._new = False
         self._before = self._now()
+        self.moved.clear()
+
+    def look(self) -> None:
+        """See what has moved since `begin`."""
+        now, before = self._now(), self._before
+        self.moved |= before.keys() - now.keys()
+        self.moved |= {
+            place
+            for place, held in now.items()
+            if (known := before.get(place, _ABSENT)) is not held and not held.same_as(known)
+        }
 
     def notices(self) -> bool:
         """Whether a place has moved since `begin` that was not known to move. It is known from then on."""
-        new = self.moved() - self.moving
+        self.look()
+        new = self.moved - self.moving
         self.moving |= new
+        self._new |= bool(new)
         return bool(new)
 
-    def moved(self) -> set[tuple[str, str]]:
-        """The places that hold something else than at `begin`."""
-        now = self._now()
-        gone = self._before.keys() - now.keys()
-        return gone | {place for place, held in now.items() if not held.same_as(self._before.get(place, _ABSENT))}
+    @property
+    def may_leak(self) -> bool:
+        """Whether a forward may leave tensors where the next layers find them, as far as is known."""
+        return bool(self.moving) or self._search.hides
 
     def put_back(self) -> None:
         """Put the model back to what it was at `begin`."""
@@ -123,12 +126,15 @@ class MovingState:
             place: last[place] if place in last and held.same_as(last[place]) else held
             for place, held in self._of_those_that_move().items()
         }
+        self.moved |= {
+            place for place, held in self._last.items() if not held.same_as(self._before.get(place, _ABSENT))
+        }
         return self._last
 
     def go_to(self, moment: Moment) -> None:
         """Make the places hold what they held at `moment`."""
         for (space, name), held in moment.items():
-            self._spaces[space].put(name, held.value)
+            self._search.spaces[space].put(name, held.value)
             for carrier in held.carriers:
                 carrier.put()
             for owner, state in held.states:
@@ -136,19 +142,22 @@ class MovingState:
 
     def _now(self) -> Moment:
         seen: set[int] = set()
-        now = {
-            (label, name): _Held(value) if type(value) in _PLAIN else _held(value, seen, self._states)
-            for label, space in self._spaces.items()
-            for name, value in space.values().items()
-            if name not in _ASIDE
-        }
+        now: Moment = {}
+        for label, space in self._search.spaces.items():
+            for name, value in space.values().items():
+                place = label, name
+                if type(value) not in PLAIN:
+                    now[place] = _held(value, seen, self._states)
+                else:  # most values: what was held before is that same object
+                    known = self._before.get(place)
+                    now[place] = known if known is not None and known.value is value else _Held(value)
         self._states = {id(pair[0]): pair for held in now.values() for pair in held.states}
         return now
 
     def _of_those_that_move(self) -> Moment:
         seen: set[int] = set()
-        values = {label: self._spaces[label].values() for label, _ in self.moving}
-        return {(label, name): _held(values[label].get(name, _NONE), seen, {}) for label, name in sorted(self.moving)}
+        values = {label: self._search.spaces[label].values() for label, _ in self.moving}
+        return {(label, name): _held(values[label].get(name, ABSENT), seen, {}) for label, name in sorted(self.moving)}
 
 
 def named(place: tuple[str, str]) -> str:
@@ -164,7 +173,7 @@ def _held(value: Any, seen: set[int], known: _States) -> _Held:
     while ahead:
         part = ahead.pop()
         kind = type(part)
-        if kind in _PLAIN or id(part) in seen:
+        if kind in PLAIN or id(part) in seen:
             continue
         if isinstance(part, tuple):
             ahead.extend(reversed(part))
@@ -210,7 +219,7 @@ def _same(one: Any, two: Any) -> bool:
         return len(one) == len(two) and all(map(_same, one, two))
     if isinstance(one, dict):
         return list(one) == list(two) and all(map(_same, one.values(), two.values()))
-    return type(one) in _PLAIN and repr(one) == repr(two)
+    return type(one) in PLAIN and repr(one) == repr(two)
 
 
 def _same_carrier(one: Carrier, two: Carrier) -> bool:
@@ -240,65 +249,3 @@ def _set_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
     if not _same(tensor, values):
         tensor.data = tensor.data if tensor.shape == values.shape else torch.empty_like(values)
         tensor.data.copy_(values)
-
-
-def _spaces(model: nn.Module) -> Iterator[tuple[str, _Space]]:
-    kinds: dict[type, None] = {}
-    for path, module in model.named_modules():
-        for kind in type(module).__mro__ if type(module) not in kinds else ():
-            if kind.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "transformers", "zinf_cli"):
-                kinds.setdefault(kind)
-        yield path, _Space(partial(_both, module), partial(_set, module))
-    for kind in kinds:
-        yield f"class {kind.__qualname__}", _Space(partial(_state_in, vars(kind), vars(kind)), partial(setattr, kind))
-        for name, function in list(vars(kind).items()):
-            if isinstance(function, FunctionType):
-                known, label = function.__globals__, f"{kind.__qualname__}.{name}"
-                yield (
-                    f"{label} globals",
-                    _Space(partial(_state_in, known, function.__code__.co_names), partial(_put, known)),
-                )
-                cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-                cells.pop("__class__", None)
-                yield label, _Space(partial(_contents, cells), partial(_fill, cells))
-    fixed = {"random": random.getstate.__self__, "numpy.random": np.random.get_state.__self__}  # type: ignore[attr-defined]
-    yield "global", _Space(lambda: fixed, lambda name, value: None)
-
-
-def _both(module: nn.Module) -> Mapping[str, Any]:
-    return {**module.__dict__, **module._buffers}
-
-
-def _set(module: nn.Module, name: str, value: Any) -> None:
-    _put(module._buffers if name in module._buffers else module.__dict__, name, value)
-
-
-def _put(space: dict[str, Any], name: str, value: Any) -> None:
-    if value is _NONE:
-        space.pop(name, None)
-    elif space.get(name, _NONE) is not value:
-        space[name] = value
-
-
-def _state_in(space: Mapping[str, Any], names: Any) -> Mapping[str, Any]:
-    """The variables among `names` that hold state (see _VARIABLES)."""
-    return {
-        name: space[name]
-        for name in names
-        if name in space and isinstance(space[name], _VARIABLES) and not name.startswith("__")
-    }
-
-
-def _contents(cells: Mapping[str, CellType]) -> Mapping[str, Any]:
-    found = {}
-    for name, cell in cells.items():
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:
-            continue
-    return found
-
-
-def _fill(cells: Mapping[str, CellType], name: str, value: Any) -> None:
-    if value is not _NONE:
-        cells[name].cell_contents = value

@@ -72,7 +72,7 @@ class Sweep:
         self._members: list[SweepMember] = []
         self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
         """One check for each of the first steps: for leaks (leaks.py), if the model has no survey, and that units
-        compute the same when they run again (recompute.py)."""
+        compute the same when they run again (recompute.py). In these steps the model is compared before each visit."""
         self._trainable = {n for n, unit in enumerate(self._units) if unit.layout.trainable}
         self._origins = [
             {place.origin for place in unit.layout.params() if place.part is not None} for unit in self._units
@@ -157,6 +157,8 @@ class Sweep:
             taken: list[int] = []
             losses: list[torch.Tensor] = []
             for unit in self._forward_units(members, self._route.forward):
+                if self._checks or [unit] == self._route.forward[-1:]:  # the model may put back what it has changed
+                    self._state.look()
                 if unit not in self._on_demand:
                     taken.append(unit)
                 if taken == self._route.forward and unit in taken[-1:] and not self._lockstep:
@@ -191,11 +193,11 @@ class Sweep:
         self._pipeline.release(visit)
 
     def _pass_unit(self, members: list[SweepMember], unit: int) -> None:
-        name = self._units[unit].name
+        passed = self._units[unit]
         for member in members:
             for _ in self._calls(unit, lambda: member.called):  # noqa: B023 (called at once)
-                with self._trace.span("compute", f"{name} forward"):
-                    member.pass_unit(name, keeper=self._keeper(unit))
+                with self._trace.span("compute", f"{passed.name} forward"):
+                    member.pass_unit(passed, keeper=self._keeper(unit))
                 self._pipeline.advance()
 
     def _calls(self, unit: int, at: Callable[[], int | None]) -> Iterator[None]:
@@ -241,7 +243,7 @@ class Sweep:
         self._next.agree(agreed or self._ranks.world_size > 1)
         for member in members if agreed else ():
             with self._trace.span("compute", f"{name} forward"):
-                member.pass_unit(name, hot=True)
+                member.pass_unit(self._units[visit.unit], hot=True)
             if not isinstance(member.at, Finished):
                 member.tape.cool(name)
                 agreed = False
@@ -360,8 +362,8 @@ class Sweep:
                     glue=self._glue_keeper() if grad else None,
                     scale=batch.weight,
                 )
-                at_home = self._resident_params() if self._checks[:1] == ["leaks"] else None
-                member.start(batch, tape, grad=grad, at_home=at_home)
+                unseen = grad and (self._checks[:1] == ["leaks"] or self._state.may_leak)
+                member.start(batch, tape, grad=grad, at_home=self._resident_params() if unseen else None)
             yield members
         except BaseException:
             for member in started:

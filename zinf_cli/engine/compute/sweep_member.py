@@ -9,10 +9,11 @@ from itertools import takewhile
 import torch
 
 from zinf_cli.engine.compute.keep import Keeper
-from zinf_cli.engine.compute.leaks import check_between
+from zinf_cli.engine.compute.leaks import check_between, check_call
 from zinf_cli.engine.compute.micro_batch import BlockCall, Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.compute.record import RngState
 from zinf_cli.engine.compute.tape import Tape
+from zinf_cli.engine.units.store import Unit
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,18 @@ class SweepMember:
         self._goes_on(self.thread.start(batch.forward, grad=grad, within=within))
         self._rng = RngState(self._device)
 
-    def pass_unit(self, name: str, *, hot: bool = False, keeper: Keeper | None = None) -> None:
+    def pass_unit(self, unit: Unit, *, hot: bool = False, keeper: Keeper | None = None) -> None:
         """Compute the unit that the micro-batch calls, and let it go on to the next."""
         assert isinstance(self.at, UnitCall)
         assert self._rng is not None
         self._rng.restore()
         num_records = len(self.tape.records)
-        seen = self._at_home is not None and not hot and keeper is None  # a leak shows in the graph
-        outputs = self.tape.forward(self.at, name, hot=hot or seen, keeper=keeper)
-        if seen and len(self.tape.records) > num_records:
-            self.tape.cool(name)
+        seen = self._at_home is not None  # a leak shows in the graph
+        outputs = self.tape.forward(self.at, unit.name, hot=hot or (seen and keeper is None), keeper=keeper)
+        if self._at_home is not None and len(self.tape.records) > num_records:
+            check_call(self.tape.records[-1], [*unit.params, *self._at_home])
+            if not hot and keeper is None:
+                self.tape.cool(unit.name)
         self._goes_on(self.thread.resume(outputs))
         self._rng = RngState(self._device)
 

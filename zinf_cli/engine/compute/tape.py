@@ -102,8 +102,9 @@ class Tape:
                 return call.forward(*call.args, **call.kwargs)
         record = Record(next(self._numbers), label, call, [], spec, RngState(self._device))
         (record.before, record.before_again), self._between = self._between, ([], [])
-        if self._state.moving and keeper is None:
-            record.moment = self._state.moment()
+        if self._state.moving:
+            moment = self._state.moment()
+            record.moment = moment if keeper is None else None
         versions = [tensor._version for tensor in tensors]
         recompute = not hot and keeper is None
         taken = {id(tensor): self._take(tensor, record, label, save=recompute) for tensor in tensors}
@@ -136,12 +137,7 @@ class Tape:
         record.check_shared()
         grads = record.output_grads
         if any(grad is not None for grad in grads):
-            now = None
             if record.graph is None:
-                if record.moment is not None:
-                    now = self._state.moment()
-                    self._state.go_to(record.moment)
-                record.rng.restore()
                 self._recompute(record)
             assert record.graph is not None
             for saved in record.kept:
@@ -157,8 +153,6 @@ class Tape:
             del pairs, grads
             for glue, leaf in record.graph.inputs:
                 glue.add_grad(leaf.grad)
-            if now is not None:
-                self._state.go_to(now)
         self.records.pop().free()
         for saved in (*record.before, *record.before_again):
             saved.get()
@@ -238,7 +232,10 @@ class Tape:
         return glue
 
     def _recompute(self, record: Record) -> None:
-        """Run the unit's forward again, with grad."""
+        """Run the unit's forward again, with grad, from the random state and the places (moving_state.py) it had."""
+        now = self._state.moment() if record.moment is not None else {}
+        self._state.go_to(record.moment or {})
+        record.rng.restore()
         values = {}
         for glue in record.glue_inputs():
             assert glue.saved is not None
@@ -253,6 +250,7 @@ class Tape:
         if record.results is not None:
             compare(record.label, record.results, some_of(_results(outputs, record)))
         found.put()
+        self._state.go_to(now)
 
     def _run_once(
         self, record: Record, values: dict[int, torch.Tensor], keeper: Keeper | None, *, grad: bool
@@ -277,6 +275,8 @@ class Tape:
         """
         inputs = [(glue, values[id(glue)].detach().requires_grad_(grad)) for glue in record.glue_inputs()]
         given = {id(glue): leaf for glue, leaf in inputs}
+        for leaf in given.values():
+            leaf.given_to = record.label  # type: ignore[attr-defined]  # see leaks.check_call
         for carrier in record.carriers:
             carrier.with_each(lambda value: given.get(id(value), value)).put()
         leaves = [given.get(id(leaf), leaf) for leaf in record.leaves]
