@@ -35,7 +35,7 @@ from zinf_cli.train.collator import Batch, Sample, Stream
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of
-from zinf_cli.train.process_memory import PeakMemory, return_free_memory
+from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.schedule import learning_rate
@@ -56,13 +56,16 @@ def train(run_dir: Path) -> int:
     device = _device(plan)
     ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
-    engine, model, weights = open_engine(recipe, plan, device, ranks, trace, note)
+    with mapped_apart():
+        engine, model, weights = open_engine(recipe, plan, device, ranks, trace, note)
     metrics = None
     try:
         text = open_text(recipe, model, note)
-        start = resume(recipe, engine, model, text, ranks, note)
-        if start.folder is None:
-            engine.load(weights.read)
+        with mapped_apart():
+            start = resume(recipe, engine, model, text, ranks, note)
+            if start.folder is None:
+                engine.load(weights.read)
+        return_free_memory()
         if ranks.rank == 0:
             logging = recipe.logging
             metrics = Metrics(
@@ -136,7 +139,6 @@ class Run:
         saved = step = self.start.step
         if self.text.held_out is not None and not step:
             self._write({"step": 0, "eval_loss": self._evaluate()})
-        return_free_memory()  # that loading took
         while step < max_steps and not self._stop_requested():
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+_APART = 2**20
+"""Bytes."""
 
 
 def return_free_memory() -> None:
@@ -11,6 +18,26 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def mapped_apart() -> Iterator[None]:
+    """Have glibc map each block of a MiB or more by itself meanwhile, so that a freed one goes back to the kernel.
+
+    In the heap, what building and loading a model frees leaves holes of hundreds of MiB below what stays. Temporaries
+    of later steps lie now here and now there in them, and every page that was ever touched stays resident. Nothing is
+    done where the environment does not fix the threshold: glibc chooses it then.
+    """
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if threshold is None or mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, int(threshold))
 
 
 class PeakMemory:
