@@ -13,7 +13,7 @@ from rich.table import Table
 
 from zinf_cli.machine.profiles import BUILT_IN
 from zinf_cli.plan.estimate import estimate, largest_model, paper_simulation, step_of
-from zinf_cli.plan.needs import Scenario, needs_of
+from zinf_cli.plan.needs import PART_BYTES, Scenario, largest_part, needs_of
 from zinf_cli.plan.schedule import sweep_steps
 from zinf_cli.plan.simulate import Cluster, play, rates_of
 from zinf_cli.plan.sizes import Transformer, shape_of
@@ -69,6 +69,13 @@ FIGURE_6A = {"data-parallel": 1.4e9, "zero-offload": 13e9, "zero-3": 20e9, "infi
 FIGURE_1 = {1: 1e12, 8: 8e12, 16: 16e12, 32: 32e12}
 """The largest model on that many DGX-2."""
 
+FIGURE_6B = {1: 8, 16: 64}
+"""The largest hidden size (in K = 1024) by tiles of a matrix, where no 2 GiB of GPU memory lie side by side."""
+FRAGMENT = 2 * 2**30
+"""Bytes that do."""
+HIDDEN = (4, 8, 16, 32, 64, 128)
+"""Hidden sizes that are tried, in K."""
+
 
 def fits(run: Run) -> bool:
     """Whether the run's model fits its hosts where zinf would put it, one sequence a GPU at a time."""
@@ -102,6 +109,19 @@ def largest(strategy: str = "infinity", nodes: int = 1) -> float:
     """Parameters of the largest model, one sequence a GPU."""
     model = largest_model(Scenario(shape_of(1e9), DGX2, nodes, DGX2.accelerators, strategy=strategy))
     return float(model.params) if model is not None else 0.0
+
+
+def tiles_of_matrix(hidden: int) -> int:
+    """Figure 6b: tiles of the largest matrix of a layer, `hidden` in K, if a part has to lie in one FRAGMENT.
+
+    0: the whole layer does. A part is parameters and their gradient, as they lie in a slot of the engine.
+    """
+    return largest_part(Transformer(1, hidden * 1024, hidden * 8), FRAGMENT / PART_BYTES)[1]
+
+
+def largest_hidden(most_tiles: int) -> int:
+    """The largest of HIDDEN with at most so many tiles of a matrix."""
+    return max(hidden for hidden in HIDDEN if tiles_of_matrix(hidden) <= most_tiles)
 
 
 def one_node(run: Run, micro_batches: int) -> tuple[float, float]:
@@ -145,6 +165,11 @@ def main() -> None:
     rows += [(f"{nodes} DGX-2", size, largest(nodes=nodes)) for nodes, size in FIGURE_1.items()]
     for name, size, planned in rows:
         table.add_row(name, f"{size / 1e9:g}B", f"{planned / 1e9:.4g}B", f"{100 * (planned / size - 1):+.0f} %")
+    console.print(table)
+    table = _table("Figure 6b: a layer in parts of 2 GiB", "hidden", "paper: tiles", "planned: tiles")
+    tiles = {hidden: count for count, hidden in FIGURE_6B.items()}
+    for hidden in HIDDEN:
+        table.add_row(f"{hidden}K", str(tiles.get(hidden, "")), str(tiles_of_matrix(hidden) or "whole layer"))
     console.print(table)
     table = _table("The batch of table 1 in micro-batches of one sequence", "", "paper's schedule", "sweep", "faster")
     for run in (run for run in TABLE_1 if run.params_on != "device" and run.batch == int(run.batch)):

@@ -6,21 +6,30 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from benchmarks.paper import (
+    DGX2,
     FIGURE_1,
     FIGURE_5A,
     FIGURE_5B,
     FIGURE_6A,
+    FIGURE_6B,
+    FRAGMENT,
     TABLE_1,
     Run,
     classic_tflops,
     fits,
     largest,
+    largest_hidden,
     pflops_of_1t,
     sweep_tflops,
+    tiles_of_matrix,
 )
-from zinf_cli.plan.needs import needs_of
+from zinf_cli.engine.units.tiles import cut
+from zinf_cli.plan.estimate import estimate
+from zinf_cli.plan.needs import PART_BYTES, Scenario, needs_of
+from zinf_cli.plan.sizes import Transformer
 
 runs = pytest.mark.parametrize("run", TABLE_1, ids=lambda run: f"{run.params} on {run.nodes}")
 
@@ -65,3 +74,24 @@ def test_the_largest_model_is_that_of_figure_6a(strategy: str) -> None:
 @pytest.mark.parametrize("nodes", FIGURE_1)
 def test_the_largest_model_grows_with_the_nodes_as_in_figure_1(nodes: int) -> None:
     assert largest(nodes=nodes) == pytest.approx(FIGURE_1[nodes], rel=0.15)
+
+
+def test_the_hidden_sizes_of_figure_6b_are_reached_with_tiles_and_not_without() -> None:
+    assert largest_hidden(1) == FIGURE_6B[1]
+    largest = FIGURE_6B[16]
+    assert largest_hidden(tiles_of_matrix(largest)) == largest
+    layer = estimate(Scenario(Transformer(1, largest * 1024, largest * 8), DGX2, ranks=DGX2.accelerators))
+    assert layer.fits
+    assert layer.needs.tiles > 1
+
+
+def test_the_closed_form_cuts_as_the_engine_does() -> None:
+    for hidden in FIGURE_6B.values():
+        model = nn.ModuleDict(
+            {
+                "up": nn.Linear(hidden * 1024, 4 * hidden * 1024, bias=False, device="meta"),
+                "down": nn.Linear(4 * hidden * 1024, hidden * 1024, bias=False, device="meta"),
+            }
+        )
+        cut(model, FRAGMENT // PART_BYTES)
+        assert max(len(getattr(up.weight, "tiles", [up])) for up in model.values()) == tiles_of_matrix(hidden)

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.model_state import GRAD
 from zinf_cli.plan.classic import classic_steps
-from zinf_cli.plan.needs import STRATEGIES, Needs, Scenario, capacity, class_bytes, needs_of
+from zinf_cli.plan.needs import PART_BYTES, STRATEGIES, Needs, Scenario, capacity, class_bytes, needs_of
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.schedule import Step, UnitLoad, sweep_steps
 from zinf_cli.plan.simulate import RESOURCES, Cluster, Simulation, play, rates_of
@@ -50,15 +49,8 @@ class Estimate:
 
     @property
     def block_bytes(self) -> float:
-        """Bytes of a block's parameters and gradient. The engine computes blocks whole, so a rank holds them."""
-        return self.scenario.model.block_params * (BYTES_PER_PARAM["params"] + GRAD.item_bytes)
-
-    @property
-    def block_fits(self) -> bool:
-        """Whether a whole block fits as well, and not only its largest matrix, which the paper plans for."""
-        scenario = self.scenario
-        held = self.needs.total(scenario.compute_tier) - self.needs.terms[scenario.compute_tier]["matrix"]
-        return held + scenario.ranks * self.block_bytes <= self.needs.may_use[scenario.compute_tier]
+        """Bytes of a block's parameters and gradient, as a rank holds them if it computes the block whole."""
+        return self.scenario.model.block_params * PART_BYTES
 
     @property
     def efficiency(self) -> dict[str, float]:
@@ -139,7 +131,7 @@ class Estimate:
             "reasons": self.reasons(),
             "tiles": needs.tiles,
             "fits": self.fits,
-            "whole_block_fits": self.block_fits,
+            "whole_block_fits": not needs.tiles,
             "step_s": self.simulation.step_s,
             "step_s_band": [self.simulation.step_s * (1 - BAND), self.simulation.step_s * (1 + BAND)],
             "tflops_per_gpu": self.tflops,

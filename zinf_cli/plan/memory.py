@@ -25,6 +25,8 @@ KEPT_MORE = 1.2
 """The memory of kept activations, divided by their bytes. They are many tensors, with gaps between them."""
 TEMPORARIES_MORE = 1.5
 """The same for temporaries of compute: malloc does not always put one where the last one was."""
+LEAST_PART = 1 << 16
+"""Elements of the smallest part that a plan cuts a model into; a row of a matrix may have more."""
 CLASSES = (*STATES, "activations")
 NAMES = {
     "params": "parameters",

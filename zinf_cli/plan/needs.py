@@ -1,17 +1,19 @@
 """What a transformer takes on each tier of a host, by closed forms (sizes.py), and what a host has for it.
 
 A *strategy* says which states every rank holds whole and where they may lie. Strategies are the systems of
-ZeRO-Infinity's figure 6a; zinf is the last of them. Working memory is the paper's: the largest matrix (in tiles where
-it does not fit whole), one block's activations, and the buffers of an update.
+ZeRO-Infinity's figure 6a. Working memory is the paper's: the largest matrix, one block's activations, and the buffers
+of an update. "infinity" is zinf: it has two blocks in memory, or two parts of blocks, cut as zinf's engine cuts them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from zinf_cli.machine.profiles import GIB, MEMORY_SHARE, Profile
-from zinf_cli.plan.memory import CLASSES, MIB, churn_bytes, host_bytes
+from zinf_cli.model_state import GRAD
+from zinf_cli.plan.memory import CLASSES, LEAST_PART, MIB, churn_bytes, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
 
@@ -21,8 +23,8 @@ SHARED_BYTES = 100 * MIB
 """The part of PROCESS_BYTES that all ranks of a host share: pages of libraries."""
 CONTEXT_BYTES = 3 * GIB // 2
 """Device memory of one rank for CUDA's context, libraries and communication buffers."""
-TILES = (1, 2, 4, 8, 16)
-"""Into how many pieces the largest matrix may be cut (ZeRO-Infinity, section 5.1.3 and figure 6b)."""
+PART_BYTES = BYTES_PER_PARAM["params"] + GRAD.item_bytes
+"""What a parameter takes while its part is computed: itself, and its gradient in fp32."""
 LOGIT_BYTES = 10
 """Bytes of one logit: in the compute precision, in fp32, and its fp32 gradient."""
 
@@ -33,6 +35,8 @@ class Strategy:
 
     replicated: tuple[str, ...]
     tiers: Mapping[str, tuple[str, ...]]
+    cuts: bool = False
+    """Whether blocks may be computed in parts (ZeRO-Infinity, section 5.1.3)."""
 
 
 def _only(**tiers: str) -> dict[str, tuple[str, ...]]:
@@ -40,9 +44,9 @@ def _only(**tiers: str) -> dict[str, tuple[str, ...]]:
 
 
 STRATEGIES: Mapping[str, Strategy] = {
-    "infinity": Strategy((), dict.fromkeys(CLASSES, TIERS)),
+    "infinity": Strategy((), dict.fromkeys(CLASSES, TIERS), cuts=True),
     "infinity-cpu": Strategy(
-        (), {**_only(params="cpu", grads="cpu", optimizer="cpu"), "activations": ("device", "cpu")}
+        (), {**_only(params="cpu", grads="cpu", optimizer="cpu"), "activations": ("device", "cpu")}, cuts=True
     ),
     "zero-3": Strategy((), _only(params="device", grads="device", optimizer="device", activations="device")),
     "zero-offload": Strategy(("params",), _only(params="device", grads="cpu", optimizer="cpu", activations="device")),
@@ -94,6 +98,7 @@ class Needs:
     terms: Mapping[str, Mapping[str, float]]
     may_use: Mapping[str, float]
     tiles: int
+    """Of the largest matrix; 0 if blocks are computed whole."""
     chunk_params: float
     """How many parameters of an update may be under way at once, on one rank."""
 
@@ -125,7 +130,7 @@ def class_bytes(scenario: Scenario, per_sweep: int) -> dict[str, float]:
 
 
 def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -> Needs:
-    """What `placement` takes: with as few tiles of the largest matrix, and as large update buffers, as fit."""
+    """What `placement` takes: with as large parts of blocks, and then as large update buffers, as fit."""
     model, ranks, compute = scenario.model, scenario.ranks, scenario.compute_tier
     held = _zero_tiers()
     for state, num_bytes in class_bytes(scenario, per_sweep).items():
@@ -133,9 +138,6 @@ def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -
     held["cpu"]["framework"] = host_bytes(ranks, SHARED_BYTES) + ranks * (PROCESS_BYTES + churn_bytes(per_sweep))
     if compute == "device":
         held["device"]["context"] = ranks * CONTEXT_BYTES
-        if "nvme" in placement.values():
-            # drives reach an accelerator through CPU memory: two blocks on their way, in slices
-            held["cpu"]["staging"] = 2 * model.block_params * BYTES_PER_PARAM["params"]
     sequences = scenario.micro_batch_size
     held[compute]["compute"] = ranks * (
         model.activation_working_bytes(sequences) + sequences * model.seq_len * model.vocab * LOGIT_BYTES
@@ -143,16 +145,36 @@ def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -
     may_use = {tier: num_bytes * MEMORY_SHARE for tier, num_bytes in capacity(scenario.profile, ranks).items()}
     may_use["nvme"] = scenario.profile.drives.may_use
     room = may_use[compute] - sum(held[compute].values())
-    whole = ranks * model.state_working_bytes
-    tiles = next((count for count in TILES if whole / count <= room), TILES[-1])
-    held[compute]["matrix"] = whole / tiles
+    if STRATEGIES[scenario.strategy].cuts:
+        part, tiles = largest_part(model, room / ranks / 2 / PART_BYTES)
+        held[compute]["buffers"] = ranks * 2 * part * PART_BYTES
+    else:
+        part, tiles = model.block_params, 0
+        held[compute]["matrix"] = ranks * model.state_working_bytes
+    if compute == "device" and "nvme" in placement.values():
+        # drives reach an accelerator through CPU memory: two parts on their way, in slices
+        held["cpu"]["staging"] = 2 * part * BYTES_PER_PARAM["params"]
     slice_params = model.block_params / scenario.world_size
     chunk_params = 0.0
     if placement["optimizer"] not in (compute, "device"):
-        left = (room - whole / tiles) / ranks / BYTES_PER_PARAM["optimizer"]
+        left = (may_use[compute] - sum(held[compute].values())) / ranks / BYTES_PER_PARAM["optimizer"]
         chunk_params = max(min(2 * slice_params, left), slice_params / 64)
         held[compute]["update_buffers"] = ranks * chunk_params * BYTES_PER_PARAM["optimizer"]
     return Needs(held, may_use, tiles, chunk_params or 2 * slice_params)
+
+
+def largest_part(model: Transformer, most: float) -> tuple[int, int]:
+    """(parameters, tiles of the largest matrix) of the largest part of at most `most` parameters; 0 tiles: a block.
+
+    The engine cuts a block into its matrices, and these into tiles of rows. The largest matrix is hidden × 4 hidden. A
+    tile has LEAST_PART parameters or one row at least.
+    """
+    if model.block_params <= most:
+        return model.block_params, 0
+    rows, row = model.hidden, 4 * model.hidden
+    count = min(rows, math.ceil(rows * row / max(most, LEAST_PART)))
+    each = max(1, min(math.ceil(rows / count), int(max(most, LEAST_PART) // row)))
+    return each * row, math.ceil(rows / each)
 
 
 def _zero_tiers() -> dict[str, dict[str, float]]:

@@ -19,13 +19,12 @@ from dataclasses import replace
 from zinf_cli.machine.hardware import Room
 from zinf_cli.machine.profiles import Profile
 from zinf_cli.plan.layout import Figures, UnitFigures
+from zinf_cli.plan.memory import LEAST_PART
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import best_plan, fits
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
 
-LEAST = 1 << 16
-"""Elements of the smallest part."""
 ATTEMPTS = 4
 """How many cuts are tried, each with half the elements of the one before. Only a cut shows what can't be cut."""
 GAIN = 0.1
@@ -58,7 +57,7 @@ def plan_in_parts(
             return plan
     plan = planned(figures)
     half = _largest(figures) // 2
-    if plan.fits and 1 - plan.busy["compute"] > GAIN and half >= LEAST:
+    if plan.fits and 1 - plan.busy["compute"] > GAIN and half >= LEAST_PART:
         enough = (1 - GAIN) * _seconds(plan)
         if _seconds(planned(in_parts(figures, half))) < enough:
             cut = planned(figures_of(half))
@@ -86,10 +85,10 @@ def largest_that_fits(
 ) -> int | None:
     """Elements of the largest parts with which some placement fits, as far as can be told before the model is cut.
 
-    None if no parts of LEAST elements or more fit.
+    None if no parts of LEAST_PART elements or more fit.
     """
     most = _largest(figures) // 2
-    while most >= LEAST:
+    while most >= LEAST_PART:
         if fits(recipe, in_parts(figures, most), hosts, room):
             return most
         most = most * 3 // 4

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room
-from zinf_cli.plan.memory import NAMES, block_bytes
-from zinf_cli.plan.parts import LEAST, in_parts
+from zinf_cli.plan.memory import LEAST_PART, NAMES, block_bytes
+from zinf_cli.plan.parts import in_parts
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import CHECKPOINTS, frugal_plan
 from zinf_cli.recipe.hosts import Host
@@ -20,7 +20,7 @@ def refusal(plan: Plan, recipe: Recipe, hosts: Sequence[Host] = (), room: Room |
 
     If memory for compute is missing, it says what the smallest parts take, and which parameter makes them so large.
     """
-    least = frugal_plan(recipe, in_parts(plan.figures, LEAST), hosts, room)
+    least = frugal_plan(recipe, in_parts(plan.figures, LEAST_PART), hosts, room)
     tier = least.choice.compute_tier
     if plan.over(tier) <= 0 or least.over(tier) <= 0:
         return does_not_fit(plan)

@@ -121,13 +121,17 @@ def _verdict(answer: Estimate) -> Table:
     table.add_row("bound by", f"{played.bottleneck}; {_what_would_move_it(answer)}")
     busy = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in played.busy.items() if share >= 0.005)
     table.add_row("busy", busy)
-    if not answer.block_fits:
+    if answer.needs.tiles:
         table.add_row(
             "parts",
-            f"a block takes {format_bytes(answer.block_bytes)} of each rank, so it is computed in parts, "
-            f"its largest matrix in {answer.needs.tiles} {'tile' if answer.needs.tiles == 1 else 'tiles'}",
+            f"a block would take {format_bytes(answer.block_bytes)} of each rank, and as much for the next one; "
+            f"it is computed in parts, its largest matrix {_tiles(answer.needs.tiles)}",
         )
     return table
+
+
+def _tiles(count: int) -> str:
+    return "whole" if count == 1 else f"in {count} tiles"
 
 
 def _what_would_move_it(answer: Estimate) -> str:
@@ -191,7 +195,7 @@ def _formulas(answer: Estimate) -> Table:
         ),
         (
             "working memory, states",
-            "16 · hidden²" + (f", in {answer.needs.tiles} tiles" if answer.needs.tiles > 1 else ""),
+            "16 · hidden²",
             format_bytes(model.state_working_bytes),
         ),
         (
