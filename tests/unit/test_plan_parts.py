@@ -51,6 +51,15 @@ def test_the_least_buffers_are_enough(name: str, most: int, tmp_path: Path) -> N
     assert max(line["nvme_bytes"] for line in tight) <= plan.nvme_bytes
 
 
+def test_the_plan_knows_that_parts_spare_a_recompute(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    whole, cut = find_figures(recipe, 1), find_figures(recipe, 1, most=1000)
+    assert not any(unit.product for unit in whole.model.units if "layers" in unit.name)
+    assert all(unit.product for unit in cut.model.units if "proj" in unit.name)
+    passes = [best_plan(recipe, replace(figures, machine=whole.machine)).compute_s for figures in (whole, cut)]
+    assert 3 / 4 <= passes[1] / passes[0] < 0.9
+
+
 def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> None:
     recipe = _with_wide_blocks(tmp_path)
     figures = find_figures(recipe, 1)

@@ -48,6 +48,8 @@ class UnitFigures:
     before_bytes: int
     """What autograd saves between the unit called before and this one."""
     least: LeastPart
+    product: bool = False
+    """Whether backward does not compute it again, since it is one product (engine/compute/products.py)."""
 
     @property
     def numel(self) -> int:

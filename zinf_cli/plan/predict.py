@@ -100,7 +100,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 unit.trainable_numel if first else 0,
                 forward * weights[place] / max(1, sum(weights)),
                 kept.get(number, 0) / max(1, unit.calls) + (unit.before_bytes if leaves else 0),
-                recomputed=number not in choice.kept,
+                recomputed=number not in choice.kept and not unit.product,
                 cached=choice.cached_states if number in choice.cached else frozenset(),
             )
         )

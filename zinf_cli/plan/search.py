@@ -302,7 +302,8 @@ def _recompute(figures: Figures, choice: Choice) -> float:
     """FLOPs with recomputation, divided by those without: computing a unit's forward again is a third more."""
     units = dict(enumerate(figures.model.units))
     called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
-    again = sum(numel for n, numel in called.items() if n not in choice.kept and n != figures.model.turn)
+    spared = {n for n, unit in units.items() if unit.product} | choice.kept | {figures.model.turn}
+    again = sum(numel for n, numel in called.items() if n not in spared)
     return 1 + again / max(1, sum(called.values())) / 3
 
 

@@ -95,7 +95,13 @@ def _model_figures(
         architecture=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
         units=tuple(
-            _unit_figures(layout, seen.uses.get(number, UnitUse()), calls[number], _least_part(model, layout, whole))
+            _unit_figures(
+                layout,
+                seen.uses.get(number, UnitUse()),
+                calls[number],
+                _least_part(model, layout, whole),
+                product=number in seen.products,
+            )
             for number, layout in enumerate(seen.units)
         ),
         order=seen.order,
@@ -132,7 +138,7 @@ def _least_part(model: nn.Module, layout: UnitLayout, whole: Collection[str]) ->
     return max(parts, key=lambda part: part.numel)
 
 
-def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart) -> UnitFigures:
+def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart, *, product: bool) -> UnitFigures:
     return UnitFigures(
         name=layout.name,
         trainable_numel=sum(flat.numel for flat in layout.trainable),
@@ -149,6 +155,7 @@ def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart
         output_bytes=use.output_bytes,
         before_bytes=use.before_bytes,
         least=least,
+        product=product,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zinf_cli.engine.units.tiles import Tile, linear_rows, matmul_rows
+from zinf_cli.engine.units.tiles import Tile, linear_rows, matmul_rows, rows_times
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default: 0, _aten.bmm.default: 0, _aten.addmm.default: 1}
@@ -37,5 +37,5 @@ class _WithoutProducts(TorchDispatchMode):
 def is_one_product(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether the call of `module` with `args` returns the product of a matrix with its input, and nothing else."""
     if isinstance(module, Tile):
-        return args[0] in (linear_rows, matmul_rows)
+        return args[0] in (linear_rows, matmul_rows, rows_times)
     return type(module) is nn.Linear

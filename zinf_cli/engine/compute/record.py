@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,8 +118,9 @@ class Record(Emitter):
     """For each output that shares memory with an input or with another output: what reads its count of changes, and the
     count after the call."""
 
+    @cached_property
     def needs(self) -> list[Saved]:
-        """Tensors that its backward needs on the device."""
+        """Tensors that its backward needs on the device. Asked for when all forwards are over."""
         between = [*self.before, *self.before_again]
         if self.graph is not None:
             return [*self.kept, *between]

@@ -25,6 +25,7 @@ from zinf_cli.engine.compute.leaks import Calls, through_door
 from zinf_cli.engine.compute.meta_answers import answer_of
 from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.products import is_one_product
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
 from zinf_cli.engine.units.chunked_loss import temporary_bytes
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
@@ -68,6 +69,8 @@ class Survey:
     """Names of parameters that the forward itself writes to, without those it clamps: see constant_weights.py."""
     demoted: frozenset[str] = frozenset()
     """Modules whose parameters are used outside of their own call. They are held for the whole step."""
+    products: frozenset[int] = frozenset()
+    """Indices of units that are not computed again in backward (products.py)."""
     failure: str = ""
     """Why the forward did not come to its end, if so. Then sizes are missing, and the order is module order."""
 
@@ -127,7 +130,7 @@ def survey(
             return Survey(units, order, written=written, demoted=demoted, failure=failure)
         watch.calls.check(loss)
         sizes = watch.glue_bytes, watch.tail_bytes, watch.live_bytes
-        return Survey(units, tuple(watch.order), watch.uses, *sizes, written, demoted)
+        return Survey(units, tuple(watch.order), watch.uses, *sizes, written, demoted, frozenset(watch.products))
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -149,7 +152,7 @@ class _Watch(TorchFunctionMode):
         self._side = side
         self.order: list[int] = []
         self.uses: dict[int, UnitUse] = {}
-        self.misused: set[str] = set()
+        self.misused, self.products = set[str](), set[int]()
         self.glue_bytes = 0
         self.tail_bytes = 0
         self.live_bytes = 0
@@ -227,6 +230,8 @@ class _Watch(TorchFunctionMode):
                 return own(*args, **kwargs)
             collector = self._side.collector() if self._side is not None else None
             args, kwargs = with_whole_logits(args, kwargs)
+            if is_one_product(module, args):
+                self.products.add(number)
             if self._side is None or collector is None:
                 return self._watched(number, own, args, kwargs)
             outputs, captured = self._watched(number, self._side.capture(collector, own), args, kwargs)
@@ -326,8 +331,7 @@ class _Watch(TorchFunctionMode):
         """Whether no unit has taken this tensor before. The tape saves a tensor once."""
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
-        new = key not in self._inputs
-        self._inputs[key] = edge.node  # holds the node, so that no other gets its id
+        new, self._inputs[key] = key not in self._inputs, edge.node  # holds the node, so that no other gets its id
         return new
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -167,7 +167,7 @@ class Tape:
 
     def prefetch(self) -> bool:
         """Start to bring back what the newest record needs. False if there is no room."""
-        return not self.records or all(saved.prefetch() for saved in self.records[-1].needs())
+        return not self.records or all(saved.prefetch() for saved in self.records[-1].needs)
 
     def cool(self, label: str) -> None:
         """Drop the graph of a hot forward. The unit was not the last, so backward recomputes it."""

@@ -43,6 +43,7 @@ class Fetch:
         self._kernel: Kernel | None = None
         """The settings of an eager update."""
         self.placed = False
+        self._complete = False
 
     @property
     def issued(self) -> bool:
@@ -150,8 +151,11 @@ class Fetch:
 
         With `wait`, wait for the transfers that come next. TierError where one of them failed.
         """
-        if not self.placed:
-            return False
+        if not self._complete:
+            self._complete = self.placed and self._progress(wait)
+        return self._complete
+
+    def _progress(self, wait: Callable[[Transfer], None] | None) -> bool:
         if not self._settle(self._reads, wait):
             return False
         if self._update is not None and not self._update.finished:
@@ -189,7 +193,7 @@ class Fetch:
 
         Slot and gradient are held until `progress` returns True.
         """
-        self._kernel = kernel
+        self._kernel, self._complete = kernel, False
         into = self._start_update(grads, speculative=speculative)
         if speculative:
             self.unit.life.speculate(into)

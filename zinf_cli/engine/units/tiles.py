@@ -321,7 +321,7 @@ def linear_rows(
 def _matmul(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """A cut matrix times an input, or an input times the matrix of an expert."""
     if isinstance(first, TiledWeight):
-        results = [piece.tile(_rows_times, piece.weight, second, piece.expert) for piece in first.pieces]
+        results = [piece.tile(rows_times, piece.weight, second, piece.expert) for piece in first.pieces]
         return torch.cat(results, dim=-min(2, second.dim()))
     assert isinstance(second, TiledWeight)
     (piece,) = second.pieces
@@ -338,7 +338,7 @@ def _product(input: torch.Tensor, piece: Piece) -> torch.Tensor:
     return result
 
 
-def _rows_times(weight: torch.Tensor, input: torch.Tensor, expert: int | None) -> torch.Tensor:
+def rows_times(weight: torch.Tensor, input: torch.Tensor, expert: int | None) -> torch.Tensor:
     return (weight if expert is None else weight[expert]) @ input
 
 
