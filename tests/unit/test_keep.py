@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zinf_cli.engine.compute.activations import Activations
-from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
@@ -52,7 +52,7 @@ def test_backward_has_the_same_bits_although_the_weight_has_moved(activations: A
     keeper = Keeper(activations, [weight], [], "a layer")
     with keeper.packing():
         loss = compute(weight, x)
-    parcels, _ = keeper.send()
+    parcels = keeper.send()
     weight.data.fill_(torch.nan)  # as a slot is used by the next unit
     weight.data = values.clone()  # bound again, elsewhere
     torch.autograd.backward(loss)
@@ -67,7 +67,7 @@ def test_a_storage_goes_once_and_the_weight_not_at_all(activations: Activations,
     keeper = Keeper(activations, [weight], [x], "a layer")  # x stays where it is
     with keeper.packing():
         loss = compute(weight, x)
-    parcels, _ = keeper.send()
+    parcels = keeper.send()
     assert tier.write_bytes == 2 * 64 * 64 * 4  # tanh and exp
     assert len(parcels) == 1
     del loss
@@ -86,7 +86,7 @@ def test_memory_of_what_is_saved_more_than_once_is_free_after_the_forward(
         memory = StorageWeakRef(hidden.untyped_storage())
         del hidden
         assert not memory.expired()
-    parcels, _ = keeper.send()
+    parcels = keeper.send()
     assert memory.expired()
     assert tier.write_bytes == 64 * 64 * 4
     del loss
@@ -95,12 +95,12 @@ def test_memory_of_what_is_saved_more_than_once_is_free_after_the_forward(
 
 def test_what_is_saved_again_later_does_not_go_again(activations: Activations, tier: NvmeTier) -> None:
     x = torch.randn(64, 64).requires_grad_()
-    keeper = Keeper(activations, [], [x], "glue")
+    keeper = GlueKeeper(activations, [x])
     with keeper.packing():
         hidden = x.tanh()
-        first, none = keeper.send()
+        none, first = keeper.take_again(), keeper.send()
         loss = hidden.square().sum()
-        none_more, again = keeper.send()
+        again, none_more = keeper.take_again(), keeper.send()
     assert (none, none_more, again) == ([], [], first)
     assert tier.write_bytes == 64 * 64 * 4
     torch.autograd.backward(loss)
@@ -118,6 +118,6 @@ def test_without_a_tier_below_the_tensors_themselves_wait(tier: NvmeTier) -> Non
     keeper = Keeper(here, [weight], [], "a layer")
     with keeper.packing():
         loss = compute(weight, x)
-    assert (tier.write_bytes, *keeper.send()) == (0, [], [])
+    assert (tier.write_bytes, keeper.send()) == (0, [])
     torch.autograd.backward(loss)
     assert x.grad is not None

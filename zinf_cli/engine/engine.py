@@ -223,7 +223,10 @@ class Engine:
         load_state(self.units, self.memory, source)
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
-        """Copies of a unit's parameters by name, whole on every rank; its pending update is made first."""
+        """Copies of a unit's parameters by name, whole on every rank, in the shape and dtype that compute uses.
+
+        If the unit has a pending update, it is made first.
+        """
         unit = self.units[number]
         visit = Visit(number, Kind.FORWARD)
         self._pipeline.acquire_aside(visit)

@@ -153,7 +153,7 @@ class Parcel:
         return self._read is not None
 
     def get(self) -> torch.Tensor:
-        """Its bytes. They stay in memory until the parcel is evicted or freed."""
+        """Its bytes (1-D uint8, on the compute device). They stay in memory until the parcel is evicted or freed."""
         self._held = True
         if self in self._home.ahead:
             self._home.ahead.remove(self)

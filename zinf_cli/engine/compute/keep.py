@@ -7,7 +7,7 @@ or goes to its tier when the forward is over. Each storage goes once, and those 
 transfers. An activation comes back with the strides it had.
 
 What a micro-batch's glue saves between two units is packed likewise. It is sent while the micro-batch waits at the
-second unit.
+second unit. Later glue may save the same storage again, so a GlueKeeper knows what it has sent.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Unpack = Callable[[], torch.Tensor]
 
 
 class Keeper:
-    """Packs what one call of a unit saves, or the glue of one micro-batch.
+    """Packs what one call of a unit saves.
 
     `params` are the unit's parameters, bound now and in its backward. `present` are tensors that stay in memory until
     then.
@@ -40,26 +40,19 @@ class Keeper:
         self._present: set[int] = set()
         self.add_present(present)
         self._leaving: dict[int, _Storage] = {}
-        self._sent: dict[int, tuple[StorageWeakRef, _Storage]] = {}
-        """What was sent, by storage, as long as the storage lives: if it is saved again, it is not sent again."""
-        self._again: dict[int, Saved] = {}
-        """Parcels that were sent before, and of which something was saved again since the last `send`."""
+        """What was saved since the last `send`, by storage."""
 
     def add_present(self, tensors: Iterable[torch.Tensor]) -> None:
+        """More tensors that stay in memory until backward."""
         self._present.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def packing(self) -> torch.autograd.graph.saved_tensors_hooks:
         """A context in which this keeper packs what autograd saves. It is for the thread that computes."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
-    def send(self) -> tuple[list[Saved], list[Saved]]:
-        """Send what was saved since the last call.
-
-        Returns the parcels, and the parcels sent before that are needed as well.
-        """
-        again, self._again = list(self._again.values()), {}
+    def send(self) -> list[Saved]:
+        """Send what was saved since the last call. Returns the parcels."""
         sent: list[Saved] = []
-        self._sent = {key: (alive, kept) for key, (alive, kept) in self._sent.items() if not alive.expired()}
         together: list[_Storage] = []
         num_bytes = 0
         for storage in self._leaving.values():
@@ -71,7 +64,7 @@ class Keeper:
         if together:
             sent.append(self._send(together))
         self._leaving.clear()
-        return sent, again
+        return sent
 
     def _pack(self, tensor: torch.Tensor) -> _Unpack:
         for begin, end, param in self._params:
@@ -84,14 +77,9 @@ class Keeper:
         return _Window(self._kept(tensor, storage).get, tensor, int(tensor.storage_offset()))
 
     def _kept(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Storage:
-        alive, sent = self._sent.get(storage._cdata, (None, None))
-        if alive is not None and sent is not None and not alive.expired() and sent.is_as_saved(tensor):
-            if sent.home is not None:
-                self._again[id(sent.home.parcel)] = sent.home.parcel
-            return sent
-        kept = _Storage(tensor)
-        self._leaving[storage._cdata] = kept
-        self._sent[storage._cdata] = StorageWeakRef(storage), kept
+        kept = self._leaving.get(storage._cdata)
+        if kept is None or not kept.is_as_saved(tensor):
+            kept = self._leaving[storage._cdata] = _Storage(tensor)
         return kept
 
     def _send(self, storages: Sequence[_Storage]) -> Parcel:
@@ -99,6 +87,35 @@ class Keeper:
         for storage, part in zip(storages, parts, strict=True):
             storage.move_to(part)
         return parts[0].parcel
+
+
+class GlueKeeper(Keeper):
+    """Packs what the glue of one micro-batch saves. It is sent at every unit."""
+
+    def __init__(self, activations: Activations, present: Iterable[torch.Tensor]) -> None:
+        super().__init__(activations, (), present, "glue")
+        self._sent: dict[int, tuple[StorageWeakRef, _Storage]] = {}
+        """What was sent, by storage, as long as the storage lives: if it is saved again, it is not sent again."""
+        self._again: dict[int, Saved] = {}
+        """Parcels that were sent before, and of which something was saved since the last `take_again`."""
+
+    def send(self) -> list[Saved]:
+        self._sent = {key: (alive, kept) for key, (alive, kept) in self._sent.items() if not alive.expired()}
+        self._sent |= {key: (kept.alive(), kept) for key, kept in self._leaving.items()}
+        return super().send()
+
+    def take_again(self) -> list[Saved]:
+        """The parcels that were sent before, and of which something was saved again since the last call."""
+        again, self._again = list(self._again.values()), {}
+        return again
+
+    def _kept(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Storage:
+        alive, sent = self._sent.get(storage._cdata, (None, None))
+        if alive is None or sent is None or alive.expired() or not sent.is_as_saved(tensor):
+            return super()._kept(tensor, storage)
+        assert sent.home is not None
+        self._again[id(sent.home.parcel)] = sent.home.parcel
+        return sent
 
 
 class _Storage:
@@ -122,7 +139,13 @@ class _Storage:
         tensor = self._tensor.get()
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
+    def alive(self) -> StorageWeakRef:
+        """Tells whether anybody still holds the storage. Before `move_to`, this object does."""
+        assert self._tensor is not None
+        return StorageWeakRef(self._tensor.get().untyped_storage())
+
     def move_to(self, home: Offloaded) -> None:
+        """The bytes are on their way to their tier: memory for them may be freed."""
         self._tensor, self.home = None, home
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from zinf_cli.engine.compute.activations import Activations
-from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import Finished
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.next_unit import Disagreement, NextUnit
@@ -224,11 +224,11 @@ class Sweep:
     def _resident_params(self) -> list[torch.nn.Parameter]:
         return [] if self._resident is None else list(self._units[self._resident].params)
 
-    def _glue_keeper(self) -> Keeper | None:
+    def _glue_keeper(self) -> GlueKeeper | None:
         """Packs what a micro-batch's glue saves, if that goes to a tier; else None."""
         if self._staying is None:
             return None
-        return Keeper(self._activations, (), [*self._staying, *self._resident_params()], "glue")
+        return GlueKeeper(self._activations, [*self._staying, *self._resident_params()])
 
     def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Run forward, loss and backward of the last unit, one micro-batch after another. Returns the losses.

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.compute.activations import Activations, Saved
 from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
-from zinf_cli.engine.compute.keep import Keeper
+from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import without_products
@@ -66,7 +66,7 @@ class Tape:
         *,
         trainable: set[int],
         compare: bool = False,
-        glue: Keeper | None = None,
+        glue: GlueKeeper | None = None,
         scale: float = 1.0,
     ) -> None:
         """`glue` packs what the code between units saves, in the micro-batch's thread.
@@ -128,8 +128,9 @@ class Tape:
     def send_glue(self) -> None:
         """Send what the glue has saved to its tier. Called while the micro-batch waits at a unit."""
         if self.glue is not None:
-            for parcels, more in zip(self._between, self.glue.send(), strict=True):
-                parcels += more
+            sent, again = self._between
+            again += self.glue.take_again()
+            sent += self.glue.send()
 
     def backward(self, record: Record) -> None:
         """Run backward of the newest record, into p.grad of the bound unit and into the glue before it."""
@@ -262,7 +263,7 @@ class Tape:
         keeper.add_present(record.plain_inputs())
         with keeper.packing():
             done = self._run(record, values)
-        record.kept, _ = keeper.send()
+        record.kept = keeper.send()
         return done
 
     def _run(
