@@ -27,7 +27,7 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.positions import check_seq_len
-from zinf_cli.train.process_memory import process_memory
+from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
     model_source,
@@ -190,6 +190,7 @@ def _machine(
     with _threads(max(1, cores // ranks)):
         a = torch.randn(1024, 1024, dtype=DTYPES[precision], device=device)
         (a @ a).sum().item()  # libraries are loaded and threads started now, as in a rank
+        return_free_memory()  # of the tokenizer, say, which a rank does not run
         memory = process_memory()
         shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
         flops = _flops(device, precision, shape)

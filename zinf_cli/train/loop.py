@@ -65,6 +65,7 @@ def train(run_dir: Path) -> int:
             start = resume(recipe, engine, model, text, ranks, note)
             if start.folder is None:
                 engine.load(weights.read)
+        del weights  # with the states of the generator that made them
         return_free_memory()
         if ranks.rank == 0:
             logging = recipe.logging
