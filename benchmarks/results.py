@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Result:
 
 
 def add_save(parser: argparse.ArgumentParser) -> None:
+    """Add `--save`. Call it before anything is measured: the commit of a result is the one of this moment."""
+    versions()
     parser.add_argument(
         "--save", action="store_true", help="keep what is measured: a file a case in benchmarks/results/"
     )
@@ -104,6 +107,7 @@ def here() -> dict[str, Any]:
     }
 
 
+@cache
 def versions() -> dict[str, str | None]:
     """zinf's is its commit, with -dirty if files differ from it; None outside of a clone."""
     asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]

@@ -193,7 +193,7 @@ def can_be_cut(model: nn.Module, weight: torch.Tensor) -> bool:
 
 
 def in_one_tile(model: nn.Module, weight: torch.Tensor) -> TiledWeight:
-    """Let the parameter `weight` be a tile, in place; that has all of its rows. Returns what stands for it."""
+    """Make one tile of the parameter `weight`, with all of its rows, in place. Returns the TiledWeight."""
     origin, param = next((name, param) for name, param in model.named_parameters() if param is weight)
     made = _tiled({"weight": param}, {id(param): origin}, param.numel())
     for module, _ in list(_owners(model, weight)):
@@ -211,7 +211,7 @@ def put_back(model: nn.Module, tiled: TiledWeight) -> None:
 
 
 def replace_tiled(model: nn.Module, old: TiledWeight, new: TiledWeight) -> None:
-    """Let `new` stand for the weight for which `old` does."""
+    """Put `new` in the place of `old`, in every module that has it."""
     for module, name in list(_owners(model, old)):
         module.__dict__[name] = new
 
@@ -225,7 +225,7 @@ def _owners(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module,
 
 
 def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
-    """Let what stands for weights of the same tiles be attributes of their module, and the tiles its children."""
+    """Put TiledWeights of the same tiles into their module in place of its weights, and the tiles as its children."""
     for name in tiled:
         del module._parameters[name]
         module.__dict__[name] = tiled[name]
@@ -374,7 +374,7 @@ def _rows_of(weight: torch.Tensor, ids: torch.Tensor, padding_idx: int | None) -
 
 
 def _known_rows(weight: torch.Tensor, ids: torch.Tensor, first: int, padding_idx: int | None) -> torch.Tensor:
-    """The rows that a tile has; zeros for the ids of others. The row of `padding_idx` gets no gradient."""
+    """The embeddings of `ids`: rows of this tile, and zeros for other ids. The row `padding_idx` gets no gradient."""
     inside = (ids >= first) & (ids < first + weight.shape[0])
     learns = inside if padding_idx is None else inside & (ids != padding_idx)
     found = F.embedding(torch.where(inside, ids - first, 0), weight)
