@@ -97,7 +97,8 @@ def test_blocks_that_fit_whole_are_cut_if_the_step_gets_much_shorter_and_stay_so
     recipe = recipe.model_copy(update={"train": train, "model": model, "offload": offload})
     found = find_figures(recipe, 1)
     figures = replace(found, machine=replace(found.machine, flops=1e11))
-    profile = replace(profile_here(figures, [tmp_path], None), drives=Drives(1 << 40, 1e9, 1e9, 1e9))
+    assumed = replace(profile_here(figures, [tmp_path], None), drives=Drives(1 << 40, 1e9, 1e9, 1e9))
+    profile = replace(assumed, measured=True, drives=replace(assumed.drives, measured=True))
 
     def figures_of(most: int) -> Figures:
         return replace(find_figures(recipe, 1, most=most), machine=figures.machine)
@@ -108,6 +109,7 @@ def test_blocks_that_fit_whole_are_cut_if_the_step_gets_much_shorter_and_stay_so
     whole, cut = best_plan(more, figures, profile), plan_in_parts(more, figures, figures_of, profile)
     assert cut.figures.model.most is not None
     assert cut.step_s + cut.calm_step_s < 0.9 * (whole.step_s + whole.calm_step_s)
+    assert plan_in_parts(more, figures, figures_of, assumed).figures.model.most is None
     assert plan_in_parts(more, figures, figures_of, profile, before=whole).figures.model.most is None
     again = plan_in_parts(tight, figures, figures_of, profile, before=cut)
     assert again.figures.model.most == cut.figures.model.most

@@ -8,7 +8,8 @@ Whole blocks may fit, and leave so little memory beside them that compute waits 
 for what is read ahead and for cached units. So the model is cut as well if that makes the simulated step shorter, by
 more than parts may cost.
 
-A cut changes the order of some sums, and with it the last bits of losses. So a run that goes on is cut as it was.
+A cut changes the order of some sums, and with it the last bits of losses. So it does not follow from speeds that are
+assumed, or measured in a moment: `zinf bench` has to have measured them. And a run that goes on is cut as it was.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def plan_in_parts(
             return plan
     plan = planned(figures)
     half = _largest(figures) // 2
-    if plan.fits and 1 - plan.busy["compute"] > GAIN and half >= LEAST_PART:
+    known = profile is not None and profile.measured and profile.drives.measured
+    if plan.fits and known and 1 - plan.busy["compute"] > GAIN and half >= LEAST_PART:
         enough = (1 - GAIN) * _seconds(plan)
         if _seconds(planned(in_parts(figures, half))) < enough:
             cut = planned(figures_of(half))
