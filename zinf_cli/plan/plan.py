@@ -148,6 +148,11 @@ class Plan:
         return sum(line.num_bytes for line in self.lines if line.tier == "cpu")
 
     @property
+    def cpu_bytes_at_rest(self) -> int:
+        """The same without the temporaries of compute."""
+        return sum(line.num_bytes for line in self.lines if line.tier == "cpu" and line.what != "compute")
+
+    @property
     def choice(self) -> Choice:
         """The placement that this plan was made for."""
         return Choice(

@@ -35,7 +35,7 @@ from zinf_cli.train.collator import Batch, Sample, Stream
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of
-from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory
+from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.schedule import learning_rate
@@ -73,7 +73,8 @@ def train(run_dir: Path) -> int:
                 run_dir, interval=logging.interval, tensorboard=logging.tensorboard, notice=note, step=start.step
             )
             announce(run_dir, start.step, start.folder)
-        Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
+        with returning_free_memory(above=plan.cpu_bytes_at_rest):
+            Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()
     finally:
         if recipe.profiler.enabled:
             try:
