@@ -1,8 +1,8 @@
 """A run's timeline: spans by lane, in the Chrome/Perfetto trace format.
 
 Every part of the engine reports to one `Trace`. Disabled, a span costs one attribute read; enabled, spans are kept
-in memory and written as JSON once. Lanes are the resources of a rank: compute, gather, reduce, copies, NVMe, update,
-and "wait", the time the compute thread stood still for data.
+in memory and written as JSON once. Lanes are the resources of a rank: compute, gather, reduce, copies, NVMe, update.
+"glue" is compute between units. "wait" is the time the compute thread stood still for data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import UsageError
 
-LANES = ("wait", "compute", "update", "gather", "reduce", "copy in", "copy out", "nvme read", "nvme write")
+LANES = ("wait", "compute", "glue", "update", "gather", "reduce", "copy in", "copy out", "nvme read", "nvme write")
 
 
 class Trace:

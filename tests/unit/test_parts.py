@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.units.tiles import TiledWeight, cut
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
+from zinf_cli.trace import LANES
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import build_model
 
@@ -171,6 +174,20 @@ def test_no_product_is_computed_again() -> None:
     ops = counter.get_flop_counts()["Global"]
     passes, tokens = 3, 2 * 12  # forward, and backward into input and weight
     assert sum(ops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)) == passes * 2 * tokens * weights
+
+
+def test_a_trace_names_parts_and_tells_glue_from_compute(tmp_path: Path) -> None:
+    engine = in_parts("llama", EngineOptions(), TILES)
+    engine.trace.enabled = True
+    engine_losses(engine, 1)
+    engine.trace.write(tmp_path / "trace.json")
+    spans = [span for span in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if span["ph"] == "X"]
+    lanes = {lane: [span for span in spans if span["tid"] == LANES.index(lane)] for lane in ("compute", "glue")}
+    for number, place in product((1, 2), ("forward", "backward")):
+        assert f"model.layers.1.mlp.gate_proj {number}/2 {place}" in {span["name"] for span in lanes["compute"]}
+    assert {"after model.layers.1.mlp.gate_proj 2/2", "loss backward"} <= {span["name"] for span in lanes["glue"]}
+    in_turn = sorted((span for lane in lanes.values() for span in lane), key=lambda span: span["ts"])
+    assert all(one["ts"] + one["dur"] <= two["ts"] + 1 for one, two in pairwise(in_turn))  # microseconds
 
 
 def test_units_of_parts_are_no_larger_than_a_part_may_be() -> None:

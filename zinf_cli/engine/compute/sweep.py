@@ -196,8 +196,7 @@ class Sweep:
         passed = self._units[unit]
         for member in members:
             for _ in self._calls(unit, lambda: member.called):  # noqa: B023 (called at once)
-                with self._trace.span("compute", f"{passed.name} forward"):
-                    member.pass_unit(passed, keeper=self._keeper(unit))
+                member.pass_unit(passed, keeper=self._keeper(unit))
                 self._pipeline.advance()
 
     def _calls(self, unit: int, at: Callable[[], int | None]) -> Iterator[None]:
@@ -242,18 +241,16 @@ class Sweep:
         agreed = self._same_records(members) and all(member.called == visit.unit for member in members)
         self._next.agree(agreed or self._ranks.world_size > 1)
         for member in members if agreed else ():
-            with self._trace.span("compute", f"{name} forward"):
-                member.pass_unit(self._units[visit.unit], hot=True)
+            member.pass_unit(self._units[visit.unit], hot=True)
             if not isinstance(member.at, Finished):
                 member.tape.cool(name)
                 agreed = False
                 break
             if not losses:
                 forward_done()
-            with self._trace.span("compute", f"{name} backward"):
-                losses.append(member.take_loss())
-                if member.recorded == visit.unit:
-                    member.backward()
+            losses.append(member.take_loss())
+            if member.recorded == visit.unit:
+                member.backward()
             self._pipeline.advance()
         if not agreed and not losses and self._ranks.world_size == 1:
             self._pass_unit(members[1:], visit.unit)
@@ -281,8 +278,7 @@ class Sweep:
             self._acquire(visit)
             for member in members:
                 for _ in self._calls(unit, lambda: member.recorded):  # noqa: B023
-                    with self._trace.span("compute", f"{self._units[unit].name} backward"):
-                        member.backward()
+                    member.backward()
                 _prefetch(members)
                 self._pipeline.advance()
             self._pipeline.release(visit)
@@ -347,7 +343,7 @@ class Sweep:
     def _members_for(self, batches: Sequence[MicroBatch], *, grad: bool) -> Iterator[list[SweepMember]]:
         """A member for each micro-batch, at its first unit."""
         while len(self._members) < len(batches):
-            self._members.append(SweepMember(len(self._members), self._device))
+            self._members.append(SweepMember(len(self._members), self._device, self._trace))
         members = self._members[: len(batches)]
         started: list[SweepMember] = []
         try:
@@ -360,6 +356,7 @@ class Sweep:
                     trainable=self._trainable,
                     compare=self._checks[:1] == ["recompute"],
                     glue=self._glue_keeper() if grad else None,
+                    trace=self._trace,
                     scale=batch.weight,
                 )
                 unseen = grad and (self._checks[:1] == ["leaks"] or self._state.may_leak)

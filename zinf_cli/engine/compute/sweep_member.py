@@ -14,6 +14,7 @@ from zinf_cli.engine.compute.micro_batch import BlockCall, Finished, MicroBatchT
 from zinf_cli.engine.compute.record import RngState
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.engine.units.store import Unit
+from zinf_cli.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class MicroBatch:
 class SweepMember:
     """One micro-batch in a sweep: its thread, its tape, its random state."""
 
-    def __init__(self, number: int, device: torch.device) -> None:
+    def __init__(self, number: int, device: torch.device, trace: Trace) -> None:
         self.thread = MicroBatchThread(number, device)
         self._device = device
+        self._trace = trace
         self._rng: RngState | None = None
         self._at_home: Sequence[torch.Tensor] | None = None
         self.batch: MicroBatch
@@ -55,12 +57,14 @@ class SweepMember:
         self._rng.restore()
         num_records = len(self.tape.records)
         seen = self._at_home is not None  # a leak shows in the graph
-        outputs = self.tape.forward(self.at, unit.name, hot=hot or (seen and keeper is None), keeper=keeper)
+        with self._trace.span("compute", f"{unit.name} forward"):
+            outputs = self.tape.forward(self.at, unit.name, hot=hot or (seen and keeper is None), keeper=keeper)
         if self._at_home is not None and len(self.tape.records) > num_records:
             check_call(self.tape.records[-1], [*unit.params, *self._at_home])
             if not hot and keeper is None:
                 self.tape.cool(unit.name)
-        self._goes_on(self.thread.resume(outputs))
+        with self._trace.span("glue", f"after {unit.name}"):
+            self._goes_on(self.thread.resume(outputs))
         self._rng = RngState(self._device)
 
     def _goes_on(self, to: UnitCall | BlockCall | Finished) -> None:
@@ -112,5 +116,6 @@ class SweepMember:
             check_between([loss.grad_fn, *glue], self._at_home)
         self.at = Finished(loss.detach())
         scale = torch.full_like(loss, self.batch.weight)
-        torch.autograd.backward((loss,), (scale,), retain_graph=True)
+        with self._trace.span("glue", "loss backward"):
+            torch.autograd.backward((loss,), (scale,), retain_graph=True)
         return loss.detach()

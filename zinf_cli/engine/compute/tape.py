@@ -37,6 +37,7 @@ from zinf_cli.engine.compute.record import Border, Emitter, GlueTensor, Graph, R
 from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
+from zinf_cli.trace import Trace
 
 
 class Emit(torch.autograd.Function):
@@ -67,6 +68,7 @@ class Tape:
         trainable: set[int],
         compare: bool = False,
         glue: GlueKeeper | None = None,
+        trace: Trace | None = None,
         scale: float = 1.0,
     ) -> None:
         """`glue` packs what the code between units saves, in the micro-batch's thread.
@@ -79,6 +81,7 @@ class Tape:
         self._trainable = trainable
         self._compare = compare
         self._scale = scale
+        self._trace = trace or Trace()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.glue = glue
@@ -135,6 +138,13 @@ class Tape:
     def backward(self, record: Record) -> None:
         """Run backward of the newest record, into p.grad of the bound unit and into the glue before it."""
         assert record is self.records[-1]
+        with self._trace.span("compute", f"{record.label} backward"):
+            self._unit_backward(record)
+        self.records.pop().free()
+        with self._trace.span("glue", f"before {record.label}, backward"):
+            self._backward_before(record)
+
+    def _unit_backward(self, record: Record) -> None:
         record.check_shared()
         grads = record.output_grads
         if any(grad is not None for grad in grads):
@@ -154,7 +164,9 @@ class Tape:
             del pairs, grads
             for glue, leaf in record.graph.inputs:
                 glue.add_grad(leaf.grad)
-        self.records.pop().free()
+
+    def _backward_before(self, record: Record) -> None:
+        """Backward of the glue that is complete now that of `record` is, up to the record before."""
         for saved in (*record.before, *record.before_again):
             saved.get()
         for glue in record.glue_inputs():
