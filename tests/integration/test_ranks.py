@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
-import json
 import math
-import socket
-import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from plain import plain_losses, relative_difference
-from programs import command, environment
+from late_writes import late_writes
+from own_processes import as_ranks
+from plain import engine_losses, every_other_unit_cached, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
+from zinf_cli.engine.options import EngineOptions
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.engine.units import chunked_loss
 
 STEPS, COUNT = 5, 6
 CLASSES = ("params", "grads", "optimizer", "activations")
 
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
+"""An architecture, changes to its configuration, and where its state lies.
+
+The last are fields of EngineOptions, and `cached`, `late`, `dtype`, `most`, `chunk` (logits) and `settings` of
+engine_losses().
+"""
+
+
+def of_rank(ranks: Ranks, cases: list[Case], folder: Path) -> list[list[list[float]]]:
+    """For each case, the losses of this rank's micro-batches of every step."""
+    return [losses_of(ranks, name, changes, folder, **placement) for name, changes, placement in cases]
+
+
+def losses_of(
+    ranks: Ranks,
+    name: str,
+    changes: dict[str, Any],
+    folder: Path,
+    *,
+    cached: bool = False,
+    late: bool = False,
+    dtype: torch.dtype = torch.float32,
+    most: int | None = None,
+    chunk: int | None = None,
+    settings: dict[str, Any] | None = None,
+    **placement: Any,
+) -> list[list[float]]:
+    if chunk is not None:
+        chunked_loss.CHUNK = chunk
+    options = EngineOptions(**placement, nvme_folders=(folder / f"rank-{ranks.rank}",))
+    if cached:
+        options = every_other_unit_cached(options)
+    source = random_source(name, **changes)
+    engine = open_engine(source, options, ranks, dtype=dtype, most=most, in_chunks=chunk is not None)
+    with late_writes() if late else nullcontext():
+        return engine_losses(engine, STEPS, count=COUNT, rank=ranks.rank, world_size=ranks.world_size, **settings or {})
 
 
 def run_ranks(world_size: int, cases: list[Case], folder: Path) -> list[list[list[float]]]:
     """For each case, the losses of all micro-batches of every step, ranks side by side."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    words = command("rank_losses", STEPS, COUNT, folder, json.dumps(cases))
-    processes = [
-        subprocess.Popen(words, env=environment(**world, RANK=str(rank)), stdout=subprocess.PIPE, text=True)
-        for rank in range(world_size)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world_size
-    by_rank = [[json.loads(line) for line in lines.splitlines() if line.startswith("[[")] for lines in printed]
+    by_rank = as_ranks(world_size, of_rank, cases, folder)
     return [
         [[loss for losses in step for loss in losses] for step in zip(*case, strict=True)]
         for case in zip(*by_rank, strict=True)
@@ -71,13 +93,14 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     cases += [("llama", {}, {**placements[2], "speculate": True, "settings": {"clip": clip}}) for clip in clips]
     cases += [("llama", {}, {**placements[2], "speculate": True, "late": True, "settings": {"clip": clips[0]}})]
     cases += [("llama", {}, {**placements[2], "settings": {"infinite": (2, COUNT - 1)}})]  # of the last rank alone
-    cases += [("deepseek_v3", {}, {**placement, "dtype": "bfloat16"}) for placement in placements[:3:2]]  # fp32 routers
-    *found, in_memory, on_nvme, failing, holding, late, infinite, mixed, mixed_on_nvme = run_ranks(
+    mixed: dict[str, Any] = {"dtype": torch.bfloat16}  # and fp32 routers
+    cases += [("deepseek_v3", {}, {**placement, **mixed}) for placement in placements[:3:2]]
+    *found, in_memory, on_nvme, failing, holding, late, infinite, in_bf16, bf16_on_nvme = run_ranks(
         world_size, cases, tmp_path
     )
-    assert mixed == mixed_on_nvme
+    assert in_bf16 == bf16_on_nvme
     expected = plain_losses(random_source("deepseek_v3"), STEPS, count=COUNT, dtype=torch.bfloat16)
-    assert relative_difference(mixed, expected) < 2e-3
+    assert relative_difference(in_bf16, expected) < 2e-3
     assert late == failing
     expected = plain_losses(random_source("llama"), STEPS, count=COUNT, infinite=(2, COUNT - 1))
     assert infinite[2][-1] == expected[2][-1] == math.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from own_processes import in_processes
 from tiny_models import WORD_TEMPLATE, WORDS
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import LrScheduler, Optimizer, Recipe
@@ -128,16 +128,14 @@ def test_arrays_that_are_no_tokens(tmp_path: Path, array: Any) -> None:
         open_token_stream(TextSource((tmp_path,)), tmp_path / "cache")
 
 
-def _open_in_process(source: TextSource, cache: Path) -> int:
+def length_of(source: TextSource, cache: Path) -> int:
     return len(open_token_stream(source, cache))
 
 
 def test_ranks_that_start_at_once_share_one_cache(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three hello\n" * 20_000)
     source = TextSource((tmp_path / "a.txt",), tokenizer=tokenizer)
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        sizes = pool.starmap(_open_in_process, [(source, tmp_path / "cache")] * 3)
-    assert sizes == [80_001] * 3
+    assert in_processes(length_of, [(source, tmp_path / "cache")] * 3) == [80_001] * 3
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 

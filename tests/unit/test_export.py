@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from xxhash import xxh3_64_hexdigest
 
+from own_processes import in_processes
+from peaks import peak_of_export
 from plain import engine_losses, open_engine
-from programs import command
 from tiny_models import CONFIGS, batch, random_source
 from zinf_cli.checkpoint import folder as folders
 from zinf_cli.checkpoint.manifest import MANIFEST, Manifest, StoredFile
@@ -110,10 +110,7 @@ def test_memory_follows_the_largest_unit(tmp_path: Path) -> None:
         engine = open_engine(source, EngineOptions())
         save(engine, source, tmp_path / str(layers))
         engine.close()
-    small, large = (
-        int(subprocess.run(command("peak_of_export", tmp_path / layers), check=True, capture_output=True).stdout)
-        for layers in ("8", "24")
-    )
+    ((small,), (large,)) = (in_processes(peak_of_export, [(tmp_path / layers,)]) for layers in ("8", "24"))
     more_weights = 16 * 4 * 3 * 256 * (256 + 1024)  # of 16 layers, in bytes
     assert large < 1.1 * small
     assert large - small < more_weights / 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +15,9 @@ from torch import nn
 
 from checkpoints import resumed, save
 from in_process import run
+from own_processes import in_processes
+from peaks import peak_of_loss
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
-from programs import command, environment
 from tiny_models import random_source
 from tiny_recipes import recipe_of
 from zinf_cli.engine.engine import Engine
@@ -295,9 +294,8 @@ def test_a_model_that_does_more_with_its_heads_weight_keeps_its_logits(
 
 def test_memory_of_the_loss_does_not_follow_the_batch(tmp_path: Path) -> None:
     """2048 tokens of a vocabulary of 128K: the logits alone would take a GiB, and with their loss more than 3."""
-    done = subprocess.run(command("peak_of_loss", tmp_path), check=True, capture_output=True, env=environment())
-    told = json.loads(done.stdout.splitlines()[-1])
+    (found,) = in_processes(peak_of_loss, [(tmp_path,)])
     taken_by_all = 3 * 2048 * 2**17 * 4
-    assert told["peak"] < told["planned"]
-    assert told["peak"] - (told["planned"] - told["compute"]) < taken_by_all / 8
-    assert told["compute"] < told["whole"] / 8
+    assert found.peak < found.planned
+    assert found.peak - (found.planned - found.compute) < taken_by_all / 8
+    assert found.compute < found.whole / 8

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, open_blocks
+from own_processes import as_ranks
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
@@ -282,35 +279,26 @@ def test_the_dry_forward_moves_nothing(tmp_path: Path) -> None:
     )
 
 
-def _rank_of_two(rank: int, port: int, folder: Path, kind: type[Block]) -> None:
-    """Train four steps, and write down how many are done, and why no more."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = Ranks.join(torch.device("cpu"))
+def trained(ranks: Ranks, folder: Path, kind: type[Block]) -> tuple[int, str]:
+    """Train four steps: how many are done, and why no more."""
     with _parameters_on_meta():
         model = Blocks(kind)
-    opened = open_blocks(model, Mode(), folder / str(rank), ranks)
+    opened = open_blocks(model, Mode(), folder / str(ranks.rank), ranks)
     done, why = 0, ""
     try:
         for step in range(4):
-            batch = torch.full((3, WIDTH), float(1 + rank + step))
+            batch = torch.full((3, WIDTH), float(1 + ranks.rank + step))
             work = [MicroBatch(lambda batch=batch: model(batch), 0.25, number) for number in range(2)]  # type: ignore[misc]
             opened.train_step(work, AdamW(1e-3), more=step < 3)
             done += 1
     except ModelError as error:
         why = error.line()
-    (folder / f"rank-{rank}.json").write_text(json.dumps([done, why]))
     opened.close()
-    ranks.leave()
+    return done, why
 
 
 @pytest.mark.parametrize("kind", [WithBuffer, MadeOnce])
 def test_of_several_ranks_what_moves_in_every_step_is_refused(kind: type[Block], tmp_path: Path) -> None:
     """Plain PyTorch's order is one after the other; ranks have none. What moves once may."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_rank_of_two, (port, tmp_path, kind), nprocs=2)
-    ended = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     why = "the model's forward changes layers.0.mean in every step, on each rank in its own way (train it on one rank)"
-    assert ended == [[4, ""] if kind is MadeOnce else [1, why]] * 2
+    assert as_ranks(2, trained, tmp_path, kind) == [(4, "") if kind is MadeOnce else (1, why)] * 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -12,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from programs import command, environment
+from own_processes import in_processes
+from peaks import peak_of_tiles
 from ranges import assert_parts_are_the_whole
 from tiny_models import CONFIGS, KEPT_IN_FP32, random_source
 from zinf_cli.train import recorded
@@ -118,6 +118,5 @@ def test_what_is_not_done_to_ranges_is_done_to_the_whole(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["parts", "one"])
 def test_memory_follows_what_is_read(how: str) -> None:
-    program = command("peak_of_tiles", how)
-    found = subprocess.run(program, check=True, capture_output=True, env=environment(OMP_NUM_THREADS="1"))
-    assert int(found.stdout) < BLOCK_BYTES / 8
+    (peak,) = in_processes(peak_of_tiles, [(how,)])
+    assert peak < BLOCK_BYTES / 8

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 
+from own_processes import as_ranks
 from plain import LR, engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import dataset_for, random_source
 from zinf_cli.checkpoint import folder as folders
@@ -160,11 +158,7 @@ def test_it_goes_on_in_other_slices(tmp_path: Path) -> None:
     losses += losses_of(engine, STEPS, first=CUT)
     engine.close()
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(_rank_of_two, (port, tmp_path), nprocs=2)
-    by_rank = [json.loads((tmp_path / f"losses-{rank}.json").read_text()) for rank in range(2)]
+    by_rank = as_ranks(2, train_and_write, tmp_path)
     of_two = [first + second for first, second in zip(*by_rank, strict=True)]
     alone = plain_losses(random_source(MODEL), STEPS, count=4, optimizer_of=torch_sgd)
     assert relative_difference(of_two, alone) < 1e-5
@@ -190,20 +184,16 @@ def save(engine: Engine, run_dir: Path, ranks: Ranks) -> None:
     writer.close()
 
 
-def _rank_of_two(rank: int, port: int, folder: Path) -> None:
+def train_and_write(ranks: Ranks, folder: Path) -> list[list[float]]:
     """Train from the start; then take the state of the one rank, and write it as it is."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = Ranks.join(torch.device("cpu"))
-    engine = engine_of(everything_on("nvme", folder / f"nvme-{rank}"), ranks)
-    losses = losses_of(engine, STEPS, count=4, rank=rank, world_size=2)
-    (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
+    engine = engine_of(everything_on("nvme", folder / f"nvme-{ranks.rank}"), ranks)
+    losses = losses_of(engine, STEPS, count=4, rank=ranks.rank, world_size=ranks.world_size)
     reader = CheckpointReader(folders.find_checkpoint(folder / "one"))
     engine.load_state(reader)
     reader.close()
     save(engine, folder / "two", ranks)
     engine.close()
-    ranks.leave()
+    return losses
 
 
 def test_a_kernel_of_other_state_is_refused() -> None:
