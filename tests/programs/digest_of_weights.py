@@ -8,7 +8,13 @@ from tiny_models import random_source
 from zinf_cli.train.model import build_model
 from zinf_cli.train.weights import open_weights
 
-source = random_source("mamba")
-model = build_model(source)
-values = open_weights(model, source).read([name for name, _ in model.named_parameters()])
-print(hashlib.sha256(b"".join(value.numpy().tobytes() for value in values.values())).hexdigest())
+
+def digest() -> str:
+    source = random_source("mamba")
+    model = build_model(source)
+    values = open_weights(model, source).read([name for name, _ in model.named_parameters()])
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in values.values())).hexdigest()
+
+
+if __name__ == "__main__":
+    print(digest())

@@ -77,7 +77,7 @@ def test_updates_done_in_the_backward_pass(tmp_path: Path) -> None:
     assert_goes_on("llama", tmp_path, nvme, nvme, clip=None, eager=True)
 
 
-PASSING = {2, 3, 4, 6, 9}
+PASSING = {2, 3, 5, 7}
 """Steps whose checkpoint is taken in passing: some in a row, some with others between them."""
 MIXED: dict[str, Any] = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
 
@@ -109,7 +109,7 @@ def test_taken_in_passing_it_is_what_a_pause_would_have_written(how: str, dtype:
         engine = open_engine(source, options, freeze=freeze, dtype=dtype)
         writer = CheckpointWriter(run_dir, engine, Ranks(), lambda: iter([]), None)
         found = []
-        for step in range(10):
+        for step in range(max(PASSING)):
             work = [
                 MicroBatch(partial(model_loss, engine.model, ids, ids), 1 / 3, 1000 * step + number)
                 for number, ids in enumerate(batches(step, 3))

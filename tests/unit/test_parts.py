@@ -30,7 +30,7 @@ from zinf_cli.trace import LANES
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import build_model
 
-STEPS = 5
+STEPS = 4
 MODULES, TILES = 4000, 1000
 """Elements of a part: tiny models then are cut into their own modules, or into tiles."""
 NO_DROPOUT: dict[str, dict[str, Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tiny_recipes import recipe_of
 from zinf_cli.commands.estimate import Flags
 from zinf_cli.commands.estimate_recipe import estimate_recipe
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError
+from zinf_cli.launch.connection import Connection
+from zinf_cli.launch.question import _figures
 from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme, to_profile
 from zinf_cli.plan.exact import reasons_of
@@ -25,10 +28,21 @@ from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.figures import find_figures
+from zinf_cli.train.question import Question
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 MIB = 2**20
+
+
+@pytest.fixture
+def looked_at_here(stated_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which has torch, looks at the model; another one would import it first."""
+
+    def answered(asked: str, _: Connection) -> Figures:
+        return _figures(json.dumps(Question(asked, sys.stderr)._looked_at()), "", 0)
+
+    monkeypatch.setattr("zinf_cli.launch.question._ask", answered)
 
 
 def measured(folder: Path, rate: float = 2e9) -> Measured:
@@ -125,6 +139,7 @@ def test_a_recipe_is_estimated_as_it_is_planned(tmp_path: Path, capsys: pytest.C
     )
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_a_config_is_enough_and_the_machine_may_be_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -138,6 +153,7 @@ def test_a_config_is_enough_and_the_machine_may_be_another(tmp_path: Path, capsy
     assert found["tiers"]["device"]["have_bytes"] <= 32 << 30
 
 
+@pytest.mark.usefixtures("looked_at_here")
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
@@ -155,6 +171,7 @@ def test_a_config_that_is_none_is_refused(
     assert getattr(caught.value, "exit_code", None) == 2
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_what_does_not_fit_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="cpu")
     budget = recipe.offload.model_copy(update={"cpu_memory": MIB})
@@ -164,6 +181,7 @@ def test_what_does_not_fit_elsewhere_is_refused(tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
+@pytest.mark.usefixtures("looked_at_here")
 def test_several_hosts_share_the_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 512, "n_head": 8, "vocab_size": 1000, "n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
