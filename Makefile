@@ -22,7 +22,7 @@ demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few 
 # Ranks of tests that run beside each other have more threads than there are cores: one that waits must not spin.
 test: install lab ## run the unit and integration tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal tests/unit
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 --dist loadfile tests/integration
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
 	$(PYTHON) -m pytest tests/crash
@@ -36,9 +36,9 @@ test-faults: install lab ## every fault of a run on many hosts, at ten moments e
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
 
-test-speeds: install ## the unit tests as on a machine whose measured speeds are a tenth of this one's, and ten times them
-	OMP_NUM_THREADS=1 ZINF_TEST_SPEED=0.1 $(PYTHON) -m pytest --numprocesses auto tests/unit
-	OMP_NUM_THREADS=1 ZINF_TEST_SPEED=10 $(PYTHON) -m pytest --numprocesses auto tests/unit
+test-speeds: ## the tests as on a machine whose measured speeds are a tenth of this one's, and ten times them
+	ZINF_TEST_SPEED=0.1 $(MAKE) test
+	ZINF_TEST_SPEED=10 $(MAKE) test
 
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.

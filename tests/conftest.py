@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from forked_ranks import ForkedRanks
 from small_drives import mounted_small_drive
 
 SPEED = float(os.environ.get("ZINF_TEST_SPEED", "1"))
@@ -50,6 +51,12 @@ def other_speeds(no_files_of_the_users: Path) -> Iterator[None]:
         patch.setattr(links, "time", clock)
         patch.setattr(nvme, "time", clock)
         yield
+
+
+@pytest.fixture(scope="session")
+def forked(other_speeds: None) -> Iterator[ForkedRanks]:
+    with ForkedRanks() as ranks:
+        yield ranks
 
 
 @pytest.fixture

@@ -95,17 +95,16 @@ def endless(folder: Path) -> TinyRun:
     return TinyRun.write(folder, 100_000, lr_scheduler=WARMUP)
 
 
-def assert_survives(folder: Path, ranks: int, kills: int, seed: int) -> None:
+def assert_survives(forked: ForkedRanks, folder: Path, ranks: int, kills: int, seed: int) -> None:
     """Killed `kills` times, a run ends with the bits of one that was not."""
     broken = endless(folder / "broken")
     rng = random.Random(seed)
-    with ForkedRanks() as forked:
-        for _ in range(kills):
-            before = checkpoints_of(broken.run_dir)
-            codes = forked.run(broken.recipe, ranks, random_kill(rng, ranks))
-            assert codes == [-9] * ranks, broken.log
-            assert not before or checkpoints_of(broken.run_dir), "a kill costs no checkpoint"
-        assert_ends_unharmed(broken, lambda run: forked.run(run.recipe, ranks) == [0] * ranks)
+    for _ in range(kills):
+        before = checkpoints_of(broken.run_dir)
+        codes = forked.run(broken.recipe, ranks, kill=random_kill(rng, ranks))
+        assert codes == [-9] * ranks, broken.log
+        assert not before or checkpoints_of(broken.run_dir), "a kill costs no checkpoint"
+    assert_ends_unharmed(broken, lambda run: forked.run(run.recipe, ranks) == [0] * ranks)
 
 
 def assert_ends_unharmed(broken: TinyRun, runs: Callable[[TinyRun], bool]) -> None:

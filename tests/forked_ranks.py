@@ -2,8 +2,8 @@
 
 `python -m forked_ranks` reads a job a line and answers each with the exit codes of its ranks, negative for a signal:
 
-    {"recipe": "r.yaml", "ranks": 2, "kill": {"after_s": 0.7}}
-    {"recipe": "r.yaml", "ranks": 2, "kill": {"rank": 1, "call": "fsync", "nth": 5, "before": true}}
+    {"recipe": "r.yaml", "changes": ["train.max_steps=3"], "ranks": 2, "kill": {"after_s": 0.7}}
+    {"recipe": "r.yaml", "changes": [], "ranks": 2, "kill": {"rank": 1, "call": "fsync", "nth": 5, "before": true}}
 
 A kill is SIGKILL to the process group of all ranks: some time after their start, or just before or after a rank's nth
 call of a function of `os`.
@@ -19,10 +19,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zinf_cli.recipe.recipe import Recipe
 
 
 class ForkedRanks:
@@ -42,11 +45,14 @@ class ForkedRanks:
         with self._process as process:
             process.kill()
 
-    def run(self, recipe: Path, ranks: int, kill: dict[str, Any] | None = None) -> list[int]:
-        """The exit codes of the ranks; their output is in the run's logs/forked.log."""
+    def run(
+        self, recipe: Path, ranks: int, changes: Sequence[str] = (), kill: dict[str, Any] | None = None
+    ) -> list[int]:
+        """The exit codes of the ranks; their output is in the run's logs/forked.log. `changes` are KEY=VALUE."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps({"recipe": str(recipe), "ranks": ranks, "kill": kill}), file=self._process.stdin, flush=True)
+        job = {"recipe": str(recipe), "changes": list(changes), "ranks": ranks, "kill": kill}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         codes: list[int] = json.loads(self._process.stdout.readline())
         return codes
 
@@ -61,12 +67,13 @@ def _serve() -> None:
         print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
 
 
-def _run(recipe: str, ranks: int, kill: dict[str, Any] | None) -> list[int]:
+def _run(recipe: str, changes: list[str], ranks: int, kill: dict[str, Any] | None) -> list[int]:
     from zinf_cli.recipe.recipe_file import load_recipe
 
-    run_dir = load_recipe(Path(recipe)).output_dir
+    loaded = load_recipe(Path(recipe), changes)
+    run_dir = loaded.output_dir
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    planned = _ended(_fork(lambda: _plan(recipe, run_dir, ranks), run_dir, group=0))
+    planned = _ended(_fork(lambda: _plan(loaded, ranks), run_dir, group=0))
     if planned != 0:
         return [planned]
     port = _free_port()
@@ -107,16 +114,16 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
         os._exit(code)
 
 
-def _plan(recipe: str, run_dir: Path, ranks: int) -> int:
+def _plan(recipe: Recipe, ranks: int) -> int:
     from zinf_cli.plan.search import best_plan
-    from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
+    from zinf_cli.recipe.recipe_file import dump_recipe
     from zinf_cli.train import figures
     from zinf_cli.train.figures import find_figures
 
     figures._flops = lambda *_: 1e13  # to measure it takes as long as the run
-    loaded = load_recipe(Path(recipe))
-    (run_dir / "plan.json").write_text(json.dumps(best_plan(loaded, find_figures(loaded, ranks)).to_json()))
-    (run_dir / "recipe.yaml").write_text(dump_recipe(loaded))
+    plan = best_plan(recipe, find_figures(recipe, ranks))
+    (recipe.output_dir / "plan.json").write_text(json.dumps(plan.to_json()))
+    (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import yaml
 
+from forked_ranks import ForkedRanks
 from lab import Lab
 from tiny_models import CONFIGS
 
@@ -80,6 +81,15 @@ class Workshop:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "100"}
 
+    def fork(self, forked: ForkedRanks, name: str, *changes: str, ranks: int = 1) -> Ended:
+        """A run without a launcher, in the folder `name`: where it is its losses that count. `err` is its log."""
+        self.write()
+        run_dir = self.folder / name
+        codes = forked.run(self.recipe, ranks, [f"output_dir={run_dir}", *changes])
+        ended = Ended(next(filter(None, codes), 0), "", (run_dir / "logs" / "forked.log").read_text(), run_dir)
+        assert ended.code == 0, ended.err
+        return ended
+
     def launch(self, *arguments: str) -> Ended:
         process = self.start(*arguments)
         return self.end(process)
@@ -102,6 +112,12 @@ class Workshop:
         """Processes of a run in this folder, and files on its drives."""
         alive = [" ".join(process.cmdline()) for process in self.processes()]
         return alive + [str(path) for path in self.nvme.rglob("*")]
+
+    def end_all(self) -> None:
+        """Kill what a test has left running: one that failed, if left_behind() was to be empty."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
 
     def processes(self) -> list[psutil.Process]:
         """What runs in this folder: the launcher and all that it has started."""
@@ -130,10 +146,6 @@ class FarWorkshop(Workshop):
 
     def environment(self) -> dict[str, str]:
         return self.lab.environment
-
-    def alone(self, *arguments: str) -> Ended:
-        """The same recipe as one rank, without hosts; its folder is set aside by the next launch."""
-        return self.launch(*arguments)
 
     def left_behind(self) -> list[str]:
         return self.lab.left_behind()

@@ -14,14 +14,15 @@ import psutil
 import pytest
 
 from crash_chain import TinyRun, assert_ends_unharmed, assert_survives, endless
+from forked_ranks import ForkedRanks
 
 KILLS = 25
 
 
 @pytest.mark.parametrize("seed", [11, 12])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_long_chain(ranks: int, seed: int, tmp_path: Path) -> None:
-    assert_survives(tmp_path, ranks, KILLS, seed)
+def test_a_long_chain(ranks: int, seed: int, forked: ForkedRanks, tmp_path: Path) -> None:
+    assert_survives(forked, tmp_path, ranks, KILLS, seed)
 
 
 def launch(run: TinyRun, ranks: int) -> subprocess.Popen[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Workshop:
+def workshop(tmp_path: Path) -> Iterator[Workshop]:
     from workshop import Workshop  # not above: pytest's own process, which runs no test, would import torch
 
-    return Workshop(tmp_path)
+    workshop = Workshop(tmp_path)
+    yield workshop
+    workshop.end_all()

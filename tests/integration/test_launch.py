@@ -15,9 +15,15 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from forked_ranks import ForkedRanks
 from programs import command
 from tiny_models import random_source
 from workshop import NVME, ZINF, Ended, Workshop, wait_for_steps
+from zinf_cli.errors import ZinfError
+from zinf_cli.plan.refusal import does_not_fit
+from zinf_cli.plan.search import best_plan
+from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.model import build_model
 
 
@@ -59,29 +65,30 @@ def test_a_run_and_what_it_leaves(workshop: Workshop) -> None:
     assert workshop.left_behind() == []
 
 
-def test_losses_are_the_same_for_every_placement_and_number_of_ranks(workshop: Workshop) -> None:
-    nvme = workshop.launch()
+def test_losses_are_the_same_for_every_placement_and_number_of_ranks(workshop: Workshop, forked: ForkedRanks) -> None:
+    one = workshop.fork(forked, "one")
     workshop.content["offload"] = {}
     memory = workshop.launch()
-    workshop.content["offload"] = {**NVME, "nvme_path": [str(workshop.nvme / "a"), str(workshop.nvme / "b")]}
-    two = workshop.launch("--slots", "2")
+    assert memory.code == 0, memory.err
+    two_drives = [workshop.nvme / "a", workshop.nvme / "b"]
+    workshop.content["offload"] = {**NVME, "nvme_path": list(map(str, two_drives))}
+    two = workshop.fork(forked, "two", ranks=2)
+    for drive in two_drives:
+        drive.rmdir()  # which a launcher does
     three = workshop.launch("--slots", "3", "train.micro_batches_per_sweep=1")
-    assert [run.code for run in (nvme, memory, two, three)] == [0, 0, 0, 0], two.err + three.err
-    earlier = sorted((workshop.folder / "run" / "earlier").iterdir())
-    assert len(earlier) == 3
-    runs = [Ended(0, "", "", folder).losses for folder in (*earlier, workshop.folder / "run")]
-    assert runs[0] == runs[1]
-    for losses in runs[2:]:
-        assert losses == pytest.approx(runs[0], rel=1e-5)
+    assert three.code == 0, three.err
+    (earlier,) = (workshop.folder / "run" / "earlier").iterdir()
+    assert Ended(0, "", "", earlier).losses == one.losses
+    for run in (two, three):
+        assert run.losses == pytest.approx(one.losses, rel=1e-5)
     assert workshop.left_behind() == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sixteen_bit_precision_learns_as_fp32_does(workshop: Workshop, precision: str) -> None:
-    ended = workshop.launch(f"train.precision={precision}")
-    assert ended.code == 0, ended.err
+def test_sixteen_bit_precision_learns_as_fp32_does(workshop: Workshop, precision: str, forked: ForkedRanks) -> None:
+    ended = workshop.fork(forked, "run", f"train.precision={precision}")
     assert ended.losses[-1] < ended.losses[0] - 0.5
-    assert ended.summary["measured"]["nvme_bytes"] > 2 * 21_700 * (2 + 4 + 12) / 2
+    assert max(line["nvme_bytes"] for line in ended.metrics if "loss" in line) > 2 * 21_700 * (2 + 4 + 12) / 2
 
 
 def test_a_dry_run_shows_the_plan_and_touches_nothing(workshop: Workshop) -> None:
@@ -117,10 +124,7 @@ def test_all_errors_of_a_recipe_come_at_once(workshop: Workshop) -> None:
 
 
 def test_a_recipe_that_is_not_there(workshop: Workshop) -> None:
-    ended = workshop.launch()
-    workshop.recipe.unlink()
     done = subprocess.run([*ZINF, "launch", str(workshop.recipe)], capture_output=True, text=True, check=False)
-    assert ended.code == 0
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert "No such file" in done.stderr
@@ -130,12 +134,8 @@ def test_a_recipe_that_is_not_there(workshop: Workshop) -> None:
     ("arguments", "code", "said"),
     [
         (["dataset.path=nowhere.txt"], 2, "no such file or folder: "),
-        (["train.gradient_accumulation_steps=999"], 2, "fewer than the 1998 of one batch"),
-        (["model.config.vocab_size=64"], 2, "is outside the model's embedding of 64 rows"),
-        (["model.config.num_attention_heads=5"], 2, "hidden size"),
         (["--slots", "9"], 2, "can't be dealt to 9 ranks"),
         (["offload.cpu_memory=100MiB"], 4, "cpu needs"),
-        (["offload.nvme_space=64KiB"], 4, "nvme needs"),
         (["offload.nvme_path=/proc/zinf"], 3, "/proc/zinf: can't create"),
     ],
 )
@@ -148,6 +148,25 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     assert "Traceback" not in ended.err
     assert not (ended.run_dir / "metrics.jsonl").exists()
     assert workshop.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ("train.gradient_accumulation_steps=999", 2, "fewer than the 1998 of one batch"),
+        ("model.config.vocab_size=64", 2, "is outside the model's embedding of 64 rows"),
+        ("model.config.num_attention_heads=5", 2, "hidden size"),
+        ("offload.nvme_space=64KiB", 4, "nvme needs"),
+    ],
+)
+def test_what_else_is_found_before_anything_is_loaded(workshop: Workshop, change: str, code: int, said: str) -> None:
+    """A launch tells all of it as it tells the errors above."""
+    workshop.write()
+    recipe = load_recipe(workshop.recipe, [change])
+    with pytest.raises(ZinfError) as caught:
+        raise does_not_fit(best_plan(recipe, find_figures(recipe, 1)))
+    assert caught.value.exit_code == code
+    assert said in caught.value.line()
 
 
 def test_a_checkpoint_with_tensors_that_do_not_fit(workshop: Workshop) -> None:
@@ -173,7 +192,7 @@ def test_memory_as_a_file_system_is_used_and_told(workshop: Workshop) -> None:
     assert not Path("/dev/shm/zinf-test").exists()
 
 
-def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Workshop) -> None:
+def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Workshop, forked: ForkedRanks) -> None:
     ended = workshop.launch("optimizer.lr=1e30", "train.max_steps=9")
     assert ended.code == 1
     step = len(ended.losses) + 1
@@ -183,8 +202,7 @@ def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Works
     assert "(windows " in ended.message
     assert "train.non_finite=skip" in ended.message
     assert workshop.left_behind() == []
-    skipped = workshop.launch("optimizer.lr=1e30", "train.max_steps=9", "train.non_finite=skip")
-    assert skipped.code == 0, skipped.err
+    skipped = workshop.fork(forked, "skipping", "optimizer.lr=1e30", "train.max_steps=9", "train.non_finite=skip")
     assert f"note: skipped step {step}: loss " in skipped.err
 
 

@@ -23,6 +23,8 @@ import pytest
 from programs import command, environment
 from zinf_cli.errors import CapacityError
 
+pytestmark = pytest.mark.xdist_group("launch_runner")  # which the scenarios in the background belong to
+
 
 @dataclass
 class Ended:

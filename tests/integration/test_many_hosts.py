@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from forked_ranks import ForkedRanks
 from lab import IP, ROOT, loopback_lab, namespace_lab
 from programs import command
-from workshop import ApartWorkshop, Ended, FarWorkshop, wait_for_steps
+from workshop import ApartWorkshop, FarWorkshop, wait_for_steps
 
 
 @pytest.fixture
@@ -30,12 +31,11 @@ def apart(tmp_path: Path) -> Iterator[ApartWorkshop]:
         yield ApartWorkshop(tmp_path, lab)
 
 
-def test_two_hosts_train_as_one_rank_does(near: FarWorkshop) -> None:
-    alone = near.launch("--slots", "1")
+def test_two_hosts_train_as_one_rank_does(near: FarWorkshop, forked: ForkedRanks) -> None:
+    alone = near.fork(forked, "alone")
     two = near.launch("--hosts", near.lab.hostfile(), "--json")
-    assert (alone.code, two.code) == (0, 0), two.err
-    first = Ended(0, "", "", near.run_dir / "earlier" / "1")
-    assert two.losses == pytest.approx(first.losses, rel=1e-5)
+    assert two.code == 0, two.err
+    assert two.losses == pytest.approx(alone.losses, rel=1e-5)
     assert json.loads(two.out) == two.summary
     assert {path.name for path in (near.run_dir / "logs").iterdir()} == {
         "rank-00000.log", "rank-00001.log", "start.json", "torchrun-00000.log", "torchrun-00001.log",
@@ -43,16 +43,15 @@ def test_two_hosts_train_as_one_rank_does(near: FarWorkshop) -> None:
     assert near.left_behind() == []
 
 
-def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop) -> None:
+def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop, forked: ForkedRanks) -> None:
     apart.content["train"]["gradient_accumulation_steps"] = 4
     own = apart.lab.hosts[1].local / "run" / "metrics.jsonl"
     own.parent.mkdir()
     own.write_text("of a run that this host did by itself\n")
-    alone = apart.launch("--slots", "1")
+    alone = apart.fork(forked, "alone")
     four = apart.launch("--hosts", apart.lab.hostfile())
-    assert (alone.code, four.code) == (0, 0), four.err
-    first = Ended(0, "", "", apart.run_dir / "earlier" / "1")
-    assert four.losses == pytest.approx(first.losses, rel=1e-5)
+    assert four.code == 0, four.err
+    assert four.losses == pytest.approx(alone.losses, rel=1e-5)
     plan = json.loads((apart.run_dir / "plan.json").read_text())
     assert [host["host"] for host in plan["hosts"]] == ["node1", "node2", "node3", "node4"]
     for rank in range(4):

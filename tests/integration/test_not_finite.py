@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from forked_ranks import ForkedRanks
 from workshop import Workshop
 
 
-def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> None:
+def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(workshop: Workshop, forked: ForkedRanks) -> None:
     """Steps that are not finite write none, let none go, and end the run when there are many in a row."""
-    workshop = Workshop(tmp_path)
     workshop.content["train"]["gradient_accumulation_steps"] = 2
     workshop.content["checkpoint"] = {"interval": 1, "keep_latest_k": 2}
-    assert workshop.launch("train.max_steps=3").code == 0
+    workshop.fork(forked, "run", "train.max_steps=3")
     ended = workshop.launch("train.max_steps=40", "optimizer.lr=1e30", "train.non_finite=skip", "--slots", "2")
     assert ended.code == 1
     assert [line["step"] for line in ended.metrics][-1] == 13
@@ -24,9 +22,8 @@ def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(tmp_path: Path) -> N
     assert "note: no checkpoint step-00000005: its step changes nothing" in ended.err
     there = sorted(path.name for path in good.parent.iterdir() if path.name.startswith("step-"))
     assert there == ["step-00000002", "step-00000003", "step-00000004"]
-    again = workshop.launch(
-        "train.max_steps=5", "optimizer.lr=1e-3", "train.non_finite=skip", f"checkpoint.resume={good}"
+    again = workshop.fork(
+        forked, "again", "train.max_steps=5", "optimizer.lr=1e-3", "train.non_finite=skip", f"checkpoint.resume={good}"
     )
-    assert again.code == 0, again.err
     assert again.losses[-1] is not None
     assert workshop.left_behind() == []

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from forked_ranks import ForkedRanks
 from workshop import Workshop
 
 MIB = 2**20
@@ -13,13 +14,11 @@ WIDE = {"hidden_size": 512, "intermediate_size": 4096}
 """A block of 7.3M parameters: 28 MiB, and as much of gradient. Whole, slots for two take 112 MiB."""
 
 
-def test_a_block_that_does_not_fit_is_computed_in_parts(workshop: Workshop) -> None:
+def test_a_block_that_does_not_fit_is_computed_in_parts(workshop: Workshop, forked: ForkedRanks) -> None:
     model = workshop.content["model"]["config"]
     model.update(WIDE)
     workshop.content["optimizer"]["lr"] = 1e-4  # a larger one makes more of rounding
-    whole = workshop.launch()
-    assert whole.code == 0, whole.err
-    losses = whole.losses
+    whole = workshop.fork(forked, "whole")
     plan = json.loads((whole.run_dir / "plan.json").read_text())
     assert plan["figures"]["model"]["most"] is None
     needed = next(limit["needed"] for limit in plan["limits"] if limit["tier"] == "cpu")
@@ -34,7 +33,7 @@ def test_a_block_that_does_not_fit_is_computed_in_parts(workshop: Workshop) -> N
     found = [
         line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line
     ]
-    assert found == pytest.approx(losses, rel=1e-6)
+    assert found == pytest.approx(whole.losses, rel=1e-6)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["measured"]["nvme_bytes"] <= summary["predicted"]["nvme_bytes"]
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[ForkedRanks]:
-    with ForkedRanks() as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +153,12 @@ def test_a_copied_checkpoint_starts_another_run(forked: ForkedRanks, unbroken: T
     assert losses(third)[0] == pytest.approx(losses(unbroken)[-1], abs=0.5)
 
 
-def test_ctrl_c_a_crash_and_a_damaged_checkpoint(tmp_path: Path) -> None:
+def test_ctrl_c_a_crash_and_a_damaged_checkpoint(workshop: Workshop, forked: ForkedRanks, tmp_path: Path) -> None:
     """As a user meets them; at the end stand the bits of a run in one go."""
     steps = 40
-    workshop = Workshop(tmp_path)
     run_dir = tmp_path / "run"
     workshop.content["checkpoint"] = {"interval": 3}
-    whole = workshop.launch(f"train.max_steps={steps}", f"output_dir={tmp_path / 'whole'}")
-    assert whole.code == 0, whole.err
+    workshop.fork(forked, "whole", f"train.max_steps={steps}")
 
     process = workshop.start(f"train.max_steps={steps}", "checkpoint.interval=1000")
     wait_for_steps(run_dir, 4)

@@ -13,6 +13,8 @@ import pytest
 from lab import Lab, namespace_lab
 from programs import command
 
+pytestmark = pytest.mark.xdist_group("sync")  # one lab for each way
+
 
 @pytest.fixture(scope="module", params=["rsync", "SFTP"])
 def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Lab]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
 from workshop import Ended, Workshop
 
@@ -22,7 +23,7 @@ def chat(seed: int, *, answered: bool) -> str:
     return json.dumps({"messages": [{"role": role, "content": " ".join(part)} for role, part in said]}) + "\n"
 
 
-def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
+def workshop_of(folder: Path, chats: list[str]) -> Workshop:
     folder.mkdir()
     save_word_tokenizer(folder / "tokenizer", WORDS, mask_token="[MASK]", template=dialog_template("<end>"))
     workshop = Workshop(folder)
@@ -38,18 +39,18 @@ def run(folder: Path, chats: list[str], *arguments: str) -> Ended:
     workshop.content["train"] = {"seq_len": SEQ_LEN, "gradient_accumulation_steps": 2, "max_steps": steps}
     workshop.content["optimizer"] = {"lr": 1e-2, "weight_decay": 0.1}
     workshop.content["checkpoint"] = {"interval": 1}
-    ended = workshop.launch(*arguments)
-    assert ended.code == 0, ended.err
-    assert workshop.left_behind() == []
-    return ended
+    return workshop
 
 
-def test_a_step_without_a_target_changes_nothing(tmp_path: Path) -> None:
+def test_a_step_without_a_target_changes_nothing(tmp_path: Path, forked: ForkedRanks) -> None:
     """As a run without these windows; and a micro-batch without a target does nothing to the others of its step."""
     asked = [chat(number, answered=number not in (1, 7)) for number in range(10)]
     unanswered = [chat(number, answered=False) for number in range(20, 22)]
-    plain = run(tmp_path / "plain", asked, "--slots", "2")
-    skipping = run(tmp_path / "skipping", [*asked[:8], *unanswered, *asked[8:]], "--slots", "2")
+    plain = workshop_of(tmp_path / "plain", asked).fork(forked, "run", ranks=2)
+    workshop = workshop_of(tmp_path / "skipping", [*asked[:8], *unanswered, *asked[8:]])
+    skipping = workshop.launch("--slots", "2")
+    assert skipping.code == 0, skipping.err
+    assert workshop.left_behind() == []
     assert all(loss > 0 for loss in plain.losses)
     assert skipping.losses == [*plain.losses[:4], None, plain.losses[4]]
     assert [line["step"] for line in skipping.metrics if line.get("skipped")] == [5]
@@ -73,7 +74,7 @@ BART |= {"max_position_embeddings": 64, "pad_token_id": 0, "decoder_start_token_
 
 
 @pytest.mark.parametrize("config", [BERT, BART], ids=["bert", "bart"])
-def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path: Path, forked: ForkedRanks) -> None:
     """Rows have unlike numbers of targets; held-out text as well."""
     workshop = Workshop(tmp_path)
     save_word_tokenizer(tmp_path / "tokenizer", WORDS, mask_token="[MASK]", template=dialog_template("<end>"))
@@ -86,11 +87,9 @@ def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path
     workshop.content["model"] = {"config": config}
     workshop.content["dataset"] = {**text, "tokenizer": str(tmp_path / "tokenizer")}
     workshop.content["train"] = {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
-    one = workshop.launch()
-    assert one.code == 0, one.err
-    metrics = one.metrics
-    four = workshop.launch("train.micro_batch_size=4", "train.gradient_accumulation_steps=1", "--slots", "2")
-    assert four.code == 0, four.err
-    for before, after in zip(metrics, four.metrics, strict=True):
+    one = workshop.fork(forked, "one")
+    changes = ("train.micro_batch_size=4", "train.gradient_accumulation_steps=1")
+    four = workshop.fork(forked, "four", *changes, ranks=2)
+    for before, after in zip(one.metrics, four.metrics, strict=True):
         for key in {"loss", "eval_loss", "grad_norm"} & before.keys():
             assert after[key] == pytest.approx(before[key], rel=1e-5), key

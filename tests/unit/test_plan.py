@@ -89,12 +89,13 @@ def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list
 
 
 @pytest.mark.parametrize(("name", "ranks", "kept"), [("llama", 3, False), ("t5", 2, True), ("deepseek_v3", 2, True)])
-def test_every_rank_allocates_what_is_planned(name: str, ranks: int, kept: bool, tmp_path: Path) -> None:
+def test_every_rank_allocates_what_is_planned(
+    name: str, ranks: int, kept: bool, forked: ForkedRanks, tmp_path: Path
+) -> None:
     recipe = recipe_of(tmp_path, name, precision="bf16", gradient_accumulation_steps=2 * ranks)
     recipe = recipe.model_copy(update={"activation_checkpointing": "none" if kept else "unit"})
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
-    with ForkedRanks() as forked:
-        codes = forked.run(tmp_path / "r.yaml", ranks)
+    codes = forked.run(tmp_path / "r.yaml", ranks)
     assert codes == [0] * ranks, (recipe.output_dir / "logs" / "forked.log").read_text()
     lines = (recipe.output_dir / "metrics.jsonl").read_text().splitlines()
     planned = Plan.load(recipe.output_dir / "plan.json").nvme_bytes
