@@ -50,6 +50,8 @@ class UnitFigures:
     least: LeastPart
     product: bool = False
     """Whether backward does not compute it again, since it is one product (engine/compute/products.py)."""
+    chunkable_bytes: int = 0
+    """The part of `saved_bytes` that is not there if its MLP is computed in chunks of tokens."""
 
     @property
     def numel(self) -> int:
@@ -89,6 +91,11 @@ class ModelFigures:
     """Weights that have more, and can't be cut: the model uses them as only a whole weight can be used."""
     loss_in_chunks: bool = False
     """Whether logits are computed for a few tokens at a time (engine/units/loss_chunks.py)."""
+    chunkable: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Modules inside of units that may be computed in chunks of tokens, and the shapes of their inputs
+    (engine/units/token_chunks.py)."""
+    tokens_in_chunks: bool = False
+    """Whether they are computed so."""
     notes: tuple[str, ...] = ()
     """What the user should know of how model and checkpoint go together."""
 
@@ -151,6 +158,7 @@ class Figures:
         model = dict(document["model"])
         model["units"] = tuple(UnitFigures(**{**unit, "least": LeastPart(**unit["least"])}) for unit in model["units"])
         model["bounds"] = tuple(tuple(bound) for bound in model["bounds"])
+        model["chunkable"] = tuple((path, tuple(shape)) for path, shape in model["chunkable"])
         return cls(
             ModelFigures(**{key: _frozen(value) for key, value in model.items()}),
             DataFigures(**{key: _frozen(value) for key, value in document["data"].items()}),

@@ -41,7 +41,7 @@ def plan_in_parts(
     room: Room | None = None,
     before: Plan | None = None,
 ) -> Plan:
-    """The best plan of the model as it is, or of the model in parts.
+    """The best plan of the model as it is; or, if that does not fit, with MLPs in chunks of tokens; or in parts.
 
     If no parts fit, the plan that is returned does not fit. `figures_of(most)` gives the figures of the model in parts
     of at most `most` elements. `before` is the plan of the run that goes on. The other arguments and the errors are
@@ -64,6 +64,10 @@ def plan_in_parts(
         if _seconds(planned(in_parts(figures, half))) < enough:
             cut = planned(figures_of(half))
             return cut if cut.fits and _seconds(cut) < enough else plan
+    if not plan.fits and figures.model.chunkable:
+        in_chunks = planned(_tokens_in_chunks(figures))
+        if in_chunks.fits:
+            return in_chunks
     for _ in range(ATTEMPTS):
         smaller = None if plan.fits else largest_that_fits(recipe, plan.figures, hosts, room)
         if smaller is None:
@@ -95,6 +99,14 @@ def largest_that_fits(
             return most
         most = most * 3 // 4
     return None
+
+
+def _tokens_in_chunks(figures: Figures) -> Figures:
+    """The figures of the model with each MLP in chunks of tokens."""
+    units = tuple(
+        replace(unit, saved_bytes=max(0, unit.saved_bytes - unit.chunkable_bytes)) for unit in figures.model.units
+    )
+    return replace(figures, model=replace(figures.model, units=units, tokens_in_chunks=True))
 
 
 def in_parts(figures: Figures, most: int) -> Figures:

@@ -36,6 +36,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row("sweeps", _cost_of_sweeps(plan.sweep_cost, plan.micro_batches))
     if model.most is not None:
         head.add_row("parts", f"blocks are computed in parts of up to {format_count(model.most)} parameters")
+    if model.tokens_in_chunks:
+        head.add_row("MLPs", "are computed in chunks of tokens, and once more in backward")
     head.add_row("backward", _recomputed(plan))
     if plan.cached_units:
         names = ", ".join(NAMES[state] for state in STATES if state in plan.cached_states)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.units.tiles import Tile, cut_together
+from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
@@ -100,6 +101,7 @@ def _model_figures(
                 seen.uses.get(number, UnitUse()),
                 calls[number],
                 _least_part(model, layout, whole),
+                prepared.chunkable.get(number, ()),
                 product=number in seen.products,
             )
             for number, layout in enumerate(seen.units)
@@ -116,6 +118,7 @@ def _model_figures(
         most=prepared.most,
         whole=whole,
         loss_in_chunks=prepared.in_chunks,
+        chunkable=tuple((found.path, found.shape) for each in prepared.chunkable.values() for found in each),
         notes=notes,
     )
 
@@ -138,7 +141,9 @@ def _least_part(model: nn.Module, layout: UnitLayout, whole: Collection[str]) ->
     return max(parts, key=lambda part: part.numel)
 
 
-def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart, *, product: bool) -> UnitFigures:
+def _unit_figures(
+    layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart, chunkable: Sequence[Chunkable], *, product: bool
+) -> UnitFigures:
     return UnitFigures(
         name=layout.name,
         trainable_numel=sum(flat.numel for flat in layout.trainable),
@@ -156,6 +161,7 @@ def _unit_figures(layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart
         before_bytes=use.before_bytes,
         least=least,
         product=product,
+        chunkable_bytes=calls * sum(found.spared_bytes for found in chunkable),
     )
 
 

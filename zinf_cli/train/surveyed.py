@@ -14,6 +14,7 @@ from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
 from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
 from zinf_cli.engine.units.tiles import TiledWeight
+from zinf_cli.engine.units.token_chunks import Chunkable, Inputs, find_chunkable, in_chunks, noted_inputs
 from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.errors import ModelError, UncuttableError
@@ -50,6 +51,8 @@ class Prepared:
     whole: tuple[str, ...]
     """Weights that were to be cut, and stay whole."""
     notes: tuple[str, ...]
+    chunkable: dict[int, list[Chunkable]]
+    """What of each unit may be computed in chunks of tokens."""
 
 
 def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None) -> Prepared:
@@ -59,23 +62,25 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None)
     """
     if most is not None:
         cut_model(model, most)
-    if in_chunks := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
+    if logits_put_off := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
         put_off_logits(model)
     whole: list[str] = []
     notes: list[str] = []
     while True:
         try:
-            seen = survey_model(model, recipe, world_size, most)
-            return Prepared(seen, most, in_chunks, tuple(whole), tuple(notes))
+            with noted_inputs(model) as inputs:
+                seen = survey_model(model, recipe, world_size, most)
+            chunkable = _chunkable(model, seen, inputs) if most is None and not seen.failure else {}
+            return Prepared(seen, most, logits_put_off, tuple(whole), tuple(notes), chunkable)
         except ModelError as error:
             if isinstance(error, UncuttableError) and (alike := _cut_alike(model, error.weight)):
                 uncut(model, alike)
                 whole += alike
                 others = f", and {len(alike) - 1} like it," if len(alike) > 1 else ""
                 notes.append(f"{error.weight}{others} can't be cut: {error.why}")
-            elif in_chunks:
+            elif logits_put_off:
                 keep_logits(model)
-                in_chunks = False
+                logits_put_off = False
             else:
                 raise
 
@@ -99,6 +104,14 @@ def survey_model(model: nn.Module, recipe: Recipe, world_size: int, most: int | 
     ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
     return survey(model, partial(model_loss, model, ids, ids, attention), world_size, side=CapturedOutputs(), most=most)
+
+
+def _chunkable(model: nn.Module, seen: Survey, inputs: Inputs) -> dict[int, list[Chunkable]]:
+    """What of each unit may be computed in chunks of tokens. `inputs` were noted in the survey, on the meta device."""
+    return {
+        number: [found for path in unit.modules for found in find_chunkable(model.get_submodule(path), path, inputs)]
+        for number, unit in enumerate(seen.units)
+    }
 
 
 def survey_on_data(
@@ -140,5 +153,7 @@ def units_of(model: nn.Module, figures: ModelFigures, world_size: int) -> tuple[
         cut_model(model, figures.most, figures.whole)
     if figures.loss_in_chunks:
         put_off_logits(model)
+    for path, shape in figures.chunkable if figures.tokens_in_chunks else ():
+        in_chunks(model.get_submodule(path), shape)
     units = discover(model, world_size, frozenset(figures.demoted), figures.most)
     return bounded(units, {name: (least, most) for name, least, most in figures.bounds})
