@@ -1,0 +1,141 @@
+"""`python -m benchmarks.loss_chunks`: the loss in chunks of logits beside the loss of all of them.
+
+A llama of one layer (hidden 1024, vocabulary 128K, its head tied to the embedding) learns from 2048 tokens a step, all
+four classes of state on NVMe, with all logits and in chunks, in processes of their own, alternating. The step, its CPU
+seconds and the memory of compute are ratios of one run to the other. CPU seconds are what to compare while others use
+the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import environment
+from benchmarks.results import add_save, report
+from zinf_cli.plan.search import best_plan
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
+from zinf_cli.run_folder.names import METRICS, PLAN, RECIPE
+
+VOCABULARY, HIDDEN, TOKENS = 1 << 17, 1024, 2048
+WARM_UP = 1
+"""Steps that are not measured."""
+
+
+def recipe_in(folder: Path, steps: int) -> Recipe:
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, 100_000, dtype=np.int32))
+    tiers = dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme")
+    return Recipe.model_validate(
+        {
+            "model": {
+                "config": {
+                    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": HIDDEN,
+                    "num_hidden_layers": 1, "num_attention_heads": 16, "max_position_embeddings": TOKENS,
+                    "tie_word_embeddings": True,
+                }
+            },
+            "dataset": {"path": str(folder / "tokens.npy")},
+            "train": {
+                "seq_len": TOKENS, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": steps,
+            },
+            "optimizer": {"lr": 1e-4},
+            "offload": {**tiers, "nvme_path": str(folder / "nvme")},
+            "logging": {"tensorboard": False},
+            "output_dir": str(folder / "run"),
+        }
+    )  # fmt: skip
+
+
+def one_run(folder: Path, in_chunks: bool) -> dict[str, Any]:
+    """A run in a process of its own: seconds and CPU seconds of its steps, memory of its compute, its losses."""
+    command = [sys.executable, "-m", "benchmarks.loss_chunks", "--inside", str(folder), json.dumps(in_chunks)]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def inside(folder: Path, in_chunks: bool) -> None:
+    """Plan and train in this process. Memory of compute is the peak without what the plan has for all else."""
+    from zinf_cli.engine.units import chunked_loss
+    from zinf_cli.train import loop
+    from zinf_cli.train.figures import find_figures
+
+    if not in_chunks:
+        chunked_loss.CHUNK = 1 << 60
+    recipe = load_recipe(folder / "recipe.yaml")
+    run_dir = recipe.output_dir
+    shutil.rmtree(run_dir, ignore_errors=True)
+    (run_dir / "logs").mkdir(parents=True)
+    (run_dir / RECIPE).write_text(dump_recipe(recipe))
+    plan = best_plan(recipe, find_figures(recipe, 1))
+    (run_dir / PLAN).write_text(json.dumps(plan.to_json()))
+    planned = {line.what: line.num_bytes for line in plan.lines if line.tier == "cpu"}
+    ends: list[float] = []
+    threading.Thread(target=_watch, args=(run_dir / METRICS, ends), daemon=True).start()
+    loop.train(run_dir)
+    lines = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+    found = {
+        "step": statistics.median(line["step_s"] for line in lines[WARM_UP:]),
+        "cpu": (ends[-1] - ends[WARM_UP - 1]) / (len(ends) - WARM_UP),
+        "compute": max(line["cpu_bytes"] for line in lines) - (sum(planned.values()) - planned["compute"]),
+        "planned": planned["compute"],
+        "losses": [line["loss"] for line in lines],
+    }
+    print("\n" + json.dumps(found))
+
+
+def _watch(metrics: Path, ends: list[float]) -> None:
+    """Add the CPU seconds of this process at the end of each step, as its line appears."""
+    while True:
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        ends += [time.process_time()] * (lines - len(ends))
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The loss in chunks beside the loss of all logits.")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn")
+    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
+    add_save(parser)
+    arguments = parser.parse_args()
+    if arguments.inside is not None:
+        inside(Path(arguments.inside[0]), json.loads(arguments.inside[1]))
+        return
+    Path("runs").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="loss-chunks-", dir="runs")).absolute()
+    try:
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe_in(folder, arguments.steps + WARM_UP)))
+        pairs = [(one_run(folder, False), one_run(folder, True)) for _ in range(arguments.rounds)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    rows = []
+    for whole, chunks in pairs:
+        losses = zip(whole["losses"], chunks["losses"], strict=True)
+        rows.append(
+            {
+                "step": chunks["step"] / whole["step"],
+                "CPU": chunks["cpu"] / whole["cpu"],
+                "whole_compute_bytes": whole["compute"],
+                "compute_bytes": chunks["compute"],
+                "planned_compute_bytes": chunks["planned"],
+                "losses_apart": max(abs(ours / theirs - 1) for theirs, ours in losses),
+            }
+        )
+    report("2048 tokens, vocabulary 128K", rows, arguments.save, "chunks by whole", pairs)
+
+
+if __name__ == "__main__":
+    main()
