@@ -144,15 +144,14 @@ def test_a_unit_may_run_many_times_in_a_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clip", [CLIP, None])
-def test_micro_batches_that_disagree_get_a_sweep_each(clip: float | None, tmp_path: Path) -> None:
+def test_micro_batches_share_a_sweep_whichever_layers_they_leave_out(clip: float | None, tmp_path: Path) -> None:
     """With LayerDrop every micro-batch leaves out other layers."""
     source = random_source("opt", layerdrop=0.5, num_hidden_layers=4)
     notes: list[str] = []
     engine = open_engine(source, everything_on("nvme", tmp_path), notice=notes.append)
     found = engine_losses(engine, STEPS, clip=clip, eager=clip is None)
     assert relative_difference(found, plain_losses(source, STEPS, clip=clip)) < 1e-5
-    assert len(notes) == 1
-    assert "one micro-batch per sweep" in notes[0]
+    assert not notes
 
 
 @pytest.mark.parametrize("part", ["layers.0.", "embed_tokens", "lm_head", "norm", "q_proj"])

@@ -23,6 +23,8 @@ from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.pipeline import Pipeline
+from zinf_cli.engine.traffic.visit import Visit
 from zinf_cli.engine.units.tiles import cut, parts_of
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
@@ -193,6 +195,24 @@ def test_micro_batches_share_a_sweep_whichever_experts_they_call(tmp_path: Path)
         engine = open_engine(many, options, most=ONE, notice=said.append, keep=keep)
         assert relative_difference(engine_losses(engine, 4), expected) < 1e-6
     assert not said
+
+
+@pytest.mark.parametrize("per_sweep", [None, 2])
+def test_experts_are_fetched_ahead(per_sweep: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every visit is the next announced one, and under way when it comes."""
+    acquire = Pipeline.acquire
+    ahead: list[bool] = []
+
+    def seen(pipeline: Pipeline, visit: Visit) -> None:
+        ahead.append(bool(pipeline._fetches) and pipeline._fetches[0].visit == visit and pipeline._fetches[0].placed)
+        acquire(pipeline, visit)
+
+    monkeypatch.setattr(Pipeline, "acquire", seen)
+    many = source("qwen3_moe", num_experts=8, num_experts_per_tok=1)
+    options = replace(everything_on("nvme", tmp_path), micro_batches_per_sweep=per_sweep)
+    engine_losses(open_engine(many, options, most=ONE), 2)
+    assert len(ahead) > 50
+    assert all(ahead)
 
 
 def test_experts_are_fetched_where_buffers_hold_only_what_is_announced(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pieces import forward, layer_of, open_layers, pipeline_of, plain_layers
+from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.errors import CapacityError
 
 
@@ -60,3 +61,19 @@ def test_memory_that_can_never_be_enough_is_an_error_and_no_deadlock(tmp_path: P
             pipeline.acquire(forward(1)[0])
         pipeline._fetches.clear()
         pipeline.release(forward(0)[0])
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_visits_that_are_known_late_take_an_open_place(slots: int, tmp_path: Path) -> None:
+    """Fetches behind it are called back where they hold the room."""
+    expected = plain_layers()
+    with open_layers(tmp_path, slots=slots) as engine:
+        pipeline = pipeline_of(engine)
+        pipeline.expect([Visit(0, Kind.OPEN), *forward(1), Visit(0, Kind.OPEN), *forward(2)])
+        pipeline.put_first(forward(0, 2))
+        for visit in forward(0, 2, 1, 2):  # nothing takes the second place
+            pipeline.acquire(visit)
+            assert torch.equal(layer_of(engine, visit.unit).weight, expected.layer(visit.unit).weight)
+            pipeline.release(visit)
+        assert pipeline.idle
+        assert engine.memory.slots.used == 0

@@ -1,4 +1,4 @@
-"""Deals the micro-batches of a step to sweeps: several to a sweep, or one where they can't share a sweep."""
+"""Deals the micro-batches of a step to sweeps: several to a sweep, or one while they change the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zinf_cli.errors import ModelError
 class Dealer:
     """Deals `per_sweep` micro-batches to a sweep, or all for None.
 
-    Once they have disagreed, and as long as they change the model's own `state`, it deals one to a sweep.
+    As long as they change the model's own `state`, it deals one to a sweep.
     """
 
     def __init__(self, per_sweep: int | None, state: MovingState, ranks: Ranks, notice: Callable[[str], None]) -> None:
@@ -38,17 +38,11 @@ class Dealer:
             try:
                 return run()
             except Disagreement:
-                if len(self._state.moving) > known:
+                moved = len(self._state.moving) > known
+                if moved:
                     self._note_moving()
-                elif self._per_sweep == 1 and self._ranks.world_size == 1:
-                    raise AssertionError("one micro-batch can't disagree with itself") from None
-                else:
-                    self._notice(
-                        "micro-batches take different ways through the model: one micro-batch per sweep from here on"
-                    )
-                    self._per_sweep = 1
-                if self._ranks.world_size > 1:  # all ranks have to make the same number of sweeps
-                    self._per_sweep = 1
+                if self._ranks.world_size > 1 and max(self._ranks.all(int(moved))):
+                    self._per_sweep = 1  # on all ranks, which have to make the same number of sweeps
 
     def step_done(self) -> None:
         """A training step has ended. If nothing has moved in it, sweeps may be large again: a state that is made when

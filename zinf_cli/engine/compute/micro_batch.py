@@ -27,6 +27,7 @@ from torch import nn
 from zinf_cli.engine.compute.products import is_one_product
 from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
+from zinf_cli.engine.units.tiles import Tile, TiledWeight
 from zinf_cli.engine.units.units import UnitLayout, taken_apart
 from zinf_cli.errors import ModelError
 
@@ -97,6 +98,8 @@ class MicroBatchThread:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[UnitCall | BlockCall | Finished | _Failed] = queue.SimpleQueue()
         self._paused = False
+        self.experts: Sequence[int] = ()
+        """The units of experts that its tokens are routed to in the present layer."""
         self._thread = threading.Thread(target=self._loop, name=f"micro-batch-{number}", daemon=True)
         self._thread.start()
 
@@ -205,6 +208,11 @@ def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs |
     for path in taken_apart(model, units):
         module = model.get_submodule(path)
         undo.append(replace_forward(module, _entered(module.forward)))
+    units_of = {model.get_submodule(path): unit for unit, layout in enumerate(units) for path in layout.modules}
+    for module in model.modules():
+        experts = _tiles_of_experts(module)
+        if experts and all(tile in units_of for tile in experts):
+            undo.append(replace_forward(module, _telling([units_of[tile] for tile in experts], module.forward)))
     for unit, layout in enumerate(units):
         for path in layout.modules:
             module = model.get_submodule(path)
@@ -225,6 +233,30 @@ def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs)
 
     return entered
+
+
+def _tiles_of_experts(module: nn.Module) -> Sequence[Tile]:
+    """The tile of each expert whose weights were cut from the module; none if there are no such weights."""
+    cut_weights = [weight for weight in module.__dict__.values() if isinstance(weight, TiledWeight)]
+    pieces = max((weight.pieces for weight in cut_weights), key=len, default=())
+    return [piece.tile for piece in pieces if piece.expert is not None]
+
+
+def _telling(experts: Sequence[int], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a layer's experts, whose arguments tell the choices of each token (int64 [tokens, choices])."""
+
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        thread: MicroBatchThread | None = getattr(_running, "thread", None)
+        choices = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dtype == torch.int64]
+        if thread is None or len(choices) != 1 or choices[0].dim() != 2:
+            return forward(*args, **kwargs)
+        thread.experts = [experts[choice] for choice in choices[0].unique().tolist() if 0 <= choice < len(experts)]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            thread.experts = ()
+
+    return telling
 
 
 def _routed(unit: int, path: str, module: nn.Module, side: SideOutputs | None) -> Callable[..., Any]:

@@ -1,24 +1,24 @@
-"""Which unit a sweep visits next, when its members and other ranks call several.
+"""Which unit a sweep visits next, when its members, or ranks, call several.
 
-Members of one sweep share every visit, so they have to call the same units in the same order. Experts that were cut
-apart (tiles.py) are *on demand*: each member calls those that its tokens are routed to. In forward the least expert
-that a member calls is visited first, until no member calls one; then all of them call the same ordinary unit again. In
-backward the greatest comes first in the same manner.
+Members of one sweep share its visits. Each of them may leave out units that others call: experts that its tokens are
+not routed to, layers that LayerDrop drops. The unit that comes first is visited first, for all members that call it.
+So the others are there when it is over. Any order would be right, since a visit changes nothing for members that do
+not call the unit. This one visits each unit once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 from zinf_cli.engine.ranks import Ranks
 
 
 class Disagreement(Exception):  # noqa: N818 (it is no error: the engine goes on)
-    """Micro-batches can't share a sweep: they call different units next, or one changes what another reads."""
+    """A micro-batch changes what another one reads, or leaves the route that several ranks follow."""
 
 
-_NOTHING, _PARTED = -1, -2
-"""What a rank tells instead of a unit: its micro-batches have ended; they call different units."""
+_NOTHING = -1
+"""What a rank tells instead of a unit when its micro-batches have ended."""
 
 
 class NextUnit:
@@ -28,23 +28,19 @@ class NextUnit:
         self._ranks = ranks
         self._on_demand = on_demand
 
-    def of(self, called: set[int | None], choose: Callable[[list[int]], int]) -> int | None:
-        """The unit to visit next; None at the end. `choose` picks it among experts, or among the units of ranks."""
-        experts = [unit for unit in called if unit in self._on_demand and unit is not None]
-        if experts:
-            called = {choose(experts)}
+    def of(self, called: Iterable[int | None], route: Sequence[int]) -> int | None:
+        """The unit to visit next; None at the end. Experts come first, the others as in the `route`."""
+        mine = self._first([unit for unit in called if unit is not None], route)
         if self._ranks.world_size == 1:
-            self.agree(len(called) == 1)
-            return called.pop()
-        mine = _PARTED if len(called) > 1 else _NOTHING if called == {None} else called.pop()
-        units = self._ranks.all(mine if mine is not None else _NOTHING)
-        experts = [unit for unit in units if unit in self._on_demand]
-        if experts:
-            return choose(experts)
-        if _PARTED in units:
-            raise Disagreement
-        wanted = [unit for unit in units if unit != _NOTHING]
-        return choose(wanted) if wanted else None
+            return mine
+        units = self._ranks.all(_NOTHING if mine is None else mine)
+        return self._first([unit for unit in units if unit != _NOTHING], route)
+
+    def _first(self, units: Sequence[int], route: Sequence[int]) -> int | None:
+        if len(set(units)) < 2:
+            return next(iter(units), None)
+        places = {unit: place for place, unit in reversed(list(enumerate(route)))}
+        return min(units, key=lambda unit: (unit not in self._on_demand, places.get(unit, len(route)), unit))
 
     def agree(self, agreed: bool) -> None:
         """Raise Disagreement on every rank, if one of them has not `agreed`."""

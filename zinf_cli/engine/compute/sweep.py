@@ -7,10 +7,14 @@ a time.
 
 The route. The order of units is predicted from the last sweep, so that fetches run ahead. A single rank may leave the
 prediction at any unit. Several ranks share every fetch, so they must visit the same units in the same order. They
-follow the prediction to the turn. There they tell each other whether their micro-batches followed it, too. If one did
-not (LayerDrop, say), the step begins again in *lockstep*: before every visit the ranks agree on a unit. A rank whose
-micro-batch does not call that unit only takes part in the fetch. A first sweep without a prediction is in lockstep,
-too.
+follow the prediction to the turn; a micro-batch that leaves out a unit (LayerDrop) is at a later one then. At the turn
+they tell each other whether all of their micro-batches have come there. If one has not, the step begins again in
+*lockstep*: before every visit the ranks agree on a unit. A rank whose micro-batch does not call that unit only takes
+part in the fetch. A first sweep without a prediction is in lockstep, too.
+
+Experts on demand. When a layer's tokens are routed, its experts are known: of all members, and by one small all-reduce
+of all ranks. The sweep visits these, one after another, and fetches run ahead again. Backward makes the visits of
+forward in reverse, as far as some member has recorded them. So all of it is announced at the turn.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import compress, islice
 
 import torch
 
@@ -27,20 +31,12 @@ from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import Finished
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.next_unit import Disagreement, NextUnit
-from zinf_cli.engine.compute.sweep_member import MicroBatch, SweepMember
+from zinf_cli.engine.compute.route import Experts, Route, back_visits, layers_of_experts, recorded
+from zinf_cli.engine.compute.sweep_member import MicroBatch, SweepMember, all_finished, prefetch
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.trace import Trace
-
-
-@dataclass
-class Route:
-    """The order in which a sweep visits units: seen in the last sweep, expected of the next."""
-
-    forward: list[int]
-    backward: list[int]
-    """The visits of backward, without the turn."""
 
 
 class Sweep:
@@ -79,14 +75,14 @@ class Sweep:
         ]
         """Of each unit, the parameters that it has parts of."""
         self._resident = next((n for n, unit in enumerate(self._units) if unit.layout.resident), None)
-        self._on_demand = frozenset(n for n, unit in enumerate(self._units) if unit.layout.on_demand)
-        self._next = NextUnit(self._ranks, self._on_demand)
-        self._lockstep = self._ranks.world_size > 1 and (order is None or bool(self._on_demand))
+        self._experts = layers_of_experts([unit.layout for unit in self._units])
+        """By unit that has experts on demand, all units of its layer that have some."""
+        self._next = NextUnit(self._ranks, frozenset(self._experts))
+        self._lockstep = self._ranks.world_size > 1 and order is None
         self._disagreed = False
         if order is None:
             order = [number for number, unit in enumerate(self._units) if not unit.layout.resident]
-        order = [number for number in order if number not in self._on_demand]
-        self._route = Route(list(order), list(reversed(order))[1:])
+        self._route = Route.of(order, None, self._experts)
         self._backwards: Counter[int] = Counter()
         """Backward visits of this step, by unit."""
         self._unfinished: set[int] = set()
@@ -100,8 +96,12 @@ class Sweep:
             self._pipeline.expect([self._hold_resident(Kind.TURN)])
         backwards: Counter[int] = Counter()
         for number in range(num_sweeps):
-            self._pipeline.expect(Visit(unit, Kind.FORWARD) for unit in self._route.forward[:-1])
-            self._pipeline.expect(self._back_visits(backwards, last=number == num_sweeps - 1))
+            self._pipeline.expect(self._route.forward_visits(turn=True))
+            visits = self._route.turn_and_backward(backwards, last=number == num_sweeps - 1)
+            if self._experts:  # `_turn` announces the rest, when the experts are known
+                self._pipeline.expect(islice(visits, 1))
+                return
+            self._pipeline.expect(visits)
 
     def step(self, sweeps: Sequence[Sequence[MicroBatch]], forward_done: Callable[[], None]) -> list[torch.Tensor]:
         """Run forward and backward of all micro-batches of a step. Returns their unscaled losses (fp32), in order.
@@ -118,7 +118,7 @@ class Sweep:
             self.announce_step(len(sweeps))
         with self._abandoned_on_disagreement(), self._resident_held(Kind.TURN):
             for number, batches in enumerate(sweeps):
-                losses += self._train(batches, last=number == len(sweeps) - 1, forward_done=forward_done)
+                losses += self._train(batches, left=len(sweeps) - 1 - number, forward_done=forward_done)
             self._finish_gradients()
         del self._checks[:1]
         return losses
@@ -131,7 +131,8 @@ class Sweep:
         if not self._lockstep:
             if self._resident is not None:
                 self._pipeline.expect([self._hold_resident(Kind.FORWARD)])
-            self._pipeline.expect(Visit(unit, Kind.FORWARD) for _ in sweeps for unit in self._route.forward)
+            for _ in sweeps:
+                self._pipeline.expect(self._route.forward_visits(turn=False))
         with self._abandoned_on_disagreement(), self._resident_held(Kind.FORWARD):
             for batches in sweeps:
                 losses += self._evaluate(batches)
@@ -145,50 +146,85 @@ class Sweep:
 
     def _evaluate(self, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
         with self._members_for(batches, grad=False) as members:
-            for unit in self._forward_units(members, self._route.forward):
+            for unit in self._forward_units(members):
                 self._visit_forward(members, unit)
-            self._next.agree(_all_finished(members) and (len(members) == 1 or not self._state.notices()))
+            self._next.agree(all_finished(members) and (len(members) == 1 or not self._state.notices()))
             return [member.loss.detach().float() for member in members]
 
     def _train(
-        self, batches: Sequence[MicroBatch], *, last: bool, forward_done: Callable[[], None]
+        self, batches: Sequence[MicroBatch], *, left: int, forward_done: Callable[[], None]
     ) -> list[torch.Tensor]:
         with self._members_for(batches, grad=True) as members:
-            taken: list[int] = []
+            visited: list[int] = []
             losses: list[torch.Tensor] = []
-            for unit in self._forward_units(members, self._route.forward):
+            back: list[int] = []
+            for unit in self._forward_units(members):
                 if self._checks or [unit] == self._route.forward[-1:]:  # the model may put back what it has changed
                     self._state.look()
-                if unit not in self._on_demand:
-                    taken.append(unit)
-                if taken == self._route.forward and unit in taken[-1:] and not self._lockstep:
-                    losses = self._turn(members, last, forward_done)
+                if self._turns_at(unit, visited, members):
+                    back = self._backward_units(members, visited)
+                    losses = self._turn(members, unit, back, left, forward_done)
                 else:
                     self._visit_forward(members, unit)
+                visited.append(unit)
             turned = bool(losses)
             if not turned:
-                self._next.agree(_all_finished(members) and self._same_records(members) and not self._state.notices())
+                self._next.agree(all_finished(members) and not self._state.notices())
                 forward_done()
                 losses = [member.take_loss() for member in members]
-            walked = self._backward(members, last)
-            self._route = Route(taken, walked if turned or walked[:1] != taken[-1:] else walked[1:])
-            self._lockstep = self._disagreed or (self._ranks.world_size > 1 and bool(self._on_demand))
+                back = self._backward_units(members, visited)
+            self._backward(members, back, last=not left)
+            self._follow(visited, back if turned or back[:1] != visited[-1:] else back[1:])
+            self._lockstep = self._disagreed
             return [loss.float() for loss in losses]
 
-    def _forward_units(self, members: list[SweepMember], predicted: list[int]) -> Iterator[int]:
-        """The units to visit, one after another (see "The route"). Disagreement if members of a rank call two units."""
+    def _follow(self, visited: Sequence[int], back: Sequence[int]) -> None:
+        """Expect the next sweep to make the same visits. A layer without experts now may have some then."""
+        before, self._route = self._route, Route.of(visited, back, self._experts)
+        if before.forward == self._route.forward:
+            self._route.experts = {**before.experts, **self._route.experts}
+
+    def _turns_at(self, unit: int, visited: Sequence[int], members: list[SweepMember]) -> bool:
+        """Whether `unit` is expected to be the last one of forward. Disagreement if not all ranks have come there."""
+        ordinary = [number for number in (*visited, unit) if number not in self._experts]
+        if self._lockstep or ordinary != self._route.forward or unit in self._experts:
+            return False
+        here = all(member.called == unit for member in members)
+        if self._ranks.world_size > 1:
+            self._next.agree(here)
+        return here
+
+    def _forward_units(self, members: list[SweepMember]) -> Iterator[int]:
+        """The units to visit, one after another (see "The route")."""
         if self._ranks.world_size > 1 and not self._lockstep:
-            yield from predicted
+            for place, unit in enumerate(self._route.forward):
+                for layer in self._route.experts.get(place, ()):
+                    yield from self._routed_experts(members, layer)
+                yield unit
             return
+        while (called := self._next.of({member.called for member in members}, self._route.forward)) is not None:
+            if called in self._experts and not self._lockstep:
+                yield from self._routed_experts(members, self._experts[called])
+            else:
+                yield called
+
+    def _routed_experts(self, members: list[SweepMember], layer: Experts) -> Iterator[int]:
+        """The experts of a layer that members of any rank are routed to, and then those that they call all the same."""
+        seen: set[int] = set()
         while True:
-            unit = self._next.of({member.called for member in members}, min)
-            if unit is None:
-                return
-            yield unit
+            called = {member.called for member in members}
+            called |= {unit for member in members for unit in member.experts if unit not in seen}
+            units = list(compress(layer, self._ranks.any([unit in called for unit in layer]).wait()))
+            if not units:
+                break
+            self._pipeline.put_first(Visit(unit, Kind.FORWARD) for unit in units)
+            yield from units
+            seen.update(units)
+        self._pipeline.flush(unit for unit in layer if self._units[unit].life.update_due)
 
     def _visit_forward(self, members: list[SweepMember], unit: int) -> None:
         visit = Visit(unit, Kind.FORWARD)
-        self._acquire(visit)
+        self._pipeline.acquire(visit)
         self._pass_unit(members, unit)
         self._pipeline.release(visit)
 
@@ -203,15 +239,8 @@ class Sweep:
         """Once if a member is `at` the unit; of an expert as often as it comes there again at once."""
         while at() == unit:
             yield
-            if unit not in self._on_demand:
+            if unit not in self._experts:
                 return
-
-    def _same_records(self, members: list[SweepMember]) -> bool:
-        """Whether they have called the same units in the same order, those on demand left out."""
-        return len({tuple(u for u in member.units if u not in self._on_demand) for member in members}) <= 1
-
-    def _acquire(self, visit: Visit) -> None:
-        (self._pipeline.acquire_between if visit.unit in self._on_demand else self._pipeline.acquire)(visit)
 
     def _keeper(self, number: int) -> Keeper | None:
         """Packs the graph of a call, if the unit's activations are kept; else None."""
@@ -229,18 +258,31 @@ class Sweep:
             return None
         return GlueKeeper(self._activations, [*self._staying, *self._resident_params()])
 
-    def _turn(self, members: list[SweepMember], last: bool, forward_done: Callable[[], None]) -> list[torch.Tensor]:
+    def _turn(
+        self,
+        members: list[SweepMember],
+        unit: int,
+        back: Sequence[int],
+        left: int,
+        forward_done: Callable[[], None],
+    ) -> list[torch.Tensor]:
         """Run forward, loss and backward of the last unit, one micro-batch after another. Returns the losses.
 
         There are none if the first micro-batch goes on to a further unit. Then this is an ordinary forward visit.
+        `back`: the units of the backward that follows. `left`: how many sweeps of the step follow.
         """
-        visit = next(self._back_visits(self._backwards.copy(), last=last))
-        name = self._units[visit.unit].name
+        backwards = self._backwards.copy()
+        visit, *others = back_visits([unit, *back], backwards, turns=True, last=not left)
+        name = self._units[unit].name
         self._pipeline.acquire(visit)
+        if self._experts:
+            self._pipeline.expect(others)
+            if left:
+                self._pipeline.expect(self._route.forward_visits(turn=True))
+                self._pipeline.expect(islice(self._route.turn_and_backward(backwards, last=left == 1), 1))
         losses: list[torch.Tensor] = []
-        agreed = self._same_records(members) and all(member.called == visit.unit for member in members)
-        self._next.agree(agreed or self._ranks.world_size > 1)
-        for member in members if agreed else ():
+        agreed = True
+        for member in members:
             member.pass_unit(self._units[visit.unit], hot=True)
             if not isinstance(member.at, Finished):
                 member.tape.cool(name)
@@ -256,52 +298,34 @@ class Sweep:
             self._pass_unit(members[1:], visit.unit)
             self._pipeline.abandon(visit)
             return []
+        self._disagreed |= not agreed
         self._next.agree(agreed and not self._state.notices())
         self._pipeline.release(visit)
         self._count_backward(visit)
         return losses
 
-    def _backward(self, members: list[SweepMember], last: bool) -> list[int]:
-        """Run backward of the remaining records, in reverse order: all micro-batches at each unit.
+    def _backward_units(self, members: list[SweepMember], visited: Sequence[int]) -> list[int]:
+        """The visits of backward: those `visited` that a member, of any rank, has recorded a call in; newest first."""
+        here = recorded(visited, [member.units for member in members], self._experts)
+        return list(compress(visited, self._ranks.any(here).wait()))[::-1]
 
-        Returns the units that were visited. In lockstep nobody knows which visit of a unit is its last.
-        """
-        left = Counter(record.call.unit for member in members for record in member.tape.records)
-        walked = []
-        while (unit := self._next_backward(members)) is not None:
-            left[unit] -= sum(member.num_next(unit in self._on_demand) for member in members if member.recorded == unit)
-            final = last and not left[unit] and not self._lockstep
-            visit = Visit(unit, Kind.BACKWARD, nth=self._backwards[unit], final=final)
-            if unit not in self._on_demand:
-                walked.append(unit)
-            _prefetch(members)
-            self._acquire(visit)
+    def _backward(self, members: list[SweepMember], back: Sequence[int], *, last: bool) -> None:
+        """Run backward of the remaining records, in reverse order: all micro-batches at each unit of `back`."""
+        for visit in list(back_visits(back, self._backwards.copy(), turns=False, last=last)):
+            prefetch(members)
+            self._pipeline.acquire(visit)
             for member in members:
-                for _ in self._calls(unit, lambda: member.recorded):  # noqa: B023
+                for _ in self._calls(visit.unit, lambda: member.recorded):  # noqa: B023
                     member.backward()
-                _prefetch(members)
+                prefetch(members)
                 self._pipeline.advance()
             self._pipeline.release(visit)
             self._count_backward(visit)
-        return walked
-
-    def _next_backward(self, members: list[SweepMember]) -> int | None:
-        if self._lockstep or self._on_demand:
-            return self._next.of({member.recorded for member in members}, max)
-        return members[0].recorded
-
-    def _back_visits(self, backwards: Counter[int], *, last: bool) -> Iterator[Visit]:
-        back = self._route.forward[-1:] + self._route.backward
-        left = Counter(back)
-        for place, unit in enumerate(back):
-            left[unit] -= 1
-            kind = Kind.BACKWARD if place else Kind.TURN
-            yield Visit(unit, kind, nth=backwards[unit], final=last and not left[unit])
-            backwards[unit] += 1
+        assert not any(member.tape.records for member in members)
 
     def _count_backward(self, visit: Visit) -> None:
+        self._backwards[visit.unit] += 1
         if visit.unit in self._trainable:
-            self._backwards[visit.unit] += 1
             (self._unfinished.discard if visit.final else self._unfinished.add)(visit.unit)
 
     def _finish_gradients(self) -> None:
@@ -325,7 +349,8 @@ class Sweep:
         except Disagreement:
             self._state.put_back()
             self._pipeline.abandon_step()
-            self._lockstep = self._disagreed = self._ranks.world_size > 1
+            self._disagreed |= self._ranks.world_size > 1
+            self._lockstep = self._disagreed
             raise
 
     @contextmanager
@@ -366,17 +391,3 @@ class Sweep:
             for member in started:
                 member.abandon()
             raise
-
-
-def _all_finished(members: list[SweepMember]) -> bool:
-    return all(isinstance(member.at, Finished) for member in members)
-
-
-def _prefetch(members: list[SweepMember]) -> None:
-    """Start to bring back what the next records need, in their order, as far as there is room."""
-    most = max(len(member.tape.records) for member in members)
-    this_unit = [member for member in members if len(member.tape.records) == most]
-    next_unit = [member for member in members if len(member.tape.records) < most]
-    for member in this_unit + next_unit:
-        if not member.tape.prefetch():
-            return

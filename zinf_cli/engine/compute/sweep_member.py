@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 import torch
 
@@ -80,6 +79,11 @@ class SweepMember:
         return self.at.unit if isinstance(self.at, UnitCall) else None
 
     @property
+    def experts(self) -> Sequence[int]:
+        """The experts of the present layer that its tokens are routed to, as far as that is known."""
+        return self.thread.experts
+
+    @property
     def recorded(self) -> int | None:
         """The unit of the newest record, whose backward is next; None if there is no record."""
         return self.tape.records[-1].call.unit if self.tape.records else None
@@ -88,11 +92,6 @@ class SweepMember:
     def units(self) -> list[int]:
         """The units of all records, oldest first."""
         return [record.call.unit for record in self.tape.records]
-
-    def num_next(self, several: bool) -> int:
-        """How many of the newest records are of the newest's unit; 1 if not `several` are asked for."""
-        same = takewhile(lambda record: record.call.unit == self.recorded, reversed(self.tape.records))
-        return sum(1 for _ in same) if several else 1
 
     def backward(self) -> None:
         """Run backward of the newest record."""
@@ -119,3 +118,17 @@ class SweepMember:
         with self._trace.span("glue", "loss backward"):
             torch.autograd.backward((loss,), (scale,), retain_graph=True)
         return loss.detach()
+
+
+def all_finished(members: list[SweepMember]) -> bool:
+    return all(isinstance(member.at, Finished) for member in members)
+
+
+def prefetch(members: list[SweepMember]) -> None:
+    """Start to bring back what the next records need, in their order, as far as there is room."""
+    most = max(len(member.tape.records) for member in members)
+    this_unit = [member for member in members if len(member.tape.records) == most]
+    next_unit = [member for member in members if len(member.tape.records) < most]
+    for member in this_unit + next_unit:
+        if not member.tape.prefetch():
+            return

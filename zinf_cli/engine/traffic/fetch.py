@@ -25,6 +25,7 @@ class Fetch:
     def __init__(self, visit: Visit, unit: Unit, memory: Memory, updates: Updates, trace: Trace) -> None:
         self.visit = visit
         self.unit = unit
+        self.open = visit.kind is Kind.OPEN
         self.gather = visit.kind is not Kind.FLUSH
         self._memory = memory
         self._updates = updates
@@ -48,7 +49,7 @@ class Fetch:
     @property
     def issued(self) -> bool:
         """Whether all of its reads have begun, those of its update too."""
-        return self.placed and (self._update is None or self._update.all_read)
+        return self.open or (self.placed and (self._update is None or self._update.all_read))
 
     @property
     def starved(self) -> bool:
@@ -67,6 +68,8 @@ class Fetch:
 
     def issue(self) -> bool:
         """Start as many reads as memory allows; True when all of them are under way."""
+        if self.open:
+            return True
         if not self.placed and not (self.unit.life.readable(self.visit.nth) and self._place()):
             return False
         return self._update is None or self._update.read_ahead()
@@ -76,25 +79,15 @@ class Fetch:
 
         False where there is no room now.
         """
-        unit, layout = self.unit, self.unit.layout
+        unit, sizes = self.unit, self._sizes()
         in_place = unit.in_place()
-        sizes = [0, 0, 0]
-        if in_place is None and self.visit.kind is not Kind.FLUSH:
-            sizes[0] = layout.num_bytes
-        grads = None
-        if self.visit.has_grads and layout.trainable:
-            grads = unit.grads_in_place()
-            if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
-                sizes[1] = sum(flat.numel for flat in layout.trainable) * GRAD.item_bytes
-            if self.visit.accumulate and grads is None:
-                sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * GRAD.item_bytes
         block = None
         if any(sizes):
-            arena = self._memory.resident if layout.resident else self._memory.slots
+            arena = self._memory.resident if unit.layout.resident else self._memory.slots
             block = arena.allocate(sum(sizes))
             if block is None:
                 return False
-        self._cut(block, sizes, grads)
+        self._cut(block, sizes, unit.grads_in_place() if self._has_grads else None)
         if in_place is not None:
             self.flats = in_place
         self._read_params()
@@ -102,6 +95,29 @@ class Fetch:
             unit.life.start_update(self._start_update(None, speculative=False))
         self.placed = True
         return True
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of an arena."""
+        return sum(self._sizes())
+
+    @property
+    def _has_grads(self) -> bool:
+        return self.visit.has_grads and bool(self.unit.layout.trainable)
+
+    def _sizes(self) -> list[int]:
+        """Bytes of slot, gradient and earlier gradient, as far as these do not lie in memory."""
+        unit, layout = self.unit, self.unit.layout
+        sizes = [0, 0, 0]
+        if unit.in_place() is None and self.visit.kind is not Kind.FLUSH:
+            sizes[0] = layout.num_bytes
+        if self._has_grads:
+            grads = unit.grads_in_place()
+            if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
+                sizes[1] = sum(flat.numel for flat in layout.trainable) * GRAD.item_bytes
+            if self.visit.accumulate and grads is None:
+                sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * GRAD.item_bytes
+        return sizes
 
     def _cut(self, block: Buffer | None, sizes: list[int], grads: list[torch.Tensor] | None) -> None:
         buffers: list[Buffer | None] = [None, None, None]
@@ -152,10 +168,21 @@ class Fetch:
         With `wait`, wait for the transfers that come next. TierError where one of them failed.
         """
         if not self._complete:
-            self._complete = self.placed and self._progress(wait)
+            self._complete = self.prepare(wait) and self._gathered(wait)
         return self._complete
 
-    def _progress(self, wait: Callable[[Transfer], None] | None) -> bool:
+    def _gathered(self, wait: Callable[[Transfer], None] | None) -> bool:
+        if self._gathers is None:
+            self._gathers = self._start_gathers()
+        if not self._settle(self._gathers, wait):
+            return False
+        # a forward that clamps would change bytes of the slot that are still being written
+        return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
+
+    def prepare(self, wait: Callable[[Transfer], None] | None = None) -> bool:
+        """The part of `progress` that comes before the gather: reads and update."""
+        if not self.placed:
+            return False
         if not self._settle(self._reads, wait):
             return False
         if self._update is not None and not self._update.finished:
@@ -163,12 +190,7 @@ class Fetch:
             if kernel is None or not self._update.progress(kernel, partial(self._settle, wait=wait)):
                 return False
             self.unit.life.finish_update()
-        if self._gathers is None:
-            self._gathers = self._start_gathers()
-        if not self._settle(self._gathers, wait):
-            return False
-        # a forward that clamps would change bytes of the slot that are still being written
-        return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
+        return True
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks

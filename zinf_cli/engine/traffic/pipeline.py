@@ -76,10 +76,20 @@ class Pipeline:
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
         self.eager = EagerUpdates(units, memory, self.wait)
+        experts = [unit.layout.num_bytes for unit in units if unit.layout.on_demand]
+        self._spare = 2 * max(experts, default=0)
+        """Bytes of the slots that fetches behind an OPEN visit leave for those that will take its place."""
 
     def expect(self, visits: Iterable[Visit]) -> None:
         """Announce `visits`, which follow all that were announced before, and start their fetches."""
         self._coming.extend(visits)
+        self.advance()
+
+    def put_first(self, visits: Iterable[Visit]) -> None:
+        """Announce `visits` before all others, in the place of the OPEN visit if that comes next."""
+        if self._first() is not None and self._fetches[0].open:
+            self._fetches.popleft()
+        self._fetches.extendleft(reversed([self._fetch(visit) for visit in visits]))
         self.advance()
 
     @property
@@ -103,8 +113,10 @@ class Pipeline:
             self._finish_gradient(self._reducing.popleft())
         self.eager.advance()
         self._issue_ahead()
+        in_turn = True  # behind an OPEN visit nothing is gathered, since all ranks gather in one order
         for fetch in self._fetches:
-            if not fetch.progress():
+            in_turn = in_turn and not fetch.open
+            if not fetch.open and not (fetch.progress() if in_turn else fetch.prepare()):
                 break
         while self._flushes and self._flushes[0].progress():
             self._flushes.popleft().free()
@@ -125,12 +137,6 @@ class Pipeline:
         self.drop_coming()
         fetch = self._fetch(visit)
         self._complete(fetch)
-        self._hold(fetch)
-
-    def acquire_between(self, visit: Visit) -> None:
-        """Bind a unit before the announced visits, which stay. Errors are those of `acquire`."""
-        fetch = self._fetch(visit)
-        self._complete(fetch, ahead=False)
         self._hold(fetch)
 
     def flush(self, units: Iterable[int]) -> None:
@@ -245,25 +251,40 @@ class Pipeline:
 
     def _next(self, visit: Visit) -> Fetch:
         """The fetch of `visit`: the one that was announced, or a new one where the prediction failed."""
-        if not self._fetches and self._coming:
-            self._fetches.append(self._fetch(self._coming.popleft()))
+        while (first := self._first()) is not None and first.open:
+            self._fetches.popleft()  # nothing has taken its place
         if self._fetches and self._fetches[0].visit != visit:
             self.drop_coming()
         if not self._fetches:
             self._fetches.append(self._fetch(visit))
         return self._fetches[0]
 
-    def _issue_ahead(self) -> None:
-        for fetch in self._fetches:
-            if not fetch.issued and not fetch.issue():
-                return
-        while self._coming:
+    def _first(self) -> Fetch | None:
+        """The fetch of the visit that is announced as the next one."""
+        if not self._fetches and self._coming:
             self._fetches.append(self._fetch(self._coming.popleft()))
-            if not self._fetches[-1].issue():
-                return
-        for fetch in self._flushes:
-            if not fetch.issue():
-                return
+        return self._fetches[0] if self._fetches else None
+
+    def _issue_ahead(self) -> None:
+        if self._issue_announced():
+            for fetch in self._flushes:
+                if not fetch.issue():
+                    return
+
+    def _issue_announced(self) -> bool:
+        """Start fetches in the order of their visits, as far as there is memory. True when all are under way."""
+        spare = 0
+        for number in range(len(self._fetches) + len(self._coming)):
+            if number == len(self._fetches):
+                self._fetches.append(self._fetch(self._coming.popleft()))
+            fetch = self._fetches[number]
+            spare = self._spare if fetch.open else spare
+            slots = self.memory.slots
+            if spare and not fetch.placed and slots.capacity - slots.used < fetch.num_bytes + spare:
+                return False
+            if not fetch.issued and not fetch.issue():
+                return False
+        return True
 
     def _make_room(self, fetch: Fetch) -> None:
         """Wait for something that frees buffers. CapacityError where nothing is under way: the plan was wrong."""
@@ -284,19 +305,20 @@ class Pipeline:
         """Go on with another fetch's update, which holds chunk buffers. False where there is none."""
         for other in (*self._fetches, *self._flushes):
             if other is not fetch and other.updating and not other.starved:
-                other.progress(self.wait)
+                other.prepare(self.wait)
                 return True
         return False
 
     def _call_back(self, fetch: Fetch) -> bool:
-        """Free what the last of the announced fetches holds, for one that goes between; it begins again.
+        """Free what the last of the announced fetches behind `fetch` holds; it begins again.
 
         False if none holds anything. Several ranks share their gathers, and begin none again.
         """
-        if self.ranks.world_size > 1 or fetch in self._fetches:
-            return False
         for number in reversed(range(len(self._fetches))):
-            if (other := self._fetches[number]).placed:
+            if (other := self._fetches[number]) is fetch:
+                return False
+            if other.placed and not (self.ranks.world_size > 1 and other.gathering):
+                other.gather = False
                 self._complete(other, ahead=False)
                 other.free()
                 self._fetches[number] = self._fetch(other.visit)

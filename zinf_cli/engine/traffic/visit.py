@@ -15,6 +15,8 @@ class Kind(Enum):
     BACKWARD = "backward"
     FLUSH = "flush"
     """Only the pending update."""
+    OPEN = "open"
+    """Of some of a layer's experts: which ones will be known later, when their visits take this one's place."""
 
 
 @dataclass(frozen=True)
