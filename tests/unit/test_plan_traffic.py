@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
 from zinf_cli.plan.search import best_plan
+from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.train.figures import find_figures
 from zoo.shrink import configs
 
@@ -30,6 +32,35 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+
+
+@pytest.mark.parametrize(("clip", "per_sweep"), [(1e-3, 2), (None, 1)])
+def test_traffic_of_experts_is_that_of_the_share_that_tokens_reach(
+    clip: float | None, per_sweep: int, tmp_path: Path
+) -> None:
+    train: dict[str, Any] = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "seq_len": 8, "max_steps": 12}
+    recipe = recipe_of(tmp_path, "qwen3_moe", **train, max_grad_norm=clip, micro_batches_per_sweep=per_sweep)
+    many = {**(recipe.model.config or {}), "num_experts": 32, "moe_intermediate_size": 128}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": many})})
+    figures = find_figures(recipe, 1, most=13000)  # one expert, and all else of a layer
+    experts = [unit for unit in figures.model.units if "experts" in unit.name]
+    assert len(experts) == 2 * 32
+    assert all(unit.reached == pytest.approx(1 - (30 / 32) ** 8) for unit in experts)
+    plan = best_plan(recipe, figures)
+    lines = run(recipe, plan)
+    expected = experts_reached(figures, plan.choice, sweeps=2 // per_sweep)
+    assert expected is not None
+    assert expected == pytest.approx(1 - (30 / 32) ** 16)
+    share = sum(line["experts_reached"] for line in lines) / len(lines)
+    assert 0.7 * expected < share <= expected + 0.05  # routers with random weights prefer some experts
+
+    def planned(reached: float) -> int:
+        units = tuple(replace(unit, reached=min(unit.reached, reached)) for unit in figures.model.units)
+        return best_plan(recipe, replace(figures, model=replace(figures.model, units=units))).nvme_traffic
+
+    moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
+    assert moved / len(lines) == pytest.approx(planned(1 - (1 - share) ** 0.5), rel=0.08)
+    assert planned(0.1) < plan.nvme_traffic
 
 
 @pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])

@@ -12,6 +12,7 @@ from typing import Any
 from zinf_cli.durable import write_durably
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.run_folder.metrics import Watch
 from zinf_cli.run_folder.names import TRACE, files_of_ranks
 
@@ -36,6 +37,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     if (saved := plan.checkpoint) is not None and saved.interval == 1:  # else most steps have none
         planned = [traffic + saved.traffic // plan.world_size for traffic in planned]
         expected = [saved.step_s] * len(expected)
+    reached = [line["experts_reached"] for line in steady if "experts_reached" in line]
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
@@ -60,6 +62,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "device_bytes": max((line["device_bytes"] for line in steps), default=None),
             "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),
             "nvme_traffic": statistics.median(traffic) if traffic else None,
+            "experts_reached": statistics.median(reached) if reached else None,
         },
         "predicted": {
             "step_s": statistics.median(expected) if expected else plan.step_s,
@@ -70,6 +73,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "cpu_bytes": plan.cpu_bytes_per_rank,
             "nvme_bytes": plan.nvme_bytes,
             "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
+            "experts_reached": experts_reached(plan.figures, plan.choice, -(-plan.micro_batches // plan.per_sweep)),
         },
     }
 

@@ -48,6 +48,9 @@ class UnitFigures:
     before_bytes: int
     """What autograd saves between the unit called before and this one."""
     least: LeastPart
+    reached: float
+    """The chance that some token of a micro-batch reaches it: 1, but for experts, of which tokens take some. Every
+    expert is taken to be as likely as any other."""
     product: bool = False
     """Whether backward does not compute it again, since it is one product (engine/compute/products.py)."""
     chunkable_bytes: int = 0

@@ -208,6 +208,12 @@ def glue_leaves(figures: Figures, choice: Choice) -> bool:
     return figures.model.most is not None and not choice.in_place("activations")
 
 
+def sweeps_share(unit: UnitFigures, figures: Figures, choice: Choice) -> float:
+    """The share of sweeps that visit a unit: 1, but for experts, which are visited if a token of any rank reaches
+    them."""
+    return 1 - (1 - unit.reached) ** (choice.per_sweep * figures.world_size)
+
+
 def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first."""
     kept = []

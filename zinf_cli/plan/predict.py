@@ -10,7 +10,7 @@ from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
 from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
-from zinf_cli.plan.memory import Choice, activation_bytes, glue_leaves
+from zinf_cli.plan.memory import Choice, activation_bytes, glue_leaves, sweeps_share
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
@@ -101,6 +101,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 forward * weights[place] / max(1, sum(weights)),
                 kept.get(number, 0) / max(1, unit.calls) + (unit.before_bytes if leaves else 0),
                 recomputed=number not in choice.kept and not unit.product,
+                share=sweeps_share(unit, figures, choice),
                 cached=choice.cached_states if number in choice.cached else frozenset(),
             )
         )

@@ -52,6 +52,8 @@ class UnitLoad:
     """Bytes that it leaves for the backward pass."""
     recomputed: bool = True
     """Whether the backward pass computes its forward again."""
+    share: float = 1.0
+    """The share of sweeps that visit it: less than 1 for experts."""
     cached: frozenset[str] = frozenset()
     """Classes of its state that lie in CPU memory, whatever their placement."""
 
@@ -162,16 +164,17 @@ class _Sweeps:
     ) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
         room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
-        ready = ops.bring(
-            "params", unit, unit.params / step.world_size * step.param_bytes, [*room, *self._params[number]]
-        )
-        if update and self._update_of(unit) == "deferred":
+        updated = update and self._update_of(unit) == "deferred"
+        share = 1.0 if updated else unit.share  # an update reads what it changes, visit or not
+        own = unit.params / step.world_size * step.param_bytes * share
+        ready = ops.bring("params", unit, own, [*room, *self._params[number]])
+        if updated:
             ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
-        ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes, ready)
+        ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes * unit.share, ready)
         if kind == "backward":
             ready += ops.bring("activations", unit, unit.kept_bytes * batches, [*room, *self._kept[number]])
         if kind != "forward" and unit.trainable:
-            ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * GRAD.item_bytes, ready)]
+            ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * unit.share * GRAD.item_bytes, ready)]
         passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
@@ -185,8 +188,8 @@ class _Sweeps:
 
     def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
-        own = unit.trainable / step.world_size * GRAD.item_bytes
-        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * GRAD.item_bytes, after)
+        own = unit.trainable * unit.share / step.world_size * GRAD.item_bytes
+        reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * unit.share * GRAD.item_bytes, after)
         if not first:
             earlier = ops.bring("grads", unit, own, [*room, *self._grads[number]])
             if earlier or step.world_size > 1:  # otherwise compute has added to the gradient in place
@@ -217,7 +220,7 @@ class _Sweeps:
             buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
             reads = ops.bring("optimizer", unit, piece * states, [*after, *buffers])
             if with_grad:
-                reads = reads + ops.bring("grads", unit, piece * GRAD.item_bytes, [*after, *buffers])
+                reads = reads + ops.bring("grads", unit, piece * unit.share * GRAD.item_bytes, [*after, *buffers])
             done = [ops.add("compute", f"{unit.name} update", piece * cost, [*reads, *ready], "adamw")]
             self._pieces += ops.send("optimizer", unit, piece * states, done)
             writes += ops.send("params", unit, piece * step.param_bytes, done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zinf_cli.model_state import GRAD
 from zinf_cli.plan.checkpoints import CheckpointDrive, stored_bytes
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes, sent_between
+from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes, sent_between, sweeps_share
 
 
 def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
@@ -14,26 +14,39 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
     A call of a unit takes one visit in forward and one in backward; a call of the last unit takes one for both. Every
     visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that an earlier visit
     left. A deferred update reads the gradient once more.
+
+    Only a share of the sweeps visits an expert. If none does, its gradient is zeros, which nothing writes or reads. The
+    update reads parameters by itself if no visit brings them.
     """
     model, ranks = figures.model, figures.world_size
-    total = 0
+    total = 0.0
     for number, unit in enumerate(model.units):
         if not unit.resident and not unit.calls:
             continue
         away = {state for state in CLASSES if choice.tier(state, number) == "nvme"}
-        calls = 1 if unit.resident else sweeps * unit.calls
+        share = sweeps_share(unit, figures, choice)
+        calls = 1 if unit.resident else sweeps * unit.calls * share
         turns = calls if unit.resident else sweeps if number == model.turn else 0
         trainable = unit.trainable_numel // ranks
+        update = choice.update_of(number)  # in backward, it follows a visit of the last sweep
         if "params" in away:
-            total += (unit.param_bytes * (2 * calls - turns) + unit.trainable_bytes) // ranks
+            due = 1.0 if update == "deferred" else 1 - share  # in the next forward
+            alone = due * (1 - share) if trainable else 0
+            total += (unit.param_bytes * (2 * calls - turns + alone) + unit.trainable_bytes) // ranks
         if "grads" in away:
-            spared = {"deferred": 0, "speculative": 1, "eager": 2}[choice.update_of(number)]
+            spared = {"deferred": 0, "speculative": 1, "eager": 2}[update] * share
             total += trainable * GRAD.item_bytes * (2 * calls - spared)
         if "optimizer" in away:
             total += 2 * figures.optimizer.num_bytes(unit.trainable_numel, unit.master_numel) // ranks
     if choice.placement["activations"] == "nvme":
         total += 2 * micro_batches * (sum(activation_bytes(figures, choice)) + sent_between(figures, choice))
-    return total
+    return int(total)
+
+
+def experts_reached(figures: Figures, choice: Choice, sweeps: int) -> float | None:
+    """The share of experts that some token of a step reaches, if routing is even; None if none is a unit."""
+    shares = [sweeps_share(unit, figures, choice) for unit in figures.model.units if unit.reached < 1]
+    return sum(1 - (1 - share) ** sweeps for share in shares) / len(shares) if shares else None
 
 
 def checkpoint_traffic(figures: Figures, choice: Choice, drive: CheckpointDrive) -> int:

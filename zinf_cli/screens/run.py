@@ -162,6 +162,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     row("CPU memory of rank 0, peak", "cpu_bytes", format_bytes)
     row("on NVMe, per rank", "nvme_bytes", format_bytes)
     row("NVMe traffic per step and rank", "nvme_traffic", format_bytes)
+    row("experts that tokens reach", "experts_reached", lambda v: f"{100 * v:.0f} %")
     lines: list[RenderableType] = [table, Text()]
     losses = []
     for name, key in (("loss", "loss"), ("held-out", "eval_loss")):

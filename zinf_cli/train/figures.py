@@ -6,6 +6,7 @@ the text.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -101,6 +102,7 @@ def _model_figures(
                 seen.uses.get(number, UnitUse()),
                 calls[number],
                 _least_part(model, layout, whole),
+                _reached(model, layout, recipe.train.seq_len * recipe.train.micro_batch_size),
                 prepared.chunkable.get(number, ()),
                 product=number in seen.products,
             )
@@ -141,8 +143,36 @@ def _least_part(model: nn.Module, layout: UnitLayout, whole: Collection[str]) ->
     return max(parts, key=lambda part: part.numel)
 
 
+def _reached(model: nn.Module, layout: UnitLayout, num_tokens: int) -> float:
+    """See UnitFigures. A token misses `some` of `count` experts if all that it takes are among the others."""
+    place = next(layout.params())
+    taken = _experts_per_token(model)
+    if not layout.on_demand or taken is None or place.part is None:
+        return 1.0
+    count, some = place.part.shape[0], place.shape[0]
+    if not 0 < taken <= count:
+        return 1.0
+    return float(1 - (math.comb(count - some, taken) / math.comb(count, taken)) ** num_tokens)
+
+
+def _experts_per_token(model: nn.Module) -> int | None:
+    """How many experts of a layer each token takes; None if the config does not say so."""
+    config: Any = model.config
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts", "num_experts_per_token")
+    found = (getattr(text, name, None) for name in names)
+    return next((count for count in found if isinstance(count, int)), None)
+
+
 def _unit_figures(
-    layout: UnitLayout, use: UnitUse, calls: int, least: LeastPart, chunkable: Sequence[Chunkable], *, product: bool
+    layout: UnitLayout,
+    use: UnitUse,
+    calls: int,
+    least: LeastPart,
+    reached: float,
+    chunkable: Sequence[Chunkable],
+    *,
+    product: bool,
 ) -> UnitFigures:
     return UnitFigures(
         name=layout.name,
@@ -160,6 +190,7 @@ def _unit_figures(
         output_bytes=use.output_bytes,
         before_bytes=use.before_bytes,
         least=least,
+        reached=reached,
         product=product,
         chunkable_bytes=calls * sum(found.spared_bytes for found in chunkable),
     )

@@ -255,8 +255,15 @@ class Run:
             "wait_s": result.wait_s,
             "updated_in_backward": result.updated,
             **({} if slowest is None else {"straggler": slowest}),
+            **self._experts(),
             **self._memory(),
         }
+
+    def _experts(self) -> dict[str, float]:
+        """The share of the experts that some token of the step has reached, if they are units."""
+        experts = [unit for unit in self.engine.units if unit.layout.on_demand and unit.trained]
+        reached = sum(not unit.life.zeros for unit in experts)
+        return {"experts_reached": reached / len(experts)} if experts else {}
 
     def _skipped(self, step: int, windows: Sequence[int], lr: float, start: float) -> dict[str, Any]:
         """Skip a step in which no token has a loss. Nothing is updated, by weight decay neither. Returns its line."""
