@@ -19,7 +19,6 @@ from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
-from zinf_cli.train.model import _parameters_on_meta
 
 WIDTH, STEPS, COUNT, LR = 32, 3, 3, 1e-2
 MIB = 2**20
@@ -107,8 +106,7 @@ def plain(make: Callable[[], nn.Module]) -> Result:
 def engine(make: Callable[[], nn.Module], mode: Mode, folder: Path) -> Result:
     """The same through the engine."""
     _seed()
-    with _parameters_on_meta():
-        model = make()
+    model = on_meta(make())
     opened = open_blocks(model, mode, folder)
     try:
         return Result(list(_losses(opened)), {name: buffer.clone() for name, buffer in model.named_buffers()})
@@ -116,7 +114,24 @@ def engine(make: Callable[[], nn.Module], mode: Mode, folder: Path) -> Result:
         opened.close()
 
 
-def open_blocks(model: nn.Module, mode: Mode, folder: Path, ranks: Ranks | None = None) -> Engine:
+def on_meta(model: nn.Module) -> nn.Module:
+    """The model itself, with its parameters on the meta device."""
+    parameters: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None:
+                new = nn.Parameter(own.detach().to("meta"), own.requires_grad)
+                module._parameters[name] = parameters.setdefault(id(own), new)
+    return model
+
+
+def open_blocks(
+    model: nn.Module,
+    mode: Mode,
+    folder: Path,
+    ranks: Ranks | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Engine:
     """An engine for a model whose parameters lie on the meta device."""
     ranks = ranks or Ranks()
     seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta")), ranks.world_size)
@@ -126,7 +141,7 @@ def open_blocks(model: nn.Module, mode: Mode, folder: Path, ranks: Ranks | None 
         kept_units=frozenset(seen.order if mode.keep else ()),
     )  # fmt: skip
     order = seen.order if not seen.failure else None
-    opened = Engine(model, seen.units, options, ranks, order=order, written=seen.written, notice=lambda line: None)
+    opened = Engine(model, seen.units, options, ranks, order=order, written=seen.written, notice=notice)
     shapes = {name: param.shape for name, param in model.named_parameters()}
     opened.load(lambda names: {name: _weights(name, shapes[name]) for name in names})
     return opened
@@ -156,6 +171,7 @@ def _losses(engine: Engine) -> Iterator[float]:
 
 
 def _seed() -> None:
+    torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import torch
 from torch import nn
 
 import counting
-from blocks import Block, Blocks, Mode, assert_exact
+from blocks import WIDTH, Block, Blocks, Mode, assert_exact, make_batch, on_meta, open_blocks
+from checkpoints import save
+from zinf_cli.engine.compute.sweep_member import MicroBatch
+from zinf_cli.engine.engine import Engine
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.train.checkpoint_reader import CheckpointReader, load_buffers_of
 
 COUNT = 0
 SEEN: list[int] = []
+CALLS = ContextVar("calls", default=0)
 DRAWN = np.random.default_rng(1)
 
 
@@ -87,6 +94,11 @@ def count_in_attribute() -> int:
     return count_in_attribute.calls  # type: ignore[attr-defined, no-any-return]
 
 
+def count_in_context() -> int:
+    CALLS.set(CALLS.get() + 1)
+    return CALLS.get()
+
+
 def count_by_import() -> int:
     from counting import bump
 
@@ -109,6 +121,7 @@ WAYS: dict[str, Callable[[], int]] = {
     "a partial": partial(count_in_default),
     "a function made in the call": lambda: (lambda: [count_in_a_list() for _ in range(2)][1])(),
     "a module beside the model": lambda: SHELF(),
+    "a context variable": lambda: count_in_context(),
     "a generator": lambda: int(DRAWN.integers(9)),
 }
 
@@ -125,6 +138,36 @@ class CountsInHook(Block):
         self.linear.register_forward_hook(lambda module, args, out: out * (1 + 0.1 * (count_in_a_number() % 3)))
 
 
+class Keeping(Block):
+    """Attributes of many kinds."""
+
+    def begin(self) -> None:
+        self.mean: torch.Tensor | None = None
+        self.seen: dict[int, Any] = {}
+        self.drawn = np.random.default_rng(self.number)
+        self.register_buffer("longest", None)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.linear(x)
+        old = hidden.new_zeros(WIDTH) if self.mean is None else self.mean
+        self.mean = 0.9 * old + 0.1 * hidden.detach().mean(0)
+        calls, last = self.seen.get(self.number, (0, [np.zeros(2)]))
+        self.seen[self.number] = (calls + 1, [last[0] + self.drawn.random(2)])
+        self.longest = old[: calls % WIDTH]
+        return x + torch.tanh(hidden * (1 + old)) * (1 + float(last[0].sum()) % 1) + self.longest.sum()
+
+
+class Opening(Block):
+    """An attribute that no file can hold."""
+
+    def begin(self) -> None:
+        self.opened: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.opened.append(iter([len(self.opened)]))
+        return super().forward(x)
+
+
 def _counting(way: str) -> Callable[[], Blocks]:
     kind = CountsInHook if way == "a hook" else type("CountsBy", (CountsBy,), {"way": staticmethod(WAYS[way])})
 
@@ -132,6 +175,7 @@ def _counting(way: str) -> Callable[[], Blocks]:
         global COUNT, count_by_decorator
         COUNT = counting.CALLS[0] = TRACKER.calls = count_in_default.__defaults__[0][0] = 0  # type: ignore[index]
         SEEN.clear()
+        CALLS.set(0)
         Tracker.made.clear()
         SHELF.calls.zero_()
         DRAWN.bit_generator.state = np.random.default_rng(1).bit_generator.state
@@ -143,6 +187,51 @@ def _counting(way: str) -> Callable[[], Blocks]:
 
 
 IN_MEMORY = [Mode(keep=keep, per_sweep=per_sweep) for keep in (False, True) for per_sweep in (1, None)]
+
+
+def steps(opened: Engine, numbers: range) -> list[float]:
+    """The losses of steps of two micro-batches."""
+    losses = []
+    for step in numbers:
+        batches = [partial(opened.model, make_batch(step, number)) for number in range(2)]
+        work = [MicroBatch(batch, 0.5, 10 * step + number) for number, batch in enumerate(batches)]
+        losses += opened.train_step(work, AdamW(1e-3), more=step < numbers[-1]).losses
+    return losses
+
+
+@pytest.mark.parametrize("way", [*WAYS, "a hook", "attributes"])
+def test_a_run_that_goes_on_from_a_checkpoint_has_it_too(way: str, tmp_path: Path) -> None:
+    make = partial(Blocks, Keeping) if way == "attributes" else _counting(way)
+    unbroken = open_blocks(on_meta(make()), Mode(), tmp_path)
+    expected = steps(unbroken, range(4))
+    unbroken.close()
+    stopped = open_blocks(on_meta(make()), Mode(), tmp_path)
+    assert steps(stopped, range(2)) == expected[:4]
+    folder = save(stopped, tmp_path, 2)
+    stopped.close()
+    said: list[str] = []
+    goes_on = open_blocks(on_meta(make()), Mode(), tmp_path, notice=said.append)
+    reader = CheckpointReader(folder)
+    goes_on.load_state(reader)
+    reader.close()
+    goes_on.restore_places(load_buffers_of(folder, goes_on.model))
+    assert steps(goes_on, range(2, 4)) == expected[4:]
+    assert not [line for line in said if "may differ" in line]
+    goes_on.close()
+
+
+def test_what_no_checkpoint_can_hold_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    opened = open_blocks(on_meta(Blocks(Opening)), Mode(), tmp_path, notice=said.append)
+    steps(opened, range(2))
+    folder = save(opened, tmp_path, 2)
+    opened.close()
+    lost = "layers.0.opened, which the model's forward changes, is in no checkpoint: a run that goes on may differ"
+    assert lost in said
+    goes_on = open_blocks(on_meta(Blocks(Opening)), Mode(), tmp_path, notice=said.append)
+    goes_on.restore_places(load_buffers_of(folder, goes_on.model))
+    assert lost.replace("is in no checkpoint", "is not what it was at the checkpoint") in said
+    goes_on.close()
 
 
 @pytest.mark.parametrize("mode", IN_MEMORY, ids=str)

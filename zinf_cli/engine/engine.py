@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.dealing import Dealer
 from zinf_cli.engine.compute.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.stored_places import restore, store
 from zinf_cli.engine.compute.sweep import Sweep
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.options import EngineOptions, open_memory, open_tiers
@@ -89,7 +90,7 @@ class Engine:
         self._options = options
         self._optimizer = optimizer
         self._ranks = ranks or Ranks()
-        self._notice = notice
+        self._notice_once = cache(notice)
         self.verifies = options.nvme_verify
         self.trace = trace or Trace()
         to_placeholders(model, options.device)
@@ -104,20 +105,20 @@ class Engine:
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
-        state = MovingState(model)
+        self._state = MovingState(model, self.memory.holds_weights)
         self._sweep = Sweep(
             self._pipeline,
             activations,
             options.device,
             order,
             options.kept_units,
-            state,
+            self._state,
             list(model.buffers()) if options.glue_leaves and staging is not None else None,
             self.trace,
         )
         self._watched = hold_constant(model, layouts, written)
         self._restore = intercept(model, layouts, side_outputs)
-        self._dealer = Dealer(options.micro_batches_per_sweep, state, self._ranks, notice)
+        self._dealer = Dealer(options.micro_batches_per_sweep, self._state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""
         self._unclipped_steps = 0
@@ -160,9 +161,9 @@ class Engine:
             not eager and self._options.speculate and loss_scale == 1.0 and self._unclipped_steps >= UNCLIPPED_STEPS
         )
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
-        batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
         forward_done = partial(self._forward_done, kernel if eager or speculative else None, sink)
-        losses = self._dealer.until_agreed(lambda: self._sweep.step(self._dealer.deal(batches), forward_done))
+        batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
+        losses = self._sweeps(batches, forward_done, kernel, undoable=not eager and sink is None)
         self._dealer.step_done()
         if more:
             self._sweep.announce_step(len(self._dealer.deal(batches)))
@@ -190,6 +191,23 @@ class Engine:
             self._copy_what_stays(sink)
         updated = eager or (speculative and unclipped)
         return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
+
+    def _sweeps(
+        self, batches: Sequence[MicroBatch], forward_done: Callable[[], None], kernel: Kernel, *, undoable: bool
+    ) -> list[torch.Tensor]:
+        """Run the sweeps of a step. If the first step's backward changes the model, it is undone, and begins again."""
+
+        def run() -> list[torch.Tensor]:
+            return self._dealer.until_agreed(lambda: self._sweep.step(self._dealer.deal(batches), forward_done))
+
+        losses = run()
+        if self._sweep.moved_in_backward:
+            self._dealer.step_moved_in_backward(begins_again=undoable)
+            self._pipeline.finish_gradients()
+            self._state.put_back()
+            self._set_update([self.units[number] for number in self._pipeline.completed], kernel, finite=False)
+            losses = run()
+        return losses
 
     def _roll_back(self, taken: Collection[Unit], update: Kernel, *, finite: bool, written: bool) -> None:
         """Undo the speculative updates of the units `taken`: they get deferred ones. `written`: into a checkpoint."""
@@ -221,6 +239,20 @@ class Engine:
     def load_state(self, source: StateSource) -> None:
         """Take the state of every unit from `source`, instead of `load`."""
         load_state(self.units, self.memory, source)
+
+    def moved_places(self) -> dict[str, torch.Tensor]:
+        """What the forward has changed in the model beside buffers, as tensors for a checkpoint (stored_places.py)."""
+        tensors, left_out = store(self.model, self._state)
+        self._say_lost(left_out, "is in no checkpoint")
+        return tensors
+
+    def restore_places(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `moved_places` has given."""
+        self._say_lost(restore(self._state, stored), "is not what it was at the checkpoint")
+
+    def _say_lost(self, places: Sequence[str], what: str) -> None:
+        for place in places:
+            self._notice_once(f"{place}, which the model's forward changes, {what}: a run that goes on may differ")
 
     def read_params(self, number: int) -> dict[str, torch.Tensor]:
         """Copies of a unit's parameters by name, whole on every rank, in the shape and dtype that compute uses.

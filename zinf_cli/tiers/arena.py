@@ -88,6 +88,10 @@ class Arena:
                 return Buffer(self, offset, self._region[offset : offset + num_bytes])
         return None
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in this region."""
+        return bool(tensor.untyped_storage()._cdata == self._region.untyped_storage()._cdata)
+
     def _take_back(self, offset: int, size: int) -> None:
         """Make a range a hole, merged with the holes beside it. Buffer.free calls this."""
         self.used -= size

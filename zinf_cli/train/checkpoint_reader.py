@@ -21,6 +21,7 @@ from torch import nn
 from zinf_cli.checkpoint.manifest import BUFFERS, Manifest, Region, StoredFlat, StoredParam, rank_file
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
+from zinf_cli.engine.compute.stored_places import take_out
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.units.tiles import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
@@ -208,9 +209,21 @@ def check_params(reader: CheckpointReader, model: nn.Module) -> None:
         )
 
 
-def load_buffers_of(folder: Path, model: nn.Module) -> None:
-    """Fill the module's buffers from a checkpoint."""
+def load_buffers_of(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fill the module's buffers from a checkpoint. Returns what else its forward had changed (stored_places.py)."""
     manifest = Manifest.load(folder)
-    if BUFFERS in manifest.files:
-        for name, value in load(read_file(folder, manifest, BUFFERS)).items():
-            model.get_buffer(name).copy_(value)
+    if BUFFERS not in manifest.files:
+        return {}
+    buffers, others = take_out(load(read_file(folder, manifest, BUFFERS)))
+    device = next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
+    for name, value in buffers.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        present = module._buffers.get(attribute)
+        if present is not None and present.shape == value.shape:
+            present.copy_(value)
+        elif attribute in module._buffers:  # a forward has made it, or made it larger
+            module._buffers[attribute] = value.to(device)
+        else:
+            module.register_buffer(attribute, value.to(device))
+    return others

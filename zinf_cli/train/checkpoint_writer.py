@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
 from xxhash import xxh3_64_hexdigest
 
 from zinf_cli.checkpoint import folder as folders
@@ -153,7 +152,7 @@ class CheckpointWriter:
         coming.position = position
         coming.layout = self._layout()
         if self._ranks.rank == 0:
-            coming.small_files = chain(self._model_files(), _buffers(self._engine.model))
+            coming.small_files = chain(self._model_files(), _beside_parameters(self._engine))
         return True
 
     def judge(self, *, finite: bool) -> None:
@@ -340,10 +339,11 @@ def _stored_param(place: ParamLayout, updates: int) -> StoredParam:
     return StoredParam(place.origin, tuple(place.part.shape), place.offset, updates, place.first, place.numel)
 
 
-def _buffers(model: nn.Module) -> Sequence[tuple[str, bytes]]:
-    """The module's buffers, persistent or not, as one safetensors file."""
-    buffers = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in model.named_buffers()}
-    return [(BUFFERS, save(buffers))] if buffers else []
+def _beside_parameters(engine: Engine) -> Sequence[tuple[str, bytes]]:
+    """The model's buffers, persistent or not, and what else its forward has changed, as one safetensors file."""
+    tensors = {name: buffer.detach().cpu().contiguous().clone() for name, buffer in engine.model.named_buffers()}
+    tensors |= engine.moved_places()
+    return [(BUFFERS, save(tensors))] if tensors else []
 
 
 def _sum(left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int]:

@@ -154,7 +154,7 @@ def _load(folder: Path, recipe: Recipe, engine: Engine, model: nn.Module, text: 
         check_params(reader, model)
         check_recipe(folder, reader.manifest, recipe, model, text)
         engine.load_state(reader)
-        load_buffers_of(folder, model)
+        engine.restore_places(load_buffers_of(folder, model))
     finally:
         reader.close()
     return reader.manifest

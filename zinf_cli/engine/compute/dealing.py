@@ -41,8 +41,8 @@ class Dealer:
                 moved = len(self._state.moving) > known
                 if moved:
                     self._note_moving()
-                if self._ranks.world_size > 1 and max(self._ranks.all(int(moved))):
-                    self._per_sweep = 1  # on all ranks, which have to make the same number of sweeps
+                if max(self._ranks.all(int(moved))):
+                    self._one_on_all_ranks()
 
     def step_done(self) -> None:
         """A training step has ended. If nothing has moved in it, sweeps may be large again: a state that is made when
@@ -61,9 +61,23 @@ class Dealer:
             )
         self._moved = moved
 
-    def _note_moving(self) -> None:
+    def step_moved_in_backward(self, *, begins_again: bool) -> None:
+        """The first step's backward has changed the model. ModelError if the step can't begin again."""
+        if not begins_again:
+            raise ModelError(
+                f"the model changes its own {self._moving()} in the backward of its first step",
+                hint="that can be trained where gradients are clipped and the first step writes no checkpoint",
+            )
+        self._note_moving()
+        self._one_on_all_ranks()
+
+    def _one_on_all_ranks(self) -> None:
+        if self._ranks.world_size > 1:  # all of them have to make the same number of sweeps
+            self._per_sweep = 1
+
+    def _moving(self) -> str:
         names = [named(place) for place in sorted(self._state.moving)]
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        self._notice(
-            f"the model's forward changes its own {', '.join(names[:2])}{more}: one micro-batch per sweep while it does"
-        )
+        return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+    def _note_moving(self) -> None:
+        self._notice(f"the model's forward changes its own {self._moving()}: one micro-batch per sweep while it does")

@@ -15,10 +15,10 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import Context, copy_context
-from dataclasses import dataclass
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +59,8 @@ class Finished:
     """The forward returned its loss."""
 
     loss: torch.Tensor
+    variables: Mapping[ContextVar[Any], Any] = field(default_factory=dict)
+    """The context variables that it has set, with their values."""
 
 
 @dataclass
@@ -106,8 +108,8 @@ class MicroBatchThread:
     def start(
         self, forward: Callable[[], torch.Tensor], *, grad: bool, within: AbstractContextManager[Any] | None = None
     ) -> UnitCall | BlockCall | Finished:
-        """Run `forward` in the thread, within a context of that thread."""
-        return self._hand_over((forward, grad, within or nullcontext()))
+        """Run `forward` in the thread, within a context of that thread and with the caller's context variables."""
+        return self._hand_over((forward, grad, within or nullcontext(), copy_context()))
 
     def resume(self, outputs: Any) -> UnitCall | BlockCall | Finished:
         """Go on with what the paused call returns to the model. Returns where the forward pauses or ends next."""
@@ -141,14 +143,15 @@ class MicroBatchThread:
             if hasattr(_symbols, limit):
                 getattr(_symbols, limit)(1)
         while (job := self._inbox.get()) is not None:
-            forward, grad, within = job
+            forward, grad, within, variables = job
+            before = dict(variables)
             answer: Finished | _Failed
             try:
                 with torch.set_grad_enabled(grad), within:
-                    answer = Finished(forward())
+                    answer = Finished(variables.run(forward), _changed(before, variables))
             except BaseException as error:
                 answer = _Failed(error)
-            del job, forward, within
+            del job, forward, within, variables, before
             self._outbox.put(answer)
             del answer
 
@@ -193,10 +196,13 @@ class MicroBatchThread:
             return runs[-1].run(forward, *args, **kwargs)
 
         outputs = self._wait(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast, product))
-        for variable, value in runs[0].items():
-            if variable not in variables or variables[variable] is not value:
-                variable.set(value)
+        for variable, value in _changed(variables, runs[0]).items():
+            variable.set(value)
         return outputs
+
+
+def _changed(before: Mapping[ContextVar[Any], Any], after: Mapping[ContextVar[Any], Any]) -> dict[ContextVar[Any], Any]:
+    return {name: value for name, value in after.items() if name not in before or before[name] is not value}
 
 
 def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs | None) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from zinf_cli.engine.compute.carriers import Carrier, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.compute.carriers import Carrier, Reach, ends_walk, holds_values, read_carrier
 from zinf_cli.engine.compute.spaces import ABSENT, PLAIN, Search
 from zinf_cli.engine.units.tiles import TiledWeight
+from zinf_cli.errors import ModelError
 
-_WEIGHTS = (nn.Parameter, TiledWeight)
+WEIGHTS = (nn.Parameter, TiledWeight)
+"""Classes of what updates alone change."""
 
 _STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
     torch.Generator: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
@@ -71,8 +73,10 @@ _ABSENT = _Held(ABSENT)
 class MovingState:
     """The places of a model that its forward changes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_of_weight: Callable[[torch.Tensor], bool] = lambda tensor: False) -> None:
+        """`is_of_weight(tensor)`: whether a tensor shares its memory with weights."""
         self._search = Search(model)
+        self._is_of_weight = is_of_weight
         self._new = True
         """Whether there may be spaces that the search has not found yet."""
         self._before: Moment = {}
@@ -83,13 +87,17 @@ class MovingState:
         """The places that were seen to hold something else than at `begin`, also if they hold the same again."""
         self.moving: set[tuple[str, str]] = set()
         """The places that are known to move."""
+        self.changed: set[tuple[str, str]] = set()
+        """The places that have ever moved."""
 
     def begin(self) -> None:
         """Look at the model, before a step or an evaluation."""
         if self._new:
             self._search.look()
             self._new = False
+            self._refuse_weights_beside()
         self._before = self._now()
+        self.changed |= self.moved
         self.moved.clear()
 
     def look(self) -> None:
@@ -106,6 +114,7 @@ class MovingState:
         """Whether a place has moved since `begin` that was not known to move. It is known from then on."""
         self.look()
         new = self.moved - self.moving
+        self.refuse_views(new)
         self.moving |= new
         self._new |= bool(new)
         return bool(new)
@@ -114,6 +123,42 @@ class MovingState:
     def may_leak(self) -> bool:
         """Whether a forward may leave tensors where the next layers find them, as far as is known."""
         return bool(self.moving) or self._search.hides
+
+    def refuse_views(self, places: Iterable[tuple[str, str]] | None = None) -> None:
+        """ModelError if one of the `places`, or of all, holds a view of a weight. It would not follow the weight."""
+        for place in self._now() if places is None else places:
+            value = self.value(place)
+            for tensor in [value] if isinstance(value, torch.Tensor) else Reach([value], most=sys.maxsize).tensors:
+                if not isinstance(tensor, WEIGHTS) and self._is_of_weight(tensor):
+                    raise ModelError(
+                        f"the model keeps a view of a weight in {named(place)}, which does not follow the weight",
+                        hint="a copy of it, or the parameter itself, can be kept",
+                    )
+
+    def _refuse_weights_beside(self) -> None:
+        """ModelError if a module that is none of the model's has weights, which nothing would fill."""
+        for label, module in self._search.modules_beside():
+            if any(param.is_meta for param in module.parameters(recurse=False)):
+                raise ModelError(
+                    f"{label} has parameters, and is no module of the model's own: nothing would load or train them",
+                    hint="a module in a list or dict belongs into an nn.ModuleList or nn.ModuleDict",
+                )
+
+    def found(self, space: str) -> bool:
+        """Whether the model has a space of that name."""
+        if self._new:
+            self._search.look()
+            self._new = False
+        return space in self._search.spaces
+
+    def value(self, place: tuple[str, str]) -> Any:
+        """What a place holds; ABSENT for nothing."""
+        return self._search.spaces[place[0]].values().get(place[1], ABSENT)
+
+    def put(self, place: tuple[str, str], value: Any) -> None:
+        """Make a place hold `value`. It counts as one that has moved."""
+        self.changed.add(place)
+        self._search.spaces[place[0]].put(place[1], value)
 
     def put_back(self) -> None:
         """Put the model back to what it was at `begin`."""
@@ -138,7 +183,7 @@ class MovingState:
             for carrier in held.carriers:
                 carrier.put()
             for owner, state in held.states:
-                _stateful(owner)[1](owner, state)
+                stateful(owner)[1](owner, state)
 
     def _now(self) -> Moment:
         seen: set[int] = set()
@@ -179,25 +224,26 @@ def _held(value: Any, seen: set[int], known: _States) -> _Held:
             ahead.extend(reversed(part))
         elif kind is MethodType:
             ahead.append(part.__self__)
-        elif isinstance(part, torch.Tensor) and (isinstance(part, _WEIGHTS) or part.grad_fn is not None):
+        elif isinstance(part, torch.Tensor) and (isinstance(part, WEIGHTS) or part.grad_fn is not None):
             continue  # updates alone change a weight; a tensor with a graph belongs to one call
-        elif (stateful := _stateful(part)) is not None:
+        elif (access := stateful(part)) is not None:
             seen.add(id(part))
             owner, state = known.get(id(part), (None, None))
             still = owner is part and isinstance(part, torch.Tensor) and _same(part, state)
-            states.append((part, state if still else stateful[0](part)))
-        elif not ends_walk(part) and not _foreign(kind) and holds_values(part):
+            states.append((part, state if still else access[0](part)))
+        elif not ends_walk(part) and not foreign(kind) and holds_values(part):
             seen.add(id(part))
             carriers.append(Carrier(part, read_carrier(part)))
             ahead.extend(reversed(carriers[-1].held.values()))
     return _Held(value, carriers, states)
 
 
-def _stateful(value: Any) -> Any:
+def stateful(value: Any) -> Any:
+    """The functions that read and restore the state of an object; None if it is not of such a class."""
     return next((_STATEFUL[base] for base in type(value).__mro__ if base in _STATEFUL), None)
 
 
-def _foreign(kind: type) -> bool:
+def foreign(kind: type) -> bool:
     """Whether a class is one of Python's library (a logger, a lock): its objects lead into the whole program."""
     room = kind.__module__.partition(".")[0]
     own = room in ("builtins", "collections") or kind in (SimpleNamespace, FunctionType, partial)

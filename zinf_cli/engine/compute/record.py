@@ -144,7 +144,7 @@ class Record(Emitter):
         """Drop the values of the inputs: the graph does not need them, and an output may share their memory."""
         assert self.graph is not None
         for _, leaf in self.graph.inputs:
-            leaf.data = leaf.new_empty(1).expand(leaf.shape)
+            leaf.data = leaf.new_empty(()).expand(leaf.shape)
 
     def check_shared(self) -> None:
         """ModelError if tensors that share memory were changed in place: the graph of the other does not know of it."""

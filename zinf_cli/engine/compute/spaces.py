@@ -62,7 +62,7 @@ class Search:
         self.spaces: dict[str, Space] = {}
         """By name. They are only ever added to."""
         self.hides = False
-        """Whether the code names a context variable. That has values of its own in each thread, so it is no place."""
+        """Whether the code names a context variable. While a forward runs, its values are those of another thread."""
         self._model = model
         self._own = {_room(type(module).__module__) for module in model.modules()} - _LIBRARIES
         """Top-level packages that classes of the model come from."""
@@ -88,6 +88,13 @@ class Search:
         drawn = {"random": random.getstate.__self__, "numpy.random": np.random.get_state.__self__}  # type: ignore[attr-defined]
         self._add(random, "global", lambda: drawn, lambda name, value: None)
 
+    def modules_beside(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules that the code leads to and that are none of the model's, by name."""
+        own = {id(module) for module in self._model.modules()}
+        for label, space in self.spaces.items():
+            if isinstance(space.owner, nn.Module) and id(space.owner) not in own:
+                yield label, space.owner
+
     def _open(self, label: str, value: Any) -> None:
         """Go on to what `value` leads to."""
         kind = type(value)
@@ -105,7 +112,11 @@ class Search:
         elif isinstance(value, list | tuple | set | deque):
             self._ahead.extend((f"{label}[{n}]", part) for n, part in enumerate(value) if type(part) not in PLAIN)
         else:
-            self.hides |= kind is ContextVar
+            if kind is ContextVar:
+                self.hides = True
+                self._add(
+                    value, f"context variable {value.name}", partial(_of_variable, value), partial(_put_variable, value)
+                )
             self._ahead.extend((label, part) for part in _inside(value))
             if not self._in_library(kind.__module__):
                 self._ahead.append((label, kind))
@@ -234,6 +245,16 @@ def _put(space: dict[str, Any], name: str, value: Any) -> None:
         space[name] = value
 
 
+def _of_variable(variable: ContextVar[Any]) -> Mapping[str, Any]:
+    value = variable.get(ABSENT)
+    return {} if value is ABSENT else {"value": value}
+
+
+def _put_variable(variable: ContextVar[Any], _: str, value: Any) -> None:
+    if value is not ABSENT:
+        variable.set(value)
+
+
 def _set_in_class(kind: type, name: str, value: Any) -> None:
     before = vars(kind).get(name, ABSENT)
     if value is ABSENT and before is not ABSENT:
@@ -256,9 +277,10 @@ def _of_function(function: FunctionType) -> Mapping[str, Any]:
 
 
 def _fill(function: FunctionType, name: str, value: Any) -> None:
-    """Put a variable of the closure, or take the attributes away. Defaults and attributes change in place."""
+    """Put a variable of the closure, or all attributes. Defaults change in place."""
     if name in function.__code__.co_freevars and value is not ABSENT:
         assert function.__closure__ is not None
         function.__closure__[function.__code__.co_freevars.index(name)].cell_contents = value
-    elif name == "attributes" and value is ABSENT:
+    elif name == "attributes" and value is not function.__dict__:
         function.__dict__.clear()
+        function.__dict__.update({} if value is ABSENT else value)

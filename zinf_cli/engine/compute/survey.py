@@ -31,7 +31,7 @@ from zinf_cli.engine.units.chunked_loss import temporary_bytes
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.tiles import Bodiless, computed_instead
 from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
-from zinf_cli.engine.units.written_weights import WrittenWeights, storage_of
+from zinf_cli.engine.units.written_weights import WrittenWeights, shares_memory_with, storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.model_state import round_up
 
@@ -99,11 +99,10 @@ def survey(
     Modules whose parameters are used outside of their own call become resident, and the units are found again;
     `demoted` names some of them beforehand. A unit that the forward neither calls nor reads, such as a part for images,
     stays on its tier. With a `trial`, `forward()` computes on the trial's device with real weights. `most` is the
-    largest number of elements of a part of a model that was cut (tiles.py). ModelError where the loss depends on a leak
-    (leaks.py); what `side` captures is none.
+    largest number of elements of a part of a model that was cut. ModelError for a leak; what `side` captures is none.
     """
     trained = _trained(model)
-    state = MovingState(model)
+    state = MovingState(model, shares_memory_with(model.parameters()))
     while True:
         units = discover(model, world_size, demoted, most)
         state.begin()
@@ -115,6 +114,7 @@ def survey(
             try:
                 with watch.watching():
                     loss = forward()
+                state.refuse_views()
             except ModelError:
                 raise
             except Exception as error:  # a model may do anything with its inputs

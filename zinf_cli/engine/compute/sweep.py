@@ -83,6 +83,8 @@ class Sweep:
         if order is None:
             order = [number for number, unit in enumerate(self._units) if not unit.layout.resident]
         self._route = Route.of(order, None, self._experts)
+        self.moved_in_backward = False
+        """Whether the first step's backward has changed the model where no forward did."""
         self._backwards: Counter[int] = Counter()
         """Backward visits of this step, by unit."""
         self._unfinished: set[int] = set()
@@ -120,6 +122,7 @@ class Sweep:
             for number, batches in enumerate(sweeps):
                 losses += self._train(batches, left=len(sweeps) - 1 - number, forward_done=forward_done)
             self._finish_gradients()
+        self.moved_in_backward = bool(self._checks) and any(self._ranks.all(int(self._state.notices())))
         del self._checks[:1]
         return losses
 
@@ -148,7 +151,8 @@ class Sweep:
         with self._members_for(batches, grad=False) as members:
             for unit in self._forward_units(members):
                 self._visit_forward(members, unit)
-            self._next.agree(all_finished(members) and (len(members) == 1 or not self._state.notices()))
+            moved = self._state.notices() and len(members) > 1
+            self._next.agree(all_finished(members) and not moved)
             return [member.loss.detach().float() for member in members]
 
     def _train(

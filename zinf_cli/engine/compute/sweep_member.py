@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from zinf_cli.engine.compute.leaks import check_between, check_call
 from zinf_cli.engine.compute.micro_batch import BlockCall, Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.compute.record import RngState
 from zinf_cli.engine.compute.tape import Tape
+from zinf_cli.engine.units.constant_weights import constant
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.trace import Trace
 
@@ -56,7 +58,8 @@ class SweepMember:
         self._rng.restore()
         num_records = len(self.tape.records)
         seen = self._at_home is not None  # a leak shows in the graph
-        with self._trace.span("compute", f"{unit.name} forward"):
+        watch = constant(unit.layout, unit.params) if seen or self.tape.compares else nullcontext()
+        with watch, self._trace.span("compute", f"{unit.name} forward"):
             outputs = self.tape.forward(self.at, unit.name, hot=hot or (seen and keeper is None), keeper=keeper)
         if self._at_home is not None and len(self.tape.records) > num_records:
             check_call(self.tape.records[-1], [*unit.params, *self._at_home])
@@ -72,6 +75,9 @@ class SweepMember:
         self.at = to
         if isinstance(to, UnitCall):
             self.tape.send_glue()
+        else:  # the next micro-batch goes on with them, as in plain PyTorch
+            for variable, value in to.variables.items():
+                variable.set(value)
 
     @property
     def called(self) -> int | None:

@@ -79,7 +79,7 @@ class Tape:
         self._activations = activations
         self._state = state
         self._trainable = trainable
-        self._compare = compare
+        self.compares = compare
         self._scale = scale
         self._trace = trace or Trace()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
@@ -120,7 +120,7 @@ class Tape:
         for tensor, version in zip(tensors, versions, strict=True):
             if tensor._version != version:
                 raise ModelError(f"unit {label} changes its input in place, so it can't be recomputed")
-        if recompute and self._compare and not call.product:
+        if recompute and self.compares and not call.product:
             record.results = some_of(_results(outputs, record))
         emitted = self._emit(record, outputs, left, {id(given[key]): values[key] for key in given})
         record.shared = _shared_storage(tensors, emitted)

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Transfer
 
@@ -27,6 +29,10 @@ class Memory:
     def draining(self) -> bool:
         """Whether some buffers wait for transfers to be freed."""
         return bool(self._draining)
+
+    def holds_weights(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies where parameters of held units lie."""
+        return self.slots.holds(tensor) or self.resident.holds(tensor)
 
     def free_after(self, transfers: Sequence[Transfer], buffers: Sequence[Buffer]) -> None:
         """Free `buffers` when `transfers` are done."""

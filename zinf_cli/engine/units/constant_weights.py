@@ -2,11 +2,15 @@
 
 Most such writes change nothing: they set a padding row to what it is. These are allowed. The first write that changes a
 weight ends the run before anything wrong is learned. (Clamps are kept: see written_weights.py.)
+
+The survey names the weights that it has seen written to. It sees one way through the model. So every weight is
+compared, by a sum of its bits, in the first step and while places move (moving_state.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,16 +38,38 @@ def hold_constant(
     return undo
 
 
+@contextmanager
+def constant(layout: UnitLayout, params: Sequence[torch.Tensor]) -> Iterator[None]:
+    """A context in which none of a unit's `params` may change: ModelError at its end. Bounded ones are left out."""
+    before = list(map(_sum, params))
+    yield
+    for place, param, total in zip(layout.params(), params, before, strict=True):
+        if place.bounds is None and _sum(param) != total:
+            raise _changes(place.name)
+
+
+def _sum(param: torch.Tensor) -> int:
+    """Of a tensor's bits, as integers of 16 or 32 bits."""
+    flat = param.detach().reshape(-1)
+    if flat.dtype is not torch.bool:
+        flat = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+    return int(flat.sum(dtype=torch.int64))
+
+
+def _changes(name: str) -> ModelError:
+    return ModelError(
+        f"the model's forward changes its weight {name}, which is lost where weights are streamed",
+        hint="switch that off in the model's configuration (a clip of weights, say)",
+    )
+
+
 def _checked(forward: Callable[..., Any], params: dict[str, nn.Parameter]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         before = {name: param.detach().clone() for name, param in params.items()}
         outputs = forward(*args, **kwargs)
         for name, param in params.items():
             if not torch.equal(param.detach(), before[name]):
-                raise ModelError(
-                    f"the model's forward changes its weight {name}, which is lost where weights are streamed",
-                    hint="switch that off in the model's configuration (a clip of weights, say)",
-                )
+                raise _changes(name)
         return outputs
 
     return checked

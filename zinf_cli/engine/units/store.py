@@ -64,9 +64,7 @@ class Flat:
         self._tiers = tiers
         by_name = dict(model.named_parameters())
         self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
-        self._placeholders = [
-            torch.full((1,), math.nan, dtype=self.dtype, device=p.device).expand(p.shape) for p in self.params
-        ]
+        self._placeholders = [placeholder(p.shape, self.dtype, p.device) for p in self.params]
         self.homes: list[dict[str, Extent]] = []
         """Extents of its own for each field. With speculative updates (eager.py) there are two sets of them: the flat
         lies in one, and the other is its shadow."""
@@ -278,6 +276,14 @@ def overlap(place: ParamLayout, begin: int, end: int) -> tuple[int, int]:
     return max(begin, place.offset), min(end, place.offset + place.numel)
 
 
+def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of one element: NaN, so that a read of it shows, or the least integer."""
+    value: float = math.nan
+    if not (dtype.is_floating_point or dtype.is_complex):
+        value = 0 if dtype is torch.bool else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)
+
+
 def to_placeholders(model: nn.Module, device: torch.device) -> None:
     """Replace every parameter (on the meta device) by a placeholder on `device`; tied ones stay tied.
 
@@ -289,7 +295,7 @@ def to_placeholders(model: nn.Module, device: torch.device) -> None:
             if old is None:
                 continue
             if id(old) not in fresh:
-                data = torch.full((1,), math.nan, dtype=old.dtype, device=device).expand(old.shape)
+                data = placeholder(old.shape, old.dtype, device)
                 new = nn.Parameter(data, requires_grad=old.requires_grad)
                 if old.dtype != torch.float32:
                     new.grad_dtype = torch.float32

@@ -8,13 +8,14 @@ before. All other writes are only named; constant_weights.py refuses those that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from zinf_cli.engine.units.tiles import Bodiless
 from zinf_cli.engine.units.units import UnitLayout
 
 Bounds = tuple[float | None, float | None]
@@ -102,3 +103,9 @@ def storage_of(tensor: torch.Tensor) -> int:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
+
+
+def shares_memory_with(tensors: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
+    """The question whether a tensor is a view of one of `tensors`."""
+    storages = {storage_of(tensor) for tensor in tensors if not isinstance(tensor, Bodiless)}
+    return lambda tensor: not isinstance(tensor, Bodiless) and storage_of(tensor) in storages
