@@ -34,6 +34,19 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
 
 
+def test_of_experts_only_those_are_computed_that_a_token_takes(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "qwen3_moe")
+
+    def flops(num_experts: int, most: int | None = None) -> float:
+        config = {**(recipe.model.config or {}), "num_experts": num_experts}
+        changed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+        return find_figures(changed, 1, most=most).model.flops_per_token
+
+    routers = 2 * 6 * 32 * 6  # of two layers, hidden 32, for six experts more
+    assert flops(8) == pytest.approx(flops(2) + routers)
+    assert flops(8, most=4000) == pytest.approx(flops(8))
+
+
 @pytest.mark.parametrize(("clip", "per_sweep"), [(1e-3, 2), (None, 1)])
 def test_traffic_of_experts_is_that_of_the_share_that_tokens_reach(
     clip: float | None, per_sweep: int, tmp_path: Path

@@ -21,7 +21,7 @@ from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.units.tiles import Tile, cut_together
+from zinf_cli.engine.units.tiles import Tile, cut_together, parts_of
 from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
@@ -197,17 +197,27 @@ def _unit_figures(
 
 
 def _flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """6 per weight that multiplies every token, and 6·seq_len·hidden per layer for causal attention."""
+    """6 per weight that multiplies a token, and 6·seq_len·hidden per layer for causal attention."""
     causal: Any = model
     output = causal.get_output_embeddings()
     tied = id(output.weight) if output is not None else 0
     looked_up = {
         id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2) - _idle_numel(model)
     weights -= sum(numel for key, numel in looked_up.items() if key != tied)
     layers = getattr(causal.config, "num_hidden_layers", 0)
     return 6.0 * weights + 6.0 * layers * _hidden(model) * seq_len
+
+
+def _idle_numel(model: nn.Module) -> float:
+    """How many weights of experts a token is not multiplied with."""
+    taken, parts = _experts_per_token(model), parts_of(model)
+    modules = (m._parameters if isinstance(m, Tile) else cut_together(m) for m in model.modules())
+    packed = [weight for weights in modules for weight in weights.values() if weight is not None and weight.dim() == 3]
+    counts = [parts[id(weight)].shape[0] if id(weight) in parts else len(weight) for weight in packed]
+    shares = [1.0 if taken is None else min(1.0, taken / count) for count in counts]
+    return sum(weight.numel() * (1 - share) for weight, share in zip(packed, shares, strict=True))
 
 
 def _hidden(model: nn.Module) -> int:
