@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from zinf_cli.engine.units.row_wise import RowWise, proof
 
-CHUNKS, LEAST = 16, 128
-"""Into how many chunks a sequence is cut, and the fewest tokens of one: products of fewer are slow."""
+CHUNKS, LEAST = 16, 256
+"""Into how many chunks a sequence is cut, and the fewest tokens of one. Each chunk adds to the weights' gradients:
+with 256 tokens an MLP of 512 × 4096 took 1.27 times as long, with 128 tokens 1.53 times."""
 
 
 @dataclass(frozen=True)
