@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.case import MODELS
 from benchmarks.contenders import WARM_UP, environment
 from benchmarks.results import add_save, report
+from zinf_cli.commands.launch import MALLOC
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
@@ -54,9 +55,9 @@ def recipe_in(folder: Path, steps: int) -> Recipe:
 
 
 def one_run(folder: Path, most: int | None) -> dict[str, Any]:
-    """Of a run in a process of its own: median step, bytes to and from NVMe a step, peak memory, losses."""
+    """Of a run in a process of its own, with a rank's heap: median step, NVMe bytes, peak memory, losses."""
     command = [sys.executable, "-m", "benchmarks.parts", "--inside", str(folder), json.dumps(most)]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env={**environment(folder), **MALLOC}, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     steps = lines[WARM_UP:]
     return {

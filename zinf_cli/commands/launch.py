@@ -243,7 +243,7 @@ def _least_room(preflight: Preflight) -> Room:
     return Room(memory.facts["memory"], room_of(drives_of(drives.facts)), memory.host.name, drives.host.name, in_memory)
 
 
-_MALLOC = {
+MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
@@ -260,7 +260,7 @@ _CARRIED = re.compile(r"(NCCL|GLOO|CUDA)_(?!VISIBLE_DEVICES)")
 
 def _agent(request: Request) -> Agent:
     carried = {name: value for name, value in os.environ.items() if _CARRIED.match(name)} if request.hosts else {}
-    return Agent("zinf_cli.train.loop", {**carried, **request.environment}, _MALLOC)
+    return Agent("zinf_cli.train.loop", {**carried, **request.environment}, MALLOC)
 
 
 def _program(recipe: Recipe, plan: Plan, run_dir: Path, request: Request) -> Program:
