@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.contenders import environment
-from zinf_cli.amounts import format_bytes
+from benchmarks.results import add_save, report
+from benchmarks.rows import Row
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 LIMIT = 2**30
@@ -122,25 +121,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Layers of every size in one fixed amount of memory.")
     parser.add_argument("--hidden", nargs="*", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the drive is")
+    add_save(parser)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    table = Table("hidden", "a layer", title=f"in {format_bytes(LIMIT)}", title_justify="left")
-    for heading in ("planned", "peak", "of the rank", "units", "largest", "s/step", "per parameter"):
-        table.add_column(heading, justify="right")
-    paces: list[float] = []
     for hidden in arguments.hidden:
         folder = Path(tempfile.mkdtemp(prefix="layers-", dir=arguments.folder)).absolute()
         try:
             found = train(hidden, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        layer, seconds = 16 * hidden**2, found["measured"]["step_s"]
-        paces.append(seconds / layer)
-        sizes = (found["predicted"]["host_cpu_bytes"], found["peak"], found["measured"]["cpu_bytes"])
-        largest, pace = f"{found['largest'] / 1e6:.1f}M", f"{paces[-1] / paces[0]:.2f}"
-        row = (*map(format_bytes, sizes), str(found["units"]), largest, f"{seconds:.1f}", pace)
-        table.add_row(str(hidden), f"{layer / 1e6:.0f}M", *row)
-        Console(width=120).print(table)
+        planned, measured = found["predicted"], found["measured"]
+        row: Row = {
+            "a layer": f"{16 * hidden**2 / 1e6:.0f}M",
+            "units": found["units"],
+            "largest": f"{found['largest'] / 1e6:.1f}M",
+            "memory_of_all_processes_bytes": [planned["host_cpu_bytes"], found["peak"]],
+            "memory_of_the_rank_bytes": [planned["cpu_bytes"], measured["cpu_bytes"]],
+            "step_s": measured["step_s"],
+        }
+        report(f"hidden {hidden}", [row], arguments.save)
 
 
 if __name__ == "__main__":
