@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine
+from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, on_meta, open_blocks
 from zinf_cli.errors import ModelError
 
 
@@ -122,10 +122,7 @@ def test_what_would_train_to_other_numbers_is_refused(kind: str, mode: Mode, tmp
 
 
 def test_a_hook_on_a_parameter_is_refused(tmp_path: Path) -> None:
-    def make() -> Blocks:
-        model = Blocks()
-        model.get_parameter("layers.0.linear.bias").register_hook(lambda grad: grad * 0.5)
-        return model
-
+    model = on_meta(Blocks())
+    model.get_parameter("layers.0.linear.bias").register_hook(lambda grad: grad * 0.5)
     with pytest.raises(ModelError, match=r"layers\.0\.linear\.bias has a hook"):
-        engine(make, Mode(), tmp_path)
+        open_blocks(model, Mode(), tmp_path)

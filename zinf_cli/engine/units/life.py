@@ -105,10 +105,11 @@ class Life:
     def readable(self, backwards: int) -> bool:
         """Whether the tiers hold what a visit reads: the parameters, and the gradient of `backwards` visits.
 
-        Where the update is due, the visit makes it, and reads what that needs.
+        Where the update is due, the visit makes it, and reads what that needs. A unit without trained parameters has no
+        gradient.
         """
         if self.state in (State.CLEAN, State.ACCUMULATING):
-            return self.backwards >= backwards
+            return self.backwards >= backwards or not self._flats
         return self.update_due
 
     @property
