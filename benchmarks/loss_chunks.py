@@ -8,26 +8,20 @@ the machine.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import environment
-from benchmarks.results import add_save, report
-from zinf_cli.plan.search import best_plan
+from benchmarks.pairs import arguments_of, in_turn, laid_out, losses_apart, printed_by
+from benchmarks.results import report
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
-from zinf_cli.run_folder.names import METRICS, PLAN, RECIPE
+from zinf_cli.run_folder.names import METRICS
 
 VOCABULARY, HIDDEN, TOKENS = 1 << 17, 1024, 2048
 WARM_UP = 1
@@ -60,9 +54,7 @@ def recipe_in(folder: Path, steps: int) -> Recipe:
 
 def one_run(folder: Path, in_chunks: bool) -> dict[str, Any]:
     """A run in a process of its own: seconds and CPU seconds of its steps, memory of its compute, its losses."""
-    command = [sys.executable, "-m", "benchmarks.loss_chunks", "--inside", str(folder), json.dumps(in_chunks)]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(printed_by("benchmarks.loss_chunks", folder, in_chunks)[-1])
     return found
 
 
@@ -70,17 +62,10 @@ def inside(folder: Path, in_chunks: bool) -> None:
     """Plan and train in this process. Memory of compute is the peak without what the plan has for all else."""
     from zinf_cli.engine.units import chunked_loss
     from zinf_cli.train import loop
-    from zinf_cli.train.figures import find_figures
 
     if not in_chunks:
         chunked_loss.CHUNK = 1 << 60
-    recipe = load_recipe(folder / "recipe.yaml")
-    run_dir = recipe.output_dir
-    shutil.rmtree(run_dir, ignore_errors=True)
-    (run_dir / "logs").mkdir(parents=True)
-    (run_dir / RECIPE).write_text(dump_recipe(recipe))
-    plan = best_plan(recipe, find_figures(recipe, 1))
-    (run_dir / PLAN).write_text(json.dumps(plan.to_json()))
+    run_dir, plan = laid_out(folder)
     planned = {line.what: line.num_bytes for line in plan.lines if line.tier == "cpu"}
     ends: list[float] = []
     threading.Thread(target=_watch, args=(run_dir / METRICS, ends), daemon=True).start()
@@ -105,35 +90,23 @@ def _watch(metrics: Path, ends: list[float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The loss in chunks beside the loss of all logits.")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each, in turn")
-    parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
-    add_save(parser)
-    arguments = parser.parse_args()
+    arguments = arguments_of("The loss in chunks beside the loss of all logits.", steps=3)
     if arguments.inside is not None:
-        inside(Path(arguments.inside[0]), json.loads(arguments.inside[1]))
+        inside(*arguments.inside)
         return
-    Path("runs").mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="loss-chunks-", dir="runs")).absolute()
-    try:
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe_in(folder, arguments.steps + WARM_UP)))
-        pairs = [(one_run(folder, False), one_run(folder, True)) for _ in range(arguments.rounds)]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    rows = []
-    for whole, chunks in pairs:
-        losses = zip(whole["losses"], chunks["losses"], strict=True)
-        rows.append(
-            {
-                "step": chunks["step"] / whole["step"],
-                "CPU": chunks["cpu"] / whole["cpu"],
-                "whole_compute_bytes": whole["compute"],
-                "compute_bytes": chunks["compute"],
-                "planned_compute_bytes": chunks["planned"],
-                "losses_apart": max(abs(ours / theirs - 1) for theirs, ours in losses),
-            }
-        )
+    recipe = partial(recipe_in, steps=arguments.steps + WARM_UP)
+    pairs = in_turn(recipe, one_run, (False, True), arguments.rounds)
+    rows = [
+        {
+            "step": chunks["step"] / whole["step"],
+            "CPU": chunks["cpu"] / whole["cpu"],
+            "whole_compute_bytes": whole["compute"],
+            "compute_bytes": chunks["compute"],
+            "planned_compute_bytes": chunks["planned"],
+            "losses_apart": losses_apart((whole, chunks)),
+        }
+        for whole, chunks in pairs
+    ]
     report("2048 tokens, vocabulary 128K", rows, arguments.save, "chunks by whole", pairs)
 
 

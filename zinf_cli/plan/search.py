@@ -114,7 +114,7 @@ def _judge(
 ) -> tuple[Callable[[Choice], Plan], int]:
     """A function that makes the plan of a choice, without times; and how many micro-batches a rank has in a step.
 
-    Errors are those of `make_plan`, without the CapacityError.
+    Errors are those of `best_plan`.
     """
     sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
     if sequences < figures.world_size:
