@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.results import RESULTS, Result, read
@@ -34,8 +35,20 @@ def _table(results: Sequence[Result]) -> str:
         for result in results
         for number, row in enumerate(result.rows)
     ]
-    sources = "; ".join(dict.fromkeys(result.source for result in results))
-    return f"\n*{sources}*\n\n{markdown(rows)}\n\n"
+    return f"\n*{_sources(results)}*\n\n{markdown(rows)}\n\n"
+
+
+def _sources(results: Sequence[Result]) -> str:
+    """Where the files differ in zinf's commit only, they share a line, which names all commits."""
+    commits: dict[str, list[str]] = {}
+    for result in results:
+        elsewhere = replace(result, versions={**result.versions, "zinf": None}).source
+        commits.setdefault(elsewhere, []).append(result.versions.get("zinf") or "")
+    sources = []
+    for elsewhere, of_zinf in commits.items():
+        named = ", ".join(dict.fromkeys(filter(None, of_zinf)))
+        sources.append(elsewhere + (f", zinf {named}" if named else ""))
+    return "; ".join(sources)
 
 
 def main() -> None:
