@@ -8,6 +8,7 @@ import time
 import torch
 
 from programs import command, environment
+from zinf_cli.commands.launch import MALLOC
 from zinf_cli.train.process_memory import process_memory, returning_free_memory
 
 
@@ -17,6 +18,12 @@ def test_large_blocks_lie_apart_while_a_model_is_loaded() -> None:
     meanwhile, afterwards = map(int, said.split())
     assert meanwhile < 1 << 20
     assert afterwards >= 64 * (4 << 20)
+
+
+def test_aligned_blocks_that_come_and_go_take_each_others_places() -> None:
+    ranks = {**environment(), **MALLOC}
+    said = subprocess.run(command("heap_of_aligned_blocks"), env=ranks, capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 96 << 20  # without MALLOC's tunables glibc 2.36 takes 370 MB
 
 
 def test_free_memory_goes_back_while_a_process_takes_more_than_it_should() -> None:

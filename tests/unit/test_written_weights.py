@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from zinf_cli.engine.compute.survey import survey
+from zinf_cli.engine.units.constant_weights import PIECE, constant
+from zinf_cli.engine.units.units import discover
+from zinf_cli.errors import ModelError
 from zinf_cli.train.model import ModelSource
 from zoo.shrink import configs
 
@@ -99,3 +103,18 @@ def test_what_only_looks_like_a_write_is_none() -> None:
 
     model = Model(look)
     assert not survey(model, model, 1).written
+
+
+def test_to_compare_a_weight_takes_a_piece_of_it_at_a_time() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Linear(1024, 1024)]))
+    (layout,) = (unit for unit in discover(model, 1) if not unit.resident)
+    params = list(model.parameters())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        with constant(layout, params):
+            pass
+        with pytest.raises(ModelError, match="changes its weight"), constant(layout, params):
+            params[0].data[0, 0] += 1e-7
+    kineto = seen.profiler
+    assert kineto is not None
+    taken = [event.nbytes() for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    assert max(taken) == PIECE * 8  # in int64, and no more

@@ -20,6 +20,9 @@ from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.errors import ModelError
 
+PIECE = 1 << 16
+"""Elements that are added up at once."""
+
 
 def hold_constant(
     model: nn.Module, layouts: Sequence[UnitLayout], written: Collection[str]
@@ -49,11 +52,11 @@ def constant(layout: UnitLayout, params: Sequence[torch.Tensor]) -> Iterator[Non
 
 
 def _sum(param: torch.Tensor) -> int:
-    """Of a tensor's bits, as integers of 16 or 32 bits."""
+    """Of a tensor's bits, as integers of 16 or 32 bits. To add them up torch makes int64 of all that it is given."""
     flat = param.detach().reshape(-1)
     if flat.dtype is not torch.bool:
         flat = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
-    return int(flat.sum(dtype=torch.int64))
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in flat.split(PIECE))
 
 
 def _changes(name: str) -> ModelError:
