@@ -1,4 +1,4 @@
-"""Imports what an agent imports before it forks, where a question to a device is an error."""
+"""Does what an agent does up to the fork of its ranks, where a question to a device is an error."""
 
 from __future__ import annotations
 
@@ -19,3 +19,6 @@ import torch.distributed.run  # noqa: E402
 import zinf_cli.bench.links  # noqa: E402
 import zinf_cli.train.figures  # noqa: E402
 import zinf_cli.train.loop  # noqa: E402, F401
+from zinf_cli.train.elastic import launch_ranks  # noqa: E402
+
+launch_ranks({"ranks": 1, "number": 0, "hosts": 1, "meeting": None}, print, "forked")

@@ -104,8 +104,9 @@ def test_the_launcher_imports_no_torch() -> None:
     assert not {"torch", "transformers"} & set(done.stderr.splitlines()[-1].split())
 
 
-def test_what_an_agent_imports_before_it_forks_leaves_the_device_alone() -> None:
-    subprocess.run(command("leaves_devices_alone"), check=True)
+def test_an_agent_leaves_the_device_alone_until_it_has_forked() -> None:
+    done = subprocess.run(command("leaves_devices_alone"), capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "forked"
 
 
 def test_files_fit_in_a_sitting_and_functions_on_a_screen() -> None:

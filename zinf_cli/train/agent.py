@@ -30,7 +30,7 @@ from zinf_cli.train.rank_process import run_rank
 
 def main() -> None:
     """Wait for the order and follow it."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask CUDA itself would spoil it for the ranks
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # an import that asks for devices must not start CUDA
     out, line = answers_to(), sys.stdin.readline()
     question = Question(line, out) if json.loads(line) else None
     if question is not None and question.answered_at_once():

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.numa.binding import AffinityMode, NumaOptions
 
 from zinf_cli.engine import meeting
 
@@ -45,7 +46,10 @@ def launch_ranks(part: Mapping[str, Any], function: Callable[..., None], *argume
         max_restarts=0,
         start_method="fork",
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else it leaves a folder in /tmp
+        # else it asks for the devices here, which initialises CUDA if NVML is no help: no fork could use it then
+        numa_options=NumaOptions(AffinityMode.NODE),
     )
+    config.numa_options = None  # ranks stay on the cores that they are given
     elastic_launch(config, function)(*arguments)
 
 
