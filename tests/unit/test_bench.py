@@ -65,6 +65,20 @@ def test_a_fast_first_call_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert now < 3 * links.SECONDS
 
 
+@pytest.mark.parametrize("first", [0.01, 5.0])
+def test_a_first_call_is_not_the_rate(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator loads its kernels then: with a minute of that, a plan would be off by far."""
+    calls = count(1)
+    now = 0.0
+
+    def work() -> None:
+        nonlocal now
+        now += first if next(calls) == 1 else 0.004
+
+    monkeypatch.setattr(links, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert links._seconds(work, torch.device("cpu")) == pytest.approx(0.004)
+
+
 def test_progress_is_told_to_the_last_byte(tmp_path: Path) -> None:
     from zinf_cli.bench.nvme import bench_nvme
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import UsageError
+from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.machine.profile_file import (
     Best,
     Links,
@@ -149,3 +150,12 @@ def test_any_text_is_a_profile_or_an_error(tmp_path_factory: pytest.TempPathFact
     file.write_text(text, encoding="utf-8", errors="replace")
     with contextlib.suppress(UsageError):
         load_measured(file)
+
+
+@pytest.mark.parametrize("sign", ["proc/driver/nvidia/gpus/0000:01:00.0", "dev/nvidia0"])
+def test_either_sign_of_an_accelerator_counts(sign: str, tmp_path: Path) -> None:
+    """Containers may have the one or the other; what is not a GPU's has no number."""
+    (tmp_path / "dev" / "nvidiactl").mkdir(parents=True)
+    assert accelerators_here(tmp_path) == 0
+    (tmp_path / sign).mkdir(parents=True)
+    assert accelerators_here(tmp_path) == 1

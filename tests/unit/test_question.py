@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from programs import command
 from tiny_recipes import recipe_of
 from zinf_cli.errors import DatasetError, ReportedError
+from zinf_cli.launch.facts import facts
 from zinf_cli.launch.question import question
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
@@ -72,6 +75,46 @@ def test_what_changed_is_looked_at_again(tmp_path: Path, looked: list[Recipe], m
     monkeypatch.setattr(program, "OLDEST_S", 0.0)
     program.answer(recipe, 1, None)
     assert len(looked) == 6
+
+
+def test_what_a_process_sees_of_devices_is_part_of_the_question(
+    tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    for seen in ("", "0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        program.answer(recipe, 1, None)
+    assert len(looked) == 2
+
+
+def test_an_accelerator_that_only_torch_sees_is_looked_at_each_time(
+    tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = figures._machine
+    monkeypatch.setattr(figures, "_machine", lambda *given: replace(measured(*given), accelerators=1))
+    recipe = recipe_of(tmp_path, "llama")
+    for _ in range(2):
+        assert program.answer(recipe, 1, None)["machine"]["accelerators"] == 1
+    assert len(looked) == 2
+
+
+def test_a_library_without_metadata_ends_nothing(
+    tmp_path: Path, looked: list[Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another one the next time: nothing would tell."""
+    really = metadata.version
+
+    def version(name: str) -> str:
+        if name in ("torch", "tokenizers", "zinf"):
+            raise metadata.PackageNotFoundError(name)
+        return really(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    recipe = recipe_of(tmp_path, "llama")
+    for _ in range(2):
+        program.answer(recipe, 1, None)
+    assert len(looked) == 2
+    assert facts([], [])["torch"] == "of unknown version"
 
 
 def test_to_look_changes_nothing_for_what_computes_then(tmp_path: Path, looked: list[Recipe]) -> None:

@@ -40,7 +40,7 @@ ROUNDS = 3
 SECONDS = 0.3
 """What is timed at once, at least. The mean counts: a run, too, has its share of what else the machine does."""
 ENOUGH_S = 0.3
-"""A first call that takes so long is not made again to warm up."""
+"""A first call that takes so long has one more behind it, and no others."""
 
 
 def measure_alone() -> dict[str, Any]:
@@ -163,7 +163,10 @@ def _device_bandwidth(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = None) -> float:
-    """What one call takes; `times` fixes the number of calls, which ranks have to agree on."""
+    """What one call takes; `times` fixes the number of calls, which ranks have to agree on.
+
+    The first call does not count: it loads kernels and takes memory, on an accelerator for longer than it computes.
+    """
 
     def timed(count: int) -> float:
         start = time.perf_counter()
@@ -177,7 +180,7 @@ def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = 
     if times is not None:
         return timed(times) / times
     if once > ENOUGH_S:
-        return once
+        return timed(1)
     calls, took = 0, 0.0
     while took < SECONDS:  # not as often as the first call promises: on a busy machine that may be 100 times too often
         more = max(1, calls)

@@ -12,20 +12,19 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import PreflightError
 from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space
-from zinf_cli.version import code_digest
+from zinf_cli.version import code_digest, version_of
 
 
 def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
     """Versions, accelerators, CPU memory in bytes, drives, the files at `paths`, and the time."""
     return {
         "code": code_digest(),
-        "torch": metadata.version("torch"),
+        "torch": version_of("torch") or "of unknown version",
         "accelerators": accelerators_here(),
         "memory": available_memory(),
         "drives": {folder: _drive(Path(folder)) for folder in nvme},

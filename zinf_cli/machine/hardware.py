@@ -58,9 +58,10 @@ def share_in_memory(spaces: Sequence[Space]) -> float:
     return sum(space.in_memory for space in spaces) / max(1, len(spaces))
 
 
-def accelerators_here() -> int:
-    """GPUs the kernel's driver knows, whatever this process may see of them."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+def accelerators_here(root: Path = Path("/")) -> int:
+    """GPUs that are given to this system, whatever this process may see of them. A container may lack one of the signs
+    of them: what the driver tells, and their device files."""
+    return max(len(list(root.glob(sign))) for sign in ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*"))
 
 
 def available_memory() -> int:

@@ -6,8 +6,8 @@ error's fields (errors.py).
 
 A look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So answers
 are cached. An answer is used again for the same recipe, as long as zinf, torch, transformers, this machine's cores and
-every file that was looked at are what they were. With accelerators nothing is cached: how much of their memory is free
-is part of the answer.
+every file that was looked at are what they were. Where the kernel or torch sees an accelerator, nothing is cached: how
+much of its memory is free is part of the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,12 +37,16 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
 from zinf_cli.train.cache import cache_folder, identity, private_folder
 from zinf_cli.train.text_files import find_texts
-from zinf_cli.version import code_digest
+from zinf_cli.version import code_digest, version_of
 
 MOST_ANSWERS = 64
 """Answers in the cache; the oldest go first."""
 OLDEST_S = 24 * 3600.0
 """How old an answer may be. The machine's speed is part of it, and may have been measured in a bad moment."""
+LIBRARIES = ("torch", "transformers", "tokenizers")
+"""What an answer follows from, beside zinf."""
+DEVICE_CHOICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables that choose which accelerators a process sees."""
 
 
 def answer(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None = None) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def answer(recipe: Recipe, slots: int | None, world_size: int | None, most: int 
 
     figures = find_figures(recipe, slots, world_size, most)
     text = json.dumps(dataclasses.asdict(figures))
-    if entry is not None and not figures.data.notes:  # notes are said once, so they are not cached
+    if entry is not None and not figures.machine.accelerators and not figures.data.notes:  # notes are said once
         with contextlib.suppress(OSError):
             _cache(entry, text)
     document: dict[str, Any] = json.loads(text)
@@ -77,7 +80,7 @@ def _cached(entry: Path | None) -> dict[str, Any] | None:
 
 def _entry(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> Path | None:
     """The file of the cache for this answer; None where it is not to be cached."""
-    if accelerators_here():
+    if accelerators_here() or None in map(version_of, LIBRARIES):
         return None
     try:
         return cache_folder("figures") / f"{_key(recipe, slots, world_size, most)}.json"
@@ -94,8 +97,8 @@ def _cache(entry: Path, text: str) -> None:
 
 def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> str:
     """A hash of all that the answer follows from."""
-    software = [sys.version, *(metadata.version(name) for name in ("torch", "transformers", "tokenizers"))]
-    machine = [socket.gethostname(), len(os.sched_getaffinity(0))]
+    software = [sys.version, *map(version_of, LIBRARIES)]
+    machine = [socket.gethostname(), len(os.sched_getaffinity(0)), *map(os.environ.get, DEVICE_CHOICES)]
     texts = find_texts([*recipe.dataset.path, *(recipe.dataset.eval_path or ())])
     seen = [*_seen(recipe), *(file for text in texts for file in text.files)]
     files = [(str(file), *identity(file)) for file in seen]

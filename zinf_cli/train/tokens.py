@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.version import version_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -51,7 +51,7 @@ class Tokenizer:
                 f"no usable tokenizer: {_first_line(error)}",
                 where=str(directory),
                 hint=f"set dataset.tokenizer to a directory with a tokenizer.json that tokenizers "
-                f"{metadata.version('tokenizers')} reads, or install the version that wrote it",
+                f"{version_of('tokenizers') or 'here'} reads, or install the version that wrote it",
             ) from error
         self._tokenizer.model_max_length = int(1e30)  # windows are cut later: no warning about long texts
         self._directory = directory
@@ -67,7 +67,7 @@ class Tokenizer:
             ]
         except OSError as error:
             raise DatasetError(f"can't read the tokenizer: {error.strerror}", where=str(error.filename)) from error
-        return files + [f"{name} {_version_of(name)}" for name in TOKENIZER_LIBRARIES]
+        return files + [f"{name} {version_of(name)}" for name in TOKENIZER_LIBRARIES]
 
     def masking(self, vocabulary: int, seed: int) -> Masking:
         """The masking of a masked language model's text, with the tokenizer's mask token and special tokens.
@@ -156,14 +156,6 @@ class Tokenizer:
             return self._tokenizer(**{name: text, "add_special_tokens": False, "verbose": False, **options})
         except Exception as error:  # foreign code
             raise DatasetError(f"the tokenizer fails: {_first_line(error)}", where=document.where) from error
-
-
-def _version_of(library: str) -> str | None:
-    """The version of a library. None if it is not installed."""
-    try:
-        return metadata.version(library)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _first_line(error: Exception) -> str:
