@@ -73,6 +73,7 @@ class Lab:
         self.environment: dict[str, str] = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SSH_", "SLURM_"))},
             "HOME": str(self.home),
+            "PATH": f"{self.home / 'bin'}:{os.environ['PATH']}",
             "XDG_CACHE_HOME": str(folder / "cache"),
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "140",
@@ -90,6 +91,18 @@ class Lab:
     def zinf(self, *arguments: str) -> list[str]:
         """A command line of zinf, as it is run in this lab."""
         return [*self.launcher, sys.executable, "-m", "zinf_cli.cli", *arguments]
+
+    def without_openssh(self) -> None:
+        """Make the launcher one that finds no `ssh`, and neither rsync."""
+        programs = self.folder / "programs"
+        programs.mkdir()
+        for name in ("ip", "env"):
+            (programs / name).symlink_to(str(shutil.which(name)))
+        self.environment["PATH"] = str(programs)
+
+    @property
+    def is_without_openssh(self) -> bool:
+        return (self.folder / "programs").exists()
 
     def processes(self, host: LabHost | None = None, **variables: str) -> list[int]:
         """Processes that a launch has started, on one host or any, with these variables in their environment."""
@@ -273,6 +286,10 @@ def _make_home(lab: Lab) -> None:
         f"Host *\n  IdentityFile {ssh / 'id_ed25519'}\n  UserKnownHostsFile {ssh / 'known_hosts'}\n"
     )
     (ssh / "known_hosts").touch()
+    own = lab.home / "bin" / "ssh"  # OpenSSH takes the home of the user database; this is how it reads the lab's
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {ssh / "config"} "$@"\n')
+    own.chmod(0o755)
 
 
 def _make_key(path: Path) -> None:

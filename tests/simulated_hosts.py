@@ -46,6 +46,8 @@ def refused(message: str, where: str | None = None) -> dict[str, Any]:
 class Simulated:
     """Plays every host by `answer`; counts how many are being connected to at once."""
 
+    name = "simulated"
+
     def __init__(self, answer: Answer = well) -> None:
         self.answer = answer
         self.requests: list[tuple[str, str]] = []
@@ -61,6 +63,9 @@ class Simulated:
         with self._lock:
             self._opening -= 1
         return SimulatedChannel(self, host)
+
+    def close(self) -> None:
+        pass
 
 
 class SimulatedChannel:

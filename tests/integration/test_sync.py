@@ -22,10 +22,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
         pytest.skip("no rsync here")
     with namespace_lab(tmp_path_factory.mktemp("lab"), 2) as lab:
         if request.param == "SFTP":  # a launcher that has no rsync
-            (lab.folder / "bin").mkdir()
-            for name in ("ip", "env"):
-                (lab.folder / "bin" / name).symlink_to(str(shutil.which(name)))
-            lab.environment["PATH"] = str(lab.folder / "bin")
+            lab.without_openssh()
         yield lab
 
 
@@ -69,7 +66,7 @@ def test_what_can_not_be_brought_is_named_with_its_host(lab: Lab) -> None:
 
 
 def test_sftp_leaves_a_file_where_a_folder_should_be(lab: Lab) -> None:
-    if not (lab.folder / "bin").exists():
+    if not lab.is_without_openssh:
         pytest.skip("rsync replaces it")
     data = lab.folder / "local" / "more data"
     data.mkdir(parents=True)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zinf_cli.launch.ssh import remote_line
-from zinf_cli.launch.transport import supervisor_command, supervisor_program
+from zinf_cli.launch.transport import remote_line, supervisor_command, supervisor_program
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40) | st.text(
     "a b$`'\"\\\n;&|<>(){}*?[]!#~-", min_size=1, max_size=20

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from zinf_cli.errors import HostError, ZinfError, inside
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
+from zinf_cli.launch.ssh import Ssh
 from zinf_cli.launch.transport import Channel, Transport
 from zinf_cli.recipe.hosts import Host
 
@@ -35,11 +37,22 @@ T = TypeVar("T")
 
 def transport_to(hosts: Sequence[Host]) -> Transport:
     """SSH to `hosts`, or pipes to this machine if there are none."""
-    if not hosts:
-        return Pipes()
-    from zinf_cli.launch.ssh import Ssh  # a local run needs no SSH library
+    return find_ssh() if hosts else Pipes()
 
-    return Ssh(sys.executable)
+
+def find_ssh() -> Ssh:
+    """The system's `ssh` where it is installed, fabric where it is not.
+
+    fabric reads an ssh configuration otherwise than OpenSSH does, so it is for places where OpenSSH can't be had.
+    """
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        from zinf_cli.launch.fabric_ssh import FabricSsh  # a local run needs neither of the two
+
+        return FabricSsh(sys.executable)
+    from zinf_cli.launch.openssh import OpenSsh
+
+    return OpenSsh(sys.executable, ssh)
 
 
 class Connection:
@@ -175,7 +188,7 @@ class Connection:
         self._answers.put(None)  # wakes whoever waits for an answer
 
     def _take(self, line: bytes) -> None:
-        """Take one message. What a login shell prints before the first message is dropped."""
+        """Take one message. What others on the host print in between is dropped."""
         try:
             message = json.loads(line)
         except ValueError:
@@ -227,6 +240,12 @@ class Lifelines:
         if self._obeys_terminal:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         at_all(Connection.close, self._connections)
+        self._transport.close()
+
+    @property
+    def transport(self) -> str:
+        """By what hosts are reached."""
+        return self._transport.name
 
     def connect(self, host: Host) -> Connection:
         """Start the supervisor of `host`; HostError says why that is not possible. Threads may call it at once."""

@@ -16,11 +16,16 @@ from zinf_cli.recipe.hosts import Host
 class Pipes:
     """Channels to supervisors on this machine."""
 
+    name = "none"
+
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, _PipeChannel.silence_s)
         channel = _PipeChannel(supervisor_command(sys.executable, program))
         channel.send(program)
         return channel
+
+    def close(self) -> None:
+        pass
 
 
 class _PipeChannel:

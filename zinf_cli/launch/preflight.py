@@ -113,7 +113,7 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
     except HostError as error:
         row.note("ssh", "no", f"{error.message} ({error.hint})" if error.hint else error.message)
         return
-    row.note("ssh", "ok")
+    row.note("ssh", lifelines.transport)
     row.note("python", row.connection.python)
     command = module_command("zinf_cli.launch.facts")
     asked = time.time()

@@ -20,8 +20,8 @@ from paramiko.ssh_exception import SSHException
 
 import zinf_cli
 from zinf_cli.errors import HostError, PreflightError, inside
-from zinf_cli.launch.connection import at_all
-from zinf_cli.launch.ssh import connect, openssh_command
+from zinf_cli.launch.connection import at_all, find_ssh
+from zinf_cli.launch.ssh import Files, Ssh
 from zinf_cli.recipe.hosts import Host
 
 OWN = Path(zinf_cli.__file__).parent
@@ -30,8 +30,6 @@ _RSYNC = (
     "rsync", "--recursive", "--copy-links", "--perms", "--times", "--relative", "--no-implied-dirs", "--exclude=*.pyc",
     "--exclude=__pycache__", "--stats", "--no-human-readable",
 )  # fmt: skip
-_NO_WAY_IN = 255
-"""OpenSSH's exit code, if it could not connect."""
 
 
 def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
@@ -42,37 +40,36 @@ def sync(paths: Sequence[Path], hosts: Sequence[Host]) -> int:
     for path in paths:
         if not path.exists():
             raise PreflightError(f"--sync: no such file or folder: {path}")
-    results = at_all(lambda host: _bring([OWN, *paths], host), hosts)
+    ssh = find_ssh()
+    try:
+        results = at_all(lambda host: _bring([OWN, *paths], host, ssh), hosts)
+    finally:
+        ssh.close()
     problems = [result.line() for result in results if isinstance(result, HostError)]
     if problems:
         raise PreflightError("--sync: " + "; ".join(problems))
     return sum(results)
 
 
-def _bring(paths: Sequence[Path], host: Host) -> int:
+def _bring(paths: Sequence[Path], host: Host, ssh: Ssh) -> int:
     """Sync one host. Returns the bytes of the files that were sent."""
     try:
-        connection = connect(host)
+        files = ssh.files(host)
+        has_rsync = files.succeeds("rsync --version")
     except HostError:
         return 0
     try:
-        if shutil.which("rsync") and shutil.which("ssh") and _has_rsync(connection):
-            return _by_rsync(paths, host, connection)
-        return _by_sftp(paths, host, connection)
+        if has_rsync and files.shell is not None and shutil.which("rsync"):
+            return _by_rsync(paths, host, files.shell)
+        return _by_sftp(paths, host, files)
     finally:
-        connection.close()
+        files.close()
 
 
-def _has_rsync(connection: Any) -> bool:
-    return bool(connection.run("command -v rsync", hide=True, warn=True, in_stream=False).ok)
-
-
-def _by_rsync(paths: Sequence[Path], host: Host, connection: Any) -> int:
+def _by_rsync(paths: Sequence[Path], host: Host, shell: Sequence[str]) -> int:
     name = f"[{host.host}]" if ":" in host.host else host.host
-    command = [*_RSYNC, "--rsh", shlex.join(openssh_command(connection)), *map(str, paths), f"{name}:/"]
+    command = [*_RSYNC, "--rsh", shlex.join(shell), *map(str, paths), f"{name}:/"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode == _NO_WAY_IN:  # fabric has found a way in
-        return _by_sftp(paths, host, connection)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise HostError(said[0], where=host.name)
@@ -80,13 +77,13 @@ def _by_rsync(paths: Sequence[Path], host: Host, connection: Any) -> int:
     return int(sent[1]) if sent else 0
 
 
-def _by_sftp(paths: Sequence[Path], host: Host, connection: Any) -> int:
+def _by_sftp(paths: Sequence[Path], host: Host, files: Files) -> int:
     sent = 0
     file = Path()
     try:
-        sftp = connection.sftp()
+        sftp = files.sftp()
         made: set[Path] = set()
-        for file in (file for path in paths for file in _files(path)):
+        for file in (file for path in paths for file in _local_files(path)):
             if not _is_there(sftp, file):
                 _make_folder(sftp, file.parent, made)
                 sent += _send(sftp, file)
@@ -97,7 +94,7 @@ def _by_sftp(paths: Sequence[Path], host: Host, connection: Any) -> int:
     return sent
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _local_files(path: Path) -> Iterator[Path]:
     found = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     yield from (file for file in found if file.suffix != ".pyc")
 

@@ -1,11 +1,13 @@
 """The seam between the launcher and a host: it starts the host's supervisor, and moves bytes to and fro.
 
-A Transport opens a Channel to a host. There is one for this machine (pipes.py) and one for others (ssh.py). The code
-above works with both and knows neither.
+A Transport opens a Channel to a host. There is one for this machine (pipes.py), and two for others: by the system's
+`ssh` where it is installed (openssh.py), by fabric where it is not (fabric_ssh.py). The code above knows none of them.
 """
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol
 
@@ -13,6 +15,8 @@ from zinf_cli.recipe.hosts import Host
 
 SILENCE_S = 10.0
 """Seconds of silence after which an end of a lifeline to another machine takes the other end for lost."""
+
+_MOST_DROPPED = 1 << 16
 
 _MODULES = (
     "zinf_cli.durable", "zinf_cli.search_path", "zinf_cli.run_folder.names", "zinf_cli.run_folder.made_folders",
@@ -50,8 +54,34 @@ class Channel(Protocol):
 class Transport(Protocol):
     """Starts supervisors."""
 
+    name: str
+    """By what it reaches hosts, as preflight shows it."""
+
     def open(self, host: Host, launch_id: str) -> Channel:
         """Start the supervisor of `host`. HostError says why that is not possible."""
+
+    def close(self) -> None:
+        """End what several channels share. All of them are closed by then."""
+
+
+class Greeting:
+    """Finds where a supervisor's output begins. A login shell may print anything before it, also half a line."""
+
+    def __init__(self, launch_id: str) -> None:
+        self._mark = f"zinf supervisor {launch_id}\n".encode()
+        self.dropped = b""
+        """What has come before the mark."""
+
+    @property
+    def words(self) -> bytes:
+        """What the supervisor prints first: the mark, which nobody else can know."""
+        return self._mark
+
+    def after(self, data: bytes) -> bytes | None:
+        """Take in what has come. Returns what follows the mark, None while it has not come."""
+        before, mark, rest = (self.dropped + data).partition(self._mark)
+        self.dropped = before[-_MOST_DROPPED:]
+        return rest if mark else None
 
 
 def supervisor_command(python: str, program: bytes) -> list[str]:
@@ -62,8 +92,13 @@ def supervisor_command(python: str, program: bytes) -> list[str]:
     return [python, "-I", "-c", _LOADER, str(len(program))]
 
 
-def supervisor_program(launch_id: str, silence_s: float) -> bytes:
-    """The whole program of a supervisor, as Python text. It makes the modules from their sources, then serves."""
+def remote_line(command: Sequence[str]) -> str:
+    """The line for a login shell that runs `command`, word by word. All else that a host is told goes through stdin."""
+    return "exec " + shlex.join(command)
+
+
+def supervisor_program(launch_id: str, silence_s: float, greeting: Greeting | None = None) -> bytes:
+    """The whole program of a supervisor, as Python text. It greets, makes modules from their sources, and serves."""
     sources = {}
     for module in _MODULES:
         package, _, name = module.rpartition(".")
@@ -73,11 +108,13 @@ def supervisor_program(launch_id: str, silence_s: float) -> bytes:
         sources=sources,
         launch_id=launch_id,
         silence_s=str(silence_s),
+        words=greeting.words if greeting is not None else b"",
     ).encode()
 
 
 _PROGRAM = """
-import sys, types
+import os, sys, types
+os.write(1, {words!r})
 for name in {packages!r}:
     sys.modules[name] = types.ModuleType(name)
 for name, source in {sources!r}.items():

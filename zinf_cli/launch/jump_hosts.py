@@ -1,0 +1,110 @@
+"""Connections of the system's `ssh` to jump hosts. All hosts behind one share its connection (hop_keeper.py)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+
+from zinf_cli.launch import hop_keeper
+from zinf_cli.launch.openssh_errors import Said, patiently, refusal
+from zinf_cli.launch.openssh_route import Destination, Route, proxy_command, route, route_by
+
+
+class JumpHosts:
+    """Connects to jump hosts when a route first leads through them, and keeps the connections until `close`."""
+
+    def __init__(self, ssh: str) -> None:
+        self._ssh = ssh
+        self._passages: dict[tuple[Destination, ...], Future[_Passage]] = {}
+        self._choosing = threading.Lock()
+
+    def through(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> str:
+        """The ProxyCommand that leads through `jumps`. HostError names the one that can't be passed."""
+        key = tuple(jumps)
+        with self._choosing:
+            found = self._passages.get(key)
+            if found is None or _is_over(found):
+                mine = self._passages[key] = Future()
+            else:
+                mine = None
+        if mine is None:
+            assert found is not None
+            return found.result().proxy_command  # of whoever connects to it at this moment; so is an error
+        try:
+            mine.set_result(self._connect(jumps, before))
+        except BaseException as error:
+            mine.set_exception(error)
+        return mine.result().proxy_command
+
+    def _connect(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> _Passage:
+        *earlier, hop = jumps
+        if earlier:
+            way = route_by(self._ssh, hop, None, earlier, self.through, before)
+        else:
+            way = route(self._ssh, hop, self.through, before)
+        if _has_own_master(way):
+            return _Passage(None, proxy_command(way.command()))
+        return patiently(lambda: _keep(way))
+
+    def close(self) -> None:
+        """End the connections, the last hop of a chain first."""
+        for key in sorted(self._passages, key=len, reverse=True):
+            with suppress(Exception):
+                self._passages[key].result().close()
+        self._passages.clear()
+
+
+class _Passage:
+    """A connection to a jump host, looked after by a keeper; or a user's own, which is left alone."""
+
+    def __init__(self, keeper: subprocess.Popen[bytes] | None, proxy_command: str) -> None:
+        self._keeper = keeper
+        self.proxy_command = proxy_command
+
+    @property
+    def is_over(self) -> bool:
+        return self._keeper is not None and self._keeper.poll() is not None
+
+    def close(self) -> None:
+        if self._keeper is not None:
+            assert self._keeper.stdin is not None
+            self._keeper.stdin.close()
+            self._keeper.wait()
+
+
+def _is_over(found: Future[_Passage]) -> bool:
+    """Whether a passage has failed or ended, so that it has to be opened anew."""
+    return found.done() and (found.exception() is not None or found.result().is_over)
+
+
+def _keep(way: Route) -> _Passage:
+    """Connect to a jump host. Refusal says why not."""
+    command = way.command("-o", "ControlMaster=yes", "-S", hop_keeper.SOCKET, "-N")
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", str(hop_keeper.__file__), *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # as for ssh itself (openssh.py)
+    )
+    said = Said(keeper.stderr)
+    assert keeper.stdout is not None
+    socket = keeper.stdout.readline().decode().strip()
+    if not keeper.stdout.readline():
+        keeper.wait()
+        raise refusal(said, way).of_hop(way.destination)
+    # Without the socket it must not connect by itself: it would do so by the configuration, and to another name.
+    words = [way.ssh, "-F", "none", "-S", socket, "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
+    return _Passage(keeper, proxy_command([*words, "--", way.destination.host]))
+
+
+def _has_own_master(way: Route) -> bool:
+    """Whether the user has logged in there with ControlMaster. It may be the only way in (a second factor)."""
+    if way.settings.get("controlpath", "none") == "none":
+        return False
+    check = subprocess.run(way.command("-O", "check"), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return check.returncode == 0

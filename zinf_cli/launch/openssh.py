@@ -1,0 +1,202 @@
+"""Channels to other machines by the system's `ssh`: what works for `ssh HOST` works here.
+
+Nothing asks for a password or a passphrase, and no host key is added to a known_hosts file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from typing import Any
+
+from paramiko import SFTPClient
+
+from zinf_cli.errors import HostError
+from zinf_cli.launch.jump_hosts import JumpHosts
+from zinf_cli.launch.openssh_errors import Refusal, Said, patiently, refusal
+from zinf_cli.launch.openssh_route import Destination, Route, route
+from zinf_cli.launch.ssh import Files
+from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import Host
+
+_LOGIN_S = 120.0
+"""A login may take this long: ssh's own limits hold for each address and hop, and sshd's is this."""
+_SHELL_S = 20.0
+"""Seconds from the login until the supervisor runs."""
+_NO_WAY_IN = 255
+"""ssh's exit code if it could not connect."""
+
+
+class OpenSsh:
+    """Starts supervisors on other machines with the interpreter `python` (an absolute path) there."""
+
+    def __init__(self, python: str, ssh: str) -> None:
+        self._python = python
+        self._ssh = ssh
+        self._jump_hosts = JumpHosts(ssh)
+        said = subprocess.run([ssh, "-V"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
+        version = re.match(r"OpenSSH_\d+\.\d+", said)
+        self.name = version[0].replace("_", " ") if version else "ssh"
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        greeting = Greeting(launch_id)
+        program = supervisor_program(launch_id, SILENCE_S, greeting)
+        line = remote_line(supervisor_command(self._python, program))
+        way = self._route(host)
+        try:
+            return patiently(lambda: _SshChannel(way, line, program, Greeting(launch_id)))
+        except HostError as error:
+            raise HostError(error.message, where=host.name, hint=error.hint) from error
+
+    def files(self, host: Host) -> Files:
+        return _Files(self._route(host))
+
+    def close(self) -> None:
+        self._jump_hosts.close()
+
+    def _route(self, host: Host) -> Route:
+        try:
+            return route(self._ssh, Destination.of(host), self._jump_hosts.through)
+        except HostError as error:
+            raise HostError(error.message, where=host.name, hint=error.hint) from error
+
+
+class _Files:
+    def __init__(self, way: Route) -> None:
+        self._way = way
+        self.shell = [way.ssh, "-o", "LogLevel=ERROR", *way.options, *way.destination.words[:-2]]
+        self._sftp: subprocess.Popen[bytes] | None = None
+
+    def succeeds(self, line: str) -> bool:
+        return patiently(lambda: self._run(line) == 0)
+
+    def _run(self, line: str) -> int:
+        process = subprocess.Popen(
+            [*self._way.command(), line],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        said = Said(process.stderr)
+        code = process.wait()
+        if code == _NO_WAY_IN and said.logged_in is None:
+            raise refusal(said, self._way)
+        return code
+
+    def sftp(self) -> Any:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._sftp = subprocess.Popen(
+                [*self._way.command("-s"), "sftp"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return SFTPClient(ours)
+
+    def close(self) -> None:
+        if self._sftp is not None:
+            _end(self._sftp)
+
+
+class _SshChannel:
+    silence_s = SILENCE_S
+
+    def __init__(self, way: Route, line: str, program: bytes, greeting: Greeting) -> None:
+        """Start the supervisor and wait for its greeting. HostError if none comes."""
+        self._process = subprocess.Popen(
+            [*way.command(), line],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone, and ssh asks no one
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        self._said = Said(self._process.stderr)
+        try:
+            self._first = self._greeted(program, greeting, way)  # may be empty
+        except BaseException:
+            self.abort()
+            raise
+
+    def _greeted(self, program: bytes, greeting: Greeting, way: Route) -> bytes:
+        """Send the program; return what follows the greeting."""
+        started = time.monotonic()
+        os.set_blocking(self._in.fileno(), False)
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._out, selectors.EVENT_READ)
+            ready.register(self._in, selectors.EVENT_WRITE)
+            while True:
+                for key, _ in ready.select(0.2):
+                    if key.fileobj is self._in:
+                        with suppress(BlockingIOError, BrokenPipeError):
+                            program = program[os.write(self._in.fileno(), program) :]
+                        if not program:
+                            ready.unregister(self._in)
+                            os.set_blocking(self._in.fileno(), True)
+                        continue
+                    data = os.read(self._out.fileno(), 1 << 16)
+                    if not data:
+                        raise self._why_ended(greeting, way)
+                    if (rest := greeting.after(data)) is not None:
+                        return rest
+                login = self._said.logged_in
+                if login is not None and time.monotonic() - login > _SHELL_S:
+                    raise Refusal(f"no answer within {_SHELL_S:.0f} s of login")
+                if login is None and time.monotonic() - started > _LOGIN_S:
+                    raise Refusal(f"no login within {_LOGIN_S:.0f} s")
+
+    def _why_ended(self, greeting: Greeting, way: Route) -> HostError:
+        code = self._process.wait()
+        if code == _NO_WAY_IN and self._said.logged_in is None:
+            return refusal(self._said, way)
+        words = self._said.lines or greeting.dropped.decode(errors="replace").strip().splitlines()
+        return HostError(words[-1] if words else "the login ended at once")
+
+    def send(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            if self._in.closed:
+                raise BrokenPipeError("given up")
+            left = left[os.write(self._in.fileno(), left) :]
+
+    def receive(self) -> bytes:
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._in.close()
+        with suppress(subprocess.TimeoutExpired):  # the supervisor ends its descendants first, then itself
+            self._process.wait(SILENCE_S)
+        self.abort()
+
+    def abort(self) -> None:
+        _end(self._process)
+        with suppress(OSError):
+            self._in.close()
+
+    def last_words(self) -> str:
+        return "\n".join(self._said.lines)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End an ssh, and what it has started: a ProxyCommand."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
