@@ -21,7 +21,7 @@ demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few 
 
 # Ranks of tests that run beside each other have more threads than there are cores: one that waits must not spin.
 test: install lab ## run the unit and integration tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal tests/unit
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto --dist worksteal tests/unit tests/gpu
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints

@@ -35,10 +35,10 @@ ADAMW: OptimizerOf = partial(torch.optim.AdamW, lr=LR, weight_decay=0.01)
 MIB = 2**20
 
 
-def batches(step: int, count: int) -> list[torch.Tensor]:
-    """`count` micro-batches of token ids, int64 [2, 12]."""
+def batches(step: int, count: int, tokens: int = 12) -> list[torch.Tensor]:
+    """`count` micro-batches of token ids, int64 [2, tokens]."""
     generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randint(3, 90, (2, 12), generator=generator) for _ in range(count)]
+    return [torch.randint(3, 90, (2, tokens), generator=generator) for _ in range(count)]
 
 
 def freeze_params(model: nn.Module, part: str) -> None:
@@ -182,6 +182,7 @@ def engine_losses(
     device: torch.device = CPU,
     infinite: tuple[int, int] | None = None,
     kernel: Kernel | None = None,
+    tokens: int = 12,
 ) -> list[list[float]]:
     """What plain_losses returns from step `first` on, through the engine; of the micro-batches of `rank`."""
     losses = []
@@ -193,7 +194,7 @@ def engine_losses(
                 1 / count,
                 1000 * step + number,
             )
-            for number, ids in enumerate(batches(step, count))
+            for number, ids in enumerate(batches(step, count, tokens))
         ]
         mine = work[rank * share : (rank + 1) * share]
         more = step + 1 < steps

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from zinf_cli.train.model import ModelSource
 
@@ -64,6 +67,12 @@ OTHER_HEADS: dict[str, dict[str, Any]] = {
     "phi": {**_LLAMA, "num_key_value_heads": 4, **_TOKENS},
 }
 """Architectures that scale their logits, or have a bias there."""
+
+
+def skip_unless_known(model_type: str) -> None:
+    """Skip a test about a type that the installed transformers does not have: the oldest one has fewer."""
+    if model_type not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"transformers {version('transformers')} has no {model_type}")
 
 
 def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2LMHeadModel
+from transformers import DeepseekV3PreTrainedModel, Glm4MoePreTrainedModel, GPT2LMHeadModel
 
 from checkpoints import params_of, resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses
-from tiny_models import CONFIGS, KEPT_IN_FP32, random_source
+from tiny_models import CONFIGS, KEPT_IN_FP32, random_source, skip_unless_known
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
@@ -27,13 +27,16 @@ from zinf_cli.train.model_files import model_files
 STEPS = 5
 BF16 = torch.bfloat16
 TRAINED = ["deepseek_v3", "glm4_moe", "gpt2"]
-"""Of gpt2 the class is changed here: all of its layer norms stay fp32, in the blocks and after them."""
+_ROUTERS = ["e_score_correction_bias", "gate.weight"]
+_KEPT = {GPT2LMHeadModel: {"ln_"}, DeepseekV3PreTrainedModel: _ROUTERS, Glm4MoePreTrainedModel: _ROUTERS}
+"""Here, all layer norms of gpt2 stay fp32, in the blocks and after them, and routers do in every transformers."""
 
 
 @pytest.fixture(autouse=True)
-def norms_of_gpt2_stay_fp32() -> Iterator[None]:
+def more_is_kept_in_fp32() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GPT2LMHeadModel, "_keep_in_fp32_modules_strict", {"ln_"})
+        for model_class, kept in _KEPT.items():
+            patch.setattr(model_class, "_keep_in_fp32_modules_strict", kept)
         yield
 
 
@@ -49,6 +52,7 @@ def dtypes_of(model: torch.nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS | KEPT_IN_FP32))
 def test_every_dtype_is_that_of_from_pretrained(name: str, tmp_path: Path) -> None:
+    skip_unless_known(name)
     blank: Any = build_model(random_source(name))
     type(blank)._from_config(blank.config, dtype=torch.float32).save_pretrained(tmp_path)
     kept = set()

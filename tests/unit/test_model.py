@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, random_source, skip_unless_known
 from zinf_cli.errors import ModelError
 from zinf_cli.train.model import (
     ModelSource,
@@ -41,8 +41,7 @@ def test_only_the_buffers_are_real(name: str, dtype: torch.dtype) -> None:
     buffers = dict(model.named_buffers())
     assert buffers.keys() == dict(reference.named_buffers()).keys()
     for key, buffer in reference.named_buffers():
-        assert buffers[key].dtype == buffer.dtype
-        assert torch.equal(buffers[key], buffer), key
+        assert torch.equal(buffers[key], buffer.to(buffers[key].dtype)), key  # for dtypes, see test_kept_in_fp32.py
 
 
 def test_tied_parameters_are_one_object() -> None:
@@ -110,6 +109,7 @@ def test_of_several_parts_the_language_model_is_trained_where_no_class_is_named(
 
 @pytest.mark.parametrize("name", ["kimi_linear", "bailing_hybrid", "mgp-str", "t5gemma2", "modernbert"])
 def test_a_configuration_knows_its_own_keys_by_every_name(name: str) -> None:
+    skip_unless_known(name)
     config = AutoConfig.for_model(name)
     settings = config.to_dict()
     renamed = {type(config).attribute_map.get(key, key): value for key, value in settings.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tiny_models import skip_unless_known
 from zoo.compare import verdict
 
 SAMPLE = (
@@ -27,5 +28,6 @@ SAMPLE = (
 @pytest.mark.parametrize("model_type", SAMPLE)
 @pytest.mark.filterwarnings("ignore")
 def test_agrees_with_plain_pytorch(model_type: str) -> None:
+    skip_unless_known(model_type)
     found = verdict(model_type)
     assert found.kind == "agrees", found.why

@@ -72,7 +72,7 @@ def _cached(entry: Path | None) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
             if time.time() - entry.stat().st_mtime < OLDEST_S:
                 checksum, _, text = entry.read_text(encoding="utf-8").partition("\n")
-                if checksum == xxh3_128_hexdigest(text):
+                if checksum == xxh3_128_hexdigest(text.encode()):
                     cached: dict[str, Any] = json.loads(text)
                     return cached
     return None
@@ -90,7 +90,7 @@ def _entry(recipe: Recipe, slots: int | None, world_size: int | None, most: int 
 
 def _cache(entry: Path, text: str) -> None:
     private_folder(entry.parent)
-    write_durably(entry, f"{xxh3_128_hexdigest(text)}\n{text}", mode=0o600)
+    write_durably(entry, f"{xxh3_128_hexdigest(text.encode())}\n{text}", mode=0o600)
     for old in sorted(entry.parent.glob("*.json"), key=lambda path: -path.stat().st_mtime)[MOST_ANSWERS:]:
         old.unlink()
 
