@@ -30,8 +30,9 @@ test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in traini
 test-storage: install ## fail every call that reads, writes, syncs or names a file, one at a time: half an hour
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/storage_faults
 
-test-faults: install lab ## every fault of a run on many hosts, at ten moments each: half an hour
-	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 tests/integration/test_faults.py
+test-faults: install lab ## every fault of a run on many hosts, at ten moments each, by both ways of SSH: half an hour
+	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration/test_faults.py \
+	  tests/integration/test_ssh.py tests/integration/test_preflight.py
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
@@ -43,9 +44,10 @@ test-speeds: ## the tests as on a machine whose measured speeds are a tenth of t
 # Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.
 lab:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync; } >/dev/null; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync && command -v tcsh && command -v fish; } >/dev/null; then \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    openssh-server iproute2 rsync; } >/dev/null 2>&1 || echo 'note: no sshd, ip and rsync here, tests on many hosts are skipped'; fi
+	    openssh-client openssh-server iproute2 rsync tcsh fish; } >/dev/null 2>&1 \
+	  || echo 'note: not all of sshd, ip, rsync, tcsh and fish are here; tests that need them are skipped'; fi
 
 check: install ## lint, formatting and types, of the tests too
 	$(PYTHON) -m ruff check .

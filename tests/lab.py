@@ -156,6 +156,13 @@ class Lab:
         wait_until(lambda: "listening on" in path.read_text() or host.process.poll() is not None, 10)  # type: ignore[union-attr]
         assert host.process.poll() is None, path.read_text()
 
+    def restart(self, host: LabHost, *lines: str) -> None:
+        """Start the sshd of a host again, with other lines in front of its configuration. In the loopback form."""
+        host.crash()
+        config = host.folder / "sshd_config"
+        config.write_text("".join(f"{line}\n" for line in lines) + config.read_text())
+        self.start(host, [str(SSHD), "-D", "-e", "-f", str(config)], f"{host.folder.name}-again")
+
     def end(self) -> None:
         for host in self.hosts:
             if host.process is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lab import IP, ROOT, Lab, LabHost, loopback_lab, namespace_lab
+from lab import IP, ROOT, Lab, loopback_lab, namespace_lab
 
 
 @pytest.fixture(params=["OpenSSH", "fabric"])
@@ -43,14 +42,6 @@ def problem_of(lab: Lab, address: str) -> str:
     assert "1 of 1 hosts are not ready" in said
     (problem,) = report["problems"].values()
     return str(problem)
-
-
-def restart(lab: Lab, host: LabHost, *lines: str) -> None:
-    """With other lines in front of its sshd_config."""
-    host.crash()
-    config = host.folder / "sshd_config"
-    config.write_text("".join(f"{line}\n" for line in lines) + config.read_text())
-    lab.start(host, [shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)], "again")
 
 
 def test_hosts_that_are_ready(lab: Lab) -> None:
@@ -107,9 +98,9 @@ def test_ssh_that_does_not_come_through(lab: Lab) -> None:
     assert "Connection refused" in problem_of(lab, refused)
     assert "no address is known for the name no-such-host.invalid" in problem_of(lab, "no-such-host.invalid")
     assert "no key of yours is accepted for user nobody-here" in problem_of(lab, f"nobody-here@{first.address}")
-    restart(lab, second, "AuthorizedKeysFile none", "KbdInteractiveAuthentication yes", "PasswordAuthentication yes")
+    lab.restart(second, "AuthorizedKeysFile none", "KbdInteractiveAuthentication yes", "PasswordAuthentication yes")
     assert "zinf asks for no password" in problem_of(lab, second.address)
-    restart(lab, third, "ForceCommand exec /no/such/python")
+    lab.restart(third, "ForceCommand exec /no/such/python")
     assert "/no/such/python: " in problem_of(lab, third.address)  # in the words of its shell
 
 
@@ -120,7 +111,7 @@ def test_everything_that_is_wrong_is_told_at_once(lab: Lab) -> None:
     (other / "zinf_cli").mkdir(parents=True)
     (other / "zinf_cli" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'zinf_cli'\")\n")
     environment = (second.folder / "sshd_config").read_text().split("SetEnv ")[1]
-    restart(lab, second, f"SetEnv {environment.replace(f'PYTHONPATH={ROOT}', f'PYTHONPATH={other}').strip()}")
+    lab.restart(second, f"SetEnv {environment.replace(f'PYTHONPATH={ROOT}', f'PYTHONPATH={other}').strip()}")
     hosts = (first.address, second.address, f"{third.address.rpartition(':')[0]}:1", "127.0.0.1:2")
     code, reports, said = doctor(lab, write_hostfile(lab, *hosts))
     assert code == 3

@@ -22,8 +22,8 @@ class JumpHosts:
         self._passages: dict[tuple[Destination, ...], Future[_Passage]] = {}
         self._choosing = threading.Lock()
 
-    def through(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> str:
-        """The ProxyCommand that leads through `jumps`. HostError names the one that can't be passed."""
+    def through(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> tuple[str, Route]:
+        """The ProxyCommand through `jumps`, and the way to the last. HostError names one that lets none pass."""
         key = tuple(jumps)
         with self._choosing:
             found = self._passages.get(key)
@@ -33,12 +33,12 @@ class JumpHosts:
                 mine = None
         if mine is None:
             assert found is not None
-            return found.result().proxy_command  # of whoever connects to it at this moment; so is an error
+            return found.result().proxy_command, found.result().way  # an error, too, is that of who connects now
         try:
             mine.set_result(self._connect(jumps, before))
         except BaseException as error:
             mine.set_exception(error)
-        return mine.result().proxy_command
+        return mine.result().proxy_command, mine.result().way
 
     def _connect(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> _Passage:
         *earlier, hop = jumps
@@ -47,7 +47,7 @@ class JumpHosts:
         else:
             way = route(self._ssh, hop, self.through, before)
         if _has_own_master(way):
-            return _Passage(None, proxy_command(way.command()))
+            return _Passage(way, None, proxy_command(way.command()))
         return patiently(lambda: _keep(way))
 
     def close(self) -> None:
@@ -61,7 +61,8 @@ class JumpHosts:
 class _Passage:
     """A connection to a jump host, looked after by a keeper; or a user's own, which is left alone."""
 
-    def __init__(self, keeper: subprocess.Popen[bytes] | None, proxy_command: str) -> None:
+    def __init__(self, way: Route, keeper: subprocess.Popen[bytes] | None, proxy_command: str) -> None:
+        self.way = way
         self._keeper = keeper
         self.proxy_command = proxy_command
 
@@ -99,7 +100,7 @@ def _keep(way: Route) -> _Passage:
         raise refusal(said, way).of_hop(way.destination)
     # Without the socket it must not connect by itself: it would do so by the configuration, and to another name.
     words = [way.ssh, "-F", "none", "-S", socket, "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
-    return _Passage(keeper, proxy_command([*words, "--", way.destination.host]))
+    return _Passage(way, keeper, proxy_command([*words, "--", way.destination.host]))
 
 
 def _has_own_master(way: Route) -> bool:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -24,6 +25,7 @@ _WAITS_S = (0.2, 0.4, 0.8, 1.6, 3.2, 3.2)
 """Before another try, where a server takes no more logins at a time (MaxStartups). Times 0.5 to 1.5, by chance."""
 _MOST_LINES = 200
 _PROBE_S = 30.0
+_OPEN_FAILED = r"open failed: (?:connect failed: )?(.+)$"
 _LOGGED_IN = "Authenticated to "
 _IDLE_TALK = (_LOGGED_IN, "Transferred: ", "Bytes per second: ", "debug", "Warning: Permanently added")
 
@@ -161,7 +163,19 @@ def _no_connection(match: re.Match[str], way: Route, text: str) -> Refusal:
 
 
 def _not_from_hop(match: re.Match[str], way: Route, text: str) -> Refusal:
-    return Refusal(f"{_address(way)}, from its jump host: {match[1]}", "is sshd running there?")
+    why = match[1]
+    if way.hop is None:
+        return Refusal(f"{_address(way)}: {why}")
+    if "refused by peer" in why:  # all that a shared connection tells; one of its own tells more
+        to = f"[{way.settings.get('hostname', way.destination.host)}]:{way.settings.get('port', 22)}"
+        with suppress(subprocess.TimeoutExpired):
+            probe = subprocess.run(
+                way.hop.command("-W", to), stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_S, check=False
+            )
+            told = re.search(_OPEN_FAILED, probe.stderr.decode(errors="replace"), re.MULTILINE)
+            why = told[1].strip() if told is not None else why
+    hint = "is sshd running there?" if why == "Connection refused" else None
+    return Refusal(f"{_address(way)}, from jump host {way.hop.destination}: {why}", hint)
 
 
 def _no_common(match: re.Match[str], way: Route, text: str) -> Refusal:
@@ -179,8 +193,8 @@ _CAUSES: tuple[tuple[str, Callable[[re.Match[str], Route, str], Refusal]], ...] 
     (r"connect to host (.+ port \d+): (.+?)$", _no_connection),
     (r"(Unable to negotiate with .*)$", _no_common),
     (r"(Connection timed out during banner exchange|Connection to .* timed out)", _no_common),
-    (r"open failed: (?:connect failed: )?(.+)$", _not_from_hop),
-    (r"^stdio forwarding (?:request )?failed: (.+)$", _not_from_hop),
+    (_OPEN_FAILED, _not_from_hop),
+    (r"(?i)stdio forwarding (?:request )?failed: (.+)$", _not_from_hop),
 )
 """What ssh says, and the error for it. The first that fits counts."""
 

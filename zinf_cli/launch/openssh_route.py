@@ -67,17 +67,20 @@ class Route:
     destination: Destination
     settings: Mapping[str, str]
     """As `ssh -G` tells them; names in lower case."""
+    hop: Route | None = None
+    """The way to the last jump host."""
 
     def command(self, *first: str) -> list[str]:
         """The command line; what is to run there has to follow. Of options, those that come first count."""
         return [self.ssh, *first, *self.options, *self.destination.words]
 
 
-Pass = Callable[[Sequence[Destination], tuple[Destination, ...]], str]
+Pass = Callable[[Sequence[Destination], tuple[Destination, ...]], tuple[str, Route]]
+"""For jump hosts, and those before that need them: the ProxyCommand that leads through, and the way to the last one."""
 
 
 def route(ssh: str, destination: Destination, through: Pass, before: tuple[Destination, ...] = ()) -> Route:
-    """The way to a destination. `through` gives the ProxyCommand for jump hosts; `before` are those that need this one.
+    """The way to a destination. `through` passes jump hosts; `before` are the destinations that need this one.
 
     HostError names the hop that can't be passed.
     """
@@ -104,9 +107,11 @@ def route_by(
         options += ["-o", f"ConnectTimeout={_CONNECT_S}"]
     if settings.get("serveraliveinterval", "0") == "0":
         options += ["-o", f"ServerAliveInterval={_ALIVE_S}"]
+    hop = None
     if jumps:
-        options += ["-o", f"ProxyCommand={through(jumps, (*before, destination))}"]
-    return Route(ssh, ("-T", *options), destination, settings)
+        passage, hop = through(jumps, (*before, destination))
+        options += ["-o", f"ProxyCommand={passage}"]
+    return Route(ssh, ("-T", *options), destination, settings, hop)
 
 
 def proxy_command(words: Sequence[str]) -> str:
