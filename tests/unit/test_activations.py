@@ -11,6 +11,7 @@ import torch
 from zinf_cli.engine.compute.activations import SMALL, Activations
 from zinf_cli.errors import CapacityError, ModelError
 from zinf_cli.tiers.arena import Arena
+from zinf_cli.tiers.memory import MemoryTier
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.trace import Trace
 
@@ -84,3 +85,25 @@ def test_a_small_tensor_is_kept_and_must_stay_as_it_is(activations: Activations,
 def test_what_can_never_fit_is_an_error(activations: Activations) -> None:
     with pytest.raises(CapacityError, match=r"activation of 64\.0 KiB does not fit"):
         activations.save(torch.randn(16 * KIB), "a")
+
+
+def test_what_a_transfer_brings_is_no_change_of_what_is_in_use(staging: Arena) -> None:
+    """A copy that fills another buffer runs between a forward and its backward, on an accelerator in any thread."""
+    memory = MemoryTier("cpu", torch.device("cpu"), torch.device("cpu:0"), Trace())
+    activations = Activations(memory, staging, lambda transfer: transfer.wait())
+    used, coming = (activations.save(torch.full((1024,), value), "a") for value in (2.0, 3.0))
+    x = used.get().requires_grad_()
+    y = (x * x).sum()
+    assert coming.prefetch()
+    assert torch.equal(coming.get(), torch.full((1024,), 3.0))
+    (gradient,) = torch.autograd.grad(y, x)
+    assert torch.equal(gradient, torch.full((1024,), 4.0))
+
+
+def test_nor_is_a_change_of_a_tensor_one_of_those_that_came_with_it(activations: Activations) -> None:
+    first, second = activations.save_together([torch.ones(1024), torch.ones(1024)], "a")
+    x = first.get().requires_grad_()
+    y = (x * x).sum()
+    second.get().add_(1)
+    (gradient,) = torch.autograd.grad(y, x)
+    assert torch.equal(gradient, torch.full((1024,), 2.0))

@@ -24,7 +24,11 @@ HUGE_PAGE = 2**21
 
 
 class Buffer:
-    """A range of an arena: `data` is its uint8 view, on the arena's device. Free it exactly once."""
+    """A range of an arena: `data` is its uint8 view, on the arena's device. Free it exactly once.
+
+    Autograd counts changes of a tensor together with those of all its views. The `data` of each buffer has a count of
+    its own, so a drive that fills one buffer does not make autograd refuse what lies in another.
+    """
 
     __slots__ = ("_arena", "_offset", "data")
 
@@ -44,8 +48,8 @@ class Buffer:
     def split(self, first_bytes: int) -> tuple[Buffer, Buffer]:
         """Two buffers in place of this one, to be freed one by one. `first_bytes` is a multiple of PAGE."""
         return (
-            Buffer(self._arena, self._offset, self.data[:first_bytes]),
-            Buffer(self._arena, self._offset + first_bytes, self.data[first_bytes:]),
+            Buffer(self._arena, self._offset, self.data[:first_bytes].data),
+            Buffer(self._arena, self._offset + first_bytes, self.data[first_bytes:].data),
         )
 
 
@@ -85,7 +89,7 @@ class Arena:
                     self._holes[index] = (offset + size, hole - size)
                 self.used += size
                 self.peak = max(self.peak, self.used)
-                return Buffer(self, offset, self._region[offset : offset + num_bytes])
+                return Buffer(self, offset, self._region[offset : offset + num_bytes].data)
         return None
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -222,4 +222,5 @@ class Offloaded:
 
 
 def _part(data: torch.Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    return data[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+    """A tensor of a parcel. A change of it is not one of the others (see Buffer)."""
+    return data[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape).data
