@@ -107,3 +107,17 @@ def test_the_last_write_of_a_range_wins(tmp_path: Path) -> None:
     extent.read(0, found).wait()
     assert torch.equal(found, torch.cat([first[:4096], second]))
     tier.close()
+
+
+CACHED = {"cached_units": frozenset(range(0, 100, 2)), "cached_states": frozenset(("params", "optimizer"))}
+
+
+@pytest.mark.parametrize(
+    "in_memory", [{"params": "cpu"}, {"optimizer": "cpu"}, CACHED], ids=["params", "optimizer", "cached"]
+)
+def test_a_late_checkpoint_has_its_own_step(in_memory: dict[str, Any], tmp_path: Path) -> None:
+    """State in memory is copied to the file behind the update: the next one must not reach it before."""
+    options = replace(everything_on("nvme", tmp_path / "nvme"), speculate=True, **in_memory)
+    expected = train(tmp_path / "prompt", options, torch.float32, "speculative", save=True)
+    with late_writes():
+        assert train(tmp_path / "late", options, torch.float32, "speculative", save=True) == expected
