@@ -92,17 +92,14 @@ class Lab:
         """A command line of zinf, as it is run in this lab."""
         return [*self.launcher, sys.executable, "-m", "zinf_cli.cli", *arguments]
 
-    def without_openssh(self) -> None:
-        """Make the launcher one that finds no `ssh`, and neither rsync."""
+    def without(self, *names: str) -> None:
+        """Make the launcher one that finds no programs of these names, of "ssh" and "rsync"."""
         programs = self.folder / "programs"
         programs.mkdir()
-        for name in ("ip", "env"):
-            (programs / name).symlink_to(str(shutil.which(name)))
+        for name in {"ip", "env", "ssh", "rsync"} - set(names):
+            if (found := shutil.which(name, path=self.environment["PATH"])) is not None:
+                (programs / name).symlink_to(found)
         self.environment["PATH"] = str(programs)
-
-    @property
-    def is_without_openssh(self) -> bool:
-        return (self.folder / "programs").exists()
 
     def processes(self, host: LabHost | None = None, **variables: str) -> list[int]:
         """Processes that a launch has started, on one host or any, with these variables in their environment."""
@@ -137,6 +134,16 @@ class Lab:
             with suppress(OSError):
                 left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
         return left + [str(path) for host in self.hosts for path in host.local.rglob("*") if path.is_file()]
+
+    def connections(self) -> list[str]:
+        """Command lines of the launcher's processes that connect to hosts: each has the lab's folder in it."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                line = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
+                if str(self.folder) in line and ("bin/ssh " in line or "hop_keeper" in line):
+                    found.append(line)
+        return found
 
     @property
     def known_hosts(self) -> Path:

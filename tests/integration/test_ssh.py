@@ -1,8 +1,7 @@
 """Ordinary ssh configurations, tried with real servers: what works for `ssh HOST` works for zinf.
 
 The configurations stand in one file, each under an alias of its own, so that one launcher tries all of them at once.
-fabric, which is for machines without OpenSSH, reads some of them and refuses the others by their line; that takes a
-launcher for each, and is tried in `make test-faults`.
+fabric, which is for machines without OpenSSH, reads some of them as OpenSSH does, and refuses the others by their line.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -23,6 +22,8 @@ from programs import command
 
 pytestmark = pytest.mark.xdist_group("ssh")  # one lab
 THOROUGH = int(os.environ.get("ZINF_FAULT_MOMENTS", "1")) > 1
+NOWHERE = "nowhere" + 60 * "e"
+"""A name that no server of names is asked for: its label is too long."""
 TCSH, FISH = shutil.which("tcsh"), shutil.which("fish")
 
 
@@ -53,7 +54,8 @@ CASES = {
     "two-jumps": Case("Host {name}\n HostName {plain}\n ProxyJump {jump}:{port},{second}:{port}"),
     "jump-of-a-jump": Case(
         "Host {name}\n HostName {plain}\n ProxyJump {name}-b\n"
-        "Host {name}-b\n HostName {second}\n ProxyJump {jump}:{port}"
+        "Host {name}-b\n HostName {second}\n ProxyJump {jump}:{port}",
+        fabric=True,
     ),
     "jump-none": Case(
         "Host {name}-j\n ProxyJump none\n HostName {jump}\nHost {name}*\n HostName {plain}\n ProxyJump {name}-j"
@@ -66,7 +68,7 @@ CASES = {
     "variable": Case("Host {name}\n HostName {plain}\n IdentityFile ${{HOME}}/.ssh/id_ed25519"),
     "quotes": Case('Host "{name}"\n HostName "{plain}"\n IdentityFile "{folder}/a key"'),
     "comment": Case("Host {name} # as I call it\n HostName {plain} # where it is"),
-    "absent-key": Case("Host {name}\n HostName {plain}\n IdentityFile {folder}/absent"),
+    "absent-key": Case("Host {name}\n HostName {plain}\n IdentityFile {folder}/absent", fabric=True),
     "canonical": Case("Host {name}\n HostName {plain}\n CanonicalizeHostname yes\n CanonicalDomains invalid"),
     "match": Case(
         "Match canonical host {name}\n HostName 127.0.0.1\nMatch host {name} exec false\n HostName 127.0.0.1\n"
@@ -75,12 +77,14 @@ CASES = {
     "LETTER-case": Case("Host {name}\n HostName {plain}", fabric=True),
     "sntrup": Case("Host {name}\n HostName {sntrup}", "sntrup"),
     "chacha": Case("Host {name}\n HostName {chacha}", "chacha"),
-    "remote-command": Case("Host {name}\n HostName {plain}\n RemoteCommand tmux\n RequestTTY yes"),
+    "remote-command": Case("Host {name}\n HostName {plain}\n RemoteCommand tmux\n RequestTTY yes", fabric=True),
     "forward": Case(
-        "Host {name}\n HostName {plain}\n LocalForward {jump}:{port} localhost:1\n ExitOnForwardFailure yes"
+        "Host {name}\n HostName {plain}\n LocalForward {jump}:{port} localhost:1\n ExitOnForwardFailure yes",
+        fabric=True,
     ),
     "master": Case(
-        "Host {name}\n HostName {plain}\n ControlMaster auto\n ControlPersist yes\n ControlPath {folder}/%C"
+        "Host {name}\n HostName {plain}\n ControlMaster auto\n ControlPersist yes\n ControlPath {folder}/%C",
+        fabric=True,
     ),
     "bash": Case("Host {name}\n HostName {bash}", "bash", fabric=True),
     "tcsh": Case("Host {name}\n HostName {tcsh}", "tcsh", fabric=True),
@@ -102,6 +106,26 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         (lab.folder / "sockets").mkdir()
         lab.environment["XDG_RUNTIME_DIR"] = str(lab.folder / "sockets")
         yield lab
+
+
+@pytest.fixture
+def fabric(lab: Lab) -> dict[str, str]:
+    """Variables of a launcher that finds no `ssh`."""
+    nothing = lab.folder / "nothing"
+    nothing.mkdir(exist_ok=True)
+    return {"PATH": str(nothing)}
+
+
+@pytest.fixture(params=["OpenSSH", "fabric"])
+def by(request: pytest.FixtureRequest, fabric: dict[str, str]) -> dict[str, str]:
+    """Variables of a launcher that uses one or the other."""
+    return fabric if request.param == "fabric" else {}
+
+
+def here() -> dict[str, Case]:
+    """The cases for which this machine has the shell."""
+    shells = {"tcsh": TCSH, "fish": FISH}
+    return {name: case for name, case in CASES.items() if shells.get(name, "here") is not None}
 
 
 def server(lab: Lab, name: str) -> LabHost:
@@ -154,7 +178,7 @@ def configure(lab: Lab, *texts: str) -> None:
     ssh = lab.home / ".ssh"
     addresses = {name: server(lab, name).name for name in SERVERS}
     common = {
-        "folder": lab.folder, "port": lab.hosts[0].port, "python": shutil.which("python3"),
+        "folder": lab.folder, "port": lab.hosts[0].port, "python": sys.executable,
         "passes": command("passes_on")[1],
     }  # fmt: skip
     shared = (
@@ -175,27 +199,12 @@ def connect(lab: Lab, names: Sequence[str], **variables: str) -> list[str]:
     return found
 
 
-def ssh_processes(lab: Lab) -> list[str]:
-    """Command lines of what still connects: each has the lab's folder in it."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            except OSError:
-                continue
-            if str(lab.folder) in line and ("ssh " in line or "hop_keeper" in line) and "sshd" not in line:
-                found.append(line)
-    return found
-
-
 def nothing_is_left(lab: Lab) -> bool:
-    return not ssh_processes(lab) and not lab.processes() and not list((lab.folder / "sockets").iterdir())
+    return not lab.connections() and not lab.processes() and not list((lab.folder / "sockets").iterdir())
 
 
 def test_what_works_for_ssh_works_here(lab: Lab) -> None:
-    shells = {"tcsh": TCSH, "fish": FISH}
-    cases = {name: case for name, case in CASES.items() if shells.get(name, "here") is not None}
+    cases = here()
     (lab.folder / "included").write_text(f"Host include\n HostName {server(lab, 'plain').name}\n")
     configure(lab, *(case.lines.replace("{name}", name) for name, case in cases.items()))
     found = dict(zip(cases, connect(lab, list(cases)), strict=True))
@@ -203,22 +212,39 @@ def test_what_works_for_ssh_works_here(lab: Lab) -> None:
     assert nothing_is_left(lab)
 
 
-def test_what_does_not_come_through_is_named_with_its_hop_and_cause(lab: Lab) -> None:
+def test_what_fabric_reads_as_openssh_does_works_without_openssh(lab: Lab, fabric: dict[str, str]) -> None:
+    cases = {name: case for name, case in here().items() if case.fabric}
+    configure(lab, *(case.lines.replace("{name}", name) for name, case in cases.items()))
+    found = dict(zip(cases, connect(lab, list(cases), **fabric), strict=True))
+    assert found == {name: server(lab, case.leads_to).name for name, case in cases.items()}
+    assert nothing_is_left(lab)
+
+
+def test_what_fabric_would_misread_is_refused_without_openssh(lab: Lab, fabric: dict[str, str]) -> None:
+    cases = {name: case for name, case in here().items() if not case.fabric}
+    for_all = ("include", "match")  # these lines are not for one host alone
+    for group in ([name for name in cases if name not in for_all], *([name] for name in for_all)):
+        configure(lab, *(cases[name].lines.replace("{name}", name) for name in group))
+        for name, said in zip(group, connect(lab, group, **fabric), strict=True):
+            assert said.startswith(f"{name}: "), said
+            assert "install OpenSSH's client" in said
+
+
+def test_what_does_not_come_through_is_named_with_its_hop_and_cause(lab: Lab, by: dict[str, str]) -> None:
     folder = lab.folder
     plain, jump, second = (server(lab, name).name for name in ("plain", "jump", "second"))
     cases = {
         "revoked": (f"HostName {{plain}}\n UserKnownHostsFile {folder}/revoked", ["its host key is revoked"]),
-        "absent": (
+        "refused": (
             f"HostName {{plain}}\n IdentityFile {folder}/absent\n IdentitiesOnly yes\n User nobody-here",
             ["no key of yours is accepted for user nobody-here", f"no such identity: {folder}/absent"],
         ),
-        "lost-name": ("HostName no-such-host.invalid", ["no address is known for the name no-such-host.invalid"]),
-        "dead-hop": ("HostName {plain}\n ProxyJump {jump}:1", [f"its jump host {jump}:1", "Connection refused"]),
-        "lost-hop": ("HostName {plain}\n ProxyJump no-hop.invalid", ["its jump host no-hop.invalid: no address"]),
-        "second-hop": (
-            "HostName {plain}\n ProxyJump {jump}:{port},{second}:1",
-            [f"its jump host {second}:1", "Connection refused"],
+        "lost-name": (f"HostName {NOWHERE}", [f"no address is known for the name {NOWHERE}"]),
+        "dead-hop": (
+            "HostName {plain}\n ProxyJump {jump}:1",
+            [f": its jump host {jump}", f"{jump} port 1: Connection refused (is sshd running there?)"],
         ),
+        "lost-hop": (f"HostName {{plain}}\n ProxyJump {NOWHERE}", [f"its jump host {NOWHERE}: no address is known"]),
         "unknown-hop": (
             "HostName {plain}\n ProxyJump unknown-hop-j\nHost unknown-hop-j\n HostName {jump}\n"
             f" UserKnownHostsFile {folder}/alias",
@@ -226,14 +252,19 @@ def test_what_does_not_come_through_is_named_with_its_hop_and_cause(lab: Lab) ->
         ),
         "behind-hop": (
             "HostName {plain}\n Port 1\n ProxyJump {jump}:{port}",
-            [f"{plain} port 1, from jump host {jump}", "Connection refused"],
+            [f"{plain} port 1, from jump host {jump}", ": Connect"],
         ),
-        "circle": ("ProxyJump circle-b\nHost circle-b\n ProxyJump circle", ["circle → circle-b → circle"]),
-        "proxy": ("HostName {plain}\n ProxyCommand echo no way >&2; exit 1", ["its ProxyCommand (", "no way"]),
+        "circle": ("ProxyJump circle-b\nHost circle-b\n ProxyJump circle", ["its jump hosts lead in a circle"]),
     }
+    if not by:
+        cases["second-hop"] = (
+            "HostName {plain}\n ProxyJump {jump}:{port},{second}:1",
+            [f"its jump host {second}:1: {second} port 1, from jump host {jump}:", "Connection refused"],
+        )
+        cases["proxy"] = ("HostName {plain}\n ProxyCommand echo no way >&2; exit 1", ["its ProxyCommand (", "no way"])
     configure(lab, *(f"Host {name}\n {text}" for name, (text, _) in cases.items()))
     known_hosts = lab.known_hosts.read_text()
-    for name, said in zip(cases, connect(lab, list(cases)), strict=True):
+    for name, said in zip(cases, connect(lab, list(cases), **by), strict=True):
         assert said.startswith(f"{name}: "), said
         for words in cases[name][1]:
             assert words in said, said
@@ -241,46 +272,59 @@ def test_what_does_not_come_through_is_named_with_its_hop_and_cause(lab: Lab) ->
     assert nothing_is_left(lab)
 
 
-@pytest.mark.parametrize("way", ["ProxyJump {jump}:{port}", "ProxyCommand ssh -W [%h]:%p -p {port} {jump}"])
-def test_many_hosts_behind_one_come_up_however_few_logins_it_takes_at_a_time(lab: Lab, way: str) -> None:
-    configure(lab, "Host many-*\n HostName {plain}\n " + way)
-    found = connect(lab, [f"many-{number}" for number in range(24)])
-    assert found == [server(lab, "plain").name] * 24
+def test_many_hosts_behind_one_come_up_however_few_logins_it_takes_at_a_time(lab: Lab, by: dict[str, str]) -> None:
+    configure(lab, "Host many-*\n HostName {plain}\n ProxyJump {jump}:{port}")
+    assert connect(lab, [f"many-{number}" for number in range(24)], **by) == [server(lab, "plain").name] * 24
     assert nothing_is_left(lab)
 
 
-def test_the_right_key_among_many_of_an_agent(lab: Lab) -> None:
-    configure(
-        lab, "Host only\n HostName {plain}\n IdentitiesOnly yes", "Host any\n HostName {plain}\n IdentityFile none"
-    )
+@pytest.mark.skipif(not THOROUGH, reason="takes ten seconds: make test-faults")
+def test_logins_that_a_server_has_no_room_for_are_tried_again(lab: Lab, by: dict[str, str]) -> None:
+    """As each host is reached by a command of the user's own, none shares a connection with another."""
+    configure(lab, "Host many-*\n HostName {jump}\n ProxyCommand {python} {passes} %h %p")
+    assert connect(lab, [f"many-{number}" for number in range(24)], **by) == [server(lab, "jump").name] * 24
+    assert nothing_is_left(lab)
+
+
+def test_the_right_key_among_many_of_an_agent(lab: Lab, by: dict[str, str]) -> None:
+    other = "Host other\n HostName {plain}\n UserKnownHostsFile {folder}/others\n IdentityFile {folder}/absent"
+    configure(lab, "Host only\n HostName {plain}\n IdentitiesOnly yes")
     agent = lab.folder / "agent"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", str(agent)], stdout=subprocess.DEVNULL)
     try:
         wait_until(agent.exists, 10)
         for number in range(8):
             key = lab.folder / f"wrong-{number}"
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+            if not key.exists():
+                subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
             adding = {**os.environ, "SSH_AUTH_SOCK": str(agent)}
             subprocess.run(["ssh-add", "-q", str(key)], env=adding, capture_output=True, check=True)
-        only, any_key = connect(lab, ["only", "any"], SSH_AUTH_SOCK=str(agent))
+        (only,) = connect(lab, ["only"], SSH_AUTH_SOCK=str(agent), **by)
+        (lab.home / ".ssh" / "config").write_text(other.format(folder=lab.folder, plain=server(lab, "plain").name))
+        with (lab.home / ".ssh" / "config").open("a") as config:
+            config.write(f"\n Port {lab.hosts[0].port}\n")
+        (any_key,) = connect(lab, ["other"], SSH_AUTH_SOCK=str(agent), **by)
     finally:
         process.terminate()
         process.wait()
+        agent.unlink(missing_ok=True)
     assert only == server(lab, "plain").name
     assert "too many keys were offered" in any_key
 
 
-def test_a_killed_launcher_leaves_no_connection(lab: Lab) -> None:
-    configure(lab, "Host behind\n HostName {plain}\n ProxyJump {jump}:{port},{second}:{port}")
+def test_a_killed_launcher_leaves_no_connection(lab: Lab, by: dict[str, str]) -> None:
+    jumps = "{jump}:{port}" if by else "{jump}:{port},{second}:{port}"
+    configure(lab, f"Host behind\n HostName {{plain}}\n ProxyJump {jumps}")
     (lab.folder / "hosts").write_text("behind slots=1\n")
     launcher = subprocess.Popen(
-        command("connects", lab.folder / "hosts", "wait"), env=lab.environment, stdout=subprocess.PIPE, text=True
-    )
+        command("connects", lab.folder / "hosts", "wait"),
+        env={**lab.environment, **by}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert launcher.stdout is not None
     assert json.loads(launcher.stdout.readline()) == [server(lab, "plain").name]
     sockets = list((lab.folder / "sockets").rglob("s"))
-    assert len(sockets) == 2
-    assert {path.parent.stat().st_mode & 0o777 for path in sockets} == {0o700}
+    assert len(sockets) == (0 if by else 2)
+    assert all(path.parent.stat().st_mode & 0o777 == 0o700 for path in sockets)
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
     wait_until(lambda: nothing_is_left(lab), 10)

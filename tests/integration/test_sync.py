@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lab import Lab, namespace_lab
+from lab import Lab, namespace_lab, wait_until
 from programs import command
 
 pytestmark = pytest.mark.xdist_group("sync")  # one lab for each way
 
 
-@pytest.fixture(scope="module", params=["rsync", "SFTP"])
-def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Lab]:
+MISSING = {"rsync": (), "SFTP": ("rsync",), "SFTP by fabric": ("rsync", "ssh")}
+"""Way to what the launcher has not."""
+
+
+@pytest.fixture(scope="module", params=MISSING)
+def way(request: pytest.FixtureRequest) -> str:
     if request.param == "rsync" and shutil.which("rsync") is None:
         pytest.skip("no rsync here")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Lab]:
     with namespace_lab(tmp_path_factory.mktemp("lab"), 2) as lab:
-        if request.param == "SFTP":  # a launcher that has no rsync
-            lab.without_openssh()
+        lab.without(*MISSING[way])
         yield lab
 
 
@@ -65,8 +74,8 @@ def test_what_can_not_be_brought_is_named_with_its_host(lab: Lab) -> None:
     assert "no such file or folder" in sync(lab, lab.folder / "nothing").stderr
 
 
-def test_sftp_leaves_a_file_where_a_folder_should_be(lab: Lab) -> None:
-    if not lab.is_without_openssh:
+def test_sftp_leaves_a_file_where_a_folder_should_be(lab: Lab, way: str) -> None:
+    if way == "rsync":
         pytest.skip("rsync replaces it")
     data = lab.folder / "local" / "more data"
     data.mkdir(parents=True)
@@ -76,3 +85,19 @@ def test_sftp_leaves_a_file_where_a_folder_should_be(lab: Lab) -> None:
     assert "PreflightError: --sync: node2: " in said
     assert str(data) in said
     assert (lab.hosts[1].local / "more data").read_text() == "a file where a folder should be"
+
+
+def test_a_login_shell_may_print_what_it_likes(lab: Lab, way: str) -> None:
+    if way != "rsync":
+        pytest.skip("sshd answers SFTP itself here, without a shell")
+    host = lab.hosts[1]
+    config = host.folder / "sshd_config"
+    config.write_text('ForceCommand printf "half a line"; exec sh -c "$SSH_ORIGINAL_COMMAND"\n' + config.read_text())
+    assert host.process is not None
+    (sshd,) = Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children").read_text().split()
+    os.kill(int(sshd), signal.SIGHUP)
+    wait_until(lambda: (lab.folder / "node2.log").read_text().count("listening on") == 2, 10)
+    data = lab.folder / "local" / "told"
+    data.write_text("text")
+    assert sync(lab, data).stdout == f"{2 * 4}\n"
+    assert (host.local / "told").read_text() == "text"

@@ -15,7 +15,7 @@ from zinf_cli.errors import HostError
 from zinf_cli.launch.connection import Lifelines, at_all, transport_to
 from zinf_cli.recipe.hosts import Host, load_hosts
 
-PRINTENV = str(shutil.which("printenv"))
+PRINTENV = str(shutil.which("printenv", path="/usr/bin:/bin"))  # a launcher without OpenSSH has an empty PATH
 hosts = load_hosts(sys.argv[1])
 with Lifelines(transport_to(hosts)) as lifelines:
 

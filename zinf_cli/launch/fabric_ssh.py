@@ -1,14 +1,13 @@
-"""Channels to other machines over SSH, as strict about host keys as OpenSSH's client.
+"""Channels to other machines by fabric, for machines without OpenSSH; as strict about host keys as that.
 
-Users, ports, keys, jump hosts and known_hosts files come from the user's ssh configuration, which fabric reads. The
-agent and the default keys are tried as well. Nothing asks for a password or a passphrase.
+Users, ports, keys, jump hosts and known_hosts files come from the user's ssh configuration; what fabric would not read
+as OpenSSH does is refused (fabric_config.py). Nothing asks for a password or a passphrase.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,19 +15,26 @@ from typing import Any, NoReturn
 import fabric
 import paramiko
 from fabric import Connection as FabricConnection
-from paramiko.hostkeys import HostKeyEntry, InvalidHostKey
-from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, NoValidConnectionsError, SSHException
+from paramiko.ssh_exception import (
+    AuthenticationException,
+    BadHostKeyException,
+    ChannelException,
+    IncompatiblePeer,
+    NoValidConnectionsError,
+    SSHException,
+)
 
 from zinf_cli.errors import HostError
+from zinf_cli.launch.fabric_config import INSTALL, KnownHosts, refuse_misread
+from zinf_cli.launch.refusal import Refusal, Shared, patiently
 from zinf_cli.launch.ssh import Files
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
 
 _CONNECT_S = 10
 _KEEPALIVE_S = 5
+_NO_ROOM = "sshd has no room for another login, or does not take any from here (its log says why)"
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else paramiko prints errors that are raised here
-_KNOWN_HOSTS = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2")
-_SYSTEM_KNOWN_HOSTS = ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
 
 
 class FabricSsh:
@@ -38,20 +44,96 @@ class FabricSsh:
 
     def __init__(self, python: str) -> None:
         self._python = python
+        self._jump_hosts: Shared[Any] = Shared(lambda connection: not connection.is_connected)
 
     def open(self, host: Host, launch_id: str) -> Channel:
-        connection = connect(host)
+        connection = self._connect(host)
         try:
             return _start_supervisor(connection, self._python, launch_id)
         except Exception as error:
             connection.close()
-            raise _explained(error, host, connection) from error
+            raise _at(host, _explained(error, connection)) from error
 
     def files(self, host: Host) -> Files:
-        return _Files(connect(host))
+        return _Files(self._connect(host))
 
     def close(self) -> None:
-        pass
+        for connection in self._jump_hosts.take_all():
+            connection.close()
+
+    def _connect(self, host: Host) -> Any:
+        """An open connection of fabric to `host`, with every host key on the way checked. HostError says why not."""
+
+        def attempt() -> Any:
+            connection = _configured(host)
+            self._pass_jump_host(connection)
+            _open(connection)
+            return connection
+
+        try:
+            return patiently(attempt)
+        except HostError as error:
+            raise _at(host, error) from error
+
+    def _pass_jump_host(self, connection: Any) -> None:
+        """Where the way leads through a jump host, have the connection to that, which all hosts behind it share."""
+        hop = connection.gateway
+        if not isinstance(hop, FabricConnection):
+            return
+
+        def attempt() -> Any:
+            self._pass_jump_host(hop)
+            try:
+                _open(hop)
+            except Refusal as error:
+                raise error.of_hop(hop.original_host) from error
+            return hop
+
+        # by its name in the configuration: another one may have other keys and known_hosts, for the same address
+        name = (hop.original_host, hop.host, hop.user, hop.port)
+        connection.gateway = self._jump_hosts.get(name, lambda: patiently(attempt))
+
+
+def _at(host: Host, error: HostError) -> HostError:
+    return HostError(error.message, where=host.name, hint=error.hint)
+
+
+def _configured(host: Host) -> Any:
+    """A connection as the ssh configuration has it, which is not open yet."""
+    refuse_misread(host.host)
+    try:
+        connection = FabricConnection(host.host, user=host.user, port=host.port)
+    except RecursionError:
+        raise HostError("its jump hosts lead in a circle", hint="see ProxyJump in your ssh configuration") from None
+    except Exception as error:  # fabric parses the user's ssh configuration here, and may raise anything
+        raise HostError(f"the ssh configuration for it: {error}") from error
+    hop = connection.gateway
+    while isinstance(hop, FabricConnection):
+        refuse_misread(hop.original_host)
+        hop = hop.gateway
+    return connection
+
+
+def _open(connection: Any) -> None:
+    """Open a connection whose jump host, if it has one, is open. Refusal says why not."""
+    if connection.connect_timeout is None:
+        connection.connect_timeout = _CONNECT_S
+    arguments = connection.connect_kwargs
+    arguments.update(banner_timeout=_CONNECT_S, auth_timeout=_CONNECT_S)
+    if connection.ssh_config.get("identitiesonly", "no").lower() == "yes":
+        arguments.update(allow_agent=False, look_for_keys=False)
+    keys = arguments.get("key_filename") or []
+    arguments["key_filename"] = [key for key in ([keys] if isinstance(keys, str) else keys) if Path(key).exists()]
+    _be_strict(connection)
+    try:
+        connection.open()
+    except Exception as error:
+        with suppress(Exception):
+            connection.close()
+        raise _explained(error, connection) from error
+    connection.transport.set_keepalive(_KEEPALIVE_S)
+    with suppress(AttributeError, OSError):  # behind a jump host it is a channel, not a socket
+        connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
 
 
 class _Files:
@@ -68,28 +150,6 @@ class _Files:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def connect(host: Host) -> Any:
-    """An open connection of fabric to `host`, with every host key on the way checked. HostError says why not."""
-    try:
-        connection = FabricConnection(host.host, user=host.user, port=host.port)
-    except Exception as error:  # fabric parses the user's ssh configuration here, and may raise anything
-        raise HostError(f"the ssh configuration for it: {error}", where=host.name) from error
-    try:
-        for hop in _route(connection):
-            hop.connect_timeout = _CONNECT_S
-            hop.connect_kwargs.update(banner_timeout=_CONNECT_S, auth_timeout=_CONNECT_S)
-            _be_strict(hop)
-        connection.open()
-    except Exception as error:
-        with suppress(Exception):
-            connection.close()
-        raise _explained(error, host, connection) from error
-    connection.transport.set_keepalive(_KEEPALIVE_S)
-    with suppress(AttributeError, OSError):  # behind a jump host it is a channel, not a socket
-        connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SILENCE_S * 1000))
-    return connection
 
 
 def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
@@ -145,108 +205,85 @@ class _SshChannel:
         return ""
 
 
-def _route(connection: Any) -> Iterator[Any]:
-    """A connection, and those to its jump hosts."""
-    while isinstance(connection, FabricConnection):
-        yield connection
-        connection = connection.gateway
-
-
 class _UnknownHostKey(SSHException):  # type: ignore[misc]
-    def __init__(self, name: str, key: paramiko.PKey, revoked: bool) -> None:
+    def __init__(self, name: str, key: paramiko.PKey) -> None:
         super().__init__(name)
         self.name = name
         self.key = key
-        self.revoked = revoked
 
 
 class _Reject(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-    def __init__(self, revoked: Set[str]) -> None:
-        self._revoked = revoked
-
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> NoReturn:
-        raise _UnknownHostKey(hostname, key, key.get_base64() in self._revoked)
+        raise _UnknownHostKey(hostname, key)
 
 
 def _be_strict(connection: Any) -> None:
     """Have host keys checked: by default fabric takes any."""
-    lines = _known_hosts_lines(connection)
-    revoked = {line[3] for line in lines if line[:1] == ["@revoked"] and len(line) > 3}
-    connection.client.set_missing_host_key_policy(_Reject(revoked))
+    known_hosts = KnownHosts(connection)
+    connection.client.set_missing_host_key_policy(_Reject())
     known = connection.client.get_host_keys()
-    for entry in _known_hosts(lines, revoked):
+    for entry in known_hosts.entries():
         for name in entry.hostnames:
             known.add(name, entry.key.get_name(), entry.key)
 
 
-def _known_hosts_files(connection: Any) -> list[Path]:
-    """The known_hosts files of the user, as the ssh configuration names them, and those of the system."""
-    user = connection.ssh_config.get("userknownhostsfile", " ".join(_KNOWN_HOSTS)).split()
-    system = connection.ssh_config.get("globalknownhostsfile", " ".join(_SYSTEM_KNOWN_HOSTS)).split()
-    return [Path(name).expanduser() for name in (*user, *system)]
-
-
-def _known_hosts_lines(connection: Any) -> list[list[str]]:
-    """The words of each line of the known_hosts files that exist."""
-    files = [file for file in _known_hosts_files(connection) if file.is_file()]
-    return [line.split() for file in files for line in file.read_text(errors="replace").splitlines()]
-
-
-def _known_hosts(lines: Sequence[Sequence[str]], revoked: Set[str]) -> Iterator[HostKeyEntry]:
-    """The entries without keys that a @revoked line names, for whatever host.
-
-    Lines of certificate authorities are skipped, since paramiko checks no host certificates.
-    """
-    for line in lines:
-        if len(line) >= 3 and not line[0].startswith(("@", "#")) and line[2] not in revoked:
-            with suppress(InvalidHostKey, SSHException, ValueError):
-                entry = HostKeyEntry.from_line(" ".join(line))
-                if entry is not None and entry.key is not None:
-                    yield entry
-
-
-def _explained(error: Exception, host: Host, connection: Any) -> HostError:
+def _explained(error: Exception, connection: Any) -> Refusal:
     """What went wrong, and what to do about it."""
-    where, address = host.name, f"{connection.host} port {connection.port}"
-    if isinstance(error, _UnknownHostKey) and error.revoked:
-        return HostError(
-            f"its host key is revoked: it shows {error.key.get_name()} {error.key.fingerprint}, marked @revoked",
-            where=where,
-            hint="another machine may be listening in; nothing was sent to it",
-        )
-    if isinstance(error, _UnknownHostKey):
-        known_hosts = _known_hosts_files(connection)[0]
-        line = f"{error.name} {error.key.get_name()} {error.key.get_base64()}"
-        return HostError(
-            f"its host key {error.key.get_name()} {error.key.fingerprint} is not known",
-            where=where,
-            hint=f"if it is the right one, add this line to {known_hosts}: {line}",
-        )
-    if isinstance(error, BadHostKeyException):
-        port = next((hop.port for hop in _route(connection) if hop.host == error.hostname), 22)
-        name = error.hostname if port == 22 else f"[{error.hostname}]:{port}"
-        return HostError(
-            f"its host key has changed: it shows {error.key.get_name()} {error.key.fingerprint}, known is "
-            f"{error.expected_key.get_name()} {error.expected_key.fingerprint}",
-            where=where,
-            hint=f"another machine may be listening in; if the host was set up anew: ssh-keygen -R '{name}', "
-            f"then add this line: {name} {error.key.get_name()} {error.key.get_base64()}",
-        )
+    address = f"{connection.host} port {connection.port}"
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, (_UnknownHostKey, BadHostKeyException)):
+        return _of_host_key(error, connection)
     if isinstance(error, AuthenticationException):
-        return HostError(
-            f"no key of yours is accepted for user {connection.user}",
-            where=where,
-            hint="zinf asks for no password; add a key: ssh-copy-id, ssh-add, or IdentityFile in ~/.ssh/config",
+        absent = [key for key in connection.ssh_config.get("identityfile", []) if not Path(key).expanduser().exists()]
+        why = f" (no such identity: {', '.join(absent)})" if absent else ""
+        return Refusal(
+            f"no key of yours is accepted for user {connection.user}{why}",
+            "zinf asks for no password; add a key: ssh-copy-id, ssh-add, or IdentityFile in ~/.ssh/config",
         )
-    if isinstance(error, socket.gaierror):
-        return HostError(f"no address is known for the name {connection.host}", where=where)
+    if isinstance(error, (socket.gaierror, UnicodeError)):  # the latter: it can be no name
+        return Refusal(f"no address is known for the name {connection.host}")
     if isinstance(error, NoValidConnectionsError):
         causes = {cause.strerror or str(cause) for cause in error.errors.values()}
-        return HostError(f"{address}: {', '.join(sorted(causes))}", where=where, hint="is sshd running there?")
+        return Refusal(f"{address}: {', '.join(sorted(causes))}", "is sshd running there?")
+    if isinstance(error, ChannelException):
+        hop = connection.gateway.original_host
+        return Refusal(f"{address}, from jump host {hop}: {error.text}", "is sshd running there?")
+    if isinstance(error, IncompatiblePeer):
+        return Refusal(f"{address}: {error}", INSTALL)
     if isinstance(error, TimeoutError):
-        return HostError(f"{address}: no answer within {_CONNECT_S} s", where=where)
+        return Refusal(f"{address}: no answer within {connection.connect_timeout} s")
+    if isinstance(error, (EOFError, ConnectionResetError)) or "protocol banner" in str(error):
+        return Refusal(f"{address}: the connection was closed before the login", _NO_ROOM, busy=True)
     if isinstance(error, OSError):
-        return HostError(f"{address}: {error.strerror or error}", where=where)
-    if isinstance(error, HostError):
-        return error
-    return HostError(f"SSH: {error or type(error).__name__}", where=where)
+        return Refusal(f"{address}: {error.strerror or error}")
+    if "No existing session" in str(error):
+        return Refusal(
+            f"too many keys were offered for user {connection.user}, and none of those was accepted",
+            "name the right one: IdentityFile with IdentitiesOnly yes in ~/.ssh/config",
+        )
+    return Refusal(f"SSH: {error or type(error).__name__}")
+
+
+def _of_host_key(error: _UnknownHostKey | BadHostKeyException, connection: Any) -> Refusal:
+    key = f"{error.key.get_name()} {error.key.fingerprint}"
+    known_hosts = KnownHosts(connection)
+    if error.key.get_base64() in known_hosts.revoked:
+        return Refusal(
+            f"its host key is revoked: it shows {key}, marked @revoked",
+            "another machine may be listening in; nothing was sent to it",
+        )
+    if isinstance(error, BadHostKeyException):
+        name = error.hostname if connection.port == 22 else f"[{error.hostname}]:{connection.port}"
+        return Refusal(
+            f"its host key has changed: it shows {key}, known is "
+            f"{error.expected_key.get_name()} {error.expected_key.fingerprint}",
+            f"another machine may be listening in; if the host was set up anew: ssh-keygen -R '{name}', "
+            f"then add this line: {name} {error.key.get_name()} {error.key.get_base64()}",
+        )
+    line = f"{error.name} {error.key.get_name()} {error.key.get_base64()}"
+    more = f"for patterns and authorities in known_hosts, {INSTALL}; " if known_hosts.has_more_than_is_read else ""
+    return Refusal(
+        f"its host key {key} is not known",
+        f"{more}if it is the right one, add this line to {known_hosts.files[0]}: {line}",
+    )

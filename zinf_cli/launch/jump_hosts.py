@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
-from contextlib import suppress
 
 from zinf_cli.launch import hop_keeper
-from zinf_cli.launch.openssh_errors import Said, patiently, refusal
+from zinf_cli.launch.openssh_errors import Said, refusal
 from zinf_cli.launch.openssh_route import Destination, Route, proxy_command, route, route_by
+from zinf_cli.launch.refusal import Shared, patiently
 
 
 class JumpHosts:
@@ -19,26 +17,12 @@ class JumpHosts:
 
     def __init__(self, ssh: str) -> None:
         self._ssh = ssh
-        self._passages: dict[tuple[Destination, ...], Future[_Passage]] = {}
-        self._choosing = threading.Lock()
+        self._passages: Shared[_Passage] = Shared(lambda passage: passage.is_over)
 
     def through(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> tuple[str, Route]:
         """The ProxyCommand through `jumps`, and the way to the last. HostError names one that lets none pass."""
-        key = tuple(jumps)
-        with self._choosing:
-            found = self._passages.get(key)
-            if found is None or _is_over(found):
-                mine = self._passages[key] = Future()
-            else:
-                mine = None
-        if mine is None:
-            assert found is not None
-            return found.result().proxy_command, found.result().way  # an error, too, is that of who connects now
-        try:
-            mine.set_result(self._connect(jumps, before))
-        except BaseException as error:
-            mine.set_exception(error)
-        return mine.result().proxy_command, mine.result().way
+        passage = self._passages.get(tuple(jumps), lambda: self._connect(jumps, before))
+        return passage.proxy_command, passage.way
 
     def _connect(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> _Passage:
         *earlier, hop = jumps
@@ -51,11 +35,9 @@ class JumpHosts:
         return patiently(lambda: _keep(way))
 
     def close(self) -> None:
-        """End the connections, the last hop of a chain first."""
-        for key in sorted(self._passages, key=len, reverse=True):
-            with suppress(Exception):
-                self._passages[key].result().close()
-        self._passages.clear()
+        """End the connections."""
+        for passage in self._passages.take_all():
+            passage.close()
 
 
 class _Passage:
@@ -75,11 +57,6 @@ class _Passage:
             assert self._keeper.stdin is not None
             self._keeper.stdin.close()
             self._keeper.wait()
-
-
-def _is_over(found: Future[_Passage]) -> bool:
-    """Whether a passage has failed or ended, so that it has to be opened anew."""
-    return found.done() and (found.exception() is not None or found.result().is_over)
 
 
 def _keep(way: Route) -> _Passage:

@@ -19,8 +19,9 @@ from paramiko import SFTPClient
 
 from zinf_cli.errors import HostError
 from zinf_cli.launch.jump_hosts import JumpHosts
-from zinf_cli.launch.openssh_errors import Refusal, Said, patiently, refusal
+from zinf_cli.launch.openssh_errors import Said, refusal
 from zinf_cli.launch.openssh_route import Destination, Route, route
+from zinf_cli.launch.refusal import Refusal, patiently
 from zinf_cli.launch.ssh import Files
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
@@ -100,11 +101,18 @@ class _Files:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        return SFTPClient(ours)
+        return SFTPClient(_Named(fileno=ours.detach()))
 
     def close(self) -> None:
         if self._sftp is not None:
             _end(self._sftp)
+
+
+class _Named(socket.socket):
+    """A socket that paramiko can name in its log, as its own channels."""
+
+    def get_name(self) -> str:
+        return "ssh"
 
 
 class _SshChannel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import random
 import re
 import subprocess
 import tempfile
@@ -14,43 +13,16 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
-from zinf_cli.errors import HostError
-from zinf_cli.launch.openssh_route import Destination, Route
+from zinf_cli.launch.openssh_route import Route
+from zinf_cli.launch.refusal import Refusal
 
-T = TypeVar("T")
-
-_WAITS_S = (0.2, 0.4, 0.8, 1.6, 3.2, 3.2)
-"""Before another try, where a server takes no more logins at a time (MaxStartups). Times 0.5 to 1.5, by chance."""
 _MOST_LINES = 200
 _PROBE_S = 30.0
 _OPEN_FAILED = r"open failed: (?:connect failed: )?(.+)$"
 _LOGGED_IN = "Authenticated to "
 _IDLE_TALK = (_LOGGED_IN, "Transferred: ", "Bytes per second: ", "debug", "Warning: Permanently added")
-
-
-class Refusal(HostError):  # noqa: N818 (ssh was refused: an event)
-    """Why ssh did not come through. `busy`: the server takes no more logins at this moment."""
-
-    def __init__(self, message: str, hint: str | None = None, *, busy: bool = False) -> None:
-        super().__init__(message, hint=hint)
-        self.busy = busy
-
-    def of_hop(self, hop: Destination) -> Refusal:
-        return Refusal(f"its jump host {hop}: {self.message}", self.hint, busy=self.busy)
-
-
-def patiently(attempt: Callable[[], T]) -> T:
-    """Do it, again and again while the server is busy. Else Refusal says why not."""
-    for wait in _WAITS_S:
-        try:
-            return attempt()
-        except Refusal as error:
-            if not error.busy:
-                raise
-        time.sleep(wait * random.uniform(0.5, 1.5))
-    return attempt()
 
 
 class Said:

@@ -12,14 +12,18 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from paramiko import SFTPError
 from paramiko.ssh_exception import SSHException
 
 import zinf_cli
 from zinf_cli.errors import HostError, PreflightError, inside
+from zinf_cli.launch import clean_shell
 from zinf_cli.launch.connection import at_all, find_ssh
 from zinf_cli.launch.ssh import Files, Ssh
 from zinf_cli.recipe.hosts import Host
@@ -68,7 +72,8 @@ def _bring(paths: Sequence[Path], host: Host, ssh: Ssh) -> int:
 
 def _by_rsync(paths: Sequence[Path], host: Host, shell: Sequence[str]) -> int:
     name = f"[{host.host}]" if ":" in host.host else host.host
-    command = [*_RSYNC, "--rsh", shlex.join(shell), *map(str, paths), f"{name}:/"]
+    clean = [sys.executable, "-I", str(clean_shell.__file__), f"zinf-{uuid.uuid4().hex}", str(len(shell))]
+    command = [*_RSYNC, "--rsh", shlex.join([*clean, *shell]), *map(str, paths), f"{name}:/"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -91,6 +96,8 @@ def _by_sftp(paths: Sequence[Path], host: Host, files: Files) -> int:
         raise HostError(error.strerror or str(error), where=inside(host.name, str(file))) from error
     except (SSHException, EOFError) as error:
         raise HostError(f"SFTP: {error or 'the host does not offer it'}", where=host.name) from error
+    except SFTPError as error:
+        raise HostError(f"SFTP: {error}", where=host.name, hint="does a login shell print text there?") from error
     return sent
 
 
