@@ -43,6 +43,7 @@ from zinf_cli.commands.options import (
     Timeline,
     Vocab,
 )
+from zinf_cli.commands.recipe import recipes
 from zinf_cli.errors import FileError, UsageError, ZinfError
 from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(recipes, name="recipe")
 _debug = False
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of
@@ -73,10 +73,18 @@ def _reachable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error.strerror}") from error
 
 
+# What a JSON Schema says of a value is what may be written, not what it becomes.
+_OneOrMorePaths = Path | Annotated[list[Path], Field(min_length=1)]
+_WrittenSize = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*$")]
+_WRITTEN_SWITCH = {"enum": ["auto", "on", "off", True, False]}  # an editor's YAML 1.2 takes on and off for text
+
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)]
+Paths = Annotated[
+    tuple[Path, ...], BeforeValidator(_paths, json_schema_input_type=_OneOrMorePaths), Field(min_length=1)
+]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(_size, json_schema_input_type=_WrittenSize), Field(gt=0)]
+Switch = Annotated[Literal["auto"] | bool, WithJsonSchema(_WRITTEN_SWITCH)]
 
 
 class Section(BaseModel):
@@ -252,9 +260,9 @@ class Offload(Section):
     """Most memory of an accelerator."""
     nvme_space: Size | None = None
     """Most space on the drives of a host."""
-    pin_memory: Literal["auto"] | bool = "auto"
+    pin_memory: Switch = "auto"
     """Page-locked CPU buffers for an accelerator; auto: where the system allows."""
-    verify: Literal["auto"] | bool = "auto"
+    verify: Switch = "auto"
     """on, off: compare what drives give with a checksum of what was written; auto: on with accelerators.
     Where the CPU computes, it would take a tenth of a step and more from it."""
 
