@@ -157,3 +157,15 @@ def test_no_route_and_a_partition_between_hosts(tmp_path: Path) -> None:
         assert code == 3
         assert reports[0]["problems"] == {}
         assert "can't reach 10.77.0.1 port" in reports[1]["problems"]["rendezvous"]
+
+
+@pytest.mark.skipif(not THOROUGH, reason="takes ten seconds: make test-faults")
+def test_a_host_whose_first_address_is_dead(tmp_path: Path, by: str) -> None:
+    with namespace_lab(tmp_path, 1) as lab:
+        if by == "fabric":
+            lab.without("ssh")
+        names = Path("/etc/netns") / lab.launcher[-1] / "hosts"
+        names.write_text(names.read_text() + "10.77.0.99 twice\n10.77.0.1 twice\n")
+        lab.known_hosts.write_text(lab.known_hosts.read_text().replace("node1,", "node1,twice,"))
+        code, reports, said = doctor(lab, write_hostfile(lab, "twice"))
+        assert code == 0, (said, reports)

@@ -328,3 +328,32 @@ def test_a_killed_launcher_leaves_no_connection(lab: Lab, by: dict[str, str]) ->
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
     wait_until(lambda: nothing_is_left(lab), 10)
+
+
+def test_a_login_of_the_users_own_leads_on(lab: Lab) -> None:
+    """Where there is no other way in, as with a second factor: a master that the user has opened before."""
+    host = "Host own\n HostName {jump}\n ControlPath {folder}/own\n"
+    behind = "Host behind\n HostName {plain}\n ProxyJump own"
+    configure(lab, host)
+    master = subprocess.Popen(["ssh", "-MN", "own"], env=lab.environment)
+    try:
+        wait_until((lab.folder / "own").exists, 10)
+        configure(lab, f"{host} IdentityAgent none\n User nobody-here", behind)
+        assert connect(lab, ["own", "behind"]) == [server(lab, name).name for name in ("jump", "plain")]
+        assert master.poll() is None
+    finally:
+        master.terminate()
+        master.wait()
+    assert "its jump host own: no key of yours" in connect(lab, ["behind"])[0]
+
+
+def test_a_server_that_gives_no_answer_is_waited_for_as_long_as_configured(lab: Lab, by: dict[str, str]) -> None:
+    configure(lab, "Host stuck\n HostName {second}\n ConnectTimeout 1")
+    process = server(lab, "second").process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)  # the kernel still takes connections
+    try:
+        (said,) = connect(lab, ["stuck"], **by)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert f"stuck: {server(lab, 'second').name} port {lab.hosts[0].port}: no answer" in said

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import queue
-import shutil
 import signal
 import sys
 import threading
@@ -45,14 +44,13 @@ def find_ssh() -> Ssh:
 
     fabric reads an ssh configuration otherwise than OpenSSH does, so it is for places where OpenSSH can't be had.
     """
-    ssh = shutil.which("ssh")
-    if ssh is None:
-        from zinf_cli.launch.fabric_ssh import FabricSsh  # a local run needs neither of the two
+    from zinf_cli.launch.openssh import OpenSsh, find_openssh  # a local run needs neither of the two
 
-        return FabricSsh(sys.executable)
-    from zinf_cli.launch.openssh import OpenSsh
+    if (found := find_openssh()) is not None:
+        return OpenSsh(sys.executable, *found)
+    from zinf_cli.launch.fabric_ssh import FabricSsh
 
-    return OpenSsh(sys.executable, ssh)
+    return FabricSsh(sys.executable)
 
 
 class Connection:

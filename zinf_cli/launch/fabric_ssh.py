@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -119,17 +120,20 @@ def _open(connection: Any) -> None:
     if connection.connect_timeout is None:
         connection.connect_timeout = _CONNECT_S
     arguments = connection.connect_kwargs
-    arguments.update(banner_timeout=_CONNECT_S, auth_timeout=_CONNECT_S)
+    arguments.update(banner_timeout=connection.connect_timeout, auth_timeout=_CONNECT_S)
     if connection.ssh_config.get("identitiesonly", "no").lower() == "yes":
         arguments.update(allow_agent=False, look_for_keys=False)
     keys = arguments.get("key_filename") or []
     arguments["key_filename"] = [key for key in ([keys] if isinstance(keys, str) else keys) if Path(key).exists()]
     _be_strict(connection)
+    started = time.monotonic()
     try:
         connection.open()
     except Exception as error:
         with suppress(Exception):
             connection.close()
+        if "protocol banner" in str(error) and time.monotonic() - started >= connection.connect_timeout:
+            error = TimeoutError()  # paramiko does not tell it from a connection that was closed
         raise _explained(error, connection) from error
     connection.transport.set_keepalive(_KEEPALIVE_S)
     with suppress(AttributeError, OSError):  # behind a jump host it is a channel, not a socket
@@ -252,7 +256,8 @@ def _explained(error: Exception, connection: Any) -> Refusal:
     if isinstance(error, IncompatiblePeer):
         return Refusal(f"{address}: {error}", INSTALL)
     if isinstance(error, TimeoutError):
-        return Refusal(f"{address}: no answer within {connection.connect_timeout} s")
+        why = f"no answer within {connection.connect_timeout} s"
+        return Refusal(f"{address}: {why}", "is the host overloaded, or a firewall between?")
     if isinstance(error, (EOFError, ConnectionResetError)) or "protocol banner" in str(error):
         return Refusal(f"{address}: the connection was closed before the login", _NO_ROOM, busy=True)
     if isinstance(error, OSError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from zinf_cli.launch import hop_keeper
 from zinf_cli.launch.openssh_errors import Said, refusal
-from zinf_cli.launch.openssh_route import Destination, Route, proxy_command, route, route_by
+from zinf_cli.launch.openssh_route import Destination, Route, has_own_master, proxy_command, route, route_by
 from zinf_cli.launch.refusal import Shared, patiently
 
 
@@ -30,7 +30,7 @@ class JumpHosts:
             way = route_by(self._ssh, hop, None, earlier, self.through, before)
         else:
             way = route(self._ssh, hop, self.through, before)
-        if _has_own_master(way):
+        if has_own_master(way):
             return _Passage(way, None, proxy_command(way.command()))
         return patiently(lambda: _keep(way))
 
@@ -78,11 +78,3 @@ def _keep(way: Route) -> _Passage:
     # Without the socket it must not connect by itself: it would do so by the configuration, and to another name.
     words = [way.ssh, "-F", "none", "-S", socket, "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
     return _Passage(way, keeper, proxy_command([*words, "--", way.destination.host]))
-
-
-def _has_own_master(way: Route) -> bool:
-    """Whether the user has logged in there with ControlMaster. It may be the only way in (a second factor)."""
-    if way.settings.get("controlpath", "none") == "none":
-        return False
-    check = subprocess.run(way.command("-O", "check"), stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return check.returncode == 0

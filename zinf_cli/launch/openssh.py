@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from contextlib import suppress
 from typing import Any
-
-from paramiko import SFTPClient
 
 from zinf_cli.errors import HostError
 from zinf_cli.launch.jump_hosts import JumpHosts
@@ -26,24 +26,34 @@ from zinf_cli.launch.ssh import Files
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
 
-_LOGIN_S = 120.0
-"""A login may take this long: ssh's own limits hold for each address and hop, and sshd's is this."""
+_LOGIN_S = 60.0
+"""A login may take this long and a connection's time-out more: ssh's own limit holds for each address of a host."""
+_MOST_FILES = 1 << 16
 _SHELL_S = 20.0
 """Seconds from the login until the supervisor runs."""
 _NO_WAY_IN = 255
 """ssh's exit code if it could not connect."""
 
 
-class OpenSsh:
-    """Starts supervisors on other machines with the interpreter `python` (an absolute path) there."""
+def find_openssh() -> tuple[str, str] | None:
+    """The path of the system's `ssh`, and "OpenSSH 9.2". None where there is none, or it is another program."""
+    ssh = shutil.which("ssh")
+    if ssh is None:
+        return None
+    said = subprocess.run([ssh, "-V"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
+    version = re.match(r"OpenSSH_[^\d]*(\d+\.\d+)", said)
+    return (ssh, f"OpenSSH {version[1]}") if version is not None else None
 
-    def __init__(self, python: str, ssh: str) -> None:
+
+class OpenSsh:
+    """Starts supervisors on other machines with the interpreter `python` (an absolute path), by the program `ssh`."""
+
+    def __init__(self, python: str, ssh: str, name: str) -> None:
+        self.name = name
         self._python = python
         self._ssh = ssh
         self._jump_hosts = JumpHosts(ssh)
-        said = subprocess.run([ssh, "-V"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stderr
-        version = re.match(r"OpenSSH_\d+\.\d+", said)
-        self.name = version[0].replace("_", " ") if version else "ssh"
+        _allow_files()
 
     def open(self, host: Host, launch_id: str) -> Channel:
         greeting = Greeting(launch_id)
@@ -66,6 +76,14 @@ class OpenSsh:
             return route(self._ssh, Destination.of(host), self._jump_hosts.through)
         except HostError as error:
             raise HostError(error.message, where=host.name, hint=error.hint) from error
+
+
+def _allow_files() -> None:
+    """Raise the limit of open files, which is 1024 in many places: each host takes three."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Files:
@@ -92,6 +110,8 @@ class _Files:
         return code
 
     def sftp(self) -> Any:
+        from paramiko import SFTPClient  # which takes a while, and most launches don't need it
+
         ours, theirs = socket.socketpair()
         with theirs:
             self._sftp = subprocess.Popen(
@@ -140,7 +160,8 @@ class _SshChannel:
 
     def _greeted(self, program: bytes, greeting: Greeting, way: Route) -> bytes:
         """Send the program; return what follows the greeting."""
-        started = time.monotonic()
+        allowed = way.settings.get("connecttimeout", "none")
+        until = time.monotonic() + _LOGIN_S + (float(allowed) if allowed.isdigit() else 0.0)
         os.set_blocking(self._in.fileno(), False)
         with selectors.DefaultSelector() as ready:
             ready.register(self._out, selectors.EVENT_READ)
@@ -162,8 +183,8 @@ class _SshChannel:
                 login = self._said.logged_in
                 if login is not None and time.monotonic() - login > _SHELL_S:
                     raise Refusal(f"no answer within {_SHELL_S:.0f} s of login")
-                if login is None and time.monotonic() - started > _LOGIN_S:
-                    raise Refusal(f"no login within {_LOGIN_S:.0f} s")
+                if login is None and time.monotonic() > until:
+                    raise Refusal("no login in time", "an agent may be waiting for an answer, or sshd be stuck")
 
     def _why_ended(self, greeting: Greeting, way: Route) -> HostError:
         code = self._process.wait()

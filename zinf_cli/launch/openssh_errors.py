@@ -150,6 +150,10 @@ def _not_from_hop(match: re.Match[str], way: Route, text: str) -> Refusal:
     return Refusal(f"{_address(way)}, from jump host {way.hop.destination}: {why}", hint)
 
 
+def _no_answer(match: re.Match[str], way: Route, text: str) -> Refusal:
+    return Refusal(f"{_address(way)}: no answer in time ({match[1]})", "is the host overloaded, or a firewall between?")
+
+
 def _no_common(match: re.Match[str], way: Route, text: str) -> Refusal:
     return Refusal(f"{_address(way)}: {match[1]}", "this machine's ssh and that sshd have to be allowed a common one")
 
@@ -164,7 +168,7 @@ _CAUSES: tuple[tuple[str, Callable[[re.Match[str], Route, str], Refusal]], ...] 
     (r"Could not resolve hostname ([^:]*):", _no_address),
     (r"connect to host (.+ port \d+): (.+?)$", _no_connection),
     (r"(Unable to negotiate with .*)$", _no_common),
-    (r"(Connection timed out during banner exchange|Connection to .* timed out)", _no_common),
+    (r"(Connection timed out during banner exchange|Connection to .* timed out)", _no_answer),
     (_OPEN_FAILED, _not_from_hop),
     (r"(?i)stdio forwarding (?:request )?failed: (.+)$", _not_from_hop),
 )

@@ -11,7 +11,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zinf_cli.errors import HostError
 from zinf_cli.recipe.hosts import Host
@@ -26,7 +26,6 @@ _OPTIONS = {
     "CheckHostIP": "no",
     "ControlMaster": "no",  # a master of the user's is used, but none is made, which would stay
     "ClearAllForwardings": "yes",  # the ports may be taken by a session of the user's
-    "RemoteCommand": "none",
     "LogLevel": "VERBOSE",  # says when the login is done
 }
 _CONNECT_S = 10
@@ -105,13 +104,26 @@ def route_by(
     options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
     if settings.get("connecttimeout", "none") == "none":
         options += ["-o", f"ConnectTimeout={_CONNECT_S}"]
+    if settings.get("remotecommand", "none") != "none":
+        options += ["-o", "RemoteCommand=none"]
     if settings.get("serveraliveinterval", "0") == "0":
         options += ["-o", f"ServerAliveInterval={_ALIVE_S}"]
-    hop = None
-    if jumps:
+    way = Route(ssh, ("-T", *options), destination, settings)
+    if not jumps:
+        return way
+    if has_own_master(way):
+        passage, hop = "false", None  # if that ends meanwhile, ssh must not go through the jump hosts by itself
+    else:
         passage, hop = through(jumps, (*before, destination))
-        options += ["-o", f"ProxyCommand={passage}"]
-    return Route(ssh, ("-T", *options), destination, settings, hop)
+    return replace(way, options=(*way.options, "-o", f"ProxyCommand={passage}"), hop=hop)
+
+
+def has_own_master(way: Route) -> bool:
+    """Whether the user has logged in there with ControlMaster. It may be the only way in (a second factor)."""
+    if way.settings.get("controlpath", "none") == "none":
+        return False
+    check = subprocess.run(way.command("-O", "check"), stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return check.returncode == 0
 
 
 def proxy_command(words: Sequence[str]) -> str:
