@@ -97,15 +97,22 @@ def test_what_is_saved_again_later_does_not_go_again(activations: Activations, t
     x = torch.randn(64, 64).requires_grad_()
     keeper = GlueKeeper(activations, [x])
     with keeper.packing():
-        hidden = x.tanh()
+        hidden, other = x.tanh(), x.exp()
         none, first = keeper.take_again(), keeper.send()
-        loss = hidden.square().sum()
-        again, none_more = keeper.take_again(), keeper.send()
-    assert (none, none_more, again) == ([], [], first)
-    assert tier.write_bytes == 64 * 64 * 4
+        loss = (hidden.square().square() + other).sum()
+        again, second = keeper.take_again(), keeper.send()
+    assert none == []
+    assert tier.write_bytes == 3 * 64 * 64 * 4  # tanh and exp; then the first square
+    again[0].hold()
+    second[0].hold()
     torch.autograd.backward(loss)
+    assert tier.read_bytes == 3 * 64 * 64 * 4  # each of them by itself, and once
+    for saved in (*again, *second):
+        saved.free()
+    assert first[0].prefetch()  # it was seen before its turn, so it is not brought again
+    assert tier.read_bytes == 3 * 64 * 64 * 4
     plain = x.detach().clone().requires_grad_()
-    torch.autograd.backward(plain.tanh().square().sum())
+    torch.autograd.backward((plain.tanh().square().square() + plain.exp()).sum())
     assert x.grad is not None
     assert plain.grad is not None
     assert torch.equal(x.grad, plain.grad)

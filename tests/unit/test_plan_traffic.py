@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from in_process import run
 from tiny_models import CONFIGS
@@ -15,6 +16,8 @@ from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
 from zinf_cli.plan.search import best_plan
 from zinf_cli.plan.traffic import experts_reached
+from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.train.figures import find_figures
 from zoo.shrink import configs
 
@@ -32,6 +35,42 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
+
+
+@pytest.mark.parametrize("stays", ["nothing", "some", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "t5", "bert", "bloom", "opt", "phi3"])
+def test_each_byte_that_parts_save_is_in_the_plan(
+    name: str, stays: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(tmp_path, name, max_steps=2)
+    figures = find_figures(recipe, 1, most=1024)
+    room = {"nothing": 0, "some": 3 << 17, "all": 1 << 40}[stays]
+    monkeypatch.setattr(search, "stayable", lambda figures, choice, _: memory.stayable(figures, choice, room))
+    plan = best_plan(recipe, figures)
+    moved = {"read": 0, "write": 0}
+    for way in moved:
+        move = getattr(NvmeTier, way)
+
+        def count(
+            tier: NvmeTier, extent: Extent, offset: int, data: torch.Tensor, way: str = way, move: Any = move
+        ) -> Transfer:
+            moved[way] += data.numel() if extent.label.endswith("activations") else 0
+            transfer: Transfer = move(tier, extent, offset, data)
+            return transfer
+
+        monkeypatch.setattr(NvmeTier, way, count)
+    run(recipe, plan)
+    planned = list(memory.activations_moved(figures, plan.choice))
+    times = 2 * plan.micro_batches
+    assert moved["write"] == times * sum(sent for sent, _ in planned)
+    brought = times * sum(back for _, back in planned)
+    assert bool(plan.staying_units) == (stays != "nothing")
+    if stays == "some":  # and so is some of what other units take
+        assert moved["read"] <= brought
+    elif name in ("llama", "bloom", "phi3") or stays == "all":
+        assert moved["read"] == brought
+    else:  # code between parts runs backward twice, for two tensors that depend on it
+        assert brought <= moved["read"] <= 1.1 * brought
 
 
 def test_of_experts_only_those_are_computed_that_a_token_takes(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ class Engine:
             options.device,
             order,
             options.kept_units,
+            options.staying_units,
             self._state,
             list(model.buffers()) if options.glue_leaves and staging is not None else None,
             self.trace,
@@ -123,9 +124,12 @@ class Engine:
         """Completed checkpoints that units may still lie in."""
         self._unclipped_steps = 0
         """Steps since the gradient was last clipped."""
-        if options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
+        self._add_shadows()
+
+    def _add_shadows(self) -> None:
+        if self._options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
             for number, unit in enumerate(self.units):
-                if number not in options.cached_units:
+                if number not in self._options.cached_units:
                     unit.add_shadow()
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:

@@ -56,6 +56,8 @@ class EngineOptions:
     """None stands for all of a step."""
     kept_units: frozenset[int] = frozenset()
     """Units whose activations are kept for backward instead of being recomputed."""
+    staying_units: frozenset[int] = frozenset()
+    """Units whose inputs, and what autograd saves before them, stay in memory of the compute device."""
     glue_leaves: bool = False
     """Whether what autograd saves between units goes to the tier of activations as well."""
     speculate: bool = False

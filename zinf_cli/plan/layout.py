@@ -46,13 +46,19 @@ class UnitFigures:
     """What autograd saves inside it, without weights. It is kept for backward, or made again by the recompute."""
     output_bytes: int
     before_bytes: int
-    """What autograd saves between the unit called before and this one."""
+    """The most that the code between the unit called before and this one needs in backward."""
     least: LeastPart
     reached: float
     """The chance that some token of a micro-batch reaches it: 1, but for experts, of which tokens take some. Every
     expert is taken to be as likely as any other."""
     product: bool = False
     """Whether backward does not compute it again, since it is one product (engine/compute/products.py)."""
+    taken_bytes: int = 0
+    """Differentiable inputs of all its calls: each call's backward brings its own back."""
+    sent_bytes: int = 0
+    """What autograd saves before its calls, outside of units, without what it has saved there before."""
+    again_bytes: int = 0
+    """What it saves there, and had saved outside of units before."""
     chunkable_bytes: int = 0
     """The part of `saved_bytes` that is not there if its MLP is computed in chunks of tokens."""
 

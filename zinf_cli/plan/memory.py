@@ -36,6 +36,7 @@ NAMES = {
     "second": "shadows for updates",
     "tmpfs": "drives in memory (tmpfs)",
     "cached": "state of cached units",
+    "staying": "activations of parts that stay",
     "buffers": "buffers",
     "compute": "compute, at its peak",
     "framework": "Python and torch",
@@ -114,6 +115,8 @@ class Choice:
     """Classes that may lie in CPU memory for cached units, while they lie on NVMe for the others."""
     cached: frozenset[int] = frozenset()
     """The cached units."""
+    staying: frozenset[int] = frozenset()
+    """Parts of a cut model that leave their activations in memory of the compute device, whatever the tier is."""
 
     @property
     def cached_states(self) -> frozenset[str]:
@@ -146,7 +149,7 @@ def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
     return {
         **_model_states(units, figures),
         "second": shadow["params"] + shadow["optimizer"],
-        "activations": choice.per_sweep * (sum(activation_bytes(figures, choice)) + sent_between(figures, choice)),
+        "activations": choice.per_sweep * activation_bytes(figures, choice),
     }
 
 
@@ -185,22 +188,47 @@ def framework_bytes(figures: Figures, choice: Choice) -> int:
     return figures.machine.process_bytes + churn_bytes(choice.per_sweep)
 
 
-def activation_bytes(figures: Figures, choice: Choice) -> Iterator[int]:
-    """Bytes that each unit leaves for its backward, per micro-batch: its inputs, or if they are kept, all activations.
+def activations_left(figures: Figures, choice: Choice) -> Iterator[tuple[int, int]]:
+    """Of each unit, the bytes per micro-batch that are left for backward: by its calls, and by the code before them.
 
-    The last unit, where a sweep turns, leaves nothing and is left out.
+    Calls leave their inputs or, if they are kept, all activations. The last unit, where a sweep turns, leaves nothing.
+    The code before counts if what it saves goes to the tier of activations.
     """
+    leaves = glue_leaves(figures, choice)
     for number, unit in enumerate(figures.model.units):
-        if number != figures.model.turn:
-            if number not in choice.kept:
-                yield unit.input_bytes
-            else:
-                yield int(unit.saved_bytes * (KEPT_MORE if choice.in_place("activations") else 1))
+        if number == figures.model.turn:
+            own = 0
+        elif number in choice.kept:
+            own = int(unit.saved_bytes * (KEPT_MORE if choice.in_place("activations") else 1))
+        else:
+            own = unit.input_bytes
+        yield own, unit.sent_bytes if leaves else 0
 
 
-def sent_between(figures: Figures, choice: Choice) -> int:
-    """Bytes per micro-batch that are saved between units and go to the tier of activations."""
-    return figures.model.glue_bytes if glue_leaves(figures, choice) else 0
+def activation_bytes(figures: Figures, choice: Choice) -> int:
+    """Bytes per micro-batch on the tier of activations."""
+    left = enumerate(activations_left(figures, choice))
+    return sum(own + before for number, (own, before) in left if number not in choice.staying)
+
+
+def staying_bytes(figures: Figures, choice: Choice) -> int:
+    """Bytes of activations that stay in memory of the compute device, though that is not their tier."""
+    left = list(activations_left(figures, choice))
+    return int(choice.per_sweep * sum(sum(left[number]) for number in choice.staying) * KEPT_MORE)
+
+
+def activations_moved(figures: Figures, choice: Choice) -> Iterator[tuple[int, int]]:
+    """Of each unit, the bytes per micro-batch that go to the tier of activations, and those that come back.
+
+    Each call's backward brings its inputs back. That of the code before it brings back what this has saved, also if
+    earlier code had saved that, too.
+    """
+    model = figures.model
+    for number, (own, before) in enumerate(activations_left(figures, choice)):
+        unit = model.units[number]
+        back = own if number in choice.kept or number == model.turn else unit.taken_bytes
+        again = unit.again_bytes if before else 0
+        yield (0, 0) if number in choice.staying else (own + before, back + before + again)
 
 
 def glue_leaves(figures: Figures, choice: Choice) -> bool:
@@ -228,6 +256,26 @@ def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
             kept.append(number)
             room -= costs[number]
     return frozenset(kept)
+
+
+def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units whose activations may stay in `room` bytes, though their tier is another; spread over the sweep.
+
+    Of a model in parts a tier takes much more than of whole blocks: each part's inputs, and what is saved between them.
+    Of a whole block the latter is in memory for as long as the block is computed.
+    """
+    if not glue_leaves(figures, choice) or not figures.model.surveyed:
+        return frozenset()
+    units = range(len(figures.model.units))
+    cost = {number: staying_bytes(figures, replace(choice, staying=frozenset([number]))) for number in units}
+    if sum(cost.values()) <= room:  # then those without a cost find all that they need in memory
+        return frozenset(units)
+    staying = []
+    for number in sorted(units, key=lambda number: number * GOLDEN % 1):
+        if 0 < cost[number] <= room:
+            staying.append(number)
+            room -= cost[number]
+    return frozenset(staying)
 
 
 def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:

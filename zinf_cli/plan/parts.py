@@ -132,6 +132,9 @@ def _part(unit: UnitFigures, count: int) -> UnitFigures:
             "frozen_bytes",
             "master_numel",
             "input_bytes",
+            "taken_bytes",
+            "sent_bytes",
+            "again_bytes",
             "saved_bytes",
             "output_bytes",
         )

@@ -83,6 +83,8 @@ class Plan:
     """When a unit is updated: see Choice."""
     kept_units: tuple[int, ...]
     """Units whose activations are kept for backward. The others are recomputed."""
+    staying_units: tuple[int, ...]
+    """Units that leave their activations in memory of the compute device, whatever their tier."""
     cached_units: tuple[int, ...]
     cached_states: tuple[str, ...]
     """Classes that lie in CPU memory for the cached units, and on NVMe for the others."""
@@ -163,6 +165,7 @@ class Plan:
             self.update,
             frozenset(self.cached_states),
             frozenset(self.cached_units),
+            frozenset(self.staying_units),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -177,7 +180,7 @@ class Plan:
         document["working"] = Working(**document["working"])
         document["lines"] = tuple(Line(**line) for line in document["lines"])
         document["limits"] = tuple(Limit(**limit) for limit in document["limits"])
-        for name in ("kept_units", "cached_units", "cached_states", "nvme_folders"):
+        for name in ("kept_units", "staying_units", "cached_units", "cached_states", "nvme_folders"):
             document[name] = tuple(document[name])
         document["io"] = Io(**document["io"])
         if document["checkpoint"] is not None:

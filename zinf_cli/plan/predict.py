@@ -10,7 +10,7 @@ from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
 from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
-from zinf_cli.plan.memory import Choice, activation_bytes, glue_leaves, sweeps_share
+from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
@@ -85,8 +85,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
 def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
     """The visits of a forward pass. A unit that is called twice brings its parameters twice, and its gradient once."""
     model = figures.model
-    turn, leaves = model.turn, glue_leaves(figures, choice)
-    kept = dict(zip((n for n in range(len(model.units)) if n != turn), activation_bytes(figures, choice), strict=True))
+    moved = list(activations_moved(figures, choice))
     weights = [_weight(model, place) for place in range(len(model.order))]
     forward = model.flops_per_token / 3 * tokens
     loads = []
@@ -99,10 +98,11 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 unit.numel,
                 unit.trainable_numel if first else 0,
                 forward * weights[place] / max(1, sum(weights)),
-                kept.get(number, 0) / max(1, unit.calls) + (unit.before_bytes if leaves else 0),
+                moved[number][0] / max(1, unit.calls),
                 recomputed=number not in choice.kept and not unit.product,
                 share=sweeps_share(unit, figures, choice),
                 cached=choice.cached_states if number in choice.cached else frozenset(),
+                back_bytes=moved[number][1] / max(1, unit.calls),
             )
         )
     return loads

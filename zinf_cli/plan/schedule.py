@@ -40,7 +40,7 @@ class Op:
 class UnitLoad:
     """One unit, in the order of the forward pass.
 
-    `params` and `trainable` count the whole unit; `flops` and `kept_bytes` are of one micro-batch on one rank.
+    `params` and `trainable` count the whole unit; `flops` and bytes are of one micro-batch on one rank.
     """
 
     name: str
@@ -49,13 +49,15 @@ class UnitLoad:
     flops: float
     """FLOPs of the forward pass."""
     kept_bytes: float
-    """Bytes that it leaves for the backward pass."""
+    """Bytes that it sends to the tier of activations."""
     recomputed: bool = True
     """Whether the backward pass computes its forward again."""
     share: float = 1.0
     """The share of sweeps that visit it: less than 1 for experts."""
     cached: frozenset[str] = frozenset()
     """Classes of its state that lie in CPU memory, whatever their placement."""
+    back_bytes: float | None = None
+    """Bytes that its backward brings back from the tier of activations; None for `kept_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class _Sweeps:
             ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
         ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes * unit.share, ready)
         if kind == "backward":
-            ready += ops.bring("activations", unit, unit.kept_bytes * batches, [*room, *self._kept[number]])
+            back = unit.kept_bytes if unit.back_bytes is None else unit.back_bytes
+            ready += ops.bring("activations", unit, back * batches, [*room, *self._kept[number]])
         if kind != "forward" and unit.trainable:
             ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * unit.share * GRAD.item_bytes, ready)]
         passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]

@@ -32,6 +32,8 @@ from zinf_cli.plan.memory import (
     host_bytes,
     keepable,
     state_bytes,
+    stayable,
+    staying_bytes,
     working_buffers,
 )
 from zinf_cli.plan.placement import placements, undominated
@@ -141,7 +143,10 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
 
     def keeping(plan: Plan) -> Plan:
         choice = plan.choice
-        if recipe.activation_checkpointing != "auto" or not choice.in_place("activations"):
+        if not choice.in_place("activations"):
+            room = plan.room(choice.compute_tier, UNSURE)
+            return judge(replace(choice, staying=stayable(plan.figures, choice, room)))
+        if recipe.activation_checkpointing != "auto":
             return plan
         return judge(replace(choice, kept=keepable(plan.figures, choice, plan.room(choice.compute_tier))))
 
@@ -247,7 +252,6 @@ def _plan(
     needed = _needed(figures, choice, states, working, room)
     folders = nvme_folders(recipe)
     lines = tuple(_lines(figures, choice, states, working, room))
-    nvme_bytes = sum(line.num_bytes for line in lines if line.tier == "nvme")
     limits = [
         Limit(tier, needed[tier], allowed, origin)
         for tier, (allowed, origin) in budgets.items()
@@ -271,11 +275,12 @@ def _plan(
         update=choice.update,
         kept_units=tuple(sorted(choice.kept)),
         cached_units=tuple(sorted(choice.cached)),
+        staying_units=tuple(sorted(choice.staying)),
         cached_states=tuple(sorted(choice.cached_states)) if choice.cached else (),
         sequences_per_step=sequences,
         max_steps=figures.data.max_steps,
         working=working,
-        nvme_bytes=nvme_bytes,
+        nvme_bytes=sum(line.num_bytes for line in lines if line.tier == "nvme"),
         nvme_folders=tuple(str(folder) for folder in folders) if "nvme" in choice.placement.values() else (),
         lines=lines,
         limits=tuple(limits),
@@ -322,6 +327,8 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
         yield Line("cpu", "tmpfs", int(on_drives * room.drives_in_memory))
     if choice.cached:
         yield Line("cpu", "cached", sum(cached.values()))
+    if choice.staying:
+        yield Line(choice.compute_tier, "staying", staying_bytes(figures, choice))
     yield Line(choice.compute_tier, "buffers", working.total)
     yield Line(choice.compute_tier, "compute", compute_bytes(figures, choice))
     yield Line("cpu", "framework", framework_bytes(figures, choice))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from zinf_cli.model_state import GRAD
 from zinf_cli.plan.checkpoints import CheckpointDrive, stored_bytes
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import CLASSES, Choice, activation_bytes, sent_between, sweeps_share
+from zinf_cli.plan.memory import CLASSES, Choice, activations_moved, sweeps_share
 
 
 def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
@@ -39,7 +39,7 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
         if "optimizer" in away:
             total += 2 * figures.optimizer.num_bytes(unit.trainable_numel, unit.master_numel) // ranks
     if choice.placement["activations"] == "nvme":
-        total += 2 * micro_batches * (sum(activation_bytes(figures, choice)) + sent_between(figures, choice))
+        total += micro_batches * sum(map(sum, activations_moved(figures, choice)))
     return int(total)
 
 

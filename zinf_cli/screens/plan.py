@@ -44,6 +44,9 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row(
             "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
         )
+    if plan.staying_units:
+        saved = f"what {len(plan.staying_units)} of {len(model.units)} units need in backward stays in memory"
+        head.add_row("activations", saved)
     for line in plan.figures.data.texts:
         head.add_row("text", outside(line))
     if plan.resume is not None:

@@ -46,6 +46,7 @@ def open_engine(
         device=device,
         micro_batches_per_sweep=plan.per_sweep,
         kept_units=frozenset(plan.kept_units),
+        staying_units=frozenset(plan.staying_units),
         cached_units=frozenset(plan.cached_units),
         cached_states=frozenset(plan.cached_states),
         glue_leaves=found.most is not None,

@@ -71,15 +71,18 @@ class Activations:
         self._staging = staging
         self.wait = wait
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
-        self.ahead: list[Parcel] = []
-        """Parcels that were prefetched and are not in use yet. The one that is needed last is at the end."""
+        self.ahead: list[Part] = []
+        """What was prefetched and is not in use yet. What is needed last is at the end."""
 
     def keeps(self, num_bytes: int) -> bool:
         """Whether a tensor of `num_bytes` stays in memory."""
         return self._staging is None or num_bytes < SMALL
 
-    def save(self, tensor: torch.Tensor, label: str) -> Saved:
-        """Send a copy of the tensor to the tier, or hold the tensor itself if it stays in memory. Errors: `take`."""
+    def save(self, tensor: torch.Tensor, label: str, *, stays: bool = False) -> Saved:
+        """Send a copy of the tensor to the tier, or hold it in memory if it `stays`. Hold the tensor itself if it is
+        small or memory is its tier. Errors: `take`."""
+        if stays and self._staging is not None:
+            return Kept(tensor.clone())
         if self.keeps(tensor.numel() * tensor.element_size()):
             return Kept(tensor)
         return self.save_together([tensor], label)[0]
@@ -134,52 +137,54 @@ class Activations:
         return self._staging.allocate(num_bytes)
 
 
-class Parcel:
-    """Tensors that went to a tier together, and come back together."""
+class Part:
+    """A range of what went to a tier, which comes back by itself."""
 
-    def __init__(self, home: Activations, tier: Tier, extent: Extent) -> None:
+    def __init__(self, home: Activations, extent: Extent, start: int, num_bytes: int) -> None:
         self._home = home
-        self._tier = tier
         self._extent: Extent | None = extent
+        self._start, self._num_bytes = start, num_bytes
         self._buffer: Buffer | None = None
         self._read: Transfer | None = None
-        self._held = False
+        self.held = False
+        """Whether it stays in memory, once it is there, until it is evicted or freed."""
+        self.seen = False
+        """Whether some of it was needed before its turn, and so probably is not needed again."""
 
-    def prefetch(self) -> bool:
-        if self._read is None and self._extent is not None:
-            self._start(self._home.try_take(self._extent.num_bytes))
-            if self._read is not None:
-                self._home.ahead.append(self)
+    @property
+    def coming(self) -> bool:
+        """Whether it is in memory, or on its way."""
         return self._read is not None
 
-    def get(self) -> torch.Tensor:
-        """Its bytes (1-D uint8, on the compute device). They stay in memory until the parcel is evicted or freed."""
-        self._held = True
+    def prefetch(self) -> bool:
+        if not self.coming and not self.seen:
+            self._bring(self._home.try_take(self._num_bytes))
+            if self.coming:
+                self._home.ahead.append(self)
+        return self.coming or self.seen
+
+    def hold(self) -> None:
+        """From now on it stays in memory, as soon as somebody asks for it."""
+        self.held = True
         if self in self._home.ahead:
             self._home.ahead.remove(self)
-        return self._bytes()
 
-    def peek(self) -> torch.Tensor:
-        """Its bytes: a copy, unless they are in use (`get`) and so stay in memory."""
-        if self._held:
-            return self._bytes()
-        coming = self._read is not None
-        copy = self._bytes().clone()
-        if not coming:
-            self.evict()
-        return copy
+    def get(self) -> torch.Tensor:
+        """Its bytes (1-D uint8, on the compute device). They stay in memory until it is evicted or freed."""
+        self.hold()
+        return self.bytes()
 
-    def _bytes(self) -> torch.Tensor:
-        assert self._extent is not None
-        if self._read is None:
-            self._start(self._home.take(self._extent.num_bytes))
+    def bytes(self) -> torch.Tensor:
+        """Its bytes, which stay in memory as long as no other needs the room."""
+        if not self.coming:
+            self._bring(self._home.take(self._num_bytes))
         assert self._read is not None
         assert self._buffer is not None
         self._home.wait(self._read)
         return self._buffer.data
 
     def evict(self) -> None:
-        self._held = False
+        self.held = False
         if self in self._home.ahead:
             self._home.ahead.remove(self)
         if self._read is not None and self._buffer is not None:
@@ -189,16 +194,33 @@ class Parcel:
 
     def free(self) -> None:
         self.evict()
+
+    def _bring(self, buffer: Buffer | None) -> None:
+        if buffer is not None:
+            assert self._extent is not None
+            self._buffer = buffer
+            self._read = self._extent.read(self._start, buffer.data)
+
+
+class Parcel(Part):
+    """Tensors that went to a tier together, and come back together."""
+
+    def __init__(self, home: Activations, tier: Tier, extent: Extent) -> None:
+        super().__init__(home, extent, 0, extent.num_bytes)
+        self._tier = tier
+
+    def part(self, start: int, num_bytes: int) -> Part:
+        """Some of it, from byte `start` on."""
+        assert self._extent is not None
+        return Part(self._home, self._extent, start, num_bytes)
+
+    def free(self) -> None:
+        super().free()
         if self._extent is not None:
             for write in self._extent.writes:
                 self._home.wait(write)  # freed, the extent may be allocated again at once
             self._tier.free(self._extent)
         self._extent = None
-
-    def _start(self, buffer: Buffer | None) -> None:
-        if buffer is not None and self._extent is not None:
-            self._buffer = buffer
-            self._read = self._extent.read(0, buffer.data)
 
 
 class Offloaded:
@@ -209,6 +231,7 @@ class Offloaded:
         self._start = start
         self._shape = shape
         self._dtype = dtype
+        self._alone: list[Part] = []
         self.prefetch = parcel.prefetch
         self.evict = parcel.evict
         self.free = parcel.free
@@ -216,9 +239,28 @@ class Offloaded:
     def get(self) -> torch.Tensor:
         return _part(self.parcel.get(), self._start, self._shape, self._dtype)
 
+    def alone(self) -> Part:
+        """The tensor without the rest of its parcel, for a `peek` while this is held."""
+        self._alone.append(self._part_alone())
+        return self._alone[-1]
+
     def peek(self) -> torch.Tensor:
-        """The tensor: a copy, unless the parcel is in use."""
-        return _part(self.parcel.peek(), self._start, self._shape, self._dtype)
+        """The tensor: a copy, unless it is held and so stays in memory."""
+        if self.parcel.held:
+            return self.get()
+        held = next((part for part in self._alone if part.held), None)
+        if held is not None:
+            return _part(held.bytes(), 0, self._shape, self._dtype)
+        if self.parcel.coming:
+            return _part(self.parcel.bytes(), self._start, self._shape, self._dtype).clone()
+        self.parcel.seen = True
+        alone = self._part_alone()
+        copy = _part(alone.get(), 0, self._shape, self._dtype).clone()
+        alone.evict()
+        return copy
+
+    def _part_alone(self) -> Part:
+        return self.parcel.part(self._start, round_up(self._shape.numel() * self._dtype.itemsize))
 
 
 def _part(data: torch.Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

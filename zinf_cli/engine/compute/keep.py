@@ -7,19 +7,21 @@ or goes to its tier when the forward is over. Each storage goes once, and those 
 transfers. An activation comes back with the strides it had.
 
 What a micro-batch's glue saves between two units is packed likewise. It is sent while the micro-batch waits at the
-second unit. Later glue may save the same storage again, so a GlueKeeper knows what it has sent.
+second unit. Later glue may save the same storage again, so a GlueKeeper knows what it has sent. Backward of that glue
+brings back that storage alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from weakref import ReferenceType, ref
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from zinf_cli.engine.compute.activations import PARCEL, Activations, Kept, Offloaded, Parcel, Saved
+from zinf_cli.engine.compute.activations import PARCEL, Activations, Kept, Offloaded, Parcel, Part
 
 _Unpack = Callable[[], torch.Tensor]
 
@@ -50,9 +52,9 @@ class Keeper:
         """A context in which this keeper packs what autograd saves. It is for the thread that computes."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
-    def send(self) -> list[Saved]:
+    def send(self) -> list[Parcel]:
         """Send what was saved since the last call. Returns the parcels."""
-        sent: list[Saved] = []
+        sent: list[Parcel] = []
         together: list[_Storage] = []
         num_bytes = 0
         for storage in self._leaving.values():
@@ -94,28 +96,37 @@ class GlueKeeper(Keeper):
 
     def __init__(self, activations: Activations, present: Iterable[torch.Tensor]) -> None:
         super().__init__(activations, (), present, "glue")
-        self._sent: dict[int, tuple[StorageWeakRef, _Storage]] = {}
-        """What was sent, by storage, as long as the storage lives: if it is saved again, it is not sent again."""
-        self._again: dict[int, Saved] = {}
-        """Parcels that were sent before, and of which something was saved since the last `take_again`."""
+        self._known: dict[int, tuple[StorageWeakRef, ReferenceType[_Storage]]] = {}
+        """What was sent or kept, by storage, as long as that lives: if it is saved again, it is not sent again."""
+        self._again: dict[int, Part] = {}
+        """What was sent before, and was saved again since the last `take_again`; by `id` of its _Storage."""
 
-    def send(self) -> list[Saved]:
-        self._sent = {key: (alive, kept) for key, (alive, kept) in self._sent.items() if not alive.expired()}
-        self._sent |= {key: (kept.alive(), kept) for key, kept in self._leaving.items()}
+    def send(self) -> list[Parcel]:
+        self._know()
         return super().send()
 
-    def take_again(self) -> list[Saved]:
-        """The parcels that were sent before, and of which something was saved again since the last call."""
+    def keep(self) -> None:
+        """Leave in memory what was saved since the last call: backward has it from there."""
+        self._know()
+        self._leaving.clear()
+
+    def _know(self) -> None:
+        self._known = {key: (alive, kept) for key, (alive, kept) in self._known.items() if not alive.expired()}
+        self._known |= {key: (kept.alive(), ref(kept)) for key, kept in self._leaving.items()}
+
+    def take_again(self) -> list[Part]:
+        """What was sent before, and was saved again since the last call."""
         again, self._again = list(self._again.values()), {}
         return again
 
     def _kept(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Storage:
-        alive, sent = self._sent.get(storage._cdata, (None, None))
-        if alive is None or sent is None or alive.expired() or not sent.is_as_saved(tensor):
+        alive, known = self._known.get(storage._cdata, (None, None))
+        before = known() if alive is not None and known is not None and not alive.expired() else None
+        if before is None or not before.is_as_saved(tensor):
             return super()._kept(tensor, storage)
-        assert sent.home is not None
-        self._again[id(sent.home.parcel)] = sent.home.parcel
-        return sent
+        if before.home is not None and id(before) not in self._again:
+            self._again[id(before)] = before.home.alone()
+        return before
 
 
 class _Storage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.compute.activations import Saved
+from zinf_cli.engine.compute.activations import Parcel, Part, Saved
 from zinf_cli.engine.compute.carriers import Carrier, parts_of
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment
@@ -106,12 +106,12 @@ class Record(Emitter):
     graph: Graph | None = None
     added: list[torch.Tensor] = field(default_factory=list)
     """Tensors that its forward has left in objects, until they enter the glue."""
-    kept: list[Saved] = field(default_factory=list)
+    kept: list[Parcel] = field(default_factory=list)
     """Tensors that the graph needs on the device in backward."""
-    before: list[Saved] = field(default_factory=list)
+    before: list[Parcel] = field(default_factory=list)
     """Tensors that the glue between the record before and this one needs there."""
-    before_again: list[Saved] = field(default_factory=list)
-    """The same, but saved by earlier glue, which needs them as well."""
+    before_again: list[Part] = field(default_factory=list)
+    """The same, but sent by earlier glue, which needs them as well."""
     results: list[torch.Tensor] | None = None
     """Some values of the results of its forward, to compare with those of the recompute (recompute.py)."""
     shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
@@ -119,9 +119,9 @@ class Record(Emitter):
     count after the call."""
 
     @cached_property
-    def needs(self) -> list[Saved]:
+    def needs(self) -> Sequence[Saved]:
         """Tensors that its backward needs on the device. Asked for when all forwards are over."""
-        between = [*self.before, *self.before_again]
+        between: list[Saved] = [*self.before, *self.before_again]
         if self.graph is not None:
             return [*self.kept, *between]
         return [*(glue.saved for glue in self.glue_inputs() if glue.saved is not None), *between]
@@ -162,7 +162,5 @@ class Record(Emitter):
 
     def free_before(self) -> None:
         """Free what the glue before it saved. Backward goes towards earlier glue, which still needs `before_again`."""
-        for saved in self.before:
+        for saved in (*self.before, *self.before_again):
             saved.free()
-        for saved in self.before_again:
-            saved.evict()

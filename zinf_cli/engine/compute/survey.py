@@ -7,11 +7,10 @@ activations from here, and the sweep its first route. A model that asks for valu
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +26,10 @@ from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import is_one_product
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
+from zinf_cli.engine.compute.untouched import is_state, untouched
 from zinf_cli.engine.units.chunked_loss import temporary_bytes
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
-from zinf_cli.engine.units.tiles import Bodiless, computed_instead
+from zinf_cli.engine.units.tiles import computed_instead
 from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
 from zinf_cli.engine.units.written_weights import WrittenWeights, shares_memory_with, storage_of
 from zinf_cli.errors import ModelError
@@ -48,7 +48,13 @@ class UnitUse:
     """What autograd saves inside the unit, in whole pages, without weights and other tensors that are there anyway."""
     output_bytes: int = 0
     before_bytes: int = 0
-    """The most that autograd saves between the unit called before and this one, in whole pages."""
+    """The most that the code between the unit called before and this one needs in backward, in whole pages."""
+    taken_bytes: int = 0
+    """Differentiable inputs of all calls, in whole pages. Their backwards bring these back."""
+    sent_bytes: int = 0
+    """What autograd saves before its calls, in whole pages, without what it has saved between units before."""
+    again_bytes: int = 0
+    """What it saves there, and had saved between units before."""
 
 
 @dataclass
@@ -108,7 +114,7 @@ def survey(
         state.begin()
         with ExitStack() as undo:
             undo.callback(state.put_back)
-            undo.enter_context(_untouched(model, trial.device if trial is not None else torch.device("meta")))
+            undo.enter_context(untouched(model, trial.device if trial is not None else torch.device("meta")))
             watch = _Watch(model, units, TrialWeights(model, trial) if trial is not None else None, side)
             failure = ""
             try:
@@ -169,6 +175,10 @@ class _Watch(TorchFunctionMode):
         self._seen: set[int] = set()
         self._saved: set[int] = set()
         """The storages of `_seen` that calls of units have saved."""
+        self._between, self._tail = set[int](), set[int]()
+        """Those that were saved between units, and of them those saved since the last call of a unit."""
+        self._tail_again: dict[int, int] = {}
+        """Those saved since then that were saved before it as well, with their bytes."""
         self._again: set[int] = set()
         """Those that count again if the call under way saves them: each call has a Keeper of its own (keep.py)."""
         self._known: list[StorageWeakRef] = []
@@ -186,7 +196,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name != "__get__":  # reading weight.dtype uses no data
             for leaf in pytree.tree_leaves((args, kwargs)):  # also finds views of a weight: W.T, W.data
-                owner = self._owner.get(storage_of(leaf)) if _is_state(leaf) else None
+                owner = self._owner.get(storage_of(leaf)) if is_state(leaf) else None
                 if owner is not None and owner not in self._active:
                     self.misused.update(self._units[owner].modules)
         if name == "register_hook" and not self._active:
@@ -252,14 +262,17 @@ class _Watch(TorchFunctionMode):
         inputs = {id(t): t for t in leaves if t.requires_grad}
         self._note_seen(t for t in leaves if not t.requires_grad)
         self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
-        sizes = {key: round_up(t.numel() * t.element_size()) for key, t in inputs.items()}
+        sizes = {key: _leaving(t.numel() * t.element_size()) for key, t in inputs.items()}
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
+        use.taken_bytes += sum(sizes.values())
         if not self._units[number].on_demand or self.order[-1:] != [number]:  # one visit has all calls of an expert
             self.order.append(number)
-        use.before_bytes = max(use.before_bytes, self.tail_bytes)
+        use.before_bytes = max(use.before_bytes, self.tail_bytes + sum(self._tail_again.values()))
+        use.sent_bytes += self.tail_bytes
+        use.again_bytes += sum(self._tail_again.values())
         self.glue_bytes += self.tail_bytes
-        self.tail_bytes = 0
+        self.tail_bytes, self._tail, self._tail_again = 0, set(), {}
         self._count_live()
         self._active.append(number)
         try:
@@ -317,7 +330,7 @@ class _Watch(TorchFunctionMode):
     def _note_live(self, values: Iterable[Any]) -> None:
         """Note tensors that a micro-batch holds between units. Each counts as long as something refers to it."""
         for value in values:
-            if not _is_state(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):  # vmap's have no storage
+            if not is_state(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):  # vmap's have no storage
                 continue
             if (key := storage_of(value)) not in self._live and key not in self._seen:
                 storage = value.untyped_storage()
@@ -336,16 +349,21 @@ class _Watch(TorchFunctionMode):
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Count what autograd saves. A meta tensor is saved in its place, since there is no backward."""
-        storage = storage_of(tensor)
-        if storage not in self._seen or (self._active and storage in self._again):
-            self._note_seen([tensor])
-            self._again.discard(storage)
-            num_bytes = tensor.untyped_storage().nbytes()
-            if self._active:
+        storage, num_bytes = storage_of(tensor), _leaving(tensor.untyped_storage().nbytes())
+        if self._active:
+            if storage not in self._seen or storage in self._again:
+                self._note_seen([tensor])
+                self._again.discard(storage)
                 self._saved.add(storage)
-                self.uses[self._active[-1]].saved_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
-            else:
-                self.tail_bytes += round_up(num_bytes) if num_bytes >= SMALL else 0
+                self.uses[self._active[-1]].saved_bytes += num_bytes
+        elif storage in self._between:
+            if storage not in self._tail:
+                self._tail_again[storage] = num_bytes
+        elif storage not in self._seen or storage in self._saved:
+            self._note_seen([tensor])
+            self._between.add(storage)
+            self._tail.add(storage)
+            self.tail_bytes += num_bytes
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
@@ -369,31 +387,10 @@ def _bordered(block: nn.Module) -> nn.Module:
     return block
 
 
+def _leaving(num_bytes: int) -> int:
+    """The bytes of a tensor of `num_bytes` on a tier: whole pages. A small one stays in memory."""
+    return round_up(num_bytes) if num_bytes >= SMALL else 0
+
+
 def _learns(leaf: Any) -> bool:
     return differentiable(leaf) and bool(leaf.requires_grad)
-
-
-def _is_state(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and not isinstance(value, Bodiless)
-
-
-@contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which the modules hold copies on `device` of their tensors. At its end all is as it was before.
-
-    A forward may leave values in modules: rotary frequencies for a longer text, the longest text so far, a state.
-    """
-    modules = [(module, dict(module.__dict__)) for module in model.modules()]
-    held = Reach([tuple(attributes.values()) for _, attributes in modules], most=sys.maxsize)
-    try:
-        for module, _ in modules:
-            for owner in (module._buffers, module.__dict__):
-                tensors = {n: value for n, value in owner.items() if _is_state(value)}
-                owner.update({n: value.to(device, copy=True) for n, value in tensors.items()})
-        with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-            yield
-    finally:
-        for module, attributes in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        held.put()

@@ -49,19 +49,20 @@ class Sweep:
         device: torch.device,
         order: Sequence[int] | None,
         kept: frozenset[int],
+        staying: frozenset[int],
         state: MovingState,
         glue_leaves: Sequence[torch.Tensor] | None,
         trace: Trace,
     ) -> None:
-        """`order`: the units that a forward calls, if known. `kept`: the units whose activations are kept, and not
-        recomputed. `glue_leaves`: what glue saves goes to the tier of activations, except these tensors; with None all
-        of it stays in memory."""
+        """`order`: the units that a forward calls, if known. `kept`: those whose activations are kept, and not
+        recomputed. `staying`: those whose inputs, and what glue saves before them, stay in memory. `glue_leaves`: what
+        glue saves goes to the tier of activations, except these tensors; with None all of it stays in memory."""
         self._pipeline = pipeline
         self._ranks = pipeline.ranks
         self._units = pipeline.units
         self._activations = activations
         self._device = device
-        self._kept = kept
+        self._kept, self._stay = kept, staying
         self._state = state
         self._trace = trace
         self._staying = glue_leaves
@@ -383,6 +384,7 @@ class Sweep:
                     self._activations,
                     self._state,
                     trainable=self._trainable,
+                    staying=self._stay,
                     compare=self._checks[:1] == ["recompute"],
                     glue=self._glue_keeper() if grad else None,
                     trace=self._trace,

@@ -74,7 +74,7 @@ class SweepMember:
             to = self.thread.resume(self.tape.enter_block(to.args, to.kwargs))
         self.at = to
         if isinstance(to, UnitCall):
-            self.tape.send_glue()
+            self.tape.send_glue(to.unit)
         else:  # the next micro-batch goes on with them, as in plain PyTorch
             for variable, value in to.variables.items():
                 variable.set(value)

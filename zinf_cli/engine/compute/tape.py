@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from zinf_cli.engine.compute.activations import Activations, Saved
+from zinf_cli.engine.compute.activations import Activations, Parcel, Part
 from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
 from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
@@ -66,26 +66,28 @@ class Tape:
         state: MovingState,
         *,
         trainable: set[int],
+        staying: frozenset[int] = frozenset(),
         compare: bool = False,
         glue: GlueKeeper | None = None,
         trace: Trace | None = None,
         scale: float = 1.0,
     ) -> None:
-        """`glue` packs what the code between units saves, in the micro-batch's thread.
+        """`glue` packs what the code between units saves, in the micro-batch's thread. Of the units `staying`, inputs
+        and what is saved before them stay in memory.
 
         `scale` is what the micro-batch's loss is multiplied by for its backward.
         """
         self._device = device
         self._activations = activations
         self._state = state
-        self._trainable = trainable
+        self._trainable, self._staying = trainable, staying
         self.compares = compare
         self._scale = scale
         self._trace = trace or Trace()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._glue: dict[tuple[int, int], GlueTensor] = {}
         self.glue = glue
-        self._between: tuple[list[Saved], list[Saved]] = ([], [])
+        self._between: tuple[list[Parcel], list[Part]] = ([], [])
         """What the glue has saved since the last record, and what earlier glue has saved that it needs as well."""
         self.records: list[Record] = []
         self._borders: list[Border] = []
@@ -128,11 +130,15 @@ class Tape:
             record.free_inputs()
         return emitted
 
-    def send_glue(self) -> None:
-        """Send what the glue has saved to its tier. Called while the micro-batch waits at a unit."""
-        if self.glue is not None:
-            sent, again = self._between
-            again += self.glue.take_again()
+    def send_glue(self, unit: int) -> None:
+        """Send what the glue has saved to its tier. Called while the micro-batch waits at `unit`."""
+        if self.glue is None:
+            return
+        sent, again = self._between
+        again += self.glue.take_again()
+        if unit in self._staying:
+            self.glue.keep()
+        else:
             sent += self.glue.send()
 
     def backward(self, record: Record) -> None:
@@ -167,8 +173,8 @@ class Tape:
 
     def _backward_before(self, record: Record) -> None:
         """Backward of the glue that is complete now that of `record` is, up to the record before."""
-        for saved in (*record.before, *record.before_again):
-            saved.get()
+        for part in (*record.before, *record.before_again):
+            part.hold()
         for glue in record.glue_inputs():
             if glue.first == record.number:
                 self._glue_backward(glue)
@@ -241,7 +247,8 @@ class Tape:
         key = (id(edge.node), edge.output_nr)
         glue = self._glue.setdefault(key, GlueTensor(edge, taker.number))
         if save and glue.saved is None:
-            glue.saved = self._activations.save(tensor.detach(), label)
+            stays = isinstance(taker, Record) and taker.call.unit in self._staying
+            glue.saved = self._activations.save(tensor.detach(), label, stays=stays)
         return glue
 
     def _recompute(self, record: Record) -> None:

@@ -41,7 +41,7 @@ def guessed(model: nn.Module, seen: Survey, sequences: int, seq_len: int) -> Sur
             PER_PRODUCT * tokens * widths * 4 + NORMS * state + (scores if not unit.resident else 0) + unit.num_bytes
         )
         widest = max((param.shape[0] for param in unit.params() if len(param.shape) == 2), default=0)
-        uses[number] = UnitUse(4 * state, 4 * state, saved, 2 * state + tokens * widest * 4)
+        uses[number] = UnitUse(4 * state, 4 * state, saved, 2 * state + tokens * widest * 4, taken_bytes=4 * state)
     vocabulary = getattr(text, "vocab_size", 0)
     loss = SCORES * tokens * vocabulary * 4
     glue = NORMS * state + sum(unit.num_bytes for unit in seen.units if unit.resident)
