@@ -63,9 +63,8 @@ bench-peer: install $(PEER_INSTALLED) ## the same with DeepSpeed beside it, and 
 	$(PYTHON) -m benchmarks.run --rounds 1 --steps 3 --cases 8x16 8x64 1x16 --contenders plain zinf-cpu zinf-nvme deepspeed deepspeed-small
 	$(PYTHON) -m benchmarks.run --rounds 1 --steps 2 --cases sweep --contenders zinf-nvme deepspeed
 
-gpu-check: ## the tests and benchmarks that need a GPU
-	$(PYTHON) -m pytest tests/gpu
-	$(PYTHON) -m benchmarks.gpu
+gpu-check: ## the tests and benchmarks of an accelerator, in 10 minutes; without one, a rehearsal on the CPU
+	$(PYTHON) -m pytest tests/gpu; tests=$$?; $(PYTHON) -m benchmarks.gpu && exit $$tests
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,10 @@ from typing import Any
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192}
 NEVER_CLIPS = 1e4
 MODELS: dict[str, dict[str, Any]] = {
+    "2M": {
+        **_LLAMA, "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    },
     "216M": {
         **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 16,
         "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
@@ -15,6 +19,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "3 times the layers": {
         **_LLAMA, "vocab_size": 8192, "hidden_size": 1024, "intermediate_size": 2688, "num_hidden_layers": 48,
         "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": False,
+    },
+    "1B": {
+        **_LLAMA, "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
     },
     "3B": {
         **_LLAMA, "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
@@ -51,6 +59,20 @@ class Case:
         layer = 2 * hidden * hidden + keys_and_values + 3 * hidden * c["intermediate_size"] + 2 * hidden
         tables = (1 if c["tie_word_embeddings"] else 2) * c["vocab_size"] * hidden
         return c["num_hidden_layers"] * layer + tables + hidden
+
+    @property
+    def activation_numel(self) -> int:
+        """Elements that pass from block to block in one micro-batch: what a recompute starts from."""
+        return int(self.config["num_hidden_layers"] * self.tokens * self.config["hidden_size"])
+
+    @property
+    def flops_per_token(self) -> float:
+        """6 for each weight that multiplies a token, and what causal attention computes. A recompute does not count."""
+        c = self.config
+        looked_up = 0 if c["tie_word_embeddings"] else c["vocab_size"] * c["hidden_size"]
+        norms = (2 * c["num_hidden_layers"] + 1) * c["hidden_size"]
+        attention = c["num_hidden_layers"] * c["hidden_size"] * self.tokens
+        return 6.0 * float(self.num_params - looked_up - norms + attention)
 
     def __str__(self) -> str:
         return (

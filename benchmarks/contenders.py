@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,19 @@ from benchmarks.watch import Watched, watch
 WARM_UP = 2
 """First steps that do not count: memory is touched, the route is learned."""
 
+CLASSES = ("params", "grads", "optimizer", "activations")
 PEER_PYTHON = Path(".venv-peer/bin/python")
 
 Contender = Callable[[Case, int, Path], Watched]
 
 
-def launch_command(case: Case, tier: str, steps: int, folder: Path) -> tuple[list[str], Path]:
-    """A command that trains `case` with all four classes of state on `tier`, and its run's folder."""
-    run_dir = folder / f"zinf-{tier}"
+def launch_command(case: Case, tier: str | Mapping[str, str], steps: int, folder: Path) -> tuple[list[str], Path]:
+    """A command that trains `case` on one rank, and its run's folder.
+
+    All four classes of state lie on `tier`, or each on the tier that it says.
+    """
+    name, tiers = ("zinf-mixed", tier) if isinstance(tier, Mapping) else (f"zinf-{tier}", dict.fromkeys(CLASSES, tier))
+    run_dir = folder / name
     tokens = folder / "tokens.npy"
     if not tokens.exists():
         np.save(tokens, np.random.default_rng(0).integers(0, case.config["vocab_size"], 500_000, dtype=np.int32))
@@ -43,15 +48,15 @@ def launch_command(case: Case, tier: str, steps: int, folder: Path) -> tuple[lis
         "optimizer": {"lr": 1e-4},
         "activation_checkpointing": "unit" if case.checkpointing else "none",
         "offload": {
-            **dict.fromkeys(("params", "grads", "optimizer", "activations"), tier),
+            **tiers,
             "nvme_path": str(folder / "nvme"),
         },
         "logging": {"tensorboard": False},
         "output_dir": str(run_dir),
     }
-    path = folder / f"zinf-{tier}.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    return [sys.executable, "-m", "zinf_cli.cli", "launch", str(path)], run_dir
+    return [sys.executable, "-m", "zinf_cli.cli", "launch", str(path), "--slots", "1"], run_dir
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -71,12 +71,22 @@ def add_save(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def report(case: str, rows: Sequence[Row], save: bool, note: str | None = None, measured: Any = None) -> None:
-    """Print the rows; with `save`, write them to a new file that is named after today, the benchmark and the case."""
+def report(
+    case: str,
+    rows: Sequence[Row],
+    save: bool,
+    note: str | None = None,
+    measured: Any = None,
+    folder: Path | None = None,
+) -> None:
+    """Print the rows; with `save`, write them to a new file that is named after today, the benchmark and the case.
+
+    The file lies in RESULTS, or in `folder`.
+    """
     found = Result(time.strftime("%Y-%m-%d"), _program(), case, _command(), here(), versions(), note, rows, measured)
     print(f"{found.source}: {case}\n{markdown(rows)}", flush=True)
     if save:
-        print(f"saved: {write(found, RESULTS)}", flush=True)
+        print(f"saved: {write(found, folder or RESULTS)}", flush=True)
 
 
 def write(result: Result, folder: Path) -> Path:

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import CONTENDERS
+from benchmarks.drive import drive_rate
 from benchmarks.results import add_save, report
 from benchmarks.watch import Watched
-from zinf_cli.bench.nvme import READ, WRITE, Bench, Point, open_files
 
 ALWAYS = ("plain", "zinf-cpu", "zinf-nvme")
 CASES = {
@@ -32,7 +32,6 @@ CASES = {
 }
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3
-DRIVE_BYTES = 2**30
 
 
 def main() -> None:
@@ -52,24 +51,15 @@ def main() -> None:
     try:
         for case in cases:
             runs: dict[str, list[Watched]] = {name: [] for name in arguments.contenders}
-            drive = [_drive(folder)]
+            drive = [drive_rate(folder)]
             for _ in range(arguments.rounds):
                 for name in runs:
                     runs[name].append(CONTENDERS[name](case, arguments.steps, folder))
-                    drive.append(_drive(folder))
+                    drive.append(drive_rate(folder))
             measured = {name: [asdict(run) for run in watched] for name, watched in runs.items()}
             report(str(case), _rows(case, runs, statistics.median(drive)), arguments.save, measured=measured)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _drive(folder: Path) -> float:
-    """Bytes per second of the drive now, reading and writing at once, with the threads and blocks a run has."""
-    with open_files([folder], DRIVE_BYTES) as files:
-        bench = Bench(files, lambda doing, num_bytes: None)
-        points = [Point(direction, 4 * 2**20, 2, 0.0) for direction in (WRITE, READ)]
-        bench.run(WRITE, DRIVE_BYTES, points[0].block_size, points[0].threads, "filling")
-        return bench.both(points[1], points[0], DRIVE_BYTES)
 
 
 def _rows(case: Case, runs: dict[str, list[Watched]], drive: float) -> Sequence[dict[str, Any]]:

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tiny_classes import OTHERS, PAIR, SIZE, real
-from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
+from tiny_models import CONFIGS, dialog_template, save_word_tokenizer, skip_unless_known
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
@@ -139,6 +139,7 @@ def test_the_reason_is_the_objective_and_not_the_configuration(model_type: str, 
     [("blip", "pixel_values"), ("kosmos-2", "image_embeds"), ("molmo2", "mm_token_type_ids"), ("udop", "Bbox")],
 )
 def test_what_wants_more_than_text_is_refused_by_the_survey(model_type: str, said: str) -> None:
+    skip_unless_known(model_type)
     model = build_model(ModelSource(None, next(configs(model_type)), "random", 0))
     ids = torch.zeros((2, 12), dtype=torch.long, device="meta")
     with pytest.raises(ModelError, match=f"^{type(model).__name__} can't be trained on text alone: .*{said}"):

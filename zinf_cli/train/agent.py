@@ -71,13 +71,18 @@ def _say(out: IO[str], **failed: Any) -> None:
 
 def _rank(life: partial[int], run_dir: Path) -> None:
     """Run a rank, in the fork, after undoing what torchrun and the start of this process have set up."""
-    import torch
-
     for number in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
+    run_rank(partial(_with_its_threads, life), run_dir)
+
+
+def _with_its_threads(life: partial[int]) -> int:
+    """Live, in the rank itself: torch starts threads when it is told their number, and the guard has yet to fork."""
+    import torch
+
     if "OMP_NUM_THREADS" in os.environ:  # which torch read when it was imported
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    run_rank(life, run_dir)
+    return life()
 
 
 if __name__ == "__main__":
