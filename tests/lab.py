@@ -175,7 +175,8 @@ class Lab:
             if host.process is not None:
                 host.crash()
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(true: Callable[[], object], seconds: float) -> None:

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from lab import IP, Lab, namespace_lab, wait_until
+from programs import command
 from workshop import ApartWorkshop, wait_for_steps
 
 MOMENTS = int(os.environ.get("ZINF_FAULT_MOMENTS", "1"))
@@ -200,3 +201,22 @@ def test_a_run_starts_again_on_the_hosts_that_answer(apart: ApartWorkshop) -> No
     assert "restart 2 of 2" in ended.err
     assert "node2: left out: " in ended.err
     assert [line for line in apart.lab.left_behind() if "/node1/" in line] == []
+
+
+@pytest.mark.skipif(MOMENTS == 1, reason="takes twenty seconds: make test-faults")
+def test_a_launcher_killed_behind_a_cut_cable_leaves_no_connection(apart: ApartWorkshop) -> None:
+    """No end of the lifeline hears of the other's: ssh ends by its own keep-alive, the supervisor by the silence."""
+    lab = apart.lab
+    jump = f"Host node2\n ProxyJump node1\n{(lab.home / '.ssh' / 'config').read_text()}"
+    (lab.home / ".ssh" / "config").write_text(jump)
+    launcher = subprocess.Popen(
+        [*lab.launcher, *command("connects", lab.hostfile(hosts=lab.hosts[1:]), "wait")],
+        env=lab.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert launcher.stdout is not None
+    assert json.loads(launcher.stdout.readline()) == ["node2"]
+    lab.hosts[0].link("down")
+    launcher.kill()
+    launcher.communicate()
+    wait_until(lambda: not lab.connections(), 25)
+    wait_until(lambda: not lab.processes(), 10)

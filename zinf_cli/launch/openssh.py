@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -152,6 +153,7 @@ class _SshChannel:
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
         self._said = Said(self._process.stderr)
+        self._ending = threading.Lock()
         try:
             self._first = self._greeted(program, greeting, way)  # may be empty
         except BaseException:
@@ -187,8 +189,9 @@ class _SshChannel:
                     raise Refusal("no login in time", "an agent may be waiting for an answer, or sshd be stuck")
 
     def _why_ended(self, greeting: Greeting, way: Route) -> HostError:
-        code = self._process.wait()
-        if code == _NO_WAY_IN and self._said.logged_in is None:
+        _is_over(self._process, _SHELL_S)
+        self.abort()
+        if self._process.returncode == _NO_WAY_IN and self._said.logged_in is None:
             return refusal(self._said, way)
         words = self._said.lines or greeting.dropped.decode(errors="replace").strip().splitlines()
         return HostError(words[-1] if words else "the login ended at once")
@@ -209,12 +212,12 @@ class _SshChannel:
     def close(self) -> None:
         with suppress(OSError):
             self._in.close()
-        with suppress(subprocess.TimeoutExpired):  # the supervisor ends its descendants first, then itself
-            self._process.wait(SILENCE_S)
+        _is_over(self._process, SILENCE_S)  # the supervisor ends its descendants first, then itself
         self.abort()
 
     def abort(self) -> None:
-        _end(self._process)
+        with self._ending:
+            _end(self._process)
         with suppress(OSError):
             self._in.close()
 
@@ -222,10 +225,23 @@ class _SshChannel:
         return "\n".join(self._said.lines)
 
 
+def _is_over(process: subprocess.Popen[bytes], within: float) -> bool:
+    """Whether a process ends within so many seconds. It is not reaped, so its number stays its own."""
+    until = time.monotonic() + within
+    while process.returncode is None:
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        if time.monotonic() >= until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End an ssh, and what it has started: a ProxyCommand."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
+    """End an ssh, and what it has started: a ProxyCommand. One thread at a time."""
+    if process.returncode is not None:  # reaped: by now its number may be another's
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    _is_over(process, 1.0)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -25,6 +25,7 @@ import zinf_cli
 from zinf_cli.errors import HostError, PreflightError, inside
 from zinf_cli.launch import clean_shell
 from zinf_cli.launch.connection import at_all, find_ssh
+from zinf_cli.launch.refusal import Refusal, patiently
 from zinf_cli.launch.ssh import Files, Ssh
 from zinf_cli.recipe.hosts import Host
 
@@ -64,7 +65,8 @@ def _bring(paths: Sequence[Path], host: Host, ssh: Ssh) -> int:
         return 0
     try:
         if has_rsync and files.shell is not None and shutil.which("rsync"):
-            return _by_rsync(paths, host, files.shell)
+            shell = files.shell
+            return patiently(lambda: _by_rsync(paths, host, shell))
         return _by_sftp(paths, host, files)
     finally:
         files.close()
@@ -75,6 +77,8 @@ def _by_rsync(paths: Sequence[Path], host: Host, shell: Sequence[str]) -> int:
     clean = [sys.executable, "-I", str(clean_shell.__file__), f"zinf-{uuid.uuid4().hex}", str(len(shell))]
     command = [*_RSYNC, "--rsh", shlex.join([*clean, *shell]), *map(str, paths), f"{name}:/"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if "kex_exchange_identification" in done.stderr:
+        raise Refusal(f"{host.name}: sshd has no room for another login", busy=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise HostError(said[0], where=host.name)
