@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zinf_cli.plan.schedule import Op, Step, UnitLoad, sweep_steps
+from zinf_cli.plan.schedule import ADAMW_BYTES, Op, Step, UnitLoad, sweep_steps
 from zinf_cli.plan.simulate import play, write_timeline
 
 RATES = {
@@ -102,6 +102,15 @@ def test_compute_takes_a_forward_and_three_more() -> None:
     step = Step(load, 2, 2, 1, placement, accelerator=True)
     assert play(*sweep_steps(step), RATES).step_s == pytest.approx(2 * 10 * (4 * 4 + 3))
     assert play(*sweep_steps(replace(step, per_sweep=1)), RATES).step_s == pytest.approx(2 * 10 * (4 * 4 + 3))
+
+
+def test_what_is_computed_beside_units_takes_its_time() -> None:
+    """MLPs in chunks of tokens are computed once more in backward; code between units, in forward and in backward."""
+    load = [UnitLoad(f"unit {number}", 0, 0, 10, 0, again=0.5, glue_bytes=ADAMW_BYTES) for number in range(5)]
+    step = Step(load, 2, 2, 1, dict.fromkeys(("params", "grads", "optimizer", "activations"), "device"), True)
+    units, glue = 2 * 10 * (4 * 4.5 + 3.5) / RATES["matmul"], 2 * 5 * 2 / RATES["adamw"]
+    assert play(*sweep_steps(step), RATES).step_s == pytest.approx(units + 3 * glue)
+    assert play(*sweep_steps(replace(step, accelerator=False)), RATES).step_s == pytest.approx(units + 15 * glue)
 
 
 def test_the_timeline_is_one_that_perfetto_opens(tmp_path: Path) -> None:

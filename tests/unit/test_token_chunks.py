@@ -194,6 +194,7 @@ def test_a_plan_takes_chunks_where_nothing_fits_without(
     assert plan.figures.model.tokens_in_chunks
     assert not whole.figures.model.tokens_in_chunks
     assert compute_bytes(plan.figures, plan.choice) < compute_bytes(figures, plan.choice)
+    assert plan.compute_s > 1.1 * whole.compute_s
     sizes: set[int] = set()
     monkeypatch.setattr(token_chunks, "_split", lambda tensor: _noted(tensor.split(10, -2), sizes))
     expected = [line["loss"] for line in run(recipe, whole)]

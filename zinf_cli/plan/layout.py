@@ -61,6 +61,8 @@ class UnitFigures:
     """What it saves there, and had saved outside of units before."""
     chunkable_bytes: int = 0
     """The part of `saved_bytes` that is not there if its MLP is computed in chunks of tokens."""
+    chunkable_numel: int = 0
+    """Elements of that MLP, which backward then computes once more."""
 
     @property
     def numel(self) -> int:

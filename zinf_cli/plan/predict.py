@@ -100,6 +100,8 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 forward * weights[place] / max(1, sum(weights)),
                 moved[number][0] / max(1, unit.calls),
                 recomputed=number not in choice.kept and not unit.product,
+                again=unit.chunkable_numel / max(1, unit.numel) if model.tokens_in_chunks else 0.0,
+                glue_bytes=unit.sent_bytes / max(1, unit.calls),
                 share=sweeps_share(unit, figures, choice),
                 cached=choice.cached_states if number in choice.cached else frozenset(),
                 back_bytes=moved[number][1] / max(1, unit.calls),

@@ -20,6 +20,10 @@ LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nv
 """zinf's updates run on the compute lane. The lane "update" is the CPU in the paper's schedule."""
 ADAMW_BYTES = ADAMW.moved_bytes_per_param
 """Bytes per parameter of AdamW, whose measured speed tells the speed of other work that memory bounds."""
+GLUE = {False: 15, True: 3}
+"""By whether there is an accelerator: bytes that code between units moves for each that it saves, in forward and again
+in backward. On a CPU one core computes it, in small operations: measured with tensors of 256 KiB. On an accelerator
+each byte is written, and read twice."""
 PIECES = 4
 """The most pieces that a schedule cuts an update into; the engine's chunks are finer."""
 
@@ -52,6 +56,10 @@ class UnitLoad:
     """Bytes that it sends to the tier of activations."""
     recomputed: bool = True
     """Whether the backward pass computes its forward again."""
+    again: float = 0.0
+    """The share of its forward that backward computes once more: MLPs in chunks of tokens."""
+    glue_bytes: float = 0.0
+    """Bytes that autograd saves in the code between the unit before and this one."""
     share: float = 1.0
     """The share of sweeps that visit it: less than 1 for experts."""
     cached: frozenset[str] = frozenset()
@@ -178,11 +186,16 @@ class _Sweeps:
             ready += ops.bring("activations", unit, back * batches, [*room, *self._kept[number]])
         if kind != "forward" and unit.trainable:
             ready = [ops.handle(f"{unit.name} clear gradient", unit.trainable * unit.share * GRAD.item_bytes, ready)]
-        passes = {"forward": 1, "turn": 3, "backward": 3 if unit.recomputed else 2}[kind]
+        glue = unit.glue_bytes * batches * GLUE[step.accelerator]
+        if kind != "backward" and glue:
+            ready = [ops.handle(f"before {unit.name}", glue, ready)]
+        passes = {"forward": 1, "turn": 3 + unit.again, "backward": (3 if unit.recomputed else 2) + unit.again}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
             flops = unit.flops * passes * batches / pieces
             ready = [ops.add("compute", f"{unit.name} {kind}", flops, ready, "matmul")]
+        if kind != "forward" and glue:
+            ready = [ops.handle(f"before {unit.name}, backward", glue, ready)]
         self._released.append(ready[0])
         if kind == "forward":
             self._kept[number] = ops.send("activations", unit, unit.kept_bytes * batches, ready)

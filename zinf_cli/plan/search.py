@@ -304,11 +304,16 @@ def _checkpoint_step(
 
 
 def _recompute(figures: Figures, choice: Choice) -> float:
-    """FLOPs with recomputation, divided by those without: computing a unit's forward again is a third more."""
+    """FLOPs with recomputation, divided by those without: computing a unit's forward again is a third more.
+
+    MLPs in chunks of tokens are computed once more than that.
+    """
     units = dict(enumerate(figures.model.units))
     called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
     spared = {n for n, unit in units.items() if unit.product} | choice.kept | {figures.model.turn}
     again = sum(numel for n, numel in called.items() if n not in spared)
+    if figures.model.tokens_in_chunks:
+        again += sum(units[n].chunkable_numel for n in called)
     return 1 + again / max(1, sum(called.values())) / 3
 
 

@@ -196,6 +196,7 @@ def _unit_figures(
         reached=reached,
         product=product,
         chunkable_bytes=calls * sum(found.spared_bytes for found in chunkable),
+        chunkable_numel=sum(found.numel for found in chunkable),
     )
 
 

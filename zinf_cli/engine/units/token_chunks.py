@@ -33,6 +33,8 @@ class Chunkable:
     """Of its input, in chunks along the last dimension but one."""
     spared_bytes: int
     """What autograd saves inside for all tokens, beside input and result, less the same for a chunk."""
+    numel: int
+    """Elements of its parameters."""
 
 
 Inputs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -109,7 +111,7 @@ def _chunkable(module: nn.Module, path: str, shape: tuple[int, ...], dtype: torc
             return None
         found.append(part)
     spared = whole.saved_bytes - max(part.saved_bytes for part in found)
-    return Chunkable(path, shape, spared) if spared > 0 else None
+    return Chunkable(path, shape, spared, sum(p.numel() for p in module.parameters())) if spared > 0 else None
 
 
 class _InChunks(torch.autograd.Function):
