@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from zinf_cli.launch import hop_keeper
 from zinf_cli.launch.openssh_errors import Said, refusal
-from zinf_cli.launch.openssh_route import Destination, Route, has_own_master, proxy_command, route, route_by
+from zinf_cli.launch.openssh_route import Destination, Route, has_own_master, proxy_command, route
 from zinf_cli.launch.refusal import Shared, patiently
 
 
@@ -19,17 +19,14 @@ class JumpHosts:
         self._ssh = ssh
         self._passages: Shared[_Passage] = Shared(lambda passage: passage.is_over)
 
-    def through(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> tuple[str, Route]:
+    def through(self, jumps: Sequence[Destination]) -> tuple[str, Route]:
         """The ProxyCommand through `jumps`, and the way to the last. HostError names one that lets none pass."""
-        passage = self._passages.get(tuple(jumps), lambda: self._connect(jumps, before))
+        passage = self._passages.get(tuple(jumps), lambda: self._connect(jumps))
         return passage.proxy_command, passage.way
 
-    def _connect(self, jumps: Sequence[Destination], before: tuple[Destination, ...]) -> _Passage:
+    def _connect(self, jumps: Sequence[Destination]) -> _Passage:
         *earlier, hop = jumps
-        if earlier:
-            way = route_by(self._ssh, hop, None, earlier, self.through, before)
-        else:
-            way = route(self._ssh, hop, self.through, before)
+        way = route(self._ssh, hop, self.through, earlier or None)
         if has_own_master(way):
             return _Passage(way, None, proxy_command(way.command()))
         return patiently(lambda: _keep(way))

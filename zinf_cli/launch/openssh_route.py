@@ -74,33 +74,19 @@ class Route:
         return [self.ssh, *first, *self.options, *self.destination.words]
 
 
-Pass = Callable[[Sequence[Destination], tuple[Destination, ...]], tuple[str, Route]]
-"""For jump hosts, and those before that need them: the ProxyCommand that leads through, and the way to the last one."""
+Pass = Callable[[Sequence[Destination]], tuple[str, Route]]
+"""For jump hosts: the ProxyCommand that leads through them, and the way to the last one."""
 
 
-def route(ssh: str, destination: Destination, through: Pass, before: tuple[Destination, ...] = ()) -> Route:
-    """The way to a destination. `through` passes jump hosts; `before` are the destinations that need this one.
+def route(ssh: str, destination: Destination, through: Pass, jumps: Sequence[Destination] | None = None) -> Route:
+    """The way to a destination: by `jumps`, or by the jump hosts that its configuration names.
 
-    HostError names the hop that can't be passed.
+    `through` passes jump hosts. HostError names the one that can't be passed.
     """
-    if destination in before:
-        circle = " → ".join(map(str, (*before, destination)))
-        raise HostError(f"its jump hosts lead in a circle: {circle}", hint="see ProxyJump in your ssh configuration")
     settings = _settings(ssh, destination)
-    jumps = [_jump(text) for text in settings.get("proxyjump", "none").split(",") if text != "none"]
-    return route_by(ssh, destination, settings, jumps, through, before)
-
-
-def route_by(
-    ssh: str,
-    destination: Destination,
-    settings: Mapping[str, str] | None,
-    jumps: Sequence[Destination],
-    through: Pass,
-    before: tuple[Destination, ...],
-) -> Route:
-    """The way to a destination by these jump hosts, whatever its own settings say of them."""
-    settings = settings if settings is not None else _settings(ssh, destination)
+    if jumps is None:
+        jumps = _jumps(settings)
+        _refuse_circle(ssh, destination, jumps)
     options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
     if settings.get("connecttimeout", "none") == "none":
         options += ["-o", f"ConnectTimeout={_CONNECT_S}"]
@@ -114,8 +100,21 @@ def route_by(
     if has_own_master(way):
         passage, hop = "false", None  # if that ends meanwhile, ssh must not go through the jump hosts by itself
     else:
-        passage, hop = through(jumps, (*before, destination))
+        passage, hop = through(jumps)
     return replace(way, options=(*way.options, "-o", f"ProxyCommand={passage}"), hop=hop)
+
+
+def _refuse_circle(ssh: str, destination: Destination, jumps: Sequence[Destination]) -> None:
+    """HostError if jump hosts need each other. Of a chain, the configuration of the first says how that is reached."""
+    way = [destination]
+    while jumps:
+        way.append(jumps[0])
+        if jumps[0] in way[:-1]:
+            circle = " → ".join(map(str, way))
+            raise HostError(
+                f"its jump hosts lead in a circle: {circle}", hint="see ProxyJump in your ssh configuration"
+            )
+        jumps = _jumps(_settings(ssh, jumps[0]))
 
 
 def has_own_master(way: Route) -> bool:
@@ -140,6 +139,11 @@ def _settings(ssh: str, destination: Destination) -> dict[str, str]:
         raise HostError(f"the ssh configuration for {destination}: {said[0]}")
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     return {name.lower(): value for name, _, value in reversed(lines)}  # of several, the first
+
+
+def _jumps(settings: Mapping[str, str]) -> list[Destination]:
+    """The jump hosts that settings name, the first to pass first."""
+    return [_jump(text) for text in settings.get("proxyjump", "none").split(",") if text != "none"]
 
 
 def _jump(text: str) -> Destination:
