@@ -24,6 +24,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.tiers.streams import streams_of
 from zinf_cli.trace import Trace
 
 ROWS = {"cpu": (16, 64, 256), "cuda": (256, 1024, 4096, 16384)}
@@ -86,7 +87,7 @@ def measure_together() -> dict[str, Any]:
     rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        streams_of(device).set_device(device)
     ranks = Ranks.join(device)
     flat = torch.zeros(GATHER_BYTES // 4, device=device)
     own = flat.view(ranks.world_size, -1)[ranks.rank]
@@ -172,8 +173,7 @@ def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = 
         start = time.perf_counter()
         for _ in range(count):
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        streams_of(device).synchronize(device)
         return time.perf_counter() - start
 
     once = timed(1)

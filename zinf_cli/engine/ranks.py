@@ -36,6 +36,8 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    whole: bool = False
+    """Whether the backend moves a flat in one collective (NCCL), and not a slice at a time (gloo)."""
     gather_group: Any = None
     reduce_group: Any = None
     control_group: Any = None
@@ -47,14 +49,18 @@ class Ranks:
         They meet where meeting.py says, or else where torchrun's variables do. A collective that waits for a peer
         longer than `timeout_s` fails.
         """
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        nccl = device.type == "cuda"
         timeout = timedelta(seconds=timeout_s)
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(
-            backend, timeout=timeout, store=meeting.store(timeout), rank=rank, world_size=world_size
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            timeout=timeout,
+            store=meeting.store(timeout),
+            rank=rank,
+            world_size=world_size,
         )
         gather, reduce = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
-        return cls(rank, world_size, gather, reduce, dist.group.WORLD)
+        return cls(rank, world_size, nccl, gather, reduce, dist.group.WORLD)
 
     def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:
         """Start filling `flat` (1-D, divisible by world_size) with every rank's slice.
@@ -63,7 +69,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return DONE
-        if flat.is_cuda:
+        if self.whole:
             works = [_all_gather(flat, own_slice, group=self.gather_group, async_op=True)]
         else:
             slices = flat.chunk(self.world_size)
@@ -82,7 +88,7 @@ class Ranks:
         if self.world_size == 1:
             return DONE
         slices = flat.chunk(self.world_size)
-        if flat.is_cuda:
+        if self.whole:
             works = [_reduce_scatter(slices[self.rank], flat, group=self.reduce_group, async_op=True)]
         else:
             works = [

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from zinf_cli.tiers.arena import Arena
+from zinf_cli.tiers.streams import Stream, streams_of
 
 _own = threading.local()
 
@@ -24,41 +25,40 @@ class Moment:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._event = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._streams = streams_of(device)
+        self._event = self._streams.event()
+        self._event.record(self._streams.current(device))
 
     def read(self, data: torch.Tensor, read: Callable[[torch.Tensor], None]) -> None:
         """Fill `data` with what `read` puts into CPU memory, once the kernels that use `data` are done."""
-        if self._event is None:
+        if self._streams.on_cpu:
             read(data)
             return
         bounce, stream = _buffer_and_stream(data)
         read(bounce)
         stream.wait_event(self._event)
-        with torch.cuda.stream(stream):
+        with self._streams.use(stream):
             data.copy_(bounce, non_blocking=True)
         stream.synchronize()
 
     def write(self, data: torch.Tensor, write: Callable[[torch.Tensor], None]) -> None:
         """Hand `data`, in CPU memory, to `write`, once the kernels that compute it are done."""
-        if self._event is None:
+        if self._streams.on_cpu:
             write(data)
             return
         bounce, stream = _buffer_and_stream(data)
         stream.wait_event(self._event)
-        with torch.cuda.stream(stream):
+        with self._streams.use(stream):
             bounce.copy_(data, non_blocking=True)
         stream.synchronize()
         write(bounce)
 
 
-def _buffer_and_stream(data: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Stream]:
+def _buffer_and_stream(data: torch.Tensor) -> tuple[torch.Tensor, Stream]:
     """This thread's page-locked buffer, as long as `data`, and its stream on the device of `data`."""
     if getattr(_own, "stream", None) is None or _own.region.numel() < data.numel():
         region = Arena(data.numel(), torch.device("cpu"), pin=True).allocate(data.numel())
         assert region is not None
         _own.region = region.data
-        _own.stream = torch.cuda.Stream(data.device)
+        _own.stream = streams_of(data.device).new(data.device)
     return _own.region[: data.numel()], _own.stream

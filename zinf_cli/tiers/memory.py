@@ -10,6 +10,7 @@ import torch
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.arena import Arena
+from zinf_cli.tiers.streams import Event, Stream, streams_of
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 from zinf_cli.trace import Trace
 
@@ -17,7 +18,7 @@ from zinf_cli.trace import Trace
 class MemoryTier:
     """Extents in the memory of `device`, for compute on `compute_device`.
 
-    If both are the same, `view` gives the memory itself and nothing is copied. Between CPU memory and a CUDA device,
+    If both are the same, `view` gives the memory itself and nothing is copied. Between CPU memory and an accelerator,
     copies run on two streams, one for each direction. With `pin` the CPU memory is page-locked. If the system refuses
     that, `notice` is called once with a line for the user.
     """
@@ -41,11 +42,11 @@ class MemoryTier:
         self._trace = trace
         self._pin = pin
         self._notice = notice
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._arenas: list[Arena] = []
         self._freed: dict[int, list[torch.Tensor]] = defaultdict(list)
-        if compute_device.type == "cuda" and not self.in_place:
-            self._streams = (torch.cuda.Stream(compute_device), torch.cuda.Stream(compute_device))
+        self._compute_device = compute_device
+        streams = streams_of(compute_device)
+        self._in, self._out = streams.new(compute_device), streams.new(compute_device)
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
         try:
@@ -62,7 +63,7 @@ class MemoryTier:
     def _new(self, num_bytes: int) -> torch.Tensor:
         if self._device.type != "cpu":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-        pin = self._pin and self._streams is not None
+        pin = self._pin and not self.in_place
         arena = Arena(num_bytes, self._device, pin=pin)
         if pin and not arena.pinned and self._notice is not None:
             self._notice("the system refuses page-locked memory (ulimit -l): copies to the device will be slower")
@@ -86,22 +87,27 @@ class MemoryTier:
         self.read_bytes += into.numel()
         with self._trace.span("copy in", extent.label, into.numel()):
             source = extent.memory[offset : offset + into.numel()]
-            if self._streams is None:
+            if self.in_place:
                 into.copy_(source)
                 return DONE
-            return StreamCopy(f"copy in {extent.label}", self._streams[0], into, source, after=extent.writes)
+            return self._copy(f"copy in {extent.label}", self._in, into, source, after=extent.writes)
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         assert extent.memory is not None
         self.write_bytes += source.numel()
         with self._trace.span("copy out", extent.label, source.numel()):
             memory = extent.memory[offset : offset + source.numel()]
-            if self._streams is None:
+            if self.in_place:
                 memory.copy_(source)
                 return DONE
-            copy = StreamCopy(f"copy out {extent.label}", self._streams[1], memory, source)
+            copy = self._copy(f"copy out {extent.label}", self._out, memory, source)
             extent.writes = [write for write in extent.writes if not write.done()] + [copy]
             return copy
+
+    def _copy(
+        self, what: str, stream: Stream, into: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer] = ()
+    ) -> StreamCopy:
+        return StreamCopy(what, stream, self._compute_device, into, source, after)
 
     def close(self) -> None:
         self._freed.clear()
@@ -115,24 +121,28 @@ class StreamCopy:
     def __init__(
         self,
         what: str,
-        stream: torch.cuda.Stream,
+        stream: Stream,
+        device: torch.device,
         into: torch.Tensor,
         source: torch.Tensor,
-        after: Sequence[Transfer] = (),
+        after: Sequence[Transfer],
     ) -> None:
+        """`device` computes."""
         self.what = what
-        stream.wait_stream(torch.cuda.current_stream())
+        self._device = device
+        streams = streams_of(device)
+        stream.wait_stream(streams.current(device))
         for copy in after:
             assert isinstance(copy, StreamCopy)
             stream.wait_event(copy._event)
-        with torch.cuda.stream(stream):
+        with streams.use(stream):
             into.copy_(source, non_blocking=True)
-        self._event: torch.cuda.Event = torch.cuda.Event()
+        self._event: Event = streams.event()
         self._event.record(stream)
 
     def done(self) -> bool:
-        return bool(self._event.query())
+        return self._event.query()
 
     def wait(self) -> None:
         """Let the compute stream wait, and not the CPU: kernels that are queued from now on see the bytes."""
-        torch.cuda.current_stream().wait_event(self._event)
+        streams_of(self._device).current(self._device).wait_event(self._event)

@@ -27,6 +27,7 @@ from zinf_cli.run_folder.metrics import Metrics
 from zinf_cli.run_folder.names import PLAN, RECIPE, rank_trace
 from zinf_cli.run_folder.start import announce
 from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.tiers.streams import streams_of
 from zinf_cli.trace import Trace
 from zinf_cli.train.batches import deal
 from zinf_cli.train.blow_ups import BlowUps
@@ -92,7 +93,7 @@ def _device(plan: Plan) -> torch.device:
     if not plan.figures.machine.accelerators:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    streams_of(device).set_device(device)
     return device
 
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from zinf_cli.tiers.streams import streams_of
+
 CHUNK = 1 << 25
 """Logits that are computed at a time. With half as many, of a vocabulary of 128K, products of 128 tokens took a quarter
 longer than those of all tokens."""
@@ -276,7 +278,7 @@ class _Gradients:
     def times(self, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """What `found` gives, times a scalar."""
         found = self.found()
-        if factor.device.type == "cpu" and factor.item() == 1:  # elsewhere it would take longer to ask
+        if streams_of(factor.device).on_cpu and factor.item() == 1:  # elsewhere it would take longer to ask
             return found
         return tuple(None if each is None else each.mul_(factor.to(each.dtype)) for each in found)
 
