@@ -19,6 +19,7 @@ from bisect import bisect_left, insort
 import torch
 
 from zinf_cli.model_state import round_up
+from zinf_cli.tiers.pinned import pin, unpin
 
 HUGE_PAGE = 2**21
 
@@ -60,7 +61,9 @@ class Arena:
     compute stream first.
     """
 
-    def __init__(self, capacity: int, device: torch.device, *, pin: bool = False) -> None:
+    def __init__(self, capacity: int, device: torch.device, *, pin_for: torch.device | None = None) -> None:
+        """With `pin_for`, an accelerator, CPU memory is page-locked for copies from and to it (`pinned`), if it can be.
+        `unpin` has to be called then, before the arena is dropped."""
         self.capacity = round_up(max(1, capacity))
         self.device = device
         self.used = 0
@@ -76,7 +79,7 @@ class Arena:
             self._region = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
             self._region = torch.empty(self.capacity, dtype=torch.uint8, device=device)
-        self.pinned = pin and self._register()
+        self._pinned_for = pin_for if pin_for is not None and pin(self._region, pin_for) else None
 
     def allocate(self, num_bytes: int) -> Buffer | None:
         """A buffer of `num_bytes`, or None when no hole is large enough now."""
@@ -107,15 +110,13 @@ class Arena:
             size += before
         insort(self._holes, (offset, size))
 
-    def _register(self) -> bool:
-        """Page-lock the region, so that copies to the device run beside compute. False where the system refuses."""
-        if not torch.cuda.is_available():
-            return False
-        result = torch.cuda.cudart().cudaHostRegister(self._region.data_ptr(), self.capacity, 0)
-        return int(result) == 0
+    @property
+    def pinned(self) -> bool:
+        """Whether it is page-locked."""
+        return self._pinned_for is not None
 
     def unpin(self) -> None:
-        """Unlock page-locked memory. To be called before the arena is dropped."""
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._region.data_ptr())
-            self.pinned = False
+        """Unlock page-locked memory. No copy may be under way."""
+        if self._pinned_for is not None:
+            unpin(self._region, self._pinned_for)
+            self._pinned_for = None

@@ -15,7 +15,12 @@ import torch
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.streams import Stream, streams_of
 
-_own = threading.local()
+
+class _Own(threading.local):
+    bounce: _Bounce | None = None
+
+
+_own = _Own()
 
 
 class Moment:
@@ -54,11 +59,33 @@ class Moment:
         write(bounce)
 
 
+class _Bounce:
+    """What this thread copies through: page-locked memory of `num_bytes`, and a stream of `device`."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        streams = streams_of(device)
+        streams.set_device(device)
+        self._arena = Arena(num_bytes, torch.device("cpu"), pin_for=device)
+        buffer = self._arena.allocate(num_bytes)
+        assert buffer is not None
+        self.memory = buffer.data
+        self.stream = streams.new(device)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+        self._arena.unpin()
+
+
 def _buffer_and_stream(data: torch.Tensor) -> tuple[torch.Tensor, Stream]:
     """This thread's page-locked buffer, as long as `data`, and its stream on the device of `data`."""
-    if getattr(_own, "stream", None) is None or _own.region.numel() < data.numel():
-        region = Arena(data.numel(), torch.device("cpu"), pin=True).allocate(data.numel())
-        assert region is not None
-        _own.region = region.data
-        _own.stream = streams_of(data.device).new(data.device)
-    return _own.region[: data.numel()], _own.stream
+    if (bounce := _own.bounce) is None or bounce.memory.numel() < data.numel():
+        close_own()
+        bounce = _own.bounce = _Bounce(data.numel(), data.device)
+    return bounce.memory[: data.numel()], bounce.stream
+
+
+def close_own() -> None:
+    """Free this thread's buffer, if it has one. To be called before a thread ends that has moved bytes."""
+    if _own.bounce is not None:
+        _own.bounce.close()
+    _own.bounce = None

@@ -64,7 +64,7 @@ class MemoryTier:
         if self._device.type != "cpu":
             return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
         pin = self._pin and not self.in_place
-        arena = Arena(num_bytes, self._device, pin=pin)
+        arena = Arena(num_bytes, self._device, pin_for=self._compute_device if pin else None)
         if pin and not arena.pinned and self._notice is not None:
             self._notice("the system refuses page-locked memory (ulimit -l): copies to the device will be slower")
             self._notice = None
@@ -110,6 +110,8 @@ class MemoryTier:
         return StreamCopy(what, stream, self._compute_device, into, source, after)
 
     def close(self) -> None:
+        for stream in (self._in, self._out):
+            stream.synchronize()  # its copies use memory that is unlocked and freed now
         self._freed.clear()
         for arena in self._arenas:
             arena.unpin()

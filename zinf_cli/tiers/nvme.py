@@ -29,7 +29,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, TierError
 from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left, why_buffered
 from zinf_cli.model_state import PIECE, round_up
-from zinf_cli.tiers.bounce import Moment
+from zinf_cli.tiers.bounce import Moment, close_own
 from zinf_cli.tiers.tier import Extent, Transfer
 from zinf_cli.trace import Trace
 
@@ -317,3 +317,4 @@ def _opened(folder: Path, notice: Callable[[str], None] | None) -> int:
 def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
     while (job := jobs.get()) is not None:
         job()
+    close_own()

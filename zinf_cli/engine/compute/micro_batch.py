@@ -30,6 +30,7 @@ from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.tiles import Tile, TiledWeight
 from zinf_cli.engine.units.units import UnitLayout, taken_apart
 from zinf_cli.errors import ModelError
+from zinf_cli.tiers.streams import streams_of
 
 
 @dataclass
@@ -138,6 +139,7 @@ class MicroBatchThread:
 
     def _loop(self) -> None:
         _running.thread = self
+        streams_of(self._device).set_device(self._device)
         torch.get_num_threads()  # makes torch set up this thread now; later that would undo the limits below
         for limit in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
             if hasattr(_symbols, limit):
