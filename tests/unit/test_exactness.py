@@ -22,6 +22,7 @@ from plain import (
     relative_difference,
 )
 from tiny_models import CONFIGS, random_source
+from zinf_cli.engine.compute.loss_scale import LossScale
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
@@ -289,6 +290,20 @@ def test_nor_does_an_infinite_loss_with_a_finite_gradient(how: str, dtype: torch
     engine = open_engine(random_source("llama"), options, dtype=dtype)
     found = engine_losses(engine, 6, clip=50.0, infinite=(3, 1))
     assert found == plain_losses(random_source("llama"), 6, clip=50.0, dtype=dtype, infinite=(3, 1))
+
+
+def test_a_scale_that_a_loss_in_fp16_can_not_hold_changes_nothing(tmp_path: Path) -> None:
+    """As with GradScaler, whose first scale is 65536: the step is left out, and the next scale is half of it."""
+    engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path), dtype=torch.float16)
+    ids = torch.arange(24).reshape(2, 12) + 3
+    work = [MicroBatch(lambda: engine_loss(engine, ids)().half())]
+    before, scale, found = engine.evaluate(work), LossScale(), []
+    for _ in range(2):
+        found.append((scale.scale, engine.train_step(work, AdamW(1e-3), loss_scale=scale.scale, more=False).finite))
+        scale.note(finite=found[-1][1])
+    assert found == [(65536.0, False), (32768.0, True)]
+    assert engine.evaluate(work) < before
+    engine.close()
 
 
 def test_a_loss_is_judged_with_its_gradient_unless_it_has_no_weight(tmp_path: Path) -> None:

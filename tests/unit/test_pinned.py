@@ -1,4 +1,4 @@
-"""Memory that is locked for an accelerator: in which thread, for which device, and until when.
+"""Memory that an accelerator copies from and to: who locks it, in which thread, until when; and who asks for copies.
 
 CUDA is not here. What its calls promise is: an error stays with the thread that made the call, a thread begins on the
 first device, and memory that is locked must be there until it is unlocked.
@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from zinf_cli.engine.compute.micro_batch import MicroBatchThread
+from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers import streams
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.memory import MemoryTier
+from zinf_cli.tiers.memory import MemoryTier, StreamCopy
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Tier
 from zinf_cli.trace import Trace
@@ -142,3 +143,47 @@ def test_a_micro_batch_computes_on_the_device_of_its_rank(runtime: Runtime) -> N
     thread.start(forward, grad=False)
     thread.close()
     assert not runtime.strays
+
+
+class Slow:
+    """A transfer that is done when it is told. It counts how often it is asked."""
+
+    what = "slow"
+
+    def __init__(self) -> None:
+        self.over = False
+        self.asked = 0
+
+    def done(self) -> bool:
+        self.asked += 1
+        return self.over
+
+    def wait(self) -> None: ...
+
+
+def test_a_host_that_is_ahead_does_not_ask_for_every_copy_again_and_again() -> None:
+    """With a chunk a copy, a layer has hundreds under way, and each question takes a call of the driver."""
+    slots, resident, chunks = (Arena(PAGE, CPU) for _ in range(3))
+    memory = Memory(slots, resident, chunks, chunk_numel=1)
+    slot = memory.slots.allocate(PAGE)
+    assert slot is not None
+    copies = [Slow() for _ in range(100)]
+    memory.free_after(copies, [slot])
+    for copy in copies:
+        memory.reclaim()
+        copy.over = True
+    assert memory.slots.used == PAGE
+    memory.reclaim()
+    assert memory.slots.used == 0
+    assert sum(copy.asked for copy in copies) <= 3 * len(copies)
+
+
+def test_nor_does_a_tier_whose_copies_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[StreamCopy] = []
+    monkeypatch.setattr(StreamCopy, "done", asked.append)
+    tier = MemoryTier("cpu", CPU, DEVICE, Trace())
+    extent = tier.allocate(PAGE, "weights")
+    for _ in range(100):
+        extent.write(0, torch.ones(PAGE, dtype=torch.uint8))
+    assert len(asked) < 100
+    tier.close()

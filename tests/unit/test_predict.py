@@ -22,6 +22,7 @@ from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme, to_profile
 from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import CLASSES, WORKSPACE_BYTES, Choice, compute_bytes
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import best_plan
@@ -89,6 +90,15 @@ def test_what_has_to_leave_memory_is_what_costs_least(tmp_path: Path) -> None:
     assert tight.step_s > ample.step_s
     reasons = reasons_of(tight, recipe)
     assert all("left for it" in reasons[state] for state, tier in tight.placement.items() if tier == "nvme")
+
+
+def test_each_thread_that_multiplies_has_a_workspace_on_the_accelerator(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    choices = [Choice(dict.fromkeys(CLASSES, "cpu"), count, "device") for count in (1, 4)]
+    few, more = (compute_bytes(figures_of(recipe), choice) for choice in choices)
+    on_cpu = [compute_bytes(figures_of(recipe), replace(choice, compute_tier="cpu")) for choice in choices]
+    assert few - on_cpu[0] == 3 * WORKSPACE_BYTES
+    assert more - on_cpu[1] == 6 * WORKSPACE_BYTES
 
 
 def test_a_faster_drive_is_a_shorter_step(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ CHURN_BYTES = 50 * MIB
 come and go."""
 LANE_BYTES = 11 * MIB
 """What each micro-batch of a sweep adds to CHURN_BYTES: each has a thread of its own."""
+WORKSPACE_BYTES = 32 * MIB
+"""What each thread that multiplies matrices on an accelerator has of it: cuBLAS's workspace, the largest of torch's
+defaults. Threads are those of the micro-batches, the one that computes and that of autograd."""
 LAUNCHER_BYTES = 122 * MIB
 """Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
@@ -373,4 +376,5 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
         inside += max((unit.before_bytes for unit in model.units), default=0)
     else:
         waiting += model.glue_bytes
-    return int(max(inside, turn) * TEMPORARIES_MORE) + waiting * choice.per_sweep
+    workspaces = WORKSPACE_BYTES * (choice.per_sweep + 2) if choice.compute_tier == "device" else 0
+    return int(max(inside, turn) * TEMPORARIES_MORE) + waiting * choice.per_sweep + workspaces

@@ -101,7 +101,7 @@ class MemoryTier:
                 memory.copy_(source)
                 return DONE
             copy = self._copy(f"copy out {extent.label}", self._out, memory, source)
-            extent.writes = [write for write in extent.writes if not write.done()] + [copy]
+            extent.writes = [copy]  # the stream makes it behind all that were asked for before
             return copy
 
     def _copy(

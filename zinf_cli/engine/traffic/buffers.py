@@ -23,7 +23,7 @@ class Memory:
     chunks: Arena
     """Buffers of one size, for the update."""
     chunk_numel: int
-    _draining: deque[tuple[list[Transfer], list[Buffer]]] = field(default_factory=deque, init=False, repr=False)
+    _draining: deque[tuple[deque[Transfer], list[Buffer]]] = field(default_factory=deque, init=False, repr=False)
 
     @property
     def draining(self) -> bool:
@@ -37,7 +37,7 @@ class Memory:
     def free_after(self, transfers: Sequence[Transfer], buffers: Sequence[Buffer]) -> None:
         """Free `buffers` when `transfers` are done."""
         if transfers:
-            self._draining.append((list(transfers), list(buffers)))
+            self._draining.append((deque(transfers), list(buffers)))
         else:
             _free(buffers)
 
@@ -45,12 +45,12 @@ class Memory:
         """Free the buffers whose transfers are done. Raises TierError where one of these failed."""
         for _ in range(len(self._draining)):
             transfers, buffers = self._draining.popleft()
-            if all(transfer.done() for transfer in transfers):
-                for transfer in transfers:
-                    transfer.wait()
-                _free(buffers)
-            else:
+            while transfers and transfers[0].done():  # asked once: many may be under way
+                transfers.popleft().wait()
+            if transfers:
                 self._draining.append((transfers, buffers))
+            else:
+                _free(buffers)
 
     def drain_one(self, wait: Callable[[Transfer], None]) -> None:
         """Wait for the oldest transfers, and free their buffers. There has to be one: see `draining`."""
