@@ -1,8 +1,11 @@
 """The ranks of a run, and the collectives between them.
 
 Order of collectives: every rank must start the same collectives in the same order, or the run hangs. Gathers follow
-the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. So each kind has
-a process group of its own; a few numbers now and then travel in a third, from CPU memory.
+the order of visits, and so do reductions, but how the two interleave depends on how fast a drive is. Over gloo each
+kind has a process group of its own, so that does not matter. NCCL's collectives are kernels that hold the device until
+all ranks have come: two communicators in different orders block each other, as soon as anything makes a device wait for
+all that it has been given. So over NCCL both kinds share one communicator, and begin in one order
+(traffic/one_order.py). A few numbers now and then travel in a group of their own, from CPU memory.
 
 gloo's own all-gather and reduce-scatter copy what they move, once or twice. A broadcast, or a reduction, of each rank's
 slice copies nothing, and sends the same bytes over every link. On one machine a gather takes a third of the time that
@@ -37,7 +40,8 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     whole: bool = False
-    """Whether the backend moves a flat in one collective (NCCL), and not a slice at a time (gloo)."""
+    """Whether the backend moves a flat in one collective, and needs one order of all of them (NCCL). Over gloo a flat
+    is moved a slice at a time, and gathers and reductions each have their own order."""
     gather_group: Any = None
     reduce_group: Any = None
     control_group: Any = None
@@ -59,7 +63,8 @@ class Ranks:
             rank=rank,
             world_size=world_size,
         )
-        gather, reduce = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
+        gather = dist.new_group(timeout=timeout)
+        reduce = gather if nccl else dist.new_group(timeout=timeout)
         return cls(rank, world_size, nccl, gather, reduce, dist.group.WORLD)
 
     def gather(self, flat: torch.Tensor, own_slice: torch.Tensor, trace: Trace, label: str) -> Transfer:
@@ -110,6 +115,11 @@ class Ranks:
             work = dist.all_reduce(values, group=self.control_group, async_op=True)
         return Flags(values, work)
 
+    def least(self, number: int) -> Least:
+        """Start telling the other ranks. The result is the least of all ranks' numbers."""
+        value = torch.tensor(number)
+        return Least(value, dist.all_reduce(value, dist.ReduceOp.MIN, group=self.control_group, async_op=True))
+
     def all(self, number: int) -> list[int]:
         """Every rank's number, in the order of ranks."""
         numbers = torch.zeros(self.world_size, dtype=torch.int64)
@@ -138,6 +148,18 @@ class Flags:
         if self.work is not None:
             self.work.wait()
         return [bool(value) for value in self.values]
+
+
+@dataclass(frozen=True)
+class Least:
+    """A number on its way between ranks; `wait` gives the least one."""
+
+    value: torch.Tensor
+    work: Any
+
+    def wait(self) -> int:
+        self.work.wait()
+        return int(self.value)
 
 
 class Collective:

@@ -172,8 +172,8 @@ class Fetch:
         return self._complete
 
     def _gathered(self, wait: Callable[[Transfer], None] | None) -> bool:
-        if self._gathers is None:
-            self._gathers = self._start_gathers()
+        self.start_gather()
+        assert self._gathers is not None
         if not self._settle(self._gathers, wait):
             return False
         # a forward that clamps would change bytes of the slot that are still being written
@@ -191,6 +191,11 @@ class Fetch:
                 return False
             self.unit.life.finish_update()
         return True
+
+    def start_gather(self) -> None:
+        """Start the gather, if it has not been; the bytes of this rank are there."""
+        if self._gathers is None:
+            self._gathers = self._start_gathers()
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks

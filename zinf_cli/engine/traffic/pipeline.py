@@ -22,6 +22,7 @@ from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.eager import EagerUpdates
 from zinf_cli.engine.traffic.fetch import Fetch
+from zinf_cli.engine.traffic.one_order import OneOrder
 from zinf_cli.engine.traffic.update import Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
@@ -75,6 +76,7 @@ class Pipeline:
         """Pending updates under way of units that no visit needs."""
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
+        self._order = OneOrder(ranks)
         self.eager = EagerUpdates(units, memory, self.wait)
         experts = [unit.layout.num_bytes for unit in units if unit.layout.on_demand]
         self._spare = 2 * max(experts, default=0)
@@ -87,6 +89,7 @@ class Pipeline:
 
     def put_first(self, visits: Iterable[Visit]) -> None:
         """Announce `visits` before all others, in the place of the OPEN visit if that comes next."""
+        self._order.withdraw()
         if self._first() is not None and self._fetches[0].open:
             self._fetches.popleft()
         self._fetches.extendleft(reversed([self._fetch(visit) for visit in visits]))
@@ -116,7 +119,8 @@ class Pipeline:
         in_turn = True  # behind an OPEN visit nothing is gathered, since all ranks gather in one order
         for fetch in self._fetches:
             in_turn = in_turn and not fetch.open
-            if not fetch.open and not (fetch.progress() if in_turn else fetch.prepare()):
+            ahead = in_turn and self._order.may_gather(fetch)
+            if not fetch.open and not (fetch.progress() if ahead else fetch.prepare()):
                 break
         while self._flushes and self._flushes[0].progress():
             self._flushes.popleft().free()
@@ -130,6 +134,7 @@ class Pipeline:
         fetch = self._next(visit)
         self._complete(fetch)
         self._fetches.popleft()
+        self._order.visited(self._fetches)
         self._hold(fetch)
 
     def acquire_aside(self, visit: Visit) -> None:
@@ -184,6 +189,7 @@ class Pipeline:
         """Unbind the unit, start reducing its gradient, and free its slot unless an eager update follows."""
         fetch = self._held.pop(visit.unit)
         fetch.unit.unbind()
+        self._order.meet(self._fetches)
         if fetch.grads:
             reduced = [self.ranks.reduce_scatter(grad, self.trace, fetch.unit.name) for grad in fetch.grads]
             touched = self.ranks.any(fetch.unit.life.touched) if visit.final else None
@@ -234,6 +240,7 @@ class Pipeline:
         Updates under way are finished first. Gathers that some rank has started are finished on every rank: see "Order
         of collectives" in ranks.py.
         """
+        self._order.withdraw()
         started = max(self.ranks.all(sum(fetch.gathering for fetch in self._fetches)))
         while len(self._fetches) < started:
             self._fetches.append(self._fetch(self._coming.popleft()))
