@@ -75,6 +75,7 @@ def test_this_machine_needs_no_ssh(lab: Lab) -> None:
     done = subprocess.run(lab.zinf("doctor"), env=lab.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "localhost" in done.stdout
+    assert "not needed" in done.stdout
 
 
 def test_an_unknown_host_key_comes_with_the_line_to_add(lab: Lab) -> None:

@@ -16,7 +16,7 @@ from zinf_cli.recipe.hosts import Host
 class Pipes:
     """Channels to supervisors on this machine."""
 
-    name = "none"
+    name = "not needed"
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, _PipeChannel.silence_s)
