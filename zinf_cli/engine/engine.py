@@ -60,7 +60,7 @@ class StepResult:
     finite: bool
     """Whether the gradient and the losses of all ranks are finite. If not, nothing is updated."""
     wait_s: float
-    """Seconds the compute thread waited for data."""
+    """Seconds in which compute stood still for data."""
     updated: bool
     """Whether the update was made in the backward pass."""
 
@@ -194,7 +194,7 @@ class Engine:
         if sink is not None:
             self._copy_what_stays(sink)
         updated = eager or (speculative and unclipped)
-        return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.wait_s, updated)
+        return StepResult([loss.item() for loss in losses], norm.item(), finite, self._pipeline.waited(), updated)
 
     def _sweeps(
         self, batches: Sequence[MicroBatch], forward_done: Callable[[], None], kernel: Kernel, *, undoable: bool

@@ -11,7 +11,6 @@ All methods run on the compute thread; drives and collectives work in threads of
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from zinf_cli.engine.traffic.update import Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.errors import CapacityError
+from zinf_cli.tiers.stopwatch import stopwatch_of
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace
 
@@ -64,7 +64,8 @@ class Pipeline:
         self.memory = memory
         self.trace = trace
         self.updates = Updates()
-        self.wait_s = 0.0
+        self._wait_s = 0.0
+        self._stopwatch = stopwatch_of(memory.slots.device)
         self.norms: dict[int, torch.Tensor] = {}
         """Gradient norms of this step (scalars), by index of the parameter. With several ranks, the norm of a flat's
         slice, by index of the flat's first parameter."""
@@ -102,7 +103,8 @@ class Pipeline:
 
     def begin_step(self) -> None:
         """Drop the gradients of the step before, or of an abandoned step."""
-        self.wait_s = 0.0
+        self.waited()  # for something else than a step, such as an evaluation
+        self._wait_s = 0.0
         self.norms.clear()
         self.completed.clear()
         self.eager.made.clear()
@@ -229,6 +231,7 @@ class Pipeline:
         self.eager.finish()
         while self.memory.draining:
             self.memory.drain_one(self.wait)
+        self.waited()
 
     def held_flats(self, unit: int) -> list[torch.Tensor]:
         """The flats of a held unit (1-D, each of its dtype)."""
@@ -333,15 +336,18 @@ class Pipeline:
         return False
 
     def wait(self, transfer: Transfer) -> None:
-        """Wait for a transfer. The seconds count as time that compute waits (`wait_s`)."""
-        if not transfer.done():
-            start = time.perf_counter()
+        """Wait for a transfer. The seconds in which compute stands still count as waiting (`waited`)."""
+        if transfer.done():
             transfer.wait()
-            end = time.perf_counter()
-            self.wait_s += end - start
-            self.trace.add("wait", transfer.what, start, end)
         else:
-            transfer.wait()
+            self._stopwatch.time(transfer.what, transfer.wait)
+
+    def waited(self) -> float:
+        """Seconds of this step in which compute stood still for data. On an accelerator, those that are over by now."""
+        for what, start, end in self._stopwatch.over():
+            self._wait_s += end - start
+            self.trace.add("wait", what, start, end)
+        return self._wait_s
 
     def _finish_gradient(self, reduction: Reduction) -> None:
         """Add the earlier gradient and note the norm. Then update, or write the slice to its tier."""
