@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -42,13 +42,12 @@ from zinf_cli.commands.options import (
     Strategy,
     Timeline,
     Vocab,
+    chosen_hosts,
+    counted_hosts,
 )
 from zinf_cli.commands.recipe import recipes
 from zinf_cli.errors import FileError, UsageError, ZinfError
 from zinf_cli.unfailing_stream import stand_on_open_descriptors
-
-if TYPE_CHECKING:
-    from zinf_cli.recipe.hosts import Host
 
 app = typer.Typer(
     name="zinf",
@@ -104,25 +103,12 @@ def launch(
     from zinf_cli.commands.launch import launch as run
     from zinf_cli.screen import Screen
 
-    world = _hosts(hosts, include, exclude, slots)
+    world = chosen_hosts(hosts, include, exclude, slots)
     if sync and not world:
         raise UsageError("--sync brings files to --hosts, which is missing")
     variables = _environment(env or ())
     request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
     run(request, Screen(stderr=True))
-
-
-def _hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
-    """The hosts of a run; none stands for this machine."""
-    from zinf_cli.recipe.hosts import load_hosts
-
-    if source is None:
-        if include is not None or exclude is not None:
-            raise UsageError("--include and --exclude choose among --hosts, which is missing")
-        return ()
-    if slots is not None:
-        raise UsageError("--slots is for this machine", hint="the hostfile says how many each host has; see --include")
-    return load_hosts(source, include=include, exclude=exclude)
 
 
 def _environment(given: Sequence[str]) -> dict[str, str]:
@@ -136,6 +122,27 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--env {name}: not set here", hint=f"--env {name}=VALUE")
         variables[name] = value if equals else os.environ[name]
     return variables
+
+
+@app.command()
+def init(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face checkpoint directory, or a run.")],
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT ...", help="Files or folders to train on.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe [default: MODEL's name .yaml].")] = None,
+    from_deepspeed: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Take over what a DeepSpeed configuration says.")
+    ] = None,
+    hostfile: Annotated[
+        str | None, typer.Option(metavar="HOSTFILE", help="Its ranks: DeepSpeed accumulates gradients for each.")
+    ] = None,
+) -> None:
+    """Write a recipe that runs, each choice with its reason."""
+    from zinf_cli.commands.init import InitRequest
+    from zinf_cli.commands.init import init as write
+    from zinf_cli.screen import Screen
+
+    slots = sum(len(host.slots) for host in chosen_hosts(hostfile, None, None, None)) if hostfile else None
+    write(InitRequest(model, tuple(texts), out, from_deepspeed, slots), Screen())
 
 
 @app.command()
@@ -156,7 +163,7 @@ def doctor(
     if checkpoint is not None:
         check_checkpoint(checkpoint.absolute(), as_json=as_json, console=Screen())
         return
-    look(_hosts(hosts, include, exclude, None), as_json=as_json, console=Screen())
+    look(chosen_hosts(hosts, include, exclude, None), as_json=as_json, console=Screen())
 
 
 @app.command()
@@ -193,7 +200,7 @@ def estimate(
     if hosts is not None:
         if nodes > 1 or gpus_per_node:
             raise UsageError("give either --hosts or --nodes and --gpus-per-node")
-        nodes, gpus_per_node = _counted(hosts)
+        nodes, gpus_per_node = counted_hosts(hosts)
     given = list(recipe or ())
     path = Path(given.pop(0)) if given and "=" not in given[0] else None
     flags = Flags(
@@ -208,20 +215,6 @@ def estimate(
     from zinf_cli.commands.estimate_recipe import estimate_recipe
 
     estimate_recipe(path, given, flags, Screen())
-
-
-def _counted(hostfile: str) -> tuple[int, int]:
-    """Hosts, and the slots of each."""
-    from zinf_cli.recipe.hosts import load_hosts
-
-    hosts = load_hosts(hostfile)
-    slots = {len(host.slots) for host in hosts}
-    if len(slots) > 1:
-        raise UsageError(
-            f"{hostfile} has hosts with {min(slots)} and with {max(slots)} slots",
-            hint="an estimate is of hosts that are alike: give --nodes and --gpus-per-node",
-        )
-    return len(hosts), slots.pop()
 
 
 @bench.command("nvme")
@@ -256,7 +249,7 @@ def bench_links(
     from zinf_cli.commands.bench import run_bench_links
     from zinf_cli.screen import Screen
 
-    run_bench_links(_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Screen(stderr=True))
+    run_bench_links(chosen_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Screen(stderr=True))
 
 
 @app.command()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from zinf_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from zinf_cli.recipe.hosts import Host
 
 MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
 
@@ -61,3 +66,30 @@ Strategy = Annotated[
 Explain = Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")]
 Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")]
 Out = Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")]
+
+
+def chosen_hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
+    """The hosts of a run; none stands for this machine."""
+    from zinf_cli.recipe.hosts import load_hosts
+
+    if source is None:
+        if include is not None or exclude is not None:
+            raise UsageError("--include and --exclude choose among --hosts, which is missing")
+        return ()
+    if slots is not None:
+        raise UsageError("--slots is for this machine", hint="the hostfile says how many each host has; see --include")
+    return load_hosts(source, include=include, exclude=exclude)
+
+
+def counted_hosts(hostfile: str) -> tuple[int, int]:
+    """Hosts, and the slots of each."""
+    from zinf_cli.recipe.hosts import load_hosts
+
+    hosts = load_hosts(hostfile)
+    slots = {len(host.slots) for host in hosts}
+    if len(slots) > 1:
+        raise UsageError(
+            f"{hostfile} has hosts with {min(slots)} and with {max(slots)} slots",
+            hint="an estimate is of hosts that are alike: give --nodes and --gpus-per-node",
+        )
+    return len(hosts), slots.pop()

@@ -66,6 +66,22 @@ def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterat
         raise DatasetError(f"can't read: {_first_line(error.strerror or error)}", where=str(path)) from error
 
 
+def first_record(path: Path) -> dict[str, Any]:
+    """The first record of a .jsonl or .parquet file, all its fields. DatasetError if there is none."""
+    try:
+        if kind_of(path) == ".jsonl":
+            where, record = next(_json_values(path), (str(path), None))
+        else:
+            where, record = f"{path}:row 0", next(_parquet_records(path, None), None)
+    except OSError as error:
+        raise DatasetError(f"can't read: {_first_line(error.strerror or error)}", where=str(path)) from error
+    if not isinstance(record, dict):
+        raise DatasetError(
+            "no record here" if record is None else f"expected a record, got a {type(record).__name__}", where=where
+        )
+    return record
+
+
 def _text_pieces(path: Path) -> Iterator[Document]:
     """The document of a .txt file, cut at line ends so that memory stays bounded."""
     piece: list[str] = []
@@ -81,35 +97,47 @@ def _text_pieces(path: Path) -> Iterator[Document]:
 
 
 def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
-    for number, line in _lines(path, LONGEST_RECORD, whole=True):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
-        except (ValueError, RecursionError) as error:  # a number with too many digits; too many brackets in brackets
-            raise DatasetError(f"not usable JSON: {_first_line(error)}", where=where) from error
+    for where, record in _json_values(path):
         if not isinstance(record, dict) or field not in record:
             raise _no_field(field, record, where)
         yield Document(where, _unmarked(record[field]), beside={name: record.get(name) for name in beside})
 
 
+def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every line that is not empty."""
+    for number, line in _lines(path, LONGEST_RECORD, whole=True):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
+        except (ValueError, RecursionError) as error:  # a number with too many digits; too many brackets in brackets
+            raise DatasetError(f"not usable JSON: {_first_line(error)}", where=where) from error
+        yield where, value
+
+
 def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
+    for row, record in enumerate(_parquet_records(path, (field, *beside), field)):
+        rest = {name: record.get(name) for name in beside}
+        yield Document(f"{path}:row {row}", _unmarked(record.get(field)), beside=rest)
+
+
+def _parquet_records(path: Path, wanted: Sequence[str] | None, needed: str | None = None) -> Iterator[dict[str, Any]]:
+    """Rows with the `wanted` columns that there are; None wants all. DatasetError without the `needed` one."""
     import pyarrow.parquet
 
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
-            if field not in names:
-                raise _no_field(field, dict.fromkeys(names), str(path))
-            columns = [field, *(name for name in beside if name in names)]
+            if needed is not None and needed not in names:
+                raise _no_field(needed, dict.fromkeys(names), str(path))
+            columns = names if wanted is None else [name for name in wanted if name in names]
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
-                    rest = {name: record.get(name) for name in beside}
-                    yield Document(f"{path}:row {row}", _unmarked(record.get(field)), beside=rest)
+                    yield record
                     row += 1
     except DatasetError:
         raise

@@ -1,0 +1,150 @@
+"""`zinf init`: a recipe that runs, from a model and a text. Each choice stands beside its reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.errors import UsageError
+from zinf_cli.machine.hardware import accelerators_here
+from zinf_cli.recipe.deepspeed import Taken, from_deepspeed
+from zinf_cli.recipe.draft import Choice, draft
+from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.screen import outside
+from zinf_cli.train.first_look import ModelFacts, TextFacts, look_at_model, look_at_text
+
+_TOKENS_A_STEP = {True: 32_768, False: 2_048}
+"""With accelerators, and without: enough for a steady gradient, few enough for a step that ends soon."""
+_LONGEST = {True: 2048, False: 256}
+_ENOUGH_TO_HOLD_OUT = 40
+"""Sequences."""
+_FEWEST_STEPS = 8
+_LARGE_MODEL = 10**9
+
+
+@dataclass(frozen=True)
+class InitRequest:
+    """The command line of `zinf init`."""
+
+    model: Path
+    texts: tuple[Path, ...]
+    out: Path | None
+    deepspeed: Path | None
+    num_ranks: int | None
+    """Slots of a hostfile, where one is given."""
+
+
+def init(request: InitRequest, console: Console) -> None:
+    """Write the recipe; say where it is, what it means and what comes next."""
+    path = request.out or Path(f"{request.model.absolute().name}.yaml")
+    model = look_at_model(request.model)
+    text = look_at_text(request.texts, model.is_encoder_decoder)
+    taken = Taken() if request.deepspeed is None else _deepspeed(request.deepspeed, request.num_ranks)
+    choices = [*_what(request, path, text), *_how(model, text, {choice.key: choice.value for choice in taken.choices})]
+    _write(path, draft([*choices, *taken.choices], _heading(request, taken)))
+    for line in _told(path, model, text, taken):
+        console.print(outside(line), soft_wrap=True)
+
+
+def _write(path: Path, recipe: str) -> None:
+    """A new file, which is one of a recipe that launch takes, or none."""
+    try:
+        with path.open("x") as file:
+            file.write(recipe)
+    except FileExistsError as error:
+        raise UsageError(
+            "is there already", where=str(path), hint="give --out another name, or move it away"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"can't be written: {error.strerror or error}", where=str(path)) from error
+    try:
+        load_recipe(path)
+    except BaseException:
+        path.unlink()
+        raise
+
+
+def _what(request: InitRequest, path: Path, text: TextFacts) -> Iterator[Choice]:
+    """Model, text, and where the run lies."""
+    yield Choice("model.name_or_path", str(request.model))
+    paths = list(map(str, request.texts))
+    yield Choice("dataset.path", paths if len(paths) > 1 else paths[0])
+    for key, name in text.fields.items():
+        yield Choice(f"dataset.{key}", name, f"found in the first record: {text.kind}")
+    yield Choice("output_dir", f"runs/{path.stem}", "state that does not fit into memory lies there as well")
+
+
+def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterator[Choice]:
+    """How it is trained. What is `given` counts where another choice follows from it."""
+    accelerated = accelerators_here() > 0
+    seq_len = min(_LONGEST[accelerated], model.context or _LONGEST[accelerated])
+    sequences = text.num_tokens // seq_len
+    micro = given.get("train.micro_batch_size", 1)
+    most = max(1, min(_TOKENS_A_STEP[accelerated] // seq_len, sequences // _FEWEST_STEPS) // micro)
+    batch = micro * given.get("train.gradient_accumulation_steps", most)
+    steps = given.get("train.max_steps", max(1, sequences // batch))
+
+    held_out = sequences >= _ENOUGH_TO_HOLD_OUT
+    if held_out:
+        share = 0.01 if sequences >= 100 * _ENOUGH_TO_HOLD_OUT else 0.05
+        count = max(1, round(sequences * share))
+        yield Choice("dataset.eval_fraction", share, f"the end of the text, about {count} sequences")
+    why = f"the model's longest is {model.context}" if model.context else "the model names no longest sequence"
+    yield Choice("train.seq_len", seq_len, why if accelerated else f"short, for a CPU; {why}")
+    yield Choice("train.micro_batch_size", micro, "the least memory; a step's micro-batches pass the model together")
+    yield Choice("train.gradient_accumulation_steps", most, f"sequences a step, with {most * seq_len} tokens")
+    if "train.max_steps" not in given:
+        tokens = f"{'' if text.kind == 'tokens' else 'about '}{format_count(text.num_tokens)} tokens"
+        yield Choice("train.epochs", 1, f"{tokens}, so about {steps} steps")
+    if held_out:
+        yield Choice("train.eval_interval", max(1, steps // 10), "ten times in the run")
+    yield Choice("train.precision", "auto", "bf16 on an accelerator, fp32 on a CPU")
+    small = model.num_parameters is not None and model.num_parameters < _LARGE_MODEL
+    why = (
+        f"usual for fine-tuning a model of {'less than 1B' if small else '1B'} parameters{'' if small else ' or more'}"
+    )
+    yield Choice("optimizer.lr", 5e-5 if small else 2e-5, why)
+    yield Choice("lr_scheduler.name", "cosine")
+    yield Choice("lr_scheduler.warmup_steps", max(1, steps * 3 // 100), "3 % of the steps")
+    yield Choice("checkpoint.interval", min(max(1, steps // 5), 500), "steps; a crash costs no more than these")
+    yield Choice("checkpoint.keep_latest_k", 2, "older ones are removed")
+
+
+def _heading(request: InitRequest, taken: Taken) -> Iterator[str]:
+    yield f"Written by zinf init on {date.today().isoformat()}. `zinf recipe keys` lists every key and its default."
+    if request.deepspeed is not None:
+        yield f"Values of {request.deepspeed.name} are taken over where they have a counterpart. Those without one:"
+        yield from (f"    {key}" for key in taken.without or ["none"])
+
+
+def _told(path: Path, model: ModelFacts, text: TextFacts, taken: Taken) -> Iterator[str]:
+    size = "a model" if model.num_parameters is None else f"{format_count(model.num_parameters)} parameters"
+    files = "1 file" if text.num_files == 1 else f"{text.num_files} files"
+    yield f"{path}: {size}, {files} of {text.kind} ({format_bytes(text.num_bytes)})"
+    if taken.choices:
+        yield f"taken over: {', '.join(choice.key for choice in taken.choices)}"
+    for key, why in taken.needless.items():
+        yield f"not needed: {key} ({why})"
+    for key in taken.without:
+        yield f"no counterpart: {key}"
+    yield f"next: zinf launch {path} --dry-run    the plan, and nothing else"
+    yield f"      zinf launch {path}"
+
+
+def _deepspeed(path: Path, num_ranks: int | None) -> Taken:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"can't be read: {error.strerror or error}", where=str(path)) from error
+    except ValueError as error:
+        raise UsageError(f"is no JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict):
+        raise UsageError("is no DeepSpeed configuration", where=str(path))
+    return from_deepspeed(config, num_ranks)

@@ -1,0 +1,127 @@
+"""What `zinf init` has to know of a model and a text, found without loading either."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zinf_cli.checkpoint.folder import checkpoints_of
+from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.train.documents import first_record
+from zinf_cli.train.safetensors_files import SafetensorsFiles
+from zinf_cli.train.text_files import RECORDS, find_texts, is_packed, kind_of
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
+"""Names under which configurations keep the longest sequence."""
+_CHATS = ("messages", "conversations", "conversation", "chat")
+_TEXTS = ("text", "content", "document", "body")
+_PAIRS = (("source", "target"), ("input", "output"), ("document", "summary"), ("article", "highlights"))
+_BYTES_PER_TOKEN = 4
+"""Of text in most languages and tokenizers, about."""
+_PACKED_TIMES = 3
+"""Text by its gzip, about."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What decides a recipe's first values."""
+
+    num_parameters: int | None
+    """None for a checkpoint of a run."""
+    context: int | None
+    """Tokens of the longest sequence its configuration names."""
+    is_encoder_decoder: bool
+    is_masked: bool
+    """It learns to fill in masked tokens, as BERT does."""
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a text is, and about how much of it there is."""
+
+    num_files: int
+    num_bytes: int
+    num_tokens: int
+    """Exact for .npy, else by the bytes."""
+    fields: Mapping[str, str]
+    """Keys of the recipe's dataset section, and the fields of records that they name."""
+    kind: str
+    """In words: text, chats, pairs, tokens."""
+
+
+def look_at_model(folder: Path) -> ModelFacts:
+    """ModelError or CheckpointError if there is no model in the folder."""
+    newest = next(iter(checkpoints_of(folder)), folder)
+    path = newest / "config.json"
+    try:
+        config: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        hint = None if path.is_file() else "download a model first: hf download ORG/NAME --local-dir DIRECTORY"
+        raise ModelError(f"can't be read: {why}", where=str(path), hint=hint) from error
+    if not isinstance(config, dict):
+        raise ModelError("is no configuration of a model", where=str(path))
+    parts = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
+    lengths = [value for of in parts for key in _LENGTHS if isinstance(value := of.get(key), int)]
+    architecture = str(next(iter(config.get("architectures") or [""])))
+    return ModelFacts(
+        num_parameters=None if checkpoints_of(folder) else _num_parameters(folder),
+        context=min((length for length in lengths if length > 1), default=None),
+        is_encoder_decoder=bool(config.get("is_encoder_decoder")),
+        is_masked=architecture.endswith("ForMaskedLM"),
+    )
+
+
+def _num_parameters(folder: Path) -> int:
+    files = SafetensorsFiles(folder)
+    return sum(files.on_meta(key).numel() for key in files.keys())  # noqa: SIM118 (not a dict)
+
+
+def look_at_text(paths: Sequence[Path], pairs: bool) -> TextFacts:
+    """`pairs`: the model reads a source and writes a target. DatasetError if the text is not what it needs."""
+    texts = find_texts(paths)
+    files = [file for found in texts for file in found.files]
+    num_bytes = sum(found.num_bytes for found in texts)
+    if kind_of(files[0]) == ".npy":
+        import numpy
+
+        arrays = [numpy.load(file, mmap_mode="r") for file in files]
+        return TextFacts(len(files), num_bytes, sum(array.size for array in arrays), {}, "tokens")
+    unpacked = sum(file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) for file in files)
+    fields: dict[str, str] = {}
+    kind = "text"
+    if records := [file for file in files if kind_of(file) in RECORDS]:
+        fields, kind = _fields(first_record(records[0]), records[0], pairs)
+    elif pairs:
+        hint = "give .jsonl or .parquet with a field for each"
+        raise DatasetError("this model reads a source and writes a target", where=str(files[0]), hint=hint)
+    return TextFacts(len(files), num_bytes, unpacked // _BYTES_PER_TOKEN, fields, kind)
+
+
+def _fields(record: Mapping[str, Any], file: Path, pairs: bool) -> tuple[dict[str, str], str]:
+    """Which fields of a record hold what is learned."""
+    if pairs:
+        for source, target in _PAIRS:
+            if isinstance(record.get(source), str) and isinstance(record.get(target), str):
+                return {"source_field": source, "target_field": target}, "pairs"
+        raise _unclear(record, file, "dataset.source_field and dataset.target_field")
+    for name in _CHATS:
+        if isinstance(record.get(name), list):
+            return {"messages_field": name}, "chats"
+    strings = [name for name, value in record.items() if isinstance(value, str)]
+    for name in (*_TEXTS, *(strings if len(strings) == 1 else ())):
+        if name in strings:
+            return {"text_field": name}, "text"
+    raise _unclear(record, file, "dataset.text_field or dataset.messages_field")
+
+
+def _unclear(record: Mapping[str, Any], file: Path, keys: str) -> DatasetError:
+    names = ", ".join(list(map(str, record))[:12]) or "nothing"
+    return DatasetError(
+        f"which field is to be learned? There is: {names}",
+        where=str(file),
+        hint=f"put one field with the whole text, or chat messages, into each record, or write a recipe with {keys}",
+    )
