@@ -101,3 +101,16 @@ def test_a_login_shell_may_print_what_it_likes(lab: Lab, way: str) -> None:
     data.write_text("text")
     assert sync(lab, data).stdout == f"{2 * 4}\n"
     assert (host.local / "told").read_text() == "text"
+
+
+def test_the_way_may_lead_through_another_host(lab: Lab, way: str) -> None:
+    config = lab.home / ".ssh" / "config"
+    plain = config.read_text()
+    config.write_text(f"Host node2\n  ProxyJump node1\n{plain}")
+    data = lab.folder / "local" / "passed on"
+    data.write_text("text")
+    try:
+        assert sync(lab, data).stdout == f"{2 * 4}\n"
+    finally:
+        config.write_text(plain)
+    assert (lab.hosts[1].local / "passed on").read_text() == "text"
