@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +19,11 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.model import build_model
-from zinf_cli.train.process_memory import PeakMemory, process_memory
+from zinf_cli.train.process_memory import PeakMemory, process_memory, return_free_memory
 from zinf_cli.train.random_weights import RandomWeights
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Options of glibc's mallopt."""
 BLOCK, TILE = "model.layers.0.", 1 << 19
 
 
@@ -98,3 +102,54 @@ def peak_of_loss(folder: Path) -> PeakOfLoss:
 
 def _for_compute(plan: Plan) -> int:
     return sum(line.num_bytes for line in plan.lines if line.what == "compute")
+
+
+@dataclass(frozen=True)
+class PeakOfLayer:
+    """Bytes: by how much memory grows at its peak, and what was planned beside what a process has anyway."""
+
+    peak: int
+    planned: int
+
+
+def peak_of_layer(folder: Path, experts: int) -> PeakOfLayer:
+    """Of training with the least buffers: a layer of `experts` experts, 4 for each of 16 tokens, each of them a part.
+
+    Without experts: a dense layer of 8 experts' size, whole.
+    """
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    np.save(folder / "tokens.npy", np.arange(1 << 10) * 7 % 96)
+    hidden, width = 512, 512
+    model: dict[str, Any] = {
+        "vocab_size": 96, "hidden_size": hidden, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
+    }  # fmt: skip
+    if experts:
+        mixture = {"num_experts": experts, "num_experts_per_tok": 4, "moe_intermediate_size": width}
+        model |= {"model_type": "qwen3_moe", **mixture}
+    else:
+        model |= {"model_type": "qwen3", "intermediate_size": 8 * width}
+    recipe = Recipe.model_validate(
+        {
+            "model": {"config": model},
+            "dataset": {"path": str(folder / "tokens.npy")},
+            "train": {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2},
+            "offload": {
+                **dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme"),
+                "nvme_path": str(folder / "nvme"),
+            },
+            "logging": {"tensorboard": False},
+            "output_dir": str(folder / "run"),
+        }
+    )
+    figures = find_figures(recipe, 1, most=3 * hidden * width if experts else None)
+    plan = best_plan(recipe, figures)
+    plan = replace(plan, working=plan.working.shrunk(1 << 60))
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 18), (M_TRIM_THRESHOLD, 1 << 18)):
+        libc.mallopt(option, value)  # what is free goes back to the kernel, so that memory is what is in use
+    return_free_memory()
+    peak, before = PeakMemory(), process_memory()["VmRSS"]
+    peak.reset()
+    run(recipe, plan)
+    return PeakOfLayer(peak.read() - before, _for_compute(plan) + plan.working.total)

@@ -17,7 +17,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from checkpoints import resumed, save
-from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
+from own_processes import in_processes
+from peaks import peak_of_layer
+from plain import (
+    batches,
+    engine_losses,
+    every_other_unit_cached,
+    everything_on,
+    open_engine,
+    plain_losses,
+    relative_difference,
+)
 from tiny_models import random_source
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
@@ -43,7 +53,8 @@ MODELS = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "olmoe"]
 def source(name: str, **changes: Any) -> ModelSource:
     if name != "olmoe":
         return random_source(name, **changes)
-    return random_source("mistral", model_type=name, num_experts=4, num_experts_per_tok=2, eos_token_id=2, **changes)
+    mixture = {"model_type": name, "num_experts": 4, "num_experts_per_tok": 2, "eos_token_id": 2}
+    return random_source("mistral", **{**mixture, **changes})
 
 
 @cache
@@ -101,6 +112,68 @@ def test_an_expert_that_no_token_reaches_decays_as_its_layer_does(eager: bool, t
                 seen += 1
     assert seen >= 2 * 2 * 12
     engine.close()
+
+
+TWELVE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 12},
+    "mixtral": {"num_local_experts": 12},
+    "deepseek_v3": {"n_routed_experts": 12, "topk_group": 2},
+    "gpt_oss": {"num_local_experts": 12},
+    "olmoe": {"num_experts": 12},
+}
+"""What makes them 12 experts a layer."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_experts_compute_the_bits_of_plain_pytorch(name: str, tmp_path: Path) -> None:
+    """Of the loss, and of every gradient from there back to the norm before the experts.
+
+    The experts of plain PyTorch are transformers' eager ones, as those of a cut model are: one after another adds what
+    it gives. Its default, grouped_mm, adds up in another order. From the norm back, gradients differ in the last bit:
+    a tensor that the norm and a residual addition share has one sum of all their operations in plain PyTorch, and here
+    the sum of the norm's and then that of both.
+    """
+    many = source(name, **TWELVE[name], num_experts_per_tok=4)
+    expected, gradient = plain_gradients(many)
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=3072)
+    assert engine_losses(engine, 1, count=1, clip=None, close=False) == [[expected]]
+    of_layer = ("layers.1.mlp", "layers.1.post_attention_layernorm")
+    places = [place for unit in engine.units for place in unit.layout.params()]
+    last = [place for place in places if any(name in place.name for name in of_layer)]
+    for place in last:
+        of_part = gradient[place.origin].reshape(-1)[place.first : place.first + place.numel]
+        found = engine._pipeline.norms.get(place.index, torch.zeros(()))
+        assert torch.equal(found, torch.linalg.vector_norm(of_part)), place.name
+    assert sum("experts" in place.name for place in last) >= 12
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+def test_backward_passes_each_norm_once(name: str, tmp_path: Path) -> None:
+    """However many experts, shared ones and routers take the result of a norm, their gradients are added up first."""
+    many = source(name, **TWELVE[name], num_experts_per_tok=4)
+
+    def norms_passed(step: Callable[[], Any]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            step()
+        return sum(event.name.startswith("RsqrtBackward") for event in profiled.events())
+
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=3072)
+    assert norms_passed(lambda: engine_losses(engine, 1, count=1)) == norms_passed(lambda: plain_gradients(many))
+
+
+def plain_gradients(source: ModelSource) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of the first micro-batch and its gradient, with transformers' eager experts."""
+    blank: Any = build_model(source)
+    values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
+    model = type(blank)._from_config(blank.config)
+    model.set_experts_implementation("eager")
+    model.load_state_dict(values, strict=False)
+    (ids,) = batches(0, 1)
+    loss = model_loss(model.train(), ids, ids)
+    loss.backward()
+    return loss.item(), {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
 def test_both_matrices_of_an_expert_are_one_unit_and_the_survey_calls_all_experts() -> None:
@@ -254,3 +327,13 @@ def test_only_experts_that_a_token_is_routed_to_are_read(tmp_path: Path) -> None
     assert used <= evaluation <= 1.1 * used
     assert 2 * used <= first <= 1.1 * 2 * used  # forward and backward
     assert second <= 1.1 * (64 / 4 * used + used)  # the update reads each once: those in use on their way into compute
+
+
+def test_memory_follows_the_experts_in_use(tmp_path: Path) -> None:
+    """64 experts, 4 for each of 16 tokens, take no more memory than a dense layer of 8 experts' size."""
+    folders = [tmp_path / "dense", tmp_path / "mixture"]
+    for folder in folders:
+        folder.mkdir()
+    dense, mixture = in_processes(peak_of_layer, list(zip(folders, (0, 64), strict=True)))
+    assert mixture.planned < dense.planned
+    assert mixture.peak < dense.peak

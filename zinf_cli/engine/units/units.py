@@ -156,10 +156,14 @@ def _name(model: nn.Module, path: str) -> str:
 
 
 def taken_apart(model: nn.Module, units: Sequence[UnitLayout]) -> list[str]:
-    """Paths of the blocks of which parts are units."""
-    paths = [path for unit in units for path in unit.modules]
-    blocks = [path for path, _ in _candidates(model, None)]
-    return [block for block in blocks if any(path.startswith(f"{block}.") for path in paths)]
+    """Paths of the blocks of which parts are units, and of the modules inside of them that have such parts."""
+    paths = {path for unit in units for path in unit.modules}
+    around = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "."}
+    apart = {path for path, _ in _candidates(model, None)} & around
+    for path, module in model.named_modules():
+        if path in around and path.rpartition(".")[0] in apart and not isinstance(module, nn.ModuleList):
+            apart.add(path)
+    return [path for path, _ in model.named_modules() if path in apart]
 
 
 def _candidates(model: nn.Module, most: int | None) -> Iterator[tuple[str, nn.Module]]:
