@@ -19,6 +19,7 @@ import torch
 
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
+from zinf_cli.train.same_bits import keep_order
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: see `deterministic`
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu:0")
@@ -38,8 +39,8 @@ def losses(name: str, tier: str, folder: Path, dtype: torch.dtype, **changes: An
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch's algorithms that give the same bits in each call. cuBLAS has them if a workspace of its own is set."""
-    torch.use_deterministic_algorithms(True)
+    """As with train.deterministic: kernels that give the same bits in each call."""
+    keep_order()
     try:
         yield
     finally:

@@ -202,6 +202,8 @@ class Train(Section):
     """Clip the global gradient norm; null: do not clip."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is NaN or infinite does: end the run, or skip the update (ten in a row end it)."""
+    deterministic: bool = False
+    """For accelerators: only kernels that give the same bits each time, which may be slower."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -39,6 +39,7 @@ from zinf_cli.train.optimizer import kernel_of
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
+from zinf_cli.train.same_bits import keep_order
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import (
@@ -54,6 +55,8 @@ def train(run_dir: Path) -> int:
     """Run the recipe of `run_dir`. Returns 0 when it is done, or has stopped because the user asked for it."""
     recipe = load_recipe(run_dir / RECIPE)
     plan = Plan.load(run_dir / PLAN)
+    if recipe.train.deterministic:
+        keep_order()
     device = _device(plan)
     ranks = Ranks.join(device, plan.collective_timeout_s) if plan.world_size > 1 else Ranks()
     trace = Trace(ranks.rank)
