@@ -187,6 +187,23 @@ def test_both_matrices_of_an_expert_are_one_unit_and_the_survey_calls_all_expert
     engine.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "freeze"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, ""),  # the block changes its input in place, behind its border
+        ("mixtral", {}, "experts"),
+        ("deepseek_v3", {"attention_dropout": 0.2}, "self_attn"),
+        ("qwen3_moe", {"output_router_logits": True}, ""),
+    ],
+)
+def test_noise_and_frozen_weights_are_as_in_plain_pytorch(
+    name: str, changes: dict[str, Any], freeze: str, tmp_path: Path
+) -> None:
+    many = source(name, **TWELVE[name], **changes)
+    engine = open_engine(many, everything_on("nvme", tmp_path), most=ONE, freeze=freeze)
+    assert relative_difference(engine_losses(engine, STEPS), plain_losses(many, STEPS, freeze=freeze)) < 1e-6
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
