@@ -21,6 +21,8 @@ SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
 """Elements. A rank's slice of a flat is a multiple: whole pages in any dtype."""
 CHUNK_NUMEL = PIECE // FP32_BYTES
 """Elements of an update's chunk: a piece of each fp32 field."""
+DEVICE_CHUNK_NUMEL = 16 * CHUNK_NUMEL
+"""The same where an accelerator computes: a launch takes as long there as the update of a million elements."""
 
 STATES = ("params", "grads", "optimizer")
 """The classes of state; each has a tier."""

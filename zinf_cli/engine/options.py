@@ -45,7 +45,7 @@ class EngineOptions:
     slot_bytes: int = 0
     resident_bytes: int = 0
     chunk_numel: int = CHUNK_NUMEL
-    """Elements of an update's chunk: CHUNK_NUMEL, which is a piece of state, or fewer where no slice is as wide."""
+    """Elements of an update's chunk: whole pieces of state (CHUNK_NUMEL), or fewer where no slice is as wide."""
     num_chunks: int = 8
     staging_bytes: int = 0
     """Memory through which activations go to another tier than the compute device's."""

@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, MASTER, PAGE, PARAM, SLICE_MULTIPLE, STATES, round_up
+from zinf_cli.model_state import (
+    CHUNK_NUMEL,
+    DEVICE_CHUNK_NUMEL,
+    FP32_BYTES,
+    GRAD,
+    MASTER,
+    PAGE,
+    PARAM,
+    SLICE_MULTIPLE,
+    STATES,
+    round_up,
+)
 from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20
@@ -82,8 +93,13 @@ class Working:
     def shrunk(self, num_bytes: int) -> Working:
         """The same with up to `num_bytes` less: first of chunks, then of staging, then of slots.
 
-        What a run needs at least is kept. Only buffers for running ahead are given up.
+        What a run needs at least is kept. Only buffers for running ahead are given up. Chunks that are larger than
+        CHUNK_NUMEL become smaller, by whole pieces, before there are fewer of them.
         """
+        if num_bytes > 0 and self.chunk_numel > CHUNK_NUMEL:
+            fitting = self.chunk_numel - -(-num_bytes // (self.num_chunks * FP32_BYTES))
+            smaller = replace(self, chunk_numel=max(1, fitting // CHUNK_NUMEL) * CHUNK_NUMEL)
+            return smaller.shrunk(num_bytes - (self.total - smaller.total))
         least_chunks = min(self.num_chunks, 8)
         fewer = min(max(0, -(-num_bytes // self.chunk_bytes)), self.num_chunks - least_chunks)
         num_bytes -= fewer * self.chunk_bytes
@@ -317,9 +333,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 
     Chunks. An update streams every field that does not lie in memory of the compute device: the gradient, the
     optimizer's fields, and the master of 16-bit parameters. A chunk of a field takes one buffer of `chunk_numel`
-    elements: a piece, or the widest slice where that is less. With 8 buffers a field, reads and writes are under way
-    while a chunk is computed. An eager update does not stream the gradient: it is still in the slot arena. The update
-    of a unit that no visit needs (an expert that no token reaches) streams its parameters as well.
+    elements: a piece, 16 pieces where an accelerator computes, or the widest slice where that is less. With 8 buffers a
+    field, reads and writes are under way while a chunk is computed. An eager update does not stream the gradient: it is
+    still in the slot arena. The update of a unit that no visit needs (an expert that no token reaches) streams its
+    parameters as well.
 
     Staging. The activations of a call take buffers on their way to their tier or back. Their size is that of the
     largest call, of the code before it, and of what that code shares with earlier code. The least is twice that, since
@@ -330,7 +347,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
-    chunk_numel = max(SLICE_MULTIPLE, min(CHUNK_NUMEL, widest))
+    most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
+    chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
     narrow = figures.precision != "fp32"
     streamed = {"params": 1, "grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
     away = {state: count for state, count in streamed.items() if not choice.in_place(state)}

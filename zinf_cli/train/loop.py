@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -216,7 +216,7 @@ class Run:
         work = [self._work(batch, batch.num_targets / targets, step) for batch in mine]
         result = self.engine.train_step(
             work,
-            kernel_of(self.recipe.optimizer, lr),
+            replace(kernel_of(self.recipe.optimizer, lr), fused=not streams_of(self.device).on_cpu),
             max_grad_norm=self.recipe.train.max_grad_norm,
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
             eager=self.plan.update == "eager",

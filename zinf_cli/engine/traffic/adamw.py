@@ -3,7 +3,8 @@
 The operations and their order are those of torch's `_single_tensor_adamw` (the default on the CPU, and equal to the
 foreach form). They act element by element, so cutting a slice into ranges changes no bit. Ranges of BLOCK elements stay
 in the processor's cache between operations, which is twice as fast as the same operations on a whole tensor. torch's
-fused kernel is twice as fast again, but its last bit differs from the default's.
+fused kernel is twice as fast again, but its last bits differ from the default's. An accelerator has it all the same:
+there blocks are ten launches for each 128K elements, and a model of 8B parameters takes 580,000 of them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class AdamW(Kernel):
 
         `step` counts this parameter's updates from 1.
         """
+        if self.fused:
+            self._update_fused(param, grad, exp_avg, exp_avg_sq, step)
+            return
         bias_correction1 = 1 - self.beta1**step
         bias_correction2_sqrt = (1 - self.beta2**step) ** 0.5
         step_size = self.lr / bias_correction1
@@ -54,3 +58,15 @@ class AdamW(Kernel):
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
             denominator = (v.sqrt() / bias_correction2_sqrt).add_(self.eps)
             p.addcdiv_(m, denominator, value=-step_size)
+
+    def _update_fused(
+        self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int
+    ) -> None:
+        if self.clip is not None:
+            grad.mul_(self.clip)
+        torch._fused_adamw_(
+            [param], [grad], [exp_avg], [exp_avg_sq], [],
+            [torch.full((), step, dtype=torch.float32, device=param.device)],
+            lr=self.lr, beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay, eps=self.eps,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip

@@ -20,6 +20,8 @@ class Kernel(ABC):
 
     state: ClassVar[OptimizerState]
     clip: torch.Tensor | None = field(default=None, kw_only=True)
+    fused: bool = field(default=False, kw_only=True)
+    """Whether torch's fused kernel is used, where there is one: for an accelerator, where a launch has its price."""
 
     @abstractmethod
     def update(self, param: torch.Tensor, grad: torch.Tensor, *fields_and_step: Any) -> None:
