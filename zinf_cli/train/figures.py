@@ -79,7 +79,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
-    figures = _model_figures(model, prepared, seen, recipe, tuple(left_out))
+    figures = model_figures(model, prepared, recipe, seen, tuple(left_out))
     optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
     return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
 
@@ -89,9 +89,11 @@ def _texts(recipe: Recipe) -> tuple[str, ...]:
     return (*(text.line() for text in find_texts(recipe.dataset.path)), *held_out)
 
 
-def _model_figures(
-    model: nn.Module, prepared: Prepared, seen: Survey, recipe: Recipe, notes: tuple[str, ...]
+def model_figures(
+    model: nn.Module, prepared: Prepared, recipe: Recipe, seen: Survey | None = None, notes: tuple[str, ...] = ()
 ) -> ModelFigures:
+    """What the plan needs to know of `model`. `seen` is a survey on data, where that of `prepared` has failed."""
+    seen = seen or prepared.seen
     calls, whole = Counter(seen.order), prepared.whole
     return ModelFigures(
         architecture=type(model).__name__,

@@ -1,0 +1,96 @@
+"""The step in virtual time (benchmarks/virtual.py): its lanes, and a small model on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.case import Case
+from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
+from benchmarks.priced import DEVICE
+from benchmarks.virtual import Played, plan_for, play, recipe_of
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_CHUNK_NUMEL
+from zinf_cli.plan.plan import Plan
+
+RATES = Rates(launch=1.0, event=0.0)
+CASE = Case(2, 64)
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    return plan_for(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}))
+
+
+@pytest.fixture(scope="module")
+def played(planned: Plan) -> Played:
+    return play(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}), planned, Rates())
+
+
+def test_streams_run_beside_each_other_and_an_event_orders_them() -> None:
+    lanes = Lanes(RATES)
+    copies = lanes.new(DEVICE)
+    with lanes.use(copies):
+        lanes.launch("copy", IN, 10.0)
+    kernel = lanes.launch("first", KERNELS, 3.0)
+    arrived = lanes.event()
+    arrived.record(copies)
+    lanes.current(DEVICE).wait_event(arrived)
+    after = lanes.launch("second", KERNELS, 1.0)
+    assert not arrived.query()
+    lanes.current(DEVICE).synchronize()
+    assert (kernel.end, after.end, lanes.now) == (5.0, 12.0, 12.0)
+    assert lanes.busy == {IN: 10.0, KERNELS: 4.0}
+    assert sum(lanes.waited.values()) == 9.0
+
+
+def test_a_lane_does_one_operation_at_a_time() -> None:
+    lanes = Lanes(RATES)
+    for _ in range(2):
+        with lanes.use(lanes.new(DEVICE)):
+            last = lanes.launch("copy", OUT, 10.0)
+    lanes.synchronize(DEVICE)
+    assert last.end == 21.0
+
+
+def test_an_update_is_one_kernel_for_each_chunk(planned: Plan, played: Played) -> None:
+    units = planned.figures.model.units
+    chunks = sum(-(-unit.trainable_numel // planned.working.chunk_numel) for unit in units)
+    assert played.launches["_fused_adamw_"] == chunks
+
+
+def test_the_links_carry_what_the_step_moves(planned: Plan, played: Played) -> None:
+    """In: parameters twice (the last unit's once), gradient, moments, master. Out: all of these once."""
+    units = [unit for unit in planned.figures.model.units if not unit.resident]
+    numel = sum(unit.trainable_numel for unit in units)
+    resident = sum(unit.trainable_numel for unit in planned.figures.model.units if unit.resident)
+    last = units[-1].trainable_numel
+    link = Rates().link
+    assert played.busy[IN] * link == pytest.approx(20 * (numel + resident) - 2 * (last + resident), rel=1e-3)
+    assert played.busy[OUT] * link == pytest.approx(18 * (numel + resident), rel=1e-3)
+
+
+def test_the_same_step_takes_the_same_time(planned: Plan, played: Played) -> None:
+    again = play(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}), planned, Rates())
+    assert again == played
+
+
+def test_large_chunks_shrink_by_pieces_before_there_are_fewer(planned: Plan) -> None:
+    working = replace(planned.working, chunk_numel=DEVICE_CHUNK_NUMEL)
+    less = working.shrunk(working.num_chunks * CHUNK_NUMEL * 4 + 1)
+    assert (less.chunk_numel, less.num_chunks) == (14 * CHUNK_NUMEL, working.num_chunks)
+    least = working.shrunk(working.total)
+    assert (least.chunk_numel, least.num_chunks, least.slot_bytes) == (CHUNK_NUMEL, 8, working.least_slot_bytes)
+
+
+def test_the_fused_kernel_differs_in_last_bits_of_parameters_alone() -> None:
+    torch.manual_seed(0)
+    exact = (torch.randn(4096), torch.zeros(4096), torch.zeros(4096))
+    fused = (exact[0].clone(), exact[1].clone(), exact[2].clone())
+    for step in range(1, 4):
+        grad, clip = torch.randn(4096), torch.tensor(0.5)
+        AdamW(1e-3, clip=clip).update(exact[0], grad.clone(), exact[1], exact[2], step)
+        AdamW(1e-3, clip=clip, fused=True).update(fused[0], grad.clone(), fused[1], fused[2], step)
+    torch.testing.assert_close(fused, exact, rtol=1e-6, atol=1e-9)
