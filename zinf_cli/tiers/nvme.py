@@ -30,7 +30,7 @@ from zinf_cli.errors import CapacityError, TierError
 from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left, why_buffered
 from zinf_cli.model_state import PIECE, round_up
 from zinf_cli.tiers.bounce import Moment, close_own
-from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
 
 STRIPE = PIECE
@@ -192,7 +192,7 @@ class NvmeTier:
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         self.write_bytes += source.numel()
         job = self._start(extent, offset, source, write=True)
-        extent.writes = [write for write in extent.writes if not write.done()] + [job]
+        extent.writes = [*under_way(extent.writes), job]
         return job
 
     def close(self) -> None:

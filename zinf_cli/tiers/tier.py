@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +19,7 @@ class Transfer(Protocol):
         """What is moved, for traces: "read model.layers.3 exp_avg"."""
 
     def done(self) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether `wait` would return at once. It orders nothing: who goes on because of it calls `wait`."""
 
     def wait(self) -> None:
         """Return when the bytes have arrived and the compute stream may use them. TierError if the transfer failed."""
@@ -79,6 +80,20 @@ class Tier(Protocol):
     def view(self, extent: Extent) -> torch.Tensor | None: ...
 
     def close(self) -> None: ...
+
+
+def under_way(transfers: Iterable[Transfer]) -> list[Transfer]:
+    """Those that are not over. The others are waited for, so that what follows comes after them.
+
+    TierError where one of these failed.
+    """
+    left = []
+    for transfer in transfers:
+        if transfer.done():
+            transfer.wait()
+        else:
+            left.append(transfer)
+    return left
 
 
 class Done:

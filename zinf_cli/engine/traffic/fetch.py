@@ -15,7 +15,7 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.model_state import GRAD
 from zinf_cli.tiers.arena import Buffer
-from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
 
 
@@ -237,7 +237,7 @@ class Fetch:
         goes = [destination(flat, self._updates.sink, speculative=speculative) for flat in trained]
         # a flush has no slot
         own: Sequence[torch.Tensor | None] = self.own_slices() if self.flats else [f.slice_in_place() for f in trained]
-        before = [] if self._update is None else [write for write in self._update.writes if not write.done()]
+        before = [] if self._update is None else under_way(self._update.writes)
         self._update = SliceUpdate(self.unit, own[: len(goes)], self._memory, self._trace, goes, grads, before)
         return [flat.into for flat in goes]
 

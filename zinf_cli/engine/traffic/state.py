@@ -91,16 +91,19 @@ class _Copy:
     def progress(self) -> None:
         """Start writing what has been read."""
         if self._write is None and self._read.done():
-            self._read.wait()
-            self._write = self._region.write(self._start, self._data)
+            self._start_write()
 
     def finish(self) -> None:
-        self._read.wait()
-        self.progress()
-        assert self._write is not None
-        self._write.wait()
+        """Wait until it is written. The read may still be on its way on a stream, where the write comes behind it."""
+        write = self._write or self._start_write()
+        write.wait()
         if self._buffer is not None:
             self._buffer.free()
+
+    def _start_write(self) -> Transfer:
+        self._read.wait()
+        self._write = self._region.write(self._start, self._data)
+        return self._write
 
 
 def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> None:

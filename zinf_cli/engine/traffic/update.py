@@ -20,7 +20,7 @@ from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
 from zinf_cli.model_state import GRAD, MASTER, PARAM, Field
 from zinf_cli.tiers.arena import Arena, Buffer
-from zinf_cli.tiers.tier import Extent, Transfer
+from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
 
 
@@ -122,7 +122,7 @@ class ChunkUpdate:
         if copy is not None:
             writes.append(copy.write(start, data))
             if home.view() is not None:
-                home.writes = [write for write in home.writes if not write.done()] + writes
+                home.writes = [*under_way(home.writes), *writes]
         return writes
 
     def trailing(self) -> tuple[list[Transfer], list[Buffer]]:

@@ -1,0 +1,305 @@
+"""Proves the order of an accelerator's work on a CPU: two touches of a page, one of them a write, have to be ordered.
+
+The CPU counts as an accelerator (the compute device is `cpu:0`), so the engine's copies, events and bounce memory run.
+Everything is computed at once, and so always rightly. What is checked is the order that the code asks for. Every stream
+and every thread is an actor with a vector clock. Launches, events, waits, queues and drive jobs carry clocks from one
+actor to another, as far as the real thing promises order there. A touch is what an operation reads or writes of arenas
+and files, by page.
+
+Whether something is over is answered by a seeded coin, and orders nothing: who goes on because of it has to wait, too.
+`removed` names a wait that orders nothing, though
+it waits: a checker that then finds no race says that this wait is needless, or that the checker is blind.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zinf_cli
+from zinf_cli.model_state import PAGE
+
+DEVICE = torch.device("cpu", 0)
+_ROOT = str(Path(zinf_cli.__file__).parent)
+_PASSING_ON = {"wait", "under_way", "_finish", "_settle"}
+"""Functions that wait for whoever calls them: the site of a wait is their caller."""
+Clock = dict[int, int]
+
+
+class Actor:
+    """A stream or a thread. `clock` says up to which moment of each actor its next touch comes later."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number, self.name = number, name
+        self.clock: Clock = {number: 1}
+        self.before: Clock = {}
+        """Of a drive's thread and its stream: what earlier jobs of this thread have done. It orders touches of the
+        thread's own bounce memory, and nothing else: another thread might have made those jobs."""
+
+    def join(self, clock: Clock) -> None:
+        _join(self.clock, clock)
+
+    def release(self) -> Clock:
+        """The clock of what comes behind all that was done so far."""
+        clock = dict(self.clock)
+        self.clock[self.number] += 1
+        return clock
+
+
+def _join(clock: Clock, other: Clock) -> None:
+    for number, time in other.items():
+        if clock.get(number, 0) < time:
+            clock[number] = time
+
+
+class Checker:
+    """What was touched, by whom; which waits there were; which races were found."""
+
+    on_cpu = False
+
+    def __init__(self, seed: int = 0, removed: str | None = None) -> None:
+        self.races: dict[tuple[str, str], str] = {}
+        self.waits: set[str] = set()
+        """Their sites in the engine and the tiers: "tiers/bounce.py:42 Moment.read"."""
+        self._removed = removed
+        self._coin = random.Random(seed)
+        self._lock = threading.RLock()
+        self._local = threading.local()
+        self._actors = 0
+        self._regions: list[tuple[int, int]] = []
+        self._bounce: set[int] = set()
+        """Pages of memory that a drive's thread has taken for itself."""
+        self._pages: dict[Any, tuple[tuple[Actor, int, str] | None, dict[int, tuple[Actor, int, str]]]] = {}
+        self._compute = self.new(DEVICE)
+        self.communicator = self.new(DEVICE)
+
+    # -- the seam: see zinf_cli/tiers/streams.py
+
+    def new(self, device: torch.device) -> CheckedStream:
+        stream = CheckedStream(self)
+        self._local.own_streams = [*getattr(self._local, "own_streams", ()), stream]
+        return stream
+
+    def current(self, device: torch.device) -> CheckedStream:
+        streams: list[CheckedStream] = getattr(self._local, "streams", [])
+        return streams[-1] if streams else self._compute
+
+    @contextmanager
+    def use(self, stream: CheckedStream) -> Iterator[None]:
+        self._local.streams = [*getattr(self._local, "streams", []), stream]
+        try:
+            yield
+        finally:
+            self._local.streams.pop()
+
+    def event(self) -> CheckedEvent:
+        return CheckedEvent(self)
+
+    def set_device(self, device: torch.device) -> None: ...
+
+    def synchronize(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    # -- clocks
+
+    def actor(self, name: str) -> Actor:
+        with self._lock:
+            self._actors += 1
+            return Actor(self._actors, name)
+
+    @property
+    def thread(self) -> Actor:
+        """That of the thread that asks."""
+        if not hasattr(self._local, "actor"):
+            self._local.actor = self.actor(f"thread {threading.current_thread().name}")
+        return self._local.actor  # type: ignore[no-any-return]
+
+    def send(self) -> Clock:
+        with self._lock:
+            return self.thread.release()
+
+    def begin_job(self, clock: Clock) -> None:
+        """This thread of a drive begins a job that was handed over at `clock`."""
+        with self._lock:
+            done = getattr(self._local, "actor", None)
+            job = self._local.actor = self.actor(threading.current_thread().name)
+            job.join(clock)
+            if done is not None:
+                job.before = done.before
+                _join(job.before, done.release())
+            for stream in getattr(self._local, "own_streams", ()):
+                stream.actor = self.actor(stream.actor.name)
+
+    def wait(self, waits: Actor, clock: Clock) -> bool:
+        """`waits` comes after `clock` from now on. False where this is the wait that was removed."""
+        with self._lock:
+            site = _site()
+            if site.startswith(("engine/", "tiers/")):
+                self.waits.add(site)
+            if site == self._removed:
+                return False
+            waits.join(clock)
+            return True
+
+    def says_over(self) -> bool:
+        return self._coin.random() < 0.5
+
+    # -- touches
+
+    def add_region(self, begin: int, num_bytes: int) -> None:
+        with self._lock:
+            self._regions.append((begin, begin + num_bytes))
+            self._regions.sort()
+            pages = range(begin // PAGE, (begin + num_bytes) // PAGE)
+            for page in pages:
+                self._pages.pop(page, None)
+            if self.thread.name.startswith("zinf-nvme"):
+                self._bounce.update(pages)
+            else:
+                self._bounce.difference_update(pages)
+
+    def in_arena(self, address: int) -> bool:
+        index = bisect_right(self._regions, (address, sys.maxsize)) - 1
+        return index >= 0 and address < self._regions[index][1]
+
+    def launch(self, name: str, touched: list[tuple[int, int, bool]]) -> None:
+        """An operation on the thread's current stream: (first address, end, whether it writes) of each tensor."""
+        with self._lock:
+            stream = self.current(DEVICE).actor
+            stream.join(self.thread.clock)
+            stream.before = self.thread.before
+            for begin, end, writes in touched:
+                for page in range(begin // PAGE, (end - 1) // PAGE + 1):
+                    self._touch(stream, page, name, writes=writes)
+
+    def touch_file(self, descriptor: int, begin: int, num_bytes: int, *, writes: bool) -> None:
+        with self._lock:
+            file = os.fstat(descriptor).st_ino
+            for page in range(begin // PAGE, (begin + num_bytes - 1) // PAGE + 1):
+                self._touch(self.thread, (file, page), "drive", writes=writes)
+
+    def touch_by_thread(self, begin: int, num_bytes: int, *, writes: bool) -> None:
+        with self._lock:
+            for page in range(begin // PAGE, (begin + num_bytes - 1) // PAGE + 1):
+                self._touch(self.thread, page, "drive", writes=writes)
+
+    def _touch(self, actor: Actor, page: Any, name: str, *, writes: bool) -> None:
+        written, read = self._pages.get(page, (None, {}))
+        what = f"{'write' if writes else 'read'} by {name} at {_site()}"
+        mine = (actor, actor.clock[actor.number], what)
+        before = [written, *(read.values() if writes else ())]
+        for earlier in before:
+            known = 0 if earlier is None else actor.clock.get(earlier[0].number, 0)
+            if earlier is not None and page in self._bounce:
+                known = max(known, actor.before.get(earlier[0].number, 0))
+            if earlier is not None and known < earlier[1]:
+                self.races.setdefault(
+                    (earlier[2], what),
+                    f"page {page}: {earlier[2]} ({earlier[0].name}) and {what} ({actor.name}): nothing orders them",
+                )
+        if writes:
+            self._pages[page] = mine, {}
+        else:
+            self._pages[page] = written, {**read, actor.number: mine}
+
+
+class CheckedStream:
+    """A stream of the double."""
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
+        self.actor = checker.actor("stream")
+        self.actor.name = f"stream {self.actor.number}"
+
+    def wait_event(self, event: CheckedEvent) -> None:
+        self._checker.wait(self.actor, event.clock)
+
+    def wait_stream(self, stream: CheckedStream) -> None:
+        self._checker.wait(self.actor, stream.reached())
+
+    def synchronize(self) -> None:
+        self._checker.wait(self._checker.thread, self.reached())
+
+    def reached(self) -> Clock:
+        """The clock of what comes behind all that is queued here."""
+        self.actor.join(self._checker.thread.clock)
+        return self.actor.release()
+
+
+class CheckedEvent:
+    """An event of the double."""
+
+    def __init__(self, checker: Checker) -> None:
+        self._checker = checker
+        self.clock: Clock = {}
+        self._over = False
+
+    def record(self, stream: CheckedStream) -> None:
+        self._checker.send()
+        self.clock = stream.reached()
+
+    def query(self) -> bool:
+        self._over = self._over or self._checker.says_over()
+        return self._over
+
+    def synchronize(self) -> None:
+        self._checker.wait(self._checker.thread, self.clock)
+
+
+class Touches(TorchDispatchMode):
+    """Tells a checker what each operation of this thread touches."""
+
+    def __init__(self, checker: Checker) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._checker = checker
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if not is_view and schema.name != "aten::set_":
+            touched: list[tuple[int, int, bool]] = []
+            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
+            given.update(kwargs or {})
+            for argument in schema.arguments:
+                writes = argument.alias_info is not None and argument.alias_info.is_write
+                value = given.get(argument.name)
+                tensors = value if isinstance(value, list | tuple) else (value,)
+                spans = [self._span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+                touched.extend((*span, writes) for span in spans if span is not None)
+            if touched:
+                self._checker.launch(schema.name, touched)
+            if schema.name == "aten::_local_scalar_dense":
+                self._checker.thread.join(self._checker.current(DEVICE).reached())
+        return func(*args, **(kwargs or {}))
+
+    def _span(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """The addresses [begin, end) of a tensor in an arena."""
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        begin = tensor.data_ptr()
+        if not self._checker.in_arena(begin):
+            return None
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _site() -> str:
+    """Where zinf does what is done now: the file, the function and the line in it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_ROOT) and code.co_name not in _PASSING_ON:
+            name = getattr(code, "co_qualname", code.co_name)
+            return f"{code.co_filename[len(_ROOT) + 1 :]}:{frame.f_lineno} {name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "outside"
