@@ -262,11 +262,13 @@ class _Watch(TorchFunctionMode):
         inputs = {id(t): t for t in leaves if t.requires_grad}
         self._note_seen(t for t in leaves if not t.requires_grad)
         self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
-        sizes = {key: _leaving(t.numel() * t.element_size()) for key, t in inputs.items()}
+        on_demand = self._units[number].on_demand  # how many tokens an expert takes, only the text tells
+        on_tier = round_up if on_demand else _leaving
+        sizes = {key: on_tier(t.numel() * t.element_size()) for key, t in inputs.items()}
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
         use.taken_bytes += sum(sizes.values())
-        if not self._units[number].on_demand or self.order[-1:] != [number]:  # one visit has all calls of an expert
+        if not on_demand or self.order[-1:] != [number]:  # one visit has all calls of an expert
             self.order.append(number)
         use.before_bytes = max(use.before_bytes, self.tail_bytes + sum(self._tail_again.values()))
         use.sent_bytes += self.tail_bytes
