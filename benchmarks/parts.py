@@ -1,7 +1,7 @@
 """`python -m benchmarks.parts`: what it costs to compute blocks in parts where they would fit whole.
 
-The same recipe, all four classes of state on NVMe, is trained whole and with every block in four parts, in processes of
-their own, alternating. The step, the NVMe traffic and the peak memory are ratios of one run to the other.
+The same recipe, its state on NVMe and its activations where the plan puts them, is trained whole and with every block
+in four parts, in processes of their own, alternating. Step, NVMe traffic and peak memory are ratios of the runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUARTER = 4_200_000
 
 def recipe_in(folder: Path, steps: int) -> Recipe:
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 8192, 500_000, dtype=np.int32))
-    tiers = dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme")
+    tiers = dict.fromkeys(("params", "grads", "optimizer"), "nvme")
     return Recipe.model_validate(
         {
             "model": {"config": MODELS["216M"]},

@@ -14,6 +14,7 @@ from tiny_models import CONFIGS
 from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
+from zinf_cli.plan.placement import placements
 from zinf_cli.plan.search import best_plan
 from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.tiers.nvme import NvmeTier
@@ -45,8 +46,9 @@ def test_each_byte_that_parts_save_is_in_the_plan(
     recipe = recipe_of(tmp_path, name, max_steps=2)
     figures = find_figures(recipe, 1, most=1024)
     room = {"nothing": 0, "some": 3 << 17, "all": 1 << 40}[stays]
-    monkeypatch.setattr(search, "stayable", lambda figures, choice, _: memory.stayable(figures, choice, room))
     plan = best_plan(recipe, figures)
+    assert not plan.staying_units, "activations are pinned to the drive"
+    plan = replace(plan, staying_units=tuple(sorted(memory.stayable(figures, plan.choice, room))))
     moved = {"read": 0, "write": 0}
     for way in moved:
         move = getattr(NvmeTier, way)
@@ -71,6 +73,18 @@ def test_each_byte_that_parts_save_is_in_the_plan(
         assert moved["read"] == brought
     else:  # code between parts runs backward twice, for two tensors that depend on it
         assert brought <= moved["read"] <= 1.1 * brought
+
+
+@pytest.mark.parametrize("activations", ["auto", "nvme"])
+def test_what_parts_save_stays_in_memory_only_where_the_plan_may_choose(
+    activations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "placements", lambda asked, tier: placements(dict.fromkeys(asked, "nvme"), tier))
+    recipe = recipe_of(tmp_path, "llama", max_steps=2)
+    offload = recipe.offload.model_copy(update={"activations": activations})
+    figures = find_figures(recipe, 1, most=1024)
+    plan = best_plan(recipe.model_copy(update={"offload": offload}), figures)
+    assert len(plan.staying_units) == (len(figures.model.units) if activations == "auto" else 0)
 
 
 def test_of_experts_only_those_are_computed_that_a_token_takes(tmp_path: Path) -> None:
@@ -128,7 +142,7 @@ def test_memory_that_is_left_holds_units(
     streamed = best_plan(recipe, figures)
     losses = [line["loss"] for line in run(recipe, streamed)]
     states = sum(line.num_bytes for line in streamed.lines if line.what in ("params", "grads", "optimizer"))
-    budget = streamed.limits[0].needed + states // 3
+    budget = streamed.limits[0].needed + states // 4
     auto = {"params": "auto", "grads": "auto", "optimizer": "auto", "cpu_memory": budget}
     recipe = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=auto)})
     plan = best_plan(recipe, figures)

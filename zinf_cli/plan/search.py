@@ -144,6 +144,8 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
     def keeping(plan: Plan) -> Plan:
         choice = plan.choice
         if not choice.in_place("activations"):
+            if recipe.offload.activations != "auto":
+                return plan
             room = plan.room(choice.compute_tier, UNSURE)
             return judge(replace(choice, staying=stayable(plan.figures, choice, room)))
         if recipe.activation_checkpointing != "auto":
