@@ -123,28 +123,6 @@ def test_filters_that_make_no_sense(hostfile: str, filters: dict[str, str], said
         load_hosts(hostfile, **filters)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "names"),
-    [
-        ("node1", ["node1"]),
-        ("node[08-10,12],gpu-a", ["node08", "node09", "node10", "node12", "gpu-a"]),
-        ("r[1-2]n[3,4]x", ["r1n3x", "r1n4x", "r2n3x", "r2n4x"]),
-    ],
-)
-def test_a_slurm_allocation(nodes: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
-    assert load_hosts("slurm") == tuple(host(name, 2) for name in names)
-
-
-@pytest.mark.parametrize("nodes", ["", "node[1-", "node[a-b]", "node;reboot", "n[0-99999999]", "n[3-1]"])
-def test_a_slurm_allocation_that_makes_no_sense(nodes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_NODELIST", nodes)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
-    with pytest.raises(UsageError, match="--hosts slurm"):
-        load_hosts("slurm")
-
-
 @pytest.mark.parametrize("file", [path for path in (ROOT / "hostfiles").iterdir() if path.suffix != ".sh"])
 def test_the_examples_are_hostfiles(file: Path) -> None:
     assert sum(len(host.slots) for host in load_hosts(str(file))) == 16

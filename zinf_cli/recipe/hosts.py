@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zinf_cli.errors import HostfileError, UsageError
+from zinf_cli.recipe.slurm import slurm_slots
 
 SLURM = "slurm"
 """Instead of a hostfile's name: the allocation this process runs in."""
@@ -21,9 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _V6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9_.-]+)?")
 _ADDRESS = re.compile(r"(?:(?P<user>[^@]*)@)?(?:\[(?P<v6>[^\]]*)\]|(?P<name>[^:\[\]]*))(?::(?P<port>[^:]*))?")
 _NODE_SPEC = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<name>[^:\[\]]+))(?::(?P<slots>.*))?")
-_SLURM_GROUP = re.compile(r"(?P<before>[^\[]*)\[(?P<ranges>[^\]]*)\](?P<after>.*)")
 _MOST_SLOTS = 1024
-_MOST_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,11 @@ def load_hosts(source: str, *, include: str | None = None, exclude: str | None =
 
     HostfileError has every bad line as file:line; UsageError is for a filter, or an allocation, that makes no sense.
     """
-    hosts = _slurm_hosts(os.environ) if source == SLURM else _read(Path(source))
+    hosts = (
+        tuple(Host(name, slots) for name, slots in slurm_slots(os.environ).items())
+        if source == SLURM
+        else _read(Path(source))
+    )
     if include is not None and exclude is not None:
         raise UsageError("--include and --exclude can't be given together", hint="--include names all that take part")
     if include is not None:
@@ -156,6 +159,11 @@ def _filter(option: str, hosts: Sequence[Host], text: str, source: str) -> dict[
     return {host: tuple(sorted(slots)) for host, slots in chosen.items()}
 
 
+def _spans(slots: Sequence[int]) -> str:
+    """Slots as a message shows them: `0 to 7`, or one by one where they don't follow each other from 0."""
+    return f"0 to {slots[-1]}" if slots == tuple(range(len(slots))) else ", ".join(map(str, slots))
+
+
 def _filter_slots(option: str, host: Host, listed: str | None, text: str) -> Iterator[int]:
     if listed is None:
         yield from host.slots
@@ -163,52 +171,6 @@ def _filter_slots(option: str, host: Host, listed: str | None, text: str) -> Ite
     for word in listed.split(","):
         if not _is_number(word.strip()) or int(word) not in host.slots:
             raise UsageError(
-                f'{option} "{text}": {host.name} has no slot {word.strip()!r}', hint=f"it has 0 to {host.slots[-1]}"
+                f'{option} "{text}": {host.name} has no slot {word.strip()!r}', hint=f"it has {_spans(host.slots)}"
             )
         yield int(word)
-
-
-def _slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
-    """The allocation SLURM's variables describe: a rank for each task of a node, or else for each of its GPUs."""
-    nodes = environment.get("SLURM_JOB_NODELIST")
-    tasks = environment.get("SLURM_NTASKS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE")
-    if not nodes:
-        raise UsageError(
-            "--hosts slurm: no allocation here (SLURM_JOB_NODELIST is not set)", hint="run it under salloc or sbatch"
-        )
-    if not tasks or not _is_number(tasks) or not 0 < int(tasks) <= _MOST_SLOTS:
-        raise UsageError(
-            f"--hosts slurm: ranks per node unknown (SLURM_NTASKS_PER_NODE is {tasks or 'not set'})",
-            hint="give sbatch --ntasks-per-node",
-        )
-    try:
-        names = [name for group in _slurm_groups(nodes) for name in _slurm_names(group)]
-        odd = [name for name in names if not _NAME.fullmatch(name)]
-        if odd or not names:
-            raise ValueError(f"{odd[0] if odd else nodes!r} is no host name")
-    except ValueError as error:
-        raise UsageError(f"--hosts slurm: SLURM_JOB_NODELIST={nodes}: {error}") from error
-    return tuple(Host(name, tuple(range(int(tasks)))) for name in dict.fromkeys(names))
-
-
-def _slurm_groups(nodes: str) -> list[str]:
-    """`a[1-2,5],b` at the commas outside of brackets."""
-    groups: list[str] = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes)
-    if ",".join(groups) != nodes:
-        raise ValueError("its brackets or commas do not match")
-    return groups
-
-
-def _slurm_names(group: str) -> Iterator[str]:
-    """`rack[1-2]-node[07,09]` spelled out; leading zeros stay."""
-    match = _SLURM_GROUP.fullmatch(group)
-    if match is None:
-        yield group
-        return
-    endings = list(_slurm_names(match["after"]))
-    for part in match["ranges"].split(","):
-        first, dash, last = part.partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)) or int(last or first) - int(first) > _MOST_NODES:
-            raise ValueError(f"[{match['ranges']}] is no list of numbers")
-        for number in range(int(first), int(last or first) + 1):
-            yield from (f"{match['before']}{number:0{len(first)}d}{ending}" for ending in endings)
