@@ -82,6 +82,60 @@ def test_it_is_refused_or_exact(kind: str, mode: Mode, tmp_path: Path) -> None:
         assert_exact(KINDS[kind], mode, tmp_path)
 
 
+class Masked(Block):
+    def forward(self, x: torch.Tensor, mask: Any = None) -> Any:
+        return x + torch.tanh(self.linear(x * mask.clone()))
+
+
+class ChangesItsMask(Blocks):
+    """In place, and only after a step whose recomputes were compared."""
+
+    def __init__(self, change: Callable[[torch.Tensor], object]) -> None:
+        super().__init__(Masked)
+        self.change = change
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        mask = torch.ones_like(x)
+        for layer in self.layers:
+            x = layer(x, mask)
+            if self.calls > 4:
+                self.change(mask)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_an_argument_without_gradient_that_changes_later(mode: Mode, tmp_path: Path) -> None:
+    make = partial(ChangesItsMask, lambda mask: mask.mul_(0.5))
+    if mode.keep:
+        assert_exact(make, mode, tmp_path)
+        return
+    with pytest.raises(ModelError, match=r"argument of layers\.\d was changed in place"):
+        assert_exact(make, mode, tmp_path)
+
+
+class ChangesItsBuffer(ChangesItsMask):
+    """Which is put back for each recompute, so the count of its changes says nothing."""
+
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__(lambda mask: None)
+        self.register_buffer("mask", torch.ones(3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, self.mask)
+            self.mask.mul_(0.9)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_buffer_among_the_arguments_may_change(mode: Mode, tmp_path: Path) -> None:
+    assert_exact(ChangesItsBuffer, mode, tmp_path)
+
+
 def test_last_places_and_single_tokens_are_no_difference() -> None:
     result = torch.linspace(-3, 3, 1000)
     moved = result * (1 + 1e-4)

@@ -14,6 +14,7 @@ from zinf_cli.engine.compute.activations import Parcel, Part, Saved
 from zinf_cli.engine.compute.carriers import Carrier, parts_of
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment
+from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 
 Edge = torch.autograd.graph.GradientEdge
@@ -114,6 +115,8 @@ class Record(Emitter):
     """The same, but sent by earlier glue, which needs them as well."""
     results: list[torch.Tensor] | None = None
     """Some values of the results of its forward, to compare with those of the recompute (recompute.py)."""
+    versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    """The plain inputs, which are no copies, each with its count of changes before the call."""
     shared: list[tuple[Callable[[], int], int]] = field(default_factory=list)
     """For each output that shares memory with an input or with another output: what reads its count of changes, and the
     count after the call."""
@@ -145,6 +148,16 @@ class Record(Emitter):
         assert self.graph is not None
         for _, leaf in self.graph.inputs:
             leaf.data = leaf.new_empty(()).expand(leaf.shape)
+
+    def check_plain_inputs(self) -> None:
+        """ModelError if one was changed in place since the call, unless `moment` has what it was."""
+        states = (state for held in (self.moment or {}).values() for state in held.states)
+        restored = {storage_of(own) for own, _ in states if isinstance(own, torch.Tensor)}
+        if any(tensor._version != version and storage_of(tensor) not in restored for tensor, version in self.versions):
+            raise ModelError(
+                f"an argument of {self.label} was changed in place after the call, so it can't be recomputed",
+                hint="give it a copy, or keep its activations: activation_checkpointing=none",
+            )
 
     def check_shared(self) -> None:
         """ModelError if tensors that share memory were changed in place: the graph of the other does not know of it."""

@@ -115,6 +115,7 @@ class Tape:
         taken = {id(tensor): self._take(tensor, record, label, save=recompute) for tensor in tensors}
         record.leaves = [taken.get(id(leaf), leaf) for leaf in flat]
         record.carriers = [carrier.with_each(lambda value: taken.get(id(value), value)) for carrier in reach.carriers]
+        record.versions = [(tensor, tensor._version) for tensor in record.plain_inputs()]
         call.args, call.kwargs = (), {}
         self.records.append(record)
         values = {id(taken[id(tensor)]): tensor for tensor in tensors}
@@ -253,6 +254,7 @@ class Tape:
 
     def _recompute(self, record: Record) -> None:
         """Run the unit's forward again, with grad, from the random state and the places (moving_state.py) it had."""
+        record.check_plain_inputs()
         now = self._state.moment() if record.moment is not None else {}
         self._state.go_to(record.moment or {})
         record.rng.restore()
