@@ -6,4 +6,9 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --exclusive
 
+# Two minutes before the time limit zinf is warned. It ends after its step, with a checkpoint where the recipe sets
+# checkpoint.interval, and the same script submitted again goes on from it. By hand: scancel --batch --signal=USR1 JOB
+#SBATCH --signal=B:USR1@120
+
+# The warning goes to this script's own process alone, so zinf has to take its place: `exec`.
 exec zinf launch "$1" --hosts slurm

@@ -131,9 +131,9 @@ def run_ranks(
 
     `on_poll` is called about every 0.1 s, and once after the end. `notify` gets a line for the user when Ctrl-C is
     first pressed or a host is lost. `on_vitals` gets what a host's processes take, about every second. The first
-    SIGINT, SIGTERM or SIGHUP asks the ranks to stop after their step; the second kills them. Has to be called from the
-    main thread, since it sets signal handlers; it puts them back at the end. PreflightError if a host can't start; then
-    no host has.
+    SIGINT, SIGTERM, SIGUSR1 or SIGHUP (stop_signals.py) asks the ranks to stop after their step; the second kills them.
+    Has to be called from the main thread, since it sets signal handlers; it puts them back at the end. PreflightError
+    if a host can't start; then no host has.
     """
     logs = program.run_dir / LOGS
     mark = program.run_dir / f".{world.lifelines.launch_id}"
