@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from zinf_cli.errors import UsageError
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.recipe.deepspeed import Taken, from_deepspeed
 from zinf_cli.recipe.draft import Choice, draft
-from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.recipe.recipe_file import load_recipe, plain
 from zinf_cli.screen import outside
 from zinf_cli.train.first_look import ModelFacts, TextFacts, look_at_model, look_at_text
 
@@ -50,7 +53,7 @@ def init(request: InitRequest, console: Console) -> None:
     choices = [*_what(request, path, text), *_how(model, text, {choice.key: choice.value for choice in taken.choices})]
     _write(path, draft([*choices, *taken.choices], _heading(request, taken)))
     for line in _told(path, model, text, taken):
-        console.print(outside(line), soft_wrap=True)
+        console.print(outside(line.replace("\n", "\\n")), soft_wrap=True)
 
 
 def _write(path: Path, recipe: str) -> None:
@@ -73,18 +76,30 @@ def _write(path: Path, recipe: str) -> None:
 
 def _what(request: InitRequest, path: Path, text: TextFacts) -> Iterator[Choice]:
     """Model, text, and where the run lies."""
-    yield Choice("model.name_or_path", str(request.model))
-    paths = list(map(str, request.texts))
+    yield Choice("model.name_or_path", _as_written(request.model))
+    paths = list(map(_as_written, request.texts))
     yield Choice("dataset.path", paths if len(paths) > 1 else paths[0])
     for key, name in text.fields.items():
         yield Choice(f"dataset.{key}", name, f"found in the first record: {text.kind}")
-    yield Choice("output_dir", f"runs/{path.stem}", "state that does not fit into memory lies there as well")
+    yield Choice("output_dir", plain(_new_run(path.stem)), "state that does not fit into memory lies there as well")
+
+
+def _new_run(name: str) -> Path:
+    """A folder that is not there: a run goes on with what it finds in its own."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(folder for folder in (Path("runs") / name for name in names) if not os.path.lexists(folder))
+
+
+def _as_written(path: Path) -> Any:
+    """A path for a recipe, where a ~ at its start would be a home directory."""
+    return plain(path.absolute() if str(path).startswith("~") else path)
 
 
 def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterator[Choice]:
     """How it is trained. What is `given` counts where another choice follows from it."""
     accelerated = accelerators_here() > 0
-    seq_len = min(_LONGEST[accelerated], model.context or _LONGEST[accelerated])
+    longest = min(_LONGEST[accelerated], model.context or _LONGEST[accelerated])
+    seq_len = longest if text.kind == "pairs" else max(2, min(longest, 2 ** (text.num_tokens.bit_length() - 2)))
     sequences = text.num_tokens // seq_len
     micro = given.get("train.micro_batch_size", 1)
     most = max(1, min(_TOKENS_A_STEP[accelerated] // seq_len, sequences // _FEWEST_STEPS) // micro)
@@ -94,10 +109,11 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
     held_out = sequences >= _ENOUGH_TO_HOLD_OUT
     if held_out:
         share = 0.01 if sequences >= 100 * _ENOUGH_TO_HOLD_OUT else 0.05
-        count = max(1, round(sequences * share))
-        yield Choice("dataset.eval_fraction", share, f"the end of the text, about {count} sequences")
+        held = max(1, round(sequences * share))
+        yield Choice("dataset.eval_fraction", share, f"the end of the text, about {held} sequences")
     why = f"the model's longest is {model.context}" if model.context else "the model names no longest sequence"
-    yield Choice("train.seq_len", seq_len, why if accelerated else f"short, for a CPU; {why}")
+    why = why if accelerated else f"short, for a CPU; {why}"
+    yield Choice("train.seq_len", seq_len, why if seq_len == longest else "short, as the text is")
     yield Choice("train.micro_batch_size", micro, "the least memory; a step's micro-batches pass the model together")
     yield Choice("train.gradient_accumulation_steps", most, f"sequences a step, with {most * seq_len} tokens")
     if "train.max_steps" not in given:
@@ -106,7 +122,7 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
     if held_out:
         yield Choice("train.eval_interval", max(1, steps // 10), "ten times in the run")
     yield Choice("train.precision", "auto", "bf16 on an accelerator, fp32 on a CPU")
-    small = model.num_parameters is not None and model.num_parameters < _LARGE_MODEL
+    small = model.num_parameters < _LARGE_MODEL
     why = (
         f"usual for fine-tuning a model of {'less than 1B' if small else '1B'} parameters{'' if small else ' or more'}"
     )
@@ -125,26 +141,30 @@ def _heading(request: InitRequest, taken: Taken) -> Iterator[str]:
 
 
 def _told(path: Path, model: ModelFacts, text: TextFacts, taken: Taken) -> Iterator[str]:
-    size = "a model" if model.num_parameters is None else f"{format_count(model.num_parameters)} parameters"
+    size = f"{format_count(model.num_parameters)} parameters"
     files = "1 file" if text.num_files == 1 else f"{text.num_files} files"
     yield f"{path}: {size}, {files} of {text.kind} ({format_bytes(text.num_bytes)})"
     if taken.choices:
-        yield f"taken over: {', '.join(choice.key for choice in taken.choices)}"
+        yield f"taken over: {', '.join(dict.fromkeys(choice.key for choice in taken.choices))}"
     for key, why in taken.needless.items():
         yield f"not needed: {key} ({why})"
     for key in taken.without:
         yield f"no counterpart: {key}"
-    yield f"next: zinf launch {path} --dry-run    the plan, and nothing else"
-    yield f"      zinf launch {path}"
+    word = shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+    yield f"next: zinf launch {word} --dry-run    the plan, and nothing else"
+    yield f"      zinf launch {word}"
 
 
 def _deepspeed(path: Path, num_ranks: int | None) -> Taken:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
     except OSError as error:
         raise UsageError(f"can't be read: {error.strerror or error}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"is no JSON: {error}", where=str(path)) from error
     if not isinstance(config, dict):
         raise UsageError("is no DeepSpeed configuration", where=str(path))
-    return from_deepspeed(config, num_ranks)
+    try:
+        return from_deepspeed(config, num_ranks)
+    except UsageError as error:
+        raise UsageError(error.message, where=str(path), hint=error.hint) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from zinf_cli.errors import UsageError
 from zinf_cli.recipe.draft import Choice
+from zinf_cli.recipe.recipe import Recipe
 
-_FROM = "as DeepSpeed's {}"
 _PLANNED = {
     "zero_optimization": "the plan places and partitions every class of state; buffers and overlap follow from it",
     "aio": "zinf bench nvme finds threads and blocks",
@@ -25,7 +28,8 @@ _PLANNED = {
 }
 """Keys that the plan, or another key of the recipe, makes needless."""
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_READ_TOGETHER = (*_BATCH, "bf16", "fp16", "gradient_clipping")
+_PRECISIONS = {"bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16"}
+_READ_TOGETHER = (*_BATCH, *_PRECISIONS, "gradient_clipping")
 _SCHEDULE_KEYS = {
     "warmup_num_steps": "lr_scheduler.warmup_steps",
     "total_num_steps": "train.max_steps",
@@ -33,6 +37,12 @@ _SCHEDULE_KEYS = {
     "warmup_max_lr": "optimizer.lr",
 }
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+_SCHEDULE_DEFAULTS: dict[str, dict[str, float]] = {
+    "WarmupLR": {"warmup_max_lr": 1e-3},
+    "WarmupDecayLR": {"warmup_max_lr": 1e-3},
+    "WarmupCosineLR": {"cos_min_ratio": 1e-4},
+}
+"""The first two set the learning rate of their own, whatever that of the optimizer is."""
 
 
 @dataclass
@@ -45,8 +55,30 @@ class Taken:
     without: list[str] = field(default_factory=list)
     """Keys that have no counterpart in a recipe: what they ask for is not done."""
 
-    def take(self, key: str, value: Any, source: str) -> None:
-        self.choices.append(Choice(key, value, _FROM.format(source)))
+    def take(self, key: str, value: Any, source: str, why: str = "") -> None:
+        """Choose `value`, which is that of DeepSpeed's `source`. UsageError if the key takes no such value."""
+        section, _, name = key.partition(".")
+        kind = Recipe.model_fields[section].annotation
+        assert kind is not None
+        try:
+            kind.model_validate({name: value})
+            if isinstance(value, int) and value >= 2**63:
+                raise _refused(source, value, "too large a number")
+        except ValidationError as error:
+            raise _refused(source, value, error.errors()[0]["msg"]) from error
+        self.choices.append(Choice(key, value, f"as DeepSpeed's {why or source}"))
+
+
+def _refused(source: str, value: Any, why: str) -> UsageError:
+    return UsageError(f"{source} {json.dumps(value):.60}: {why.replace('Input should', 'it should')}")
+
+
+def _section(of: Mapping[str, Any], key: str, path: str = "") -> dict[str, Any]:
+    """What lies below a key; nothing if that is null or missing."""
+    value = of.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise _refused(path + key, value, "a mapping is expected")
+    return value or {}
 
 
 def from_deepspeed(config: Mapping[str, Any], num_ranks: int | None) -> Taken:
@@ -56,20 +88,21 @@ def from_deepspeed(config: Mapping[str, Any], num_ranks: int | None) -> Taken:
     former is given. UsageError if it is not known then, or if the three sizes of a batch do not agree.
     """
     taken = Taken()
-    given = {key: value for key, value in config.items() if value != "auto"}
-    _batch(given, num_ranks, taken)
+    given = {key: value for key, value in config.items() if value is not None and value != "auto"}
+    _batch(given, {key for key in _BATCH if config.get(key) == "auto"}, num_ranks, taken)
     _precision(config, taken)
     if config.get("gradient_clipping") != "auto":
         clipping = given.get("gradient_clipping", 0)
-        taken.take("train.max_grad_norm", clipping or None, f"gradient_clipping {clipping:g}")
-    readers: dict[str, Callable[[Any, Taken], None]] = {
+        limit = None if isinstance(clipping, int | float) and clipping == 0 else clipping
+        taken.take("train.max_grad_norm", limit, "gradient_clipping", f"gradient_clipping {clipping}")
+    readers: dict[str, Callable[[dict[str, Any], Taken], None]] = {
         "optimizer": _optimizer,
         "scheduler": _scheduler,
         "zero_optimization": _offload,
     }
-    for key, value in given.items():
+    for key in given:
         if key in readers:
-            readers[key](value, taken)
+            readers[key](_section(given, key), taken)
         if key in _PLANNED:
             taken.needless[key] = _PLANNED[key]
         elif key not in readers and key not in _READ_TOGETHER:
@@ -77,8 +110,16 @@ def from_deepspeed(config: Mapping[str, Any], num_ranks: int | None) -> Taken:
     return taken
 
 
-def _batch(given: Mapping[str, Any], num_ranks: int | None, taken: Taken) -> None:
+def _batch(given: Mapping[str, Any], automatic: Collection[str], num_ranks: int | None, taken: Taken) -> None:
+    """Of the three sizes, as DeepSpeed does, a missing one follows from the others."""
+    for key in _BATCH:
+        if key in given and (type(given[key]) is not int or given[key] < 1):
+            raise _refused(key, given[key], "an integer of 1 or more is expected")
     whole, micro, accumulated = (given.get(key) for key in _BATCH)
+    if whole is None and accumulated is None and micro is not None and not automatic:
+        accumulated = 1
+    if whole is not None and accumulated is not None and micro is None and num_ranks is not None:
+        micro = max(1, whole // (accumulated * num_ranks))
     if micro is not None:
         taken.take("train.micro_batch_size", micro, "train_micro_batch_size_per_gpu")
     if whole is not None:
@@ -97,58 +138,74 @@ def _batch(given: Mapping[str, Any], num_ranks: int | None, taken: Taken) -> Non
                 hint="give --hostfile, or train_batch_size in the JSON",
             )
         why = f"gradient_accumulation_steps {accumulated} on each of {num_ranks} ranks"
-        taken.take("train.gradient_accumulation_steps", accumulated * num_ranks, why)
+        taken.take("train.gradient_accumulation_steps", accumulated * num_ranks, "gradient_accumulation_steps", why)
 
 
 def _precision(config: Mapping[str, Any], taken: Taken) -> None:
-    enabled = {name: (config.get(name) or {}).get("enabled", False) for name in ("bf16", "fp16")}
-    if "auto" in enabled.values():
-        return
-    name = next((name for name, is_on in enabled.items() if is_on), None)
-    taken.take("train.precision", name or "fp32", f"{name}.enabled" if name else "default, fp32")
+    sections = {name: _section(config, name) for name in _PRECISIONS}
+    enabled = {name: section.get("enabled", False) for name, section in sections.items()}
+    for name, value in enabled.items():
+        if value != "auto" and not isinstance(value, bool):
+            raise _refused(f"{name}.enabled", value, "true or false is expected")
+    if scale := sections["fp16"].get("loss_scale"):
+        taken.without.append(f"fp16.loss_scale {scale}: the scale adapts itself here")
+    on = [name for name, value in enabled.items() if value is True]
+    if len({_PRECISIONS[name] for name in on}) > 1:
+        raise UsageError("bf16 and fp16 are both enabled", hint="leave one of them on")
+    if on:
+        taken.take("train.precision", _PRECISIONS[on[0]], f"{on[0]}.enabled")
+    elif "auto" not in enabled.values():
+        taken.take("train.precision", "fp32", "default, fp32")
 
 
-def _optimizer(value: Mapping[str, Any], taken: Taken) -> None:
-    name, params = str(value.get("type", "")).lower(), _given(value)
+def _optimizer(value: dict[str, Any], taken: Taken) -> None:
+    name, path = str(value.get("type", "")).lower(), "optimizer.params."
+    params = _section(value, "params", "optimizer.")
     if name not in ("adam", "adamw"):
         taken.without.append(f"optimizer.type {value.get('type')}: AdamW is the optimizer so far")
         return
-    if name == "adam" and params.pop("adam_w_mode", True) is False and params.get("weight_decay"):
-        taken.without.append("optimizer.params.adam_w_mode false: weight decay is decoupled from the gradient here")
-    decay = 0.01 if params.pop("torch_adam", False) else 0.0
+    if name == "adam" and params.get("adam_w_mode", True) is False and params.get("weight_decay"):
+        taken.without.append(f"{path}adam_w_mode false: weight decay is decoupled from the gradient here")
+    decay = 0.01 if params.get("torch_adam") else 0.0
     for key, default in (("lr", 1e-3), ("betas", None), ("eps", None), ("weight_decay", decay)):
         if key in params:
-            taken.take(f"optimizer.{key}", params.pop(key), f"optimizer.params.{key}")
-        elif default is not None and value.get("params", {}).get(key) != "auto":
-            taken.take(f"optimizer.{key}", default, f"default of optimizer.params.{key}")
-    taken.without += [f"optimizer.params.{key}" for key in params if key not in ("fused", "bias_correction")]
+            _take_given(params, key, f"optimizer.{key}", path, taken)
+        elif default is not None:
+            taken.take(f"optimizer.{key}", default, f"default of {path}{key}")
+    known = ("lr", "betas", "eps", "weight_decay", "fused", "bias_correction", "torch_adam", "adam_w_mode")
+    taken.without += [f"{path}{key}" for key, entry in params.items() if key not in known and entry != "auto"]
 
 
-def _scheduler(value: Mapping[str, Any], taken: Taken) -> None:
-    kind, params = value.get("type"), _given(value)
+def _scheduler(value: dict[str, Any], taken: Taken) -> None:
+    kind, path = str(value.get("type")), "scheduler.params."
+    params = _section(value, "params", "scheduler.")
     if kind not in _SCHEDULES:
         taken.without.append(f"scheduler.type {kind}")
         return
     taken.take("lr_scheduler.name", _SCHEDULES[kind], f"scheduler.type {kind}")
-    if kind == "WarmupCosineLR":
-        params.setdefault("cos_min_ratio", 0.0001)
+    defaults = {"warmup_num_steps": 1000} | _SCHEDULE_DEFAULTS[kind]
     for key, into in _SCHEDULE_KEYS.items():
         if key in params:
-            taken.take(into, params.pop(key), f"scheduler.params.{key}")
-        elif key == "warmup_num_steps" and value.get("params", {}).get(key) != "auto":
-            taken.take(into, 1000, f"default of scheduler.params.{key}")
-    if params.pop("warmup_type", "log") != "linear":
-        taken.without.append("scheduler.params.warmup_type log: a warmup is a straight line here")
-    taken.without += [f"scheduler.params.{key}" for key, entry in params.items() if entry]
+            _take_given(params, key, into, path, taken)
+        elif key in defaults:
+            taken.take(into, defaults[key], f"default of {path}{key}")
+    if params.get("warmup_type", "log") != "linear":
+        taken.without.append(f"{path}warmup_type log: a warmup is a straight line here")
+    known = (*_SCHEDULE_KEYS, "warmup_type")
+    taken.without += [f"{path}{key}" for key, entry in params.items() if key not in known and entry and entry != "auto"]
 
 
-def _given(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The params of an optimizer or a scheduler that are not "auto"."""
-    return {key: entry for key, entry in value.get("params", {}).items() if entry != "auto"}
+def _take_given(params: Mapping[str, Any], key: str, into: str, path: str, taken: Taken) -> None:
+    value = params[key]
+    if value is None:
+        raise _refused(path + key, value, "a value is expected")
+    if value != "auto":
+        steps = isinstance(value, float) and value.is_integer() and key.endswith("_num_steps")  # JSON's 1e4
+        taken.take(into, int(value) if steps else value, path + key)
 
 
-def _offload(value: Mapping[str, Any], taken: Taken) -> None:
+def _offload(value: dict[str, Any], taken: Taken) -> None:
     for key in ("offload_param", "offload_optimizer"):
-        offload = value.get(key) or {}
+        offload = _section(value, key, "zero_optimization.")
         if offload.get("device") == "nvme" and offload.get("nvme_path"):
             taken.take("offload.nvme_path", offload["nvme_path"], f"zero_optimization.{key}.nvme_path")

@@ -27,7 +27,7 @@ def draft(choices: Sequence[Choice], heading: Iterable[str]) -> str:
     sections: dict[str, list[Choice]] = {}
     for choice in chosen.values():
         sections.setdefault(choice.key.rpartition(".")[0], []).append(choice)
-    lines = [f"# {line}".rstrip() for line in heading]
+    lines = [_comment(line) for line in heading]
     for section, of_section in sorted(sections.items(), key=lambda item: not item[0]):
         lines += ["", f"{section}:"] if section else [""]
         indent = "  " if section else ""
@@ -40,8 +40,14 @@ def _lines(entry: str, why: str, indent: str) -> list[str]:
     """The reason stands behind the value where the line is short enough, else above it."""
     if not why:
         return [entry]
-    beside = f"{entry:<38}  # {why}"
-    return [beside] if len(beside) <= _WIDTH else [f"{indent}# {why}", entry]
+    beside = f"{entry:<38}  {_comment(why)}"
+    return [beside] if len(beside) <= _WIDTH else [f"{indent}{_comment(why)}", entry]
+
+
+def _comment(text: str) -> str:
+    """One line that YAML takes, also where a text from outside has line ends and control characters."""
+    shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return f"# {''.join(shown)}".rstrip()
 
 
 def _scalar(value: Any) -> str:

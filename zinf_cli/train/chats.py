@@ -35,7 +35,7 @@ def render_chat(document: Document, template: Template) -> tuple[str, list[tuple
             line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise DatasetError(f"the chat template refuses this dialog: {line}", where=document.where) from error
 
-    messages = _with_content(_messages(document), render, document.where)
+    messages = _with_content(messages_of(document), render, document.where)
     whole = render(messages)
     said = []
     for number, message in enumerate(messages):
@@ -60,7 +60,8 @@ def render_chat(document: Document, template: Template) -> tuple[str, list[tuple
     return whole, said
 
 
-def _messages(document: Document) -> list[dict[str, Any]]:
+def messages_of(document: Document) -> list[dict[str, Any]]:
+    """The turns of a dialog. DatasetError if it is none."""
     messages = document.content
     if not isinstance(messages, list) or not messages:
         raise DatasetError("expected a list of messages {role, content}", where=document.where)

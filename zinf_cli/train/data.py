@@ -21,8 +21,8 @@ from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
 from zinf_cli.train.chats import ANSWERS, TOOLS
 from zinf_cli.train.documents import Document, read_documents
-from zinf_cli.train.stand_ins import stand_in
 from zinf_cli.train.text_files import find_files, kind_of
+from zinf_cli.train.token_arrays import open_tokens
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
 
@@ -190,22 +190,7 @@ def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
 
 
 def _array_blocks(file: Path) -> Iterator[TokenBlock]:
-    try:
-        array = np.lib.format.open_memmap(file, mode="r")
-    except OSError:
-        raise
-    except Exception as error:  # the header is a Python literal, and may be anything
-        if found := stand_in(file):
-            raise DatasetError(found[0], where=str(file), hint=found[1]) from error
-        with file.open("rb") as content:
-            zipped = content.read(2) == b"PK"
-        what = "a zip archive, as np.savez writes it" if zipped else "not a .npy file of numbers, as np.save writes it"
-        hint = "save one array with np.save; raw tokens: np.save(FILE, np.fromfile(RAW, dtype))"
-        raise DatasetError(what, where=str(file), hint=hint) from error
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise DatasetError(
-            f"expected one-dimensional integers (tokens), got {array.dtype} of shape {array.shape}", where=str(file)
-        )
+    array = open_tokens(file)
     for start in range(0, array.shape[0], _BLOCK):
         block = np.asarray(array[start : start + _BLOCK])
         wrong = (block < 0) | (block > LARGEST_TOKEN)

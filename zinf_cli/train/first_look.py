@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zinf_cli.checkpoint.folder import checkpoints_of
+from zinf_cli.checkpoint.folder import checkpoints_of, is_checkpoint
+from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import DatasetError, ModelError
-from zinf_cli.train.documents import first_record
+from zinf_cli.train.chats import messages_of
+from zinf_cli.train.documents import first_record, read_documents
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.text_files import RECORDS, find_texts, is_packed, kind_of
+from zinf_cli.train.token_arrays import open_tokens
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 """Names under which configurations keep the longest sequence."""
@@ -29,13 +32,10 @@ _PACKED_TIMES = 3
 class ModelFacts:
     """What decides a recipe's first values."""
 
-    num_parameters: int | None
-    """None for a checkpoint of a run."""
+    num_parameters: int
     context: int | None
     """Tokens of the longest sequence its configuration names."""
     is_encoder_decoder: bool
-    is_masked: bool
-    """It learns to fill in masked tokens, as BERT does."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class TextFacts:
 
 def look_at_model(folder: Path) -> ModelFacts:
     """ModelError or CheckpointError if there is no model in the folder."""
-    newest = next(iter(checkpoints_of(folder)), folder)
+    newest = folder if is_checkpoint(folder) else next(iter(checkpoints_of(folder)), folder)
     path = newest / "config.json"
     try:
         config: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         hint = None if path.is_file() else "download a model first: hf download ORG/NAME --local-dir DIRECTORY"
         raise ModelError(f"can't be read: {why}", where=str(path), hint=hint) from error
@@ -66,16 +66,17 @@ def look_at_model(folder: Path) -> ModelFacts:
         raise ModelError("is no configuration of a model", where=str(path))
     parts = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     lengths = [value for of in parts for key in _LENGTHS if isinstance(value := of.get(key), int)]
-    architecture = str(next(iter(config.get("architectures") or [""])))
     return ModelFacts(
-        num_parameters=None if checkpoints_of(folder) else _num_parameters(folder),
+        num_parameters=_num_parameters(newest),
         context=min((length for length in lengths if length > 1), default=None),
         is_encoder_decoder=bool(config.get("is_encoder_decoder")),
-        is_masked=architecture.endswith("ForMaskedLM"),
     )
 
 
 def _num_parameters(folder: Path) -> int:
+    if is_checkpoint(folder):
+        flats = (flat for unit in Manifest.load(folder).units for flat in unit.flats)
+        return sum(param.numel for flat in flats for param in flat.params)
     files = SafetensorsFiles(folder)
     return sum(files.on_meta(key).numel() for key in files.keys())  # noqa: SIM118 (not a dict)
 
@@ -85,20 +86,34 @@ def look_at_text(paths: Sequence[Path], pairs: bool) -> TextFacts:
     texts = find_texts(paths)
     files = [file for found in texts for file in found.files]
     num_bytes = sum(found.num_bytes for found in texts)
-    if kind_of(files[0]) == ".npy":
-        import numpy
-
-        arrays = [numpy.load(file, mmap_mode="r") for file in files]
-        return TextFacts(len(files), num_bytes, sum(array.size for array in arrays), {}, "tokens")
-    unpacked = sum(file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) for file in files)
     fields: dict[str, str] = {}
-    kind = "text"
-    if records := [file for file in files if kind_of(file) in RECORDS]:
-        fields, kind = _fields(first_record(records[0]), records[0], pairs)
-    elif pairs:
-        hint = "give .jsonl or .parquet with a field for each"
-        raise DatasetError("this model reads a source and writes a target", where=str(files[0]), hint=hint)
-    return TextFacts(len(files), num_bytes, unpacked // _BYTES_PER_TOKEN, fields, kind)
+    kind = "tokens" if kind_of(files[0]) == ".npy" else "text"
+    try:
+        if plain := [file for file in files if pairs and kind_of(file) not in RECORDS]:
+            hint = "give .jsonl or .parquet with a field for each"
+            raise DatasetError("this model reads a source and writes a target", where=str(plain[0]), hint=hint)
+        if records := [file for file in files if kind_of(file) in RECORDS]:
+            fields, kind = _fields(first_record(records[0]), records[0], pairs)
+        tokens = {file: _tokens_in(file, fields) for file in files}
+    except OSError as error:
+        raise DatasetError(f"can't read: {error.strerror or error}", where=str(error.filename or files[0])) from error
+    for file in files:  # one in a folder may be empty
+        if not tokens[file] and (file in paths or not any(tokens.values())):
+            raise DatasetError("the file is empty", where=str(file))
+    return TextFacts(len(files), num_bytes, sum(tokens.values()), fields, kind)
+
+
+def _tokens_in(file: Path, fields: Mapping[str, str]) -> int:
+    """About how many tokens a file has. DatasetError if its beginning is not what `fields` say."""
+    if kind_of(file) == ".npy":
+        return int(open_tokens(file).size)
+    wanted = next((name for key, name in fields.items() if key != "target_field"), "text")
+    first = next(read_documents(file, wanted), None)
+    if first is None:
+        return 0
+    if "messages_field" in fields:
+        messages_of(first)
+    return -(-file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) // _BYTES_PER_TOKEN)
 
 
 def _fields(record: Mapping[str, Any], file: Path, pairs: bool) -> tuple[dict[str, str], str]:
