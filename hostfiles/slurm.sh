@@ -8,6 +8,7 @@
 
 # Two minutes before the time limit zinf is warned. It ends after its step, with a checkpoint where the recipe sets
 # checkpoint.interval, and the same script submitted again goes on from it. By hand: scancel --batch --signal=USR1 JOB
+# (a plain scancel ends the ranks at once, without a checkpoint).
 #SBATCH --signal=B:USR1@120
 
 # The warning goes to this script's own process alone, so zinf has to take its place: `exec`.
