@@ -52,7 +52,7 @@ class Kept:
         if self._tensor._version != self._version:
             raise ModelError(
                 "a tensor that backward needs was changed in place after it had been used",
-                hint="keep offload.activations on nvme, where a copy is taken",
+                hint="let the model change a copy of it, or set activation_checkpointing=none",
             )
         return self._tensor
 
