@@ -34,6 +34,7 @@ from zinf_cli.recipe.hosts import Host
 
 _CONNECT_S = 10
 _KEEPALIVE_S = 5
+_NO_SESSION = "No existing session"
 _NO_ROOM = "sshd has no room for another login, or does not take any from here (its log says why)"
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else paramiko prints errors that are raised here
 
@@ -255,19 +256,26 @@ def _explained(error: Exception, connection: Any) -> Refusal:
         return Refusal(f"{address}, from jump host {hop}: {error.text}", "is sshd running there?")
     if isinstance(error, IncompatiblePeer):
         return Refusal(f"{address}: {error}", INSTALL)
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError) or (_NO_SESSION in str(error) and not _met(connection)):
         why = f"no answer within {connection.connect_timeout} s"
         return Refusal(f"{address}: {why}", "is the host overloaded, or a firewall between?")
     if isinstance(error, (EOFError, ConnectionResetError)) or "protocol banner" in str(error):
         return Refusal(f"{address}: the connection was closed before the login", _NO_ROOM, busy=True)
     if isinstance(error, OSError):
         return Refusal(f"{address}: {error.strerror or error}")
-    if "No existing session" in str(error):
+    if _NO_SESSION in str(error):
         return Refusal(
             f"too many keys were offered for user {connection.user}, and none of those was accepted",
             "name the right one: IdentityFile with IdentitiesOnly yes in ~/.ssh/config",
         )
     return Refusal(f"SSH: {error or type(error).__name__}")
+
+
+def _met(connection: Any) -> bool:
+    """Whether the two have agreed on keys. paramiko says the same of a server that never answers, and of one that hangs
+    up because it was offered too many keys."""
+    transport = connection.client.get_transport()
+    return transport is not None and bool(transport.initial_kex_done)
 
 
 def _of_host_key(error: _UnknownHostKey | BadHostKeyException, connection: Any) -> Refusal:
