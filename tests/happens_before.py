@@ -108,7 +108,7 @@ class Checker:
     def set_device(self, device: torch.device) -> None: ...
 
     def synchronize(self, device: torch.device) -> None:
-        raise NotImplementedError
+        raise AssertionError("the engine waits for events and streams, never for a whole device")
 
     # -- clocks
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from in_process import run
 from tiny_models import random_source
+from tiny_recipes import CLASSES
 from zinf_cli.engine.units import chunked_loss
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import best_plan
@@ -71,24 +72,11 @@ def peak_of_loss(folder: Path) -> PeakOfLoss:
     """Of the training of a model with a large vocabulary, 2048 tokens a micro-batch."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     np.save(folder / "tokens.npy", np.arange(1 << 14) * 7 % (1 << 17))
-    recipe = Recipe.model_validate(
-        {
-            "model": {
-                "config": {
-                    "model_type": "llama", "vocab_size": 1 << 17, "hidden_size": 64, "intermediate_size": 128,
-                    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 2048,
-                }
-            },
-            "dataset": {"path": str(folder / "tokens.npy")},
-            "train": {"seq_len": 2048, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1},
-            "offload": {
-                **dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme"),
-                "nvme_path": str(folder / "nvme"),
-            },
-            "logging": {"tensorboard": False},
-            "output_dir": str(folder / "run"),
-        }
-    )  # fmt: skip
+    model: dict[str, Any] = {
+        "model_type": "llama", "vocab_size": 1 << 17, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    recipe = _recipe(folder, model, seq_len=2048, max_steps=1)
     chunk, chunked_loss.CHUNK = chunked_loss.CHUNK, 1 << 60
     whole = best_plan(recipe, find_figures(recipe, 1))
     chunked_loss.CHUNK = chunk
@@ -98,6 +86,20 @@ def peak_of_loss(folder: Path) -> PeakOfLoss:
     run(recipe, plan)
     planned = sum(line.num_bytes for line in plan.lines if line.tier == "cpu")
     return PeakOfLoss(peak.read(), planned, _for_compute(plan), _for_compute(whole))
+
+
+def _recipe(folder: Path, model: dict[str, Any], **train: int) -> Recipe:
+    """All of it on NVMe, one micro-batch of one sequence a step, of the tokens in `folder`."""
+    return Recipe.model_validate(
+        {
+            "model": {"config": model},
+            "dataset": {"path": str(folder / "tokens.npy")},
+            "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, **train},
+            "offload": {**dict.fromkeys(CLASSES, "nvme"), "nvme_path": str(folder / "nvme")},
+            "logging": {"tensorboard": False},
+            "output_dir": str(folder / "run"),
+        }
+    )
 
 
 def _for_compute(plan: Plan) -> int:
@@ -129,19 +131,7 @@ def peak_of_layer(folder: Path, experts: int) -> PeakOfLayer:
         model |= {"model_type": "qwen3_moe", **mixture}
     else:
         model |= {"model_type": "qwen3", "intermediate_size": 8 * width}
-    recipe = Recipe.model_validate(
-        {
-            "model": {"config": model},
-            "dataset": {"path": str(folder / "tokens.npy")},
-            "train": {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 2},
-            "offload": {
-                **dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme"),
-                "nvme_path": str(folder / "nvme"),
-            },
-            "logging": {"tensorboard": False},
-            "output_dir": str(folder / "run"),
-        }
-    )
+    recipe = _recipe(folder, model, seq_len=16, max_steps=2)
     figures = find_figures(recipe, 1, most=3 * hidden * width if experts else None)
     plan = best_plan(recipe, figures)
     plan = replace(plan, working=plan.working.shrunk(1 << 60))

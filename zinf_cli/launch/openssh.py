@@ -22,6 +22,7 @@ from zinf_cli.errors import HostError
 from zinf_cli.launch.jump_hosts import JumpHosts
 from zinf_cli.launch.openssh_errors import Said, refusal
 from zinf_cli.launch.openssh_route import Destination, Route, route
+from zinf_cli.launch.pipes import write_all
 from zinf_cli.launch.refusal import Refusal, patiently
 from zinf_cli.launch.ssh import Files
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
@@ -197,11 +198,7 @@ class _SshChannel:
         return HostError(words[-1] if words else "the login ended at once")
 
     def send(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            if self._in.closed:
-                raise BrokenPipeError("given up")
-            left = left[os.write(self._in.fileno(), left) :]
+        write_all(self._in, data)
 
     def receive(self) -> bytes:
         if self._first:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import IO
 
 from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
@@ -28,6 +29,15 @@ class Pipes:
         pass
 
 
+def write_all(pipe: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered pipe, which takes as much at a time as it has room for; another thread may close it."""
+    left = memoryview(data)
+    while left:
+        if pipe.closed:
+            raise BrokenPipeError("given up")
+        left = left[os.write(pipe.fileno(), left) :]
+
+
 class _PipeChannel:
     silence_s = math.inf
 
@@ -44,11 +54,7 @@ class _PipeChannel:
         self._in, self._out = self._process.stdin, self._process.stdout
 
     def send(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            if self._in.closed:
-                raise BrokenPipeError("given up")
-            left = left[os.write(self._in.fileno(), left) :]
+        write_all(self._in, data)
 
     def receive(self) -> bytes:
         data = os.read(self._out.fileno(), 1 << 16)
