@@ -40,7 +40,7 @@ def _nvme(*keys: str) -> tuple[str, ...]:
     return (*(f"offload.{state}=nvme" for state in ("params", "grads", "optimizer", "activations")), *keys)
 
 
-STEP = ("train.seq_len=64", "train.gradient_accumulation_steps=8")
+STEP = ("train.seq_len=64", "train.global_batch_size=8")
 ROWS = (
     Row("216M, all NVMe", MODELS["216M"], _nvme(*STEP)),
     Row("216M, all NVMe, not clipped", MODELS["216M"], _nvme(*STEP, "train.max_grad_norm=null")),
@@ -49,7 +49,7 @@ ROWS = (
     Row("216M, all NVMe, 4 sweeps", MODELS["216M"], _nvme(*STEP, "train.micro_batches_per_sweep=2")),
     Row("216M, in 2.2 GiB", MODELS["216M"], ("offload.cpu_memory=2.2GiB", *STEP)),
     Row("50M, all NVMe, 2 ranks", SMALL, _nvme(*STEP), slots=2),
-    Row("50M, all CPU", SMALL, ("train.seq_len=128", "train.gradient_accumulation_steps=4")),
+    Row("50M, all CPU", SMALL, ("train.seq_len=128", "train.global_batch_size=4")),
 )
 
 

@@ -78,7 +78,7 @@ def _recipe(folder: Path) -> Path:
     recipe = {
         "model": {"config": LLAMA},
         "dataset": {"path": str(folder / "tokens.npy")},
-        "train": {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": HOSTS, "max_steps": 2},
+        "train": {"seq_len": 16, "micro_batch_size": 1, "global_batch_size": HOSTS, "max_steps": 2},
         "offload": {"nvme_path": str(folder / "nvme")},
         "logging": {"tensorboard": False},
         "output_dir": str(folder / "run"),

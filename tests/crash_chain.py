@@ -35,7 +35,7 @@ class TinyRun:
         recipe: dict[str, Any] = {
             "model": {"config": {"model_type": "llama", **CONFIGS["llama"], "attention_dropout": 0.1}},
             "dataset": {"path": str(folder / "tokens.npy")},
-            "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": steps},
+            "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 6, "max_steps": steps},
             "optimizer": {"lr": 1e-2},
             "lr_scheduler": {"name": "constant"},
             "offload": {**NVME, "nvme_path": str(folder / "nvme")},

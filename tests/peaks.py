@@ -94,7 +94,7 @@ def _recipe(folder: Path, model: dict[str, Any], **train: int) -> Recipe:
         {
             "model": {"config": model},
             "dataset": {"path": str(folder / "tokens.npy")},
-            "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, **train},
+            "train": {"micro_batch_size": 1, "global_batch_size": 1, **train},
             "offload": {**dict.fromkeys(CLASSES, "nvme"), "nvme_path": str(folder / "nvme")},
             "logging": {"tensorboard": False},
             "output_dir": str(folder / "run"),

@@ -41,7 +41,7 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        train_for = {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 1}
+        train_for = {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 2}
         checkpoint = {"interval": 2, "keep_latest_k": 2}
         self.run = TinyRun.write(folder / "lab", STEPS, train={**train_for, "max_steps": STEPS}, checkpoint=checkpoint)
         self.run_dir = self.run.run_dir

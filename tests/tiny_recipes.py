@@ -17,7 +17,7 @@ def recipe_of(folder: Path, name: str, tier: str = "nvme", **train: Any) -> Reci
             "model": {"config": random_source(name).config},
             "dataset": dataset_for(name, folder),
             "train": {
-                "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 3, **train
+                "seq_len": 16, "micro_batch_size": 2, "global_batch_size": 6, "max_steps": 3, **train
             },
             "offload": {**dict.fromkeys(CLASSES, tier), "nvme_path": str(folder / "nvme")},
             "logging": {"tensorboard": False},

@@ -65,7 +65,7 @@ class Workshop:
         self.content: dict[str, Any] = {
             "model": {"config": {"model_type": "llama", **CONFIGS["llama"]}},
             "dataset": {"path": str(folder / "tokens.npy"), "eval_fraction": 0.1},
-            "train": {"seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
+            "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 6, "max_steps": 4},
             "optimizer": {"lr": 1e-2},
             "offload": {**NVME, "nvme_path": str(self.nvme)},
             "logging": {"tensorboard": False},

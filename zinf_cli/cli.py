@@ -24,6 +24,7 @@ from zinf_cli.commands.options import (
     EstimateHosts,
     Exclude,
     Explain,
+    GlobalBatchSize,
     GpusPerNode,
     GradientAccumulationSteps,
     Hardware,
@@ -133,7 +134,7 @@ def init(
         Path | None, typer.Option(metavar="JSON", help="Take over what a DeepSpeed configuration says.")
     ] = None,
     hostfile: Annotated[
-        str | None, typer.Option(metavar="HOSTFILE", help="Its ranks: DeepSpeed accumulates gradients for each.")
+        str | None, typer.Option(metavar="HOSTFILE", help="Its ranks, for the sizes of DeepSpeed's batch.")
     ] = None,
 ) -> None:
     """Write a recipe that runs, each choice with its reason."""
@@ -178,6 +179,7 @@ def estimate(
     seq_len: SeqLen = 1024,
     micro_batch_size: MicroBatchSize = 1,
     gradient_accumulation_steps: GradientAccumulationSteps = None,
+    global_batch_size: GlobalBatchSize = None,
     hosts: EstimateHosts = None,
     nodes: Nodes = 1,
     gpus_per_node: GpusPerNode = None,
@@ -204,8 +206,9 @@ def estimate(
     given = list(recipe or ())
     path = Path(given.pop(0)) if given and "=" not in given[0] else None
     flags = Flags(
-        params, layers, hidden, heads, vocab, seq_len, micro_batch_size, gradient_accumulation_steps, nodes,
-        gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json, tuple(given),
+        params, layers, hidden, heads, vocab, seq_len, micro_batch_size, gradient_accumulation_steps,
+        global_batch_size, nodes, gpus_per_node, hardware, strategy, max_model, explain, timeline, as_json,
+        tuple(given),
     )  # fmt: skip
     if path is None:
         estimate_by_flags(flags, Screen())

@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ("train.gradient_accumulation_steps=999", 2, "fewer than the 1998 of one batch"),
+        ("train.global_batch_size=1998", 2, "fewer than the 1998 of one batch"),
         ("model.config.vocab_size=64", 2, "is outside the model's embedding of 64 rows"),
         ("model.config.num_attention_heads=5", 2, "hidden size"),
         ("offload.nvme_space=64KiB", 4, "nvme needs"),

@@ -44,7 +44,7 @@ def test_two_hosts_train_as_one_rank_does(near: FarWorkshop, forked: ForkedRanks
 
 
 def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop, forked: ForkedRanks) -> None:
-    apart.content["train"]["gradient_accumulation_steps"] = 4
+    apart.content["train"]["global_batch_size"] = 8
     own = apart.lab.hosts[1].local / "run" / "metrics.jsonl"
     own.parent.mkdir()
     own.write_text("of a run that this host did by itself\n")

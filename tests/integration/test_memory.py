@@ -39,7 +39,7 @@ def test_state_that_is_twice_the_memory_trains_within_it(tmp_path: Path, control
     recipe = {
         "model": {"config": model},
         "dataset": {"path": str(tmp_path / "tokens.npy")},
-        "train": {"seq_len": 16, "gradient_accumulation_steps": 2, "max_steps": 2},
+        "train": {"seq_len": 16, "global_batch_size": 2, "max_steps": 2},
         "offload": {
             **dict.fromkeys(("params", "grads", "optimizer", "activations"), "nvme"),
             "nvme_path": str(tmp_path / "nvme"),

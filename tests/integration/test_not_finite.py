@@ -8,7 +8,7 @@ from workshop import Workshop
 
 def test_a_run_that_has_blown_up_keeps_its_good_checkpoints(workshop: Workshop, forked: ForkedRanks) -> None:
     """Steps that are not finite write none, let none go, and end the run when there are many in a row."""
-    workshop.content["train"]["gradient_accumulation_steps"] = 2
+    workshop.content["train"]["global_batch_size"] = 4
     workshop.content["checkpoint"] = {"interval": 1, "keep_latest_k": 2}
     workshop.fork(forked, "run", "train.max_steps=3")
     ended = workshop.launch("train.max_steps=40", "optimizer.lr=1e30", "train.non_finite=skip", "--slots", "2")

@@ -66,7 +66,7 @@ def test_flats_of_two_dtypes_are_cut_anew_for_other_ranks(forked: ForkedRanks, t
         "precision": "bf16",
         "seq_len": 16,
         "micro_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "global_batch_size": 4,
     }
     go_on(forked, tmp_path / "first", 2, 2, model=model, train={**train, "max_steps": 2})
     shutil.copytree(tmp_path / "first", tmp_path / "second")  # in which "latest" is a folder
@@ -109,16 +109,17 @@ def test_scaled_losses_go_on(forked: ForkedRanks, tmp_path: Path) -> None:
 
 def test_batches_of_another_size_take_the_text_up_where_it_was(forked: ForkedRanks, tmp_path: Path) -> None:
     train = {"seq_len": 16, "micro_batch_size": 2}
-    go_on(forked, tmp_path, 4, train={**train, "gradient_accumulation_steps": 3, "max_steps": 4})
-    run = go_on(forked, tmp_path, 6, train={**train, "gradient_accumulation_steps": 5, "max_steps": 6})
+    go_on(forked, tmp_path, 4, train={**train, "global_batch_size": 6, "max_steps": 4})
+    run = go_on(forked, tmp_path, 6, train={**train, "global_batch_size": 10, "max_steps": 6})
     assert run.newest.sequences == 4 * 6 + 2 * 10
-    assert "note: resumed with another train.gradient_accumulation_steps, train.max_steps" in run.log
+    assert "note: resumed with another train.global_batch_size, train.max_steps" in run.log
+    assert "note: resumed with 10 sequences a step, 6 before" in run.log
 
 
 def test_what_a_recipe_can_not_go_on_with_is_refused_by_its_key(forked: ForkedRanks, tmp_path: Path) -> None:
     run = go_on(forked, tmp_path, 2)
     before = (run.run_dir / "metrics.jsonl").read_text()
-    train = {"micro_batch_size": 2, "gradient_accumulation_steps": 3}
+    train = {"micro_batch_size": 2, "global_batch_size": 6}
     assert "train.seq_len was 16, is 8" in refused(forked, tmp_path, train={**train, "seq_len": 8})
     assert "dataset.shuffle was True, is False" in refused(forked, tmp_path, dataset={"shuffle": False})
     assert "dataset.eval_fraction: the text is another one" in refused(forked, tmp_path, dataset={"eval_fraction": 0.1})

@@ -36,7 +36,7 @@ def workshop_of(folder: Path, chats: list[str]) -> Workshop:
         "shuffle": False,
     }
     steps = len(chats) // 2
-    workshop.content["train"] = {"seq_len": SEQ_LEN, "gradient_accumulation_steps": 2, "max_steps": steps}
+    workshop.content["train"] = {"seq_len": SEQ_LEN, "global_batch_size": 2, "max_steps": steps}
     workshop.content["optimizer"] = {"lr": 1e-2, "weight_decay": 0.1}
     workshop.content["checkpoint"] = {"interval": 1}
     return workshop
@@ -86,9 +86,9 @@ def test_a_step_is_the_same_however_it_is_dealt(config: dict[str, Any], tmp_path
     text = {"path": str(tmp_path / ("rows.jsonl" if config is BART else "words.txt")), "eval_fraction": 0.28}
     workshop.content["model"] = {"config": config}
     workshop.content["dataset"] = {**text, "tokenizer": str(tmp_path / "tokenizer")}
-    workshop.content["train"] = {"seq_len": 16, "micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    workshop.content["train"] = {"seq_len": 16, "micro_batch_size": 1, "global_batch_size": 4, "max_steps": 2}
     one = workshop.fork(forked, "one")
-    changes = ("train.micro_batch_size=4", "train.gradient_accumulation_steps=1")
+    changes = ("train.micro_batch_size=4",)
     four = workshop.fork(forked, "four", *changes, ranks=2)
     for before, after in zip(one.metrics, four.metrics, strict=True):
         for key in {"loss", "eval_loss", "grad_norm"} & before.keys():

@@ -61,10 +61,7 @@ def test_the_answer_needs_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 64])
 def test_more_micro_batches_hide_more_traffic(nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
-    few, many = (
-        answer(capsys, params="100B", hardware="dgx2", nodes=nodes, accumulation=count * 16 * nodes)
-        for count in (1, 16)
-    )
+    few, many = (answer(capsys, params="100B", hardware="dgx2", nodes=nodes, accumulation=count) for count in (1, 16))
     assert many["micro_batches"] == 16
     assert many["tflops_per_gpu"] > few["tflops_per_gpu"]
 
@@ -131,7 +128,7 @@ def test_the_screen_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
         ({"layers": 3, "hidden": 100, "heads": 7}, "can't be divided among 7 heads"),
         ({"params": "1B", "hardware": "dgx3"}, "no such profile"),
         ({"params": "1B", "strategy": "zero-4"}, "known: infinity"),
-        ({"params": "1B", "accumulation": 3}, "3 micro-batches a step can't be dealt to 16 ranks"),
+        ({"params": "1B", "global_batch": 3}, "3 sequences per step can't be dealt to 16 ranks"),
         ({"params": "1B", "overrides": ("offload.params=disk",)}, "expected auto, device, cpu or nvme"),
         ({"params": "1B", "overrides": ("optimizer.lr=1",)}, "not a key of an estimate without a recipe"),
         ({"params": "1B", "overrides": ("train.seq_len=many",)}, "expected a whole number"),

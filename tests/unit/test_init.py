@@ -117,7 +117,7 @@ def test_tokens_are_counted(tmp_path: Path, llama: Path) -> None:
 def test_a_short_text_has_a_recipe_too(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three\n")
     recipe = written(llama, tmp_path / "a.txt")
-    assert (recipe.train.gradient_accumulation_steps, recipe.dataset.eval_fraction) == (1, None)
+    assert (recipe.train.global_batch_size, recipe.dataset.eval_fraction) == (1, None)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_deepspeed_configuration(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(DEEPSPEED))
     recipe = written(llama, tmp_path / "a.txt", deepspeed=tmp_path / "ds.json")
     train, optimizer = recipe.train, recipe.optimizer
-    assert (train.micro_batch_size, train.gradient_accumulation_steps, train.max_steps) == (2, 16, 100)
+    assert (train.micro_batch_size, train.global_batch_size, train.max_steps) == (2, 32, 100)
     assert (train.precision, train.max_grad_norm) == ("bf16", None), "DeepSpeed clips nothing unless told"
     assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.95), 0.0), "its default decay"
     assert optimizer.lr == 1e-3, "WarmupDecayLR sets its own, by default this one"
@@ -236,12 +236,12 @@ def test_a_deepspeed_configuration(tmp_path: Path, llama: Path) -> None:
     assert "curriculum_learning" in (tmp_path / "new.yaml").read_text()
 
 
-def test_deepspeed_accumulates_on_each_rank() -> None:
+def test_the_sizes_of_deepspeeds_batch_agree(tmp_path: Path, llama: Path) -> None:
     given = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
-    chosen = {choice.key: choice.value for choice in from_deepspeed(given, 8).choices}
-    assert chosen["train.gradient_accumulation_steps"] == 32
-    with pytest.raises(UsageError, match="give --hostfile"):
-        from_deepspeed(given, None)
+    (tmp_path / "a.txt").write_text("one two three\n")
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    train = written(llama, tmp_path / "a.txt", deepspeed=tmp_path / "ds.json").train
+    assert (train.global_batch_size, train.sequences_per_step(8)) == (None, 64)
     with pytest.raises(UsageError, match="is not 2 × 4 × 8"):
         from_deepspeed({**given, "train_batch_size": 32}, 8)
 
@@ -249,14 +249,13 @@ def test_deepspeed_accumulates_on_each_rank() -> None:
 def test_a_size_of_deepspeeds_batch_follows_from_the_others() -> None:
     def chosen(given: dict[str, Any], num_ranks: int | None = None) -> list[Any]:
         values = {choice.key: choice.value for choice in from_deepspeed(given, num_ranks).choices}
-        return [values.get(f"train.{key}") for key in ("micro_batch_size", "gradient_accumulation_steps")]
+        keys = ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size")
+        return [values.get(f"train.{key}") for key in keys]
 
-    assert chosen({"train_batch_size": 64, "gradient_accumulation_steps": 2}, 8) == [4, 16]
-    assert chosen({"train_batch_size": 64, "gradient_accumulation_steps": 2}) == [None, 64]
-    assert chosen({"train_micro_batch_size_per_gpu": 4}, 8) == [4, 8]
-    with pytest.raises(UsageError, match="give --hostfile"):
-        chosen({"train_micro_batch_size_per_gpu": 4})
-    assert chosen({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto"}) == [4, None]
+    assert chosen({"train_batch_size": 64, "gradient_accumulation_steps": 2}, 8) == [4, None, 64]
+    assert chosen({"train_batch_size": 64, "gradient_accumulation_steps": 2}) == [None, None, 64]
+    assert chosen({"train_micro_batch_size_per_gpu": 4}) == [4, 1, None]
+    assert chosen({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": "auto"}) == [4, None, None]
 
 
 def test_the_learning_rate_is_that_of_deepspeeds_scheduler() -> None:

@@ -223,7 +223,7 @@ def test_masking_is_that_of_transformers(tokenizer: Path) -> None:
 
 def opened(model: dict[str, Any], dataset: dict[str, Any], **train: Any) -> Text:
     recipe = Recipe.model_validate({"model": {"config": model}, "dataset": dataset, "train": {"seq_len": 8, **train}})
-    return open_text(recipe, build_model(ModelSource(None, model, "random", 0)))
+    return open_text(recipe, build_model(ModelSource(None, model, "random", 0)), 1)
 
 
 BART = {"model_type": "bart", **PAIR, "architectures": ["BartForConditionalGeneration"]}

@@ -92,7 +92,7 @@ def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list
 def test_every_rank_allocates_what_is_planned(
     name: str, ranks: int, kept: bool, forked: ForkedRanks, tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tmp_path, name, precision="bf16", gradient_accumulation_steps=2 * ranks)
+    recipe = recipe_of(tmp_path, name, precision="bf16", global_batch_size=4 * ranks)
     recipe = recipe.model_copy(update={"activation_checkpointing": "none" if kept else "unit"})
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     codes = forked.run(tmp_path / "r.yaml", ranks)
@@ -171,7 +171,7 @@ def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
 
 
 def test_where_memory_for_all_micro_batches_is_not_there_groups_of_them_make_sweeps(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, "llama", gradient_accumulation_steps=12)
+    recipe = recipe_of(tmp_path, "llama", global_batch_size=24)
     figures = find_figures(recipe, 1)
     figures = replace(figures, model=replace(figures.model, live_bytes=50 << 20))
     together = best_plan(recipe, figures)
@@ -180,7 +180,7 @@ def test_where_memory_for_all_micro_batches_is_not_there_groups_of_them_make_swe
     def with_memory(recipe: Recipe, num_bytes: int) -> Recipe:
         return recipe.model_copy(update={"offload": recipe.offload.model_copy(update={"cpu_memory": num_bytes})})
 
-    fours = recipe_of(tmp_path, "llama", gradient_accumulation_steps=12, micro_batches_per_sweep=4)
+    fours = recipe_of(tmp_path, "llama", global_batch_size=24, micro_batches_per_sweep=4)
     tight = with_memory(recipe, best_plan(with_memory(fours, 1), figures).limits[0].needed + (20 << 20))
     plan = best_plan(tight, figures)
     assert plan.per_sweep == 4

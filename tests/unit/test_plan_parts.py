@@ -91,7 +91,7 @@ def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> Non
 
 def test_blocks_that_fit_whole_are_cut_if_the_step_gets_much_shorter_and_stay_so(tmp_path: Path) -> None:
     recipe = _with_wide_blocks(tmp_path)
-    train = recipe.train.model_copy(update={"gradient_accumulation_steps": 1, "micro_batch_size": 1, "seq_len": 64})
+    train = recipe.train.model_copy(update={"global_batch_size": 1, "micro_batch_size": 1, "seq_len": 64})
     model = recipe.model.model_copy(update={"config": {**(recipe.model.config or {}), "num_hidden_layers": 6}})
     offload = recipe.offload.model_copy(update=dict.fromkeys(("params", "grads", "optimizer"), "auto"))
     recipe = recipe.model_copy(update={"train": train, "model": model, "offload": offload})

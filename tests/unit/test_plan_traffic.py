@@ -104,7 +104,7 @@ def test_of_experts_only_those_are_computed_that_a_token_takes(tmp_path: Path) -
 def test_traffic_of_experts_is_that_of_the_share_that_tokens_reach(
     clip: float | None, per_sweep: int, tmp_path: Path
 ) -> None:
-    train: dict[str, Any] = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "seq_len": 8, "max_steps": 12}
+    train: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": 2, "seq_len": 8, "max_steps": 12}
     recipe = recipe_of(tmp_path, "qwen3_moe", **train, max_grad_norm=clip, micro_batches_per_sweep=per_sweep)
     many = {**(recipe.model.config or {}), "num_experts": 32, "moe_intermediate_size": 128}
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": many})})

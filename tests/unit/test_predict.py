@@ -73,7 +73,7 @@ def test_only_placements_that_nothing_beats_are_timed() -> None:
 
 def test_what_has_to_leave_memory_is_what_costs_least(tmp_path: Path) -> None:
     """Parameters are read twice in each of eight sweeps, moments are streamed once."""
-    recipe = recipe_of(tmp_path, "llama", tier="auto", gradient_accumulation_steps=8, micro_batches_per_sweep=1)
+    recipe = recipe_of(tmp_path, "llama", tier="auto", global_batch_size=16, micro_batches_per_sweep=1)
     large = {**CONFIGS["llama"], "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 24}
     model = recipe.model.model_copy(update={"config": {"model_type": "llama", **large}})
     recipe = recipe.model_copy(update={"activation_checkpointing": "unit", "model": model})
@@ -153,7 +153,7 @@ def test_a_recipe_is_estimated_as_it_is_planned(tmp_path: Path, capsys: pytest.C
 def test_a_config_is_enough_and_the_machine_may_be_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {"model_type": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 1000, "n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = answer(tmp_path, capsys, hardware="dgx2", seq_len=128, accumulation=32)
+    found = answer(tmp_path, capsys, hardware="dgx2", seq_len=128, global_batch=32)
     assert found["architecture"] == "GPT2LMHeadModel"
     assert found["hardware"] == "dgx2"
     assert found["gpus_per_node"] == 16

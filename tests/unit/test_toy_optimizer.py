@@ -135,7 +135,7 @@ def recipe_of(folder: Path, precision: str) -> Recipe:
             "model": {"config": random_source(MODEL).config},
             "dataset": dataset_for(MODEL, folder),
             "train": {
-                "seq_len": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 12,
+                "seq_len": 16, "micro_batch_size": 2, "global_batch_size": 6, "max_steps": 12,
                 "max_grad_norm": 9.0, "precision": precision
             },
             "optimizer": {"lr": RATE},

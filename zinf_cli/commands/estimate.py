@@ -19,6 +19,7 @@ from zinf_cli.plan.needs import STRATEGIES, Scenario
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation, write_timeline
 from zinf_cli.plan.sizes import Transformer, shape_of
+from zinf_cli.recipe.batch import sequences_per_step
 
 DEFAULT_PROFILE = "dgx2"
 FEWEST_PARAMS = 100_000
@@ -26,6 +27,7 @@ FLAG_OF_KEY = {
     "train.seq_len": "seq_len",
     "train.micro_batch_size": "micro_batch_size",
     "train.gradient_accumulation_steps": "accumulation",
+    "train.global_batch_size": "global_batch",
 }
 
 
@@ -41,6 +43,7 @@ class Flags:
     seq_len: int = 1024
     micro_batch_size: int = 1
     accumulation: int | None = None
+    global_batch: int | None = None
     nodes: int = 1
     gpus_per_node: int | None = None
     hardware: str | None = None
@@ -89,12 +92,7 @@ def scenario_of(flags: Flags) -> Scenario:
         profile = profile.with_accelerators(flags.gpus_per_node)
     ranks = flags.gpus_per_node or profile.accelerators or 1
     world = flags.nodes * ranks
-    sequences = values.accumulation or world
-    if sequences < world:
-        raise UsageError(
-            f"{sequences} micro-batches a step can't be dealt to {world} ranks",
-            hint="raise --gradient-accumulation-steps, or ask for fewer --nodes or --gpus-per-node",
-        )
+    sequences = sequences_per_step(values.micro_batch_size, values.accumulation, values.global_batch, world)
     if flags.strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {flags.strategy}", hint=f"known: {', '.join(STRATEGIES)}")
     return Scenario(
@@ -103,7 +101,7 @@ def scenario_of(flags: Flags) -> Scenario:
         hosts=flags.nodes,
         ranks=ranks,
         micro_batch_size=values.micro_batch_size,
-        micro_batches=-(-sequences // world),
+        micro_batches=-(-sequences // (world * values.micro_batch_size)),
         per_sweep=_per_sweep(flags.overrides),
         strategy=flags.strategy,
         pinned=_pinned(flags.overrides, profile),

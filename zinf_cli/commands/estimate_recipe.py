@@ -18,7 +18,6 @@ from zinf_cli.commands.estimate import Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.question import figures_from
-from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.machine.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.exact import plan_document, reasons_of
@@ -42,7 +41,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
     if flags.nodes > 1 and ranks is None:
         raise UsageError("--nodes needs to know the ranks of a host", hint="give --gpus-per-node or --hardware")
     hosts = [Host(f"node-{n}", tuple(range(ranks or 1))) for n in range(flags.nodes)] if flags.nodes > 1 else []
-    with _opened(path, [*_flagged(flags), *overrides], flags.nodes * (ranks or accelerators_here() or 1)) as recipe:
+    with _opened(path, [*_flagged(flags), *overrides]) as recipe:
         if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
         with (
@@ -95,6 +94,7 @@ def _flagged(flags: Flags) -> list[str]:
         "seq_len": "train.seq_len",
         "micro_batch_size": "train.micro_batch_size",
         "accumulation": "train.gradient_accumulation_steps",
+        "global_batch": "train.global_batch_size",
     }
     return [
         f"{key}={getattr(flags, name)}" for name, key in names.items() if getattr(flags, name) != getattr(plain, name)
@@ -102,11 +102,8 @@ def _flagged(flags: Flags) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[Recipe]:
-    """The recipe; for a config.json (or a directory with nothing but one to read), a recipe around it.
-
-    Without other word, that has a micro-batch for each of `ranks` in a step.
-    """
+def _opened(path: Path, overrides: Sequence[str]) -> Iterator[Recipe]:
+    """The recipe; for a config.json (or a directory with nothing but one to read), a recipe around it."""
     config = path / "config.json" if path.is_dir() else path
     if config.suffix != ".json":
         yield load_recipe(path, overrides)
@@ -119,17 +116,16 @@ def _opened(path: Path, overrides: Sequence[str], ranks: int) -> Iterator[Recipe
     if not isinstance(values, dict) or "model_type" not in values:
         raise RecipeError([f"{config}: no model_type, so not the config.json of a Hugging Face model"])
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
-        yield load_recipe(_around(values, Path(folder), config.parent.name, ranks), overrides)
+        yield load_recipe(_around(values, Path(folder), config.parent.name), overrides)
 
 
-def _around(config: dict[str, Any], folder: Path, name: str, ranks: int) -> Path:
+def _around(config: dict[str, Any], folder: Path, name: str) -> Path:
     """A recipe file with `config` and a text of no meaning."""
     import numpy as np
 
     tokens, recipe = folder / "tokens.npy", folder / f"{name or 'config'}.yaml"
     np.save(tokens, np.zeros(1 << 22, dtype=np.uint8))
-    train = {"max_steps": 1, "gradient_accumulation_steps": ranks}
-    tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": train}
+    tree = {"model": {"config": config}, "dataset": {"path": str(tokens)}, "train": {"max_steps": 1}}
     recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return recipe
 

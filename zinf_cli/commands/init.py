@@ -103,7 +103,8 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
     sequences = text.num_tokens // seq_len
     micro = given.get("train.micro_batch_size", 1)
     most = max(1, min(_TOKENS_A_STEP[accelerated] // seq_len, sequences // _FEWEST_STEPS) // micro)
-    batch = micro * given.get("train.gradient_accumulation_steps", most)
+    accumulated = given.get("train.gradient_accumulation_steps")
+    batch = given.get("train.global_batch_size", micro * (accumulated or most))
     steps = given.get("train.max_steps", max(1, sequences // batch))
 
     held_out = sequences >= _ENOUGH_TO_HOLD_OUT
@@ -115,7 +116,9 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
     why = why if accelerated else f"short, for a CPU; {why}"
     yield Choice("train.seq_len", seq_len, why if seq_len == longest else "short, as the text is")
     yield Choice("train.micro_batch_size", micro, "the least memory; a step's micro-batches pass the model together")
-    yield Choice("train.gradient_accumulation_steps", most, f"sequences a step, with {most * seq_len} tokens")
+    if accumulated is None:
+        whole = micro * most
+        yield Choice("train.global_batch_size", whole, f"sequences a step on all ranks, with {whole * seq_len} tokens")
     if "train.max_steps" not in given:
         tokens = f"{'' if text.kind == 'tokens' else 'about '}{format_count(text.num_tokens)} tokens"
         yield Choice("train.epochs", 1, f"{tokens}, so about {steps} steps")

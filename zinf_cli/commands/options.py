@@ -38,7 +38,10 @@ SeqLen = Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_h
 MicroBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)]
 GradientAccumulationSteps = Annotated[
     int | None,
-    typer.Option(min=1, help="Micro-batches of a step, all GPUs together (default: one each).", rich_help_panel=STEP),
+    typer.Option(min=1, help="Micro-batches of a step on each GPU (default: 1).", rich_help_panel=STEP),
+]
+GlobalBatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Or the sequences of a step, on all GPUs.", rich_help_panel=STEP)
 ]
 EstimateHosts = Annotated[
     str | None,

@@ -13,7 +13,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from zinf_cli.errors import UsageError
 from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
@@ -118,12 +117,7 @@ def _judge(
 
     Errors are those of `best_plan`.
     """
-    sequences = recipe.train.micro_batch_size * recipe.train.gradient_accumulation_steps
-    if sequences < figures.world_size:
-        raise UsageError(
-            f"{sequences} sequences per step can't be dealt to {figures.world_size} ranks",
-            hint="raise train.gradient_accumulation_steps, or use fewer --slots",
-        )
+    sequences = recipe.train.sequences_per_step(figures.world_size)
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
     hosts = tuple(hosts) or (this_machine(figures.world_size),)

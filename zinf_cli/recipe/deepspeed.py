@@ -84,8 +84,7 @@ def _section(of: Mapping[str, Any], key: str, path: str = "") -> dict[str, Any]:
 def from_deepspeed(config: Mapping[str, Any], num_ranks: int | None) -> Taken:
     """The choices that a DeepSpeed configuration makes. "auto" chooses nothing: its Trainer's arguments would.
 
-    DeepSpeed accumulates gradients for each rank, a recipe for all ranks together: `num_ranks` is asked for if only the
-    former is given. UsageError if it is not known then, or if the three sizes of a batch do not agree.
+    UsageError if the three sizes of a batch do not agree on `num_ranks`, where that is known.
     """
     taken = Taken()
     given = {key: value for key, value in config.items() if value is not None and value != "auto"}
@@ -123,22 +122,14 @@ def _batch(given: Mapping[str, Any], automatic: Collection[str], num_ranks: int 
     if micro is not None:
         taken.take("train.micro_batch_size", micro, "train_micro_batch_size_per_gpu")
     if whole is not None:
-        if whole % (micro or 1):
-            raise UsageError(f"train_batch_size {whole} is no multiple of train_micro_batch_size_per_gpu {micro}")
-        taken.take("train.gradient_accumulation_steps", whole // (micro or 1), "train_batch_size, for all ranks")
+        taken.take("train.global_batch_size", whole, "train_batch_size")
         if accumulated is not None and num_ranks is not None and whole != (micro or 1) * accumulated * num_ranks:
             raise UsageError(
                 f"train_batch_size {whole} is not {micro or 1} × {accumulated} × {num_ranks} ranks",
                 hint="mend the JSON",
             )
     elif accumulated is not None:
-        if num_ranks is None:
-            raise UsageError(
-                f"gradient_accumulation_steps {accumulated} is for each rank, and how many there are is not known",
-                hint="give --hostfile, or train_batch_size in the JSON",
-            )
-        why = f"gradient_accumulation_steps {accumulated} on each of {num_ranks} ranks"
-        taken.take("train.gradient_accumulation_steps", accumulated * num_ranks, "gradient_accumulation_steps", why)
+        taken.take("train.gradient_accumulation_steps", accumulated, "gradient_accumulation_steps")
 
 
 def _precision(config: Mapping[str, Any], taken: Taken) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of
+from zinf_cli.recipe.batch import sequences_per_step
 
 Tier = Literal["auto", "device", "cpu", "nvme"]
 
@@ -186,8 +187,10 @@ class Train(Section):
     """Tokens of a sequence."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
     """Sequences a rank computes at once."""
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches of a step; the global batch is micro_batch_size times this, for any number of ranks."""
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Sequences of a step, over all ranks; or give gradient_accumulation_steps."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] | None = None
+    """Micro-batches of a step on each rank, where global_batch_size is not given; 1 by default."""
     micro_batches_per_sweep: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """How many micro-batches pass the model together; more need more memory for activations, less traffic."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
@@ -210,6 +213,12 @@ class Train(Section):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give either max_steps or epochs")
         return self
+
+    def sequences_per_step(self, world_size: int) -> int:
+        """The global batch of `world_size` ranks. Errors are those of batch.py."""
+        return sequences_per_step(
+            self.micro_batch_size, self.gradient_accumulation_steps, self.global_batch_size, world_size
+        )
 
 
 class Optimizer(Section):

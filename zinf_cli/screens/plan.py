@@ -29,8 +29,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
-        f"{plan.sequences_per_step} sequences, {plan.micro_batches} micro-batches per rank "
-        f"in {sweeps} {'sweep' if sweeps == 1 else 'sweeps'}; {plan.max_steps} steps",
+        f"{_batch(plan)}, in {_count(sweeps, 'sweep', 'sweeps')}; {plan.max_steps} steps",
     )
     if plan.sweep_cost is not None:
         head.add_row("sweeps", _cost_of_sweeps(plan.sweep_cost, plan.micro_batches))
@@ -71,6 +70,19 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
 
 def _is_here(plan: Plan) -> bool:
     return plan.hosts == (this_machine(plan.world_size),)
+
+
+def _batch(plan: Plan) -> str:
+    """The global batch, and what it is made of."""
+    sequences, ranks, micro_batches = plan.sequences_per_step, plan.world_size, plan.micro_batches
+    size = -(-sequences // (ranks * micro_batches))
+    product = f"{_count(ranks, 'rank', 'ranks')} × {_count(micro_batches, 'micro-batch', 'micro-batches')} of {size}"
+    at_most = "" if ranks * micro_batches * size == sequences else " at most"
+    return f"{_count(sequences, 'sequence', 'sequences')} = {product}{at_most}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _places(plan: Plan) -> str:

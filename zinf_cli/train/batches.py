@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from zinf_cli.errors import DatasetError, UsageError
+from zinf_cli.errors import DatasetError
 
 Item = TypeVar("Item")
 
@@ -20,7 +20,7 @@ class BatchOrder:
         if num_windows < sequences_per_step:
             raise DatasetError(
                 f"the text has {num_windows} windows, fewer than the {sequences_per_step} of one batch",
-                hint="give more text, or lower train.seq_len, micro_batch_size or gradient_accumulation_steps",
+                hint="give more text, or lower train.seq_len or the global batch",
             )
         self._num_windows = num_windows
         self._sequences = sequences_per_step
@@ -64,13 +64,8 @@ def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: 
 
     Ranks get contiguous shares that differ by at most one window. Each share is dealt to the same number of
     micro-batches, of at most `micro_batch_size`; the last one of a smaller share may be empty. All shares together are
-    `windows`.
+    `windows`, which are one for each rank at least.
     """
-    if len(windows) < world_size:
-        raise UsageError(
-            f"{len(windows)} sequences per step can't be dealt to {world_size} ranks",
-            hint="raise train.gradient_accumulation_steps, or use fewer ranks",
-        )
     first, last = _share(len(windows), rank, world_size)
     mine = tuple(windows[first:last])
     largest_share = math.ceil(len(windows) / world_size)

@@ -64,7 +64,7 @@ def train(run_dir: Path) -> int:
         engine, model, weights = open_engine(recipe, plan, device, ranks, trace, note)
     metrics = None
     try:
-        text = open_text(recipe, model, note)
+        text = open_text(recipe, model, plan.world_size, note)
         with mapped_apart():
             start = resume(recipe, engine, model, text, ranks, note)
             if start.folder is None:

@@ -17,6 +17,7 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, ZinfError
+from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
@@ -101,6 +102,15 @@ def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
     return [key for key in now if key.split(".")[0] in sections and before.get(key) != now[key]]
 
 
+def _sequences(manifest: Manifest) -> int:
+    """The global batch of the run that wrote a checkpoint."""
+    train = manifest.recipe["train"]
+    micro, accumulated = train["micro_batch_size"], train["gradient_accumulation_steps"]
+    if "global_batch_size" not in train:  # the accumulation was that of all ranks together
+        return int(micro * accumulated)
+    return sequences_per_step(micro, accumulated, train["global_batch_size"], manifest.world_size)
+
+
 def resume(
     recipe: Recipe, engine: Engine, model: nn.Module, text: Text, ranks: Ranks, notice: Callable[[str], None]
 ) -> Start:
@@ -127,6 +137,9 @@ def resume(
                     notice(f"damaged checkpoints stay where they are: {error}")
             if changed := changed_keys(manifest, recipe):
                 notice(f"resumed with another {', '.join(changed)}")
+            before, now = _sequences(manifest), recipe.train.sequences_per_step(ranks.world_size)
+            if before != now:
+                notice(f"resumed with {now} sequences a step, {before} before")
             return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale)
         if problem is None:
             found = next((f"{v.name} is {v.problem}" for v in verify(folder) if v.problem), "no longer")

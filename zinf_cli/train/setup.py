@@ -84,7 +84,9 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = lambda line: None) -> Text:
+def open_text(
+    recipe: Recipe, model: nn.Module, world_size: int, notice: Callable[[str], None] = lambda line: None
+) -> Text:
     """The tokens of the recipe's text, from the cache or tokenised now. DatasetError if the model can't take it.
 
     `notice` gets lines for the user about the text.
@@ -123,7 +125,7 @@ def open_text(recipe: Recipe, model: nn.Module, notice: Callable[[str], None] = 
             f"the held-out text has {len(held_out)} tokens, less than one window of {train.seq_len}",
             hint="give more held-out text, or lower train.seq_len",
         )
-    sequences = train.micro_batch_size * train.gradient_accumulation_steps
+    sequences = train.sequences_per_step(world_size)
     order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
     for part, name in ((stream, "text"), (held_out, "held-out text")):
         if part is not None and not collator.has_targets(part):
