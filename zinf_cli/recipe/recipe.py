@@ -154,6 +154,9 @@ class Dataset(Section):
     """For an encoder-decoder: the field that holds what the encoder reads."""
     target_field: str = "target"
     """And the one that holds what the decoder is to write; both are cut at train.seq_len tokens."""
+    packing: Literal["auto", "documents", "stream"] = "auto"
+    """documents: attention stays inside a document, chats are whole; stream: windows of consecutive tokens, which cross
+    documents; auto: documents, where the text has several and the model can keep them apart."""
     tokenizer: AbsolutePath | None = None
     """A directory with a tokenizer, where it is not the model's."""
     eval_path: Paths | None = None

@@ -10,10 +10,11 @@ import torch
 
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.objective import Objective
+from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.token_stream import MASKED, TokenStream
 
-Stream = TokenStream | PairStream
+Stream = TokenStream | PackedStream | PairStream
 _BLOCK = 1 << 24
 
 
@@ -38,8 +39,22 @@ class Batch:
     """Labels that the loss averages over."""
     index: int
     """Its number among the micro-batches of the step, of all ranks."""
+    num_tokens: int
+    """Tokens of the text, without what fills up a window."""
     attention_mask: torch.Tensor | None = None
     """int64 [sequences, seq_len], 0 where a source is padded. None if nothing is."""
+    position_ids: torch.Tensor | None = None
+    """int64 [sequences, seq_len], from 0 in each document. None if documents are not kept apart."""
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """What `model_loss` takes, by name, on `device`."""
+        given = {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+        return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -54,18 +69,28 @@ class Collator:
     def collate(self, stream: Stream, samples: Sequence[Sample], index: int) -> Batch:
         """The micro-batch of `samples`."""
         rows = [self._row(stream, sample) for sample in samples or (Sample(0, 0),)]
-        input_ids, labels, *attention = (torch.stack(column) for column in zip(*rows, strict=True))
+        input_ids, labels, *third = (torch.stack(column) for column in zip(*rows, strict=True))
         num_targets = self.objective.num_targets(labels) if samples else 0
-        if not num_targets and not attention:
+        num_tokens = input_ids.numel() if samples else 0
+        if isinstance(stream, PairStream):
+            return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
+        if not num_targets:
             labels = input_ids
-        return Batch(input_ids, labels, num_targets, index, *attention)
+        if isinstance(stream, PackedStream):
+            num_tokens = sum(stream.num_real(sample.window) for sample in samples)
+            return Batch(input_ids, labels, num_targets, index, num_tokens, position_ids=third[0])
+        return Batch(input_ids, labels, num_targets, index, num_tokens)
 
     def has_targets(self, stream: Stream) -> bool:
-        """Whether any window has a label that the loss uses."""
+        """Whether any window has a label that the loss uses. True for a stream that is shorter than a window."""
+        if isinstance(stream, PackedStream):
+            return stream.num_windows(self.seq_len) > 0
         if isinstance(stream, PairStream) or stream.loss_mask is None:
             return True
         first = 0 if self.objective is Objective.MASKED_TOKENS else 1  # nothing predicts the first token
         windows = stream.num_windows(self.seq_len)
+        if not windows:
+            return True
         at_once = max(1, _BLOCK // self.seq_len)
         for start in range(0, windows, at_once):
             stop = min(windows, start + at_once)
@@ -75,9 +100,9 @@ class Collator:
         return False
 
     def _row(self, stream: Stream, sample: Sample) -> tuple[torch.Tensor, ...]:
-        input_ids, labels, *attention = stream.window(sample.window, self.seq_len)
+        input_ids, labels, *third = stream.window(sample.window, self.seq_len)
         if self.objective is Objective.NEXT_TOKEN_GIVEN:
             labels = torch.cat((labels[1:], labels.new_full((1,), MASKED)))
         elif self.masking is not None:
             input_ids, labels = self.masking.apply(input_ids, labels, sample.place)
-        return input_ids, labels, *attention
+        return input_ids, labels, *third

@@ -26,7 +26,7 @@ from zinf_cli.train.token_arrays import open_tokens
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 
@@ -135,7 +135,7 @@ def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
     for file in files:
         empty = True
         for block in blocks_of(file):
-            empty = False
+            empty = empty and not len(block.tokens)
             yield block
         if empty and file in source.paths:
             raise DatasetError("the file is empty", where=str(file))
@@ -157,8 +157,8 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
             else:
                 ids = tokenizer.encode_text(document)
             count, answered = count + 1, answered + (mask is None or any(mask))
-            if ids:
-                yield np.array(ids, dtype=np.int32), None if mask is None else np.array(mask, dtype=np.bool_)
+            loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
+            yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends)
         if count and not answered:
             raise _nobody_answers(file, source)
 
@@ -199,4 +199,4 @@ def _array_blocks(file: Path) -> Iterator[TokenBlock]:
             raise DatasetError(
                 f"token {place} is {block[place - start]}, outside of 0 .. {LARGEST_TOKEN}", where=str(file)
             )
-        yield block, None
+        yield TokenBlock(block)

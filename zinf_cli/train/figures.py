@@ -27,7 +27,7 @@ from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of
-from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
@@ -62,11 +62,9 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     weights = open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
     text = open_text(recipe, model, world_size, notes.append)
-    if isinstance(text.train, PairStream) and (count := text.train.num_cut(recipe.train.seq_len)):
-        notes.append(f"{count} pairs are longer than train.seq_len={recipe.train.seq_len} and are cut there")
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
-    prepared = prepare(model, recipe, world_size, most)
+    prepared = prepare(model, recipe, world_size, most, packed=isinstance(text.train, PackedStream))
     seen = prepared.seen
     left_out += prepared.notes
     if seen.failure:
@@ -76,7 +74,9 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)
         left_out.append(said)
     windows = text.train.num_windows(recipe.train.seq_len)
-    data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), _texts(recipe), tuple(notes))
+    data = DataFigures(
+        len(text.train), windows, text.max_steps(recipe.train), (*_texts(recipe), *text.lines), tuple(notes)
+    )
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))

@@ -209,7 +209,8 @@ class Run:
         mine = self._micro_batches(
             self.text.train, [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
         )
-        targets = self._sum([float(sum(batch.num_targets for batch in mine))])[0]
+        counts = [sum(batch.num_targets for batch in mine), sum(batch.num_tokens for batch in mine)]
+        targets, tokens = self._sum(list(map(float, counts)))
         if not targets:
             return self._skipped(step, windows, lr, start)
         sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
@@ -236,14 +237,11 @@ class Run:
             self._blow_ups.judge(f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} {_windows(windows)}")
         if result.finite:
             self._blow_ups.over(step + 1)
-        return self._line(step, len(windows), lr, loss, result, start)
+        return self._line(step, int(tokens), lr, loss, result, start)
 
-    def _line(
-        self, step: int, sequences: int, lr: float, loss: float, result: StepResult, start: float
-    ) -> dict[str, Any]:
+    def _line(self, step: int, tokens: int, lr: float, loss: float, result: StepResult, start: float) -> dict[str, Any]:
         """The line of metrics.jsonl for a step that began at `start`."""
         waits = self.ranks.all(round(result.wait_s * 1e6))
-        tokens = sequences * self.recipe.train.seq_len
         seconds = time.perf_counter() - start
         flops = self.plan.figures.model.flops_per_token * tokens / self.ranks.world_size
         slowest = straggler_of([micros / 1e6 for micros in waits], seconds)
@@ -292,8 +290,7 @@ class Run:
 
     def _work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
         seed = derived_seed(self.recipe.seed, step, batch.index)
-        given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
-        return MicroBatch(partial(model_loss, self.model, *(tensor.to(self.device) for tensor in given)), weight, seed)
+        return MicroBatch(partial(model_loss, self.model, **batch.inputs(self.device)), weight, seed)
 
     def _evaluate(self) -> float:
         """The mean loss over the held-out windows, of all ranks together."""

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from zinf_cli.engine.compute.meta_answers import packed_positions
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
@@ -55,9 +56,10 @@ class Prepared:
     """What of each unit may be computed in chunks of tokens."""
 
 
-def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None) -> Prepared:
+def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None, *, packed: bool = False) -> Prepared:
     """Cut `model` into parts of `most` elements, put off its logits where they are many, and survey it.
 
+    `packed`: its sequences have several documents, which it keeps apart.
     What only a whole weight can serve is undone, for this weight and its like in other layers.
     """
     if most is not None:
@@ -69,7 +71,7 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None)
     while True:
         try:
             with noted_inputs(model) as inputs:
-                seen = survey_model(model, recipe, world_size, most)
+                seen = survey_model(model, recipe, world_size, most, packed=packed)
             chunkable = _chunkable(model, seen, inputs) if most is None and not seen.failure else {}
             return Prepared(seen, most, logits_put_off, tuple(whole), tuple(notes), chunkable)
         except ModelError as error:
@@ -96,14 +98,18 @@ def _cut_alike(model: nn.Module, weight: str) -> list[str]:
     return sorted(name for name in names if pattern(name) == pattern(weight))
 
 
-def survey_model(model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None) -> Survey:
+def survey_model(
+    model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None, *, packed: bool = False
+) -> Survey:
     """The survey of `model` by one micro-batch on the meta device. It has a `failure` if the model needs values.
 
     `most` is the largest number of elements of a part, if the model was cut.
     """
     ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
     attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    return survey(model, partial(model_loss, model, ids, ids, attention), world_size, side=CapturedOutputs(), most=most)
+    positions = packed_positions(ids) if packed else None
+    forward = partial(model_loss, model, ids, ids, attention, positions)
+    return survey(model, forward, world_size, side=CapturedOutputs(), most=most)
 
 
 def _chunkable(model: nn.Module, seen: Survey, inputs: Inputs) -> dict[int, list[Chunkable]]:
@@ -128,8 +134,7 @@ def survey_on_data(
     why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
     if flops <= TRIAL_FLOPS[trial.device.type]:
         load_buffers(model, model_source(recipe))
-        given = [batch.input_ids, batch.labels, *([] if batch.attention_mask is None else [batch.attention_mask])]
-        forward = partial(model_loss, model, *(tensor.to(trial.device) for tensor in given))
+        forward = partial(model_loss, model, **batch.inputs(trial.device))
         seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs(), most)
         return_free_memory()
         if trial.device.type == "cuda":

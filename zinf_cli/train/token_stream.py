@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,19 @@ import xxhash
 
 MASKED = -100
 """A label that losses ignore."""
-TokenBlock = tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any] | None"]
-"""Integers [n], n > 0, and for chats bool [n]: where there is a loss."""
-_TOKENS, _MASK, _META = "tokens.bin", "mask.bin", "meta.json"
+_TOKENS, _MASK, _ENDS, _META = "tokens.bin", "mask.bin", "ends.bin", "meta.json"
 _PIECE_BYTES = 1 << 22
+
+
+class TokenBlock(NamedTuple):
+    """Tokens that lie side by side in a text."""
+
+    tokens: np.ndarray[Any, Any]
+    """Integers [n]."""
+    loss_mask: np.ndarray[Any, Any] | None = None
+    """Of chats and pairs, bool [n]: where there is a loss."""
+    ends: bool | None = None
+    """Whether a document ends behind the block. None: where documents end is not known."""
 
 
 class NotAsWrittenError(Exception):
@@ -36,6 +45,8 @@ class TokenStream:
     max_token: int
     fingerprint: str
     """A hash of every token and its mask. The same text has the same one, wherever its files lie."""
+    ends: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    """int64 [num_documents]: the places behind the documents, rising. None: not known."""
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -53,12 +64,18 @@ class TokenStream:
         return input_ids, labels
 
     def part(self, start: int, stop: int) -> TokenStream:
+        """The tokens from `start` to before `stop`. Documents that lie across an end are cut there."""
         mask = None if self.loss_mask is None else self.loss_mask[start:stop]
+        ends = self.ends
+        if ends is not None:
+            ends = ends[(ends > start) & (ends < stop)] - start
+            ends = np.append(ends, stop - start) if stop > start else ends
         return replace(
             self,
             tokens=self.tokens[start:stop],
             loss_mask=mask,
-            fingerprint=_digest(f"{self.fingerprint} {start} {stop}"),
+            ends=ends,
+            fingerprint=digest(f"{self.fingerprint} {start} {stop}"),
         )
 
 
@@ -70,17 +87,24 @@ def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, T
 
 def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
     """Write the blocks into an empty folder, which the caller has to sync. Returns the number of tokens."""
-    max_token = -1
-    with _Growing(folder / _TOKENS) as tokens, _Growing(folder / _MASK) as mask:
-        for block, block_mask in blocks:
-            max_token = max(max_token, int(block.max()))
-            tokens.append(block.astype(np.int32).tobytes())
-            if block_mask is not None:
-                mask.append(block_mask.tobytes())
-    meta = {"max_token": max_token, "files": {_TOKENS: tokens.seal(), **({_MASK: mask.seal()} if mask.size else {})}}
+    max_token, num_tokens, last_end = -1, 0, 0
+    names = (_TOKENS, _MASK, _ENDS)
+    with _Growing(folder / _TOKENS) as tokens, _Growing(folder / _MASK) as mask, _Growing(folder / _ENDS) as ends:
+        for block in blocks:
+            num_tokens += len(block.tokens)
+            if len(block.tokens):
+                max_token = max(max_token, int(block.tokens.max()))
+            tokens.append(block.tokens.astype(np.int32).tobytes())
+            if block.loss_mask is not None:
+                mask.append(block.loss_mask.tobytes())
+            if block.ends and num_tokens > last_end:
+                ends.append(np.int64(num_tokens).tobytes())
+                last_end = num_tokens
+    files = {name: file.seal() for name, file in zip(names, (tokens, mask, ends), strict=True) if file.size}
+    meta = {"max_token": max_token, "files": files}
     with _Growing(folder / _META) as file:
-        file.append(json.dumps({"meta": meta, "xxh3": _digest(json.dumps(meta))}).encode())
-    return tokens.size // np.dtype(np.int32).itemsize
+        file.append(json.dumps({"meta": meta, "xxh3": digest(json.dumps(meta))}).encode())
+    return num_tokens
 
 
 def read_tokens(folder: Path) -> TokenStream:
@@ -88,13 +112,14 @@ def read_tokens(folder: Path) -> TokenStream:
     try:
         document = json.loads((folder / _META).read_bytes())
         meta = document["meta"]
-        if document["xxh3"] != _digest(json.dumps(meta)):
+        if document["xxh3"] != digest(json.dumps(meta)):
             raise NotAsWrittenError(f"{_META} does not match its checksum")
         files = meta["files"]
         tokens = _mapped(folder / _TOKENS, np.int32, files[_TOKENS])
         mask = _mapped(folder / _MASK, np.bool_, files[_MASK]) if _MASK in files else None
-        fingerprint = _digest(json.dumps([entry["xxh3"] for entry in files.values()]))
-        return TokenStream(tokens, mask, meta["max_token"], fingerprint)
+        ends = _mapped(folder / _ENDS, np.int64, files[_ENDS]) if _ENDS in files else None
+        fingerprint = digest(json.dumps([files[name]["xxh3"] for name in (_TOKENS, _MASK) if name in files]))
+        return TokenStream(tokens, mask, meta["max_token"], fingerprint, ends)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotAsWrittenError(f"it can't be read: {error}") from error
 
@@ -142,5 +167,5 @@ class _Growing:
         return {"bytes": self.size, "xxh3": self._checksum.hexdigest()}
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -1,8 +1,9 @@
 """Answers what a model asks of its data in a forward on the meta device, where there is no data.
 
 Such questions are about values: is any token masked, how many are special. The answers are those of an ordinary
-training batch: nothing is masked, nothing is padded, no token is special. Where a size follows from data, the answer is
-the largest size: every position is one that the model looks for.
+training batch: nothing is masked, nothing is padded, no token is special. Positions begin anew inside of a sequence if
+they are `packed_positions`. Where a size follows from data, the answer is the largest size: every position is one that
+the model looks for.
 """
 
 from __future__ import annotations
@@ -25,13 +26,29 @@ def answer_of(name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: 
     if not isinstance(subject, torch.Tensor) or not subject.is_meta:
         return NotImplemented
     answer = _ANSWERS.get(name)
+    if getattr(subject, "is_packed", False) and name != "__bool__":
+        return _as_packed(func(*args, **kwargs) if answer is None else answer(func, *args, **kwargs))
     return NotImplemented if answer is None else answer(func, *args, **kwargs)
+
+
+def packed_positions(ids: torch.Tensor) -> torch.Tensor:
+    """Positions for `ids` (meta, int64 [sequences, seq_len]) of several documents each."""
+    positions = torch.zeros_like(ids)
+    _as_packed(positions)
+    return positions
+
+
+def _as_packed(found: Any) -> Any:
+    """Remember that this was made of packed positions: whether they are those of one document is answered with no."""
+    if isinstance(found, torch.Tensor):
+        found.is_packed = True  # type: ignore[attr-defined]
+    return found
 
 
 def _truth(func: Callable[..., Any], tensor: torch.Tensor) -> Any:
     """True where a model asks if nothing is masked or packed. Counts and lengths are 1."""
     if tensor.dtype == torch.bool:
-        return not getattr(tensor, "is_any", False)
+        return not (getattr(tensor, "is_any", False) or getattr(tensor, "is_packed", False))
     return func(tensor) if tensor.is_floating_point() else 1
 
 
