@@ -41,13 +41,14 @@ test-speeds: ## the tests as on a machine whose measured speeds are a tenth of t
 	ZINF_TEST_SPEED=0.1 $(MAKE) test
 	ZINF_TEST_SPEED=10 $(MAKE) test
 
-# Tests make hosts of their own out of sshd and network namespaces; where these can't be had they say so and skip.
+# Tests make hosts of their own out of sshd and network namespaces, and open reports in a browser; where these can't be
+# had they say so and skip.
 # RUNLEVEL=1 keeps the package from starting a server of its own.
 lab:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync && command -v tcsh && command -v fish; } >/dev/null; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync && command -v tcsh && command -v fish && command -v chromium; } >/dev/null; then \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    openssh-client openssh-server iproute2 rsync tcsh fish; } >/dev/null 2>&1 \
-	  || echo 'note: not all of sshd, ip, rsync, tcsh and fish are here; tests that need them are skipped'; fi
+	    openssh-client openssh-server iproute2 rsync tcsh fish chromium; } >/dev/null 2>&1 \
+	  || echo 'note: not all of sshd, ip, rsync, tcsh, fish and chromium are here; tests that need them are skipped'; fi
 
 check: install ## lint, formatting and types, of the tests too
 	$(PYTHON) -m ruff check .
@@ -79,7 +80,7 @@ $(INSTALLED): pyproject.toml
 	  || { echo 'error: python3 has no venv: sudo apt-get install python3-venv' >&2; exit 1; }
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,report]'
 	@touch $@
 
 # DeepSpeed has an environment of its own, with the same torch and transformers. Its operators are compiled here, before anything is timed.

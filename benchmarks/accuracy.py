@@ -86,7 +86,7 @@ def _run(row: Row, steps: int, folder: Path) -> dict[str, Any]:
         "dataset": {"path": str(folder / "tokens.npy")},
         "train": {"max_steps": steps},
         "offload": {"nvme_path": str(folder / "nvme")},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "report": False},
         "output_dir": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -51,7 +51,7 @@ def launch_command(case: Case, tier: str | Mapping[str, str], steps: int, folder
             **tiers,
             "nvme_path": str(folder / "nvme"),
         },
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "report": False},
         "output_dir": str(run_dir),
     }
     path = folder / f"{name}.yaml"

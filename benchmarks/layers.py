@@ -52,7 +52,7 @@ def recipe_of(hidden: int, folder: Path) -> dict[str, Any]:
         "dataset": {"path": str(folder / "tokens.npy")},
         "train": {"seq_len": 16, "gradient_accumulation_steps": 2, "max_steps": 3, "precision": "fp32"},
         "offload": {**tiers, "nvme_path": str(folder / "nvme"), "nvme_space": "40GiB", "cpu_memory": LIMIT},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "report": False},
         "output_dir": str(folder / "run"),
     }
 

@@ -46,7 +46,7 @@ def recipe_in(folder: Path, steps: int) -> Recipe:
             },
             "optimizer": {"lr": 1e-4},
             "offload": {**tiers, "nvme_path": str(folder / "nvme")},
-            "logging": {"tensorboard": False},
+            "logging": {"tensorboard": False, "report": False},
             "output_dir": str(folder / "run"),
         }
     )  # fmt: skip

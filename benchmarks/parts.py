@@ -43,7 +43,7 @@ def recipe_in(folder: Path, steps: int) -> Recipe:
             "optimizer": {"lr": 1e-4},
             "activation_checkpointing": "unit",
             "offload": {**tiers, "nvme_path": str(folder / "nvme")},
-            "logging": {"tensorboard": False},
+            "logging": {"tensorboard": False, "report": False},
             "output_dir": str(folder / "run"),
         }
     )

@@ -80,7 +80,7 @@ def _recipe(folder: Path) -> Path:
         "dataset": {"path": str(folder / "tokens.npy")},
         "train": {"seq_len": 16, "micro_batch_size": 1, "global_batch_size": HOSTS, "max_steps": 2},
         "offload": {"nvme_path": str(folder / "nvme")},
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "report": False},
         "output_dir": str(folder / "run"),
     }
     path = folder / "recipe.yaml"

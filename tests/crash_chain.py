@@ -40,7 +40,7 @@ class TinyRun:
             "lr_scheduler": {"name": "constant"},
             "offload": {**NVME, "nvme_path": str(folder / "nvme")},
             "checkpoint": {"interval": 2, "keep_latest_k": 2},
-            "logging": {"tensorboard": False},
+            "logging": {"tensorboard": False, "report": False},
             "output_dir": str(folder / "run"),
         }
         for section, content in changes.items():

@@ -96,7 +96,7 @@ def _recipe(folder: Path, model: dict[str, Any], **train: int) -> Recipe:
             "dataset": {"path": str(folder / "tokens.npy")},
             "train": {"micro_batch_size": 1, "global_batch_size": 1, **train},
             "offload": {**dict.fromkeys(CLASSES, "nvme"), "nvme_path": str(folder / "nvme")},
-            "logging": {"tensorboard": False},
+            "logging": {"tensorboard": False, "report": False},
             "output_dir": str(folder / "run"),
         }
     )

@@ -68,7 +68,7 @@ class Workshop:
             "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 6, "max_steps": 4},
             "optimizer": {"lr": 1e-2},
             "offload": {**NVME, "nvme_path": str(self.nvme)},
-            "logging": {"tensorboard": False},
+            "logging": {"tensorboard": False, "report": False},
         }
 
     def write(self) -> None:

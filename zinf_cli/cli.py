@@ -47,6 +47,7 @@ from zinf_cli.commands.options import (
     counted_hosts,
 )
 from zinf_cli.commands.recipe import recipes
+from zinf_cli.commands.report import report
 from zinf_cli.errors import FileError, UsageError, ZinfError
 from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
@@ -61,6 +62,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure this machine: what estimate and launch then go by.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(recipes, name="recipe")
+app.command()(report)
 _debug = False
 
 

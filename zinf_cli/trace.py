@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,52 +81,74 @@ class Trace:
             write_durably(path, json.dumps({"traceEvents": names + self._spans}))
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a lane of a rank did from `start` to `end`, in seconds of one clock; how many bytes it moved."""
+
+    lane: str
+    name: str
+    start: float
+    end: float
+    num_bytes: int
+
+
+def read_spans(path: Path) -> dict[int, list[Span]]:
+    """The spans of each rank in a trace.json, ranks in order; UsageError where there is no trace."""
+    try:
+        spans: dict[int, list[Span]] = defaultdict(list)
+        for event in json.loads(path.read_text())["traceEvents"]:
+            if event["ph"] == "X":
+                start, seconds = event["ts"] / 1e6, event["dur"] / 1e6
+                num_bytes = event.get("args", {}).get("bytes", 0)
+                spans[event["pid"]].append(Span(LANES[event["tid"]], event["name"], start, start + seconds, num_bytes))
+        return {rank: spans[rank] for rank in sorted(spans)}
+    except FileNotFoundError as error:
+        raise UsageError("no trace here", where=str(path), hint="run with profiler.enabled=true") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"not a trace: {type(error).__name__}: {error}", where=str(path)) from error
+
+
 def summarise_trace(path: Path, waits: int = 5) -> dict[str, Any]:
     """What a trace.json says in short, rank by rank: seconds, the share of them each lane was busy, the longest waits.
 
     UsageError where there is no trace.
     """
-    try:
-        spans: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for event in json.loads(path.read_text())["traceEvents"]:
-            if event["ph"] == "X":
-                spans[event["pid"]].append(event)
-        return {"ranks": [_summarise_rank(rank, spans[rank], waits) for rank in sorted(spans)]}
-    except FileNotFoundError as error:
-        raise UsageError("no trace here", where=str(path), hint="run with profiler.enabled=true") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UsageError(f"not a trace: {type(error).__name__}: {error}", where=str(path)) from error
+    return {"ranks": [_summarise_rank(rank, spans, waits) for rank, spans in read_spans(path).items()]}
 
 
-def _summarise_rank(rank: int, spans: Sequence[dict[str, Any]], waits: int) -> dict[str, Any]:
-    begin = min(span["ts"] for span in spans)
-    seconds = (max(span["ts"] + span["dur"] for span in spans) - begin) / 1e6
-    by_lane: dict[str, list[dict[str, Any]]] = defaultdict(list)
+def _summarise_rank(rank: int, spans: Sequence[Span], waits: int) -> dict[str, Any]:
+    begin = min(span.start for span in spans)
+    seconds = max(1e-6, max(span.end for span in spans) - begin)
+    by_lane: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
-        by_lane[LANES[span["tid"]]].append(span)
-    longest = sorted(by_lane["wait"], key=lambda span: -span["dur"])[:waits]
+        by_lane[span.lane].append(span)
+    longest = sorted(by_lane["wait"], key=lambda span: span.start - span.end)[:waits]
     return {
         "rank": rank,
         "seconds": seconds,
         "lanes": {
             lane: {
-                "busy": _covered(by_lane[lane]) / 1e6 / seconds,
-                "bytes": sum(span.get("args", {}).get("bytes", 0) for span in by_lane[lane]),
+                "busy": sum(end - start for start, end in busy(by_lane[lane])) / seconds,
+                "bytes": sum(span.num_bytes for span in by_lane[lane]),
             }
             for lane in LANES
             if by_lane[lane]
         },
         "longest_waits": [
-            {"what": span["name"], "seconds": span["dur"] / 1e6, "at": (span["ts"] - begin) / 1e6} for span in longest
+            {"what": span.name, "seconds": span.end - span.start, "at": span.start - begin} for span in longest
         ],
     }
 
 
-def _covered(spans: Sequence[dict[str, Any]]) -> float:
-    """Microseconds in which at least one of the spans was under way."""
-    total, end = 0.0, float("-inf")
-    for span in sorted(spans, key=lambda span: span["ts"]):
-        stop = span["ts"] + span["dur"]
-        total += max(0.0, stop - max(span["ts"], end))
-        end = max(end, stop)
-    return total
+def busy(spans: Sequence[Span], gap: float = 0.0) -> list[tuple[float, float]]:
+    """(start, end) of the times in which at least one of the spans was under way, in order.
+
+    Times with no more than `gap` seconds between them are one.
+    """
+    found: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and span.start <= found[-1][1] + gap:
+            found[-1] = (found[-1][0], max(found[-1][1], span.end))
+        else:
+            found.append((span.start, span.end))
+    return found

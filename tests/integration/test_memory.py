@@ -45,7 +45,7 @@ def test_state_that_is_twice_the_memory_trains_within_it(tmp_path: Path, control
             "nvme_path": str(tmp_path / "nvme"),
             "cpu_memory": "1150MiB",
         },
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "report": False},
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

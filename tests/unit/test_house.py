@@ -39,7 +39,7 @@ FLOORS = (
     {"engine.options"},
     {"engine.engine", "launch"},
     {"bench"},
-    {"train", "screens"},
+    {"train", "screens", "report"},
     {"commands"},
     {"cli"},
 )
@@ -55,6 +55,7 @@ APART = {
     "run_folder": {"engine", "tiers"},
     "tiers": {"recipe", "checkpoint"},
     "engine": {"recipe", "checkpoint", "plan"},
+    "report": {"launch", "engine", "tiers"},
 }
 
 
@@ -100,6 +101,7 @@ def test_imports_go_one_way() -> None:
 
 def test_the_launcher_imports_no_torch() -> None:
     modules = "zinf_cli.cli,zinf_cli.commands.launch,zinf_cli.commands.estimate,zinf_cli.plan.plan,zinf_cli.screens.run"
+    modules += ",zinf_cli.report.page"
     done = subprocess.run(command("imported", modules), capture_output=True, text=True, check=True)
     assert not {"torch", "transformers"} & set(done.stderr.splitlines()[-1].split())
 

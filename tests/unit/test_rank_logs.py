@@ -7,8 +7,9 @@ import tracemalloc
 from pathlib import Path
 
 from programs import command
-from zinf_cli.launch.logs import RankLogs, last_lines
+from zinf_cli.launch.logs import RankLogs
 from zinf_cli.recipe.hosts import Host
+from zinf_cli.run_folder.log_end import last_lines
 
 HOSTS = (Host("node1", (0, 1)), Host("node2", (0,)))
 

@@ -17,8 +17,9 @@ from rich.console import Console
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of, checkpoints_to_resume, find_checkpoint, step_of, steps_done
+from zinf_cli.commands.report import leave_report
 from zinf_cli.durable import write_durably
-from zinf_cli.errors import Interrupted, ZinfError
+from zinf_cli.errors import Interrupted
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
@@ -37,7 +38,7 @@ from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import filled_in, load_recipe
 from zinf_cli.run_folder import start
-from zinf_cli.run_folder.folder import locked, run_folder
+from zinf_cli.run_folder.folder import locked, plan_in, run_folder
 from zinf_cli.run_folder.metrics import Watch
 from zinf_cli.run_folder.names import PLAN, RECIPE, SUMMARY
 from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
@@ -84,8 +85,8 @@ def launch(request: Request, console: Console) -> None:
             console.print(f"{why}\nrestart {restart} of {recipe.launch.max_restarts}", highlight=False, soft_wrap=True)
             recipe = _goes_on(recipe, ended)
             ended = _plan_and_run(recipe, request, console, recipe.launch.min_hosts)
-    if ended is not None:
-        _report(ended, request, console)
+        if ended is not None:
+            _show_end(ended, request, console, draws=recipe.logging.report)
 
 
 def _goes_on(recipe: Recipe, ended: Ended) -> Recipe:
@@ -116,7 +117,7 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         with console.status("reading the model, its checkpoint and the text ..."):
             figures = ready.figures_of(None)
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
-        before = _plan_before(recipe) if resumed else None
+        before = plan_in(recipe.output_dir) if resumed else None
         plan = plan_in_parts(recipe, figures, ready.figures_of, profile, ready.hosts, ready.room, before)
         if not plan.fits:
             raise refusal(plan, recipe, ready.hosts, ready.room)
@@ -186,21 +187,15 @@ def _hosts_ready(
     return _Ready(world, hosts, _least_room(preflight), figures_of)
 
 
-def _plan_before(recipe: Recipe) -> Plan | None:
-    """The plan in the run's folder, if there is one that this zinf can read."""
-    try:
-        return Plan.load(recipe.output_dir / PLAN)
-    except (ZinfError, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _report(ended: Ended, request: Request, console: Console) -> None:
-    """Show how the run ended, and raise what the exit code says."""
+def _show_end(ended: Ended, request: Request, console: Console, *, draws: bool) -> None:
+    """Show how the run ended, leave its report, and raise what the exit code says."""
     outcome = ended.outcome
     console.print(summary_screen(ended.summary))
     if outcome.failure is not None:
         console.print(failure_screen(outcome.failure, outcome.others))
-    console.print(f"the run is in {ended.run_dir}", highlight=False, soft_wrap=True)
+    page = leave_report(ended.run_dir, partial(console.print, soft_wrap=True)) if draws else None
+    seen = f"; to look at it, open {page}" if page is not None else ""
+    console.print(f"the run is in {ended.run_dir}{seen}", highlight=False, soft_wrap=True)
     if request.as_json:
         _print_summary(ended, console)
     if outcome.ended_as_asked:

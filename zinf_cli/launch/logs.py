@@ -106,16 +106,6 @@ class RankLogs:
         return whole.decode(errors="replace").split("\n") if newline else []
 
 
-def last_lines(log: Path, count: int) -> list[str]:
-    """The end of a log, however long it is. Empty if it can't be read."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, _size(log) - _MOST_BYTES))
-            return [line[:_LONGEST] for line in file.read(_MOST_BYTES).decode(errors="replace").splitlines()[-count:]]
-    except OSError:
-        return []
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size

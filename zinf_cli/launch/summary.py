@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.durable import write_durably
+from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.run_folder.metrics import Watch
-from zinf_cli.run_folder.names import TRACE, files_of_ranks
+from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     wait_share = statistics.median(waits) if waits else None
     return {
         "status": status,
-        "error": outcome.failure.error.line() if outcome.failure is not None else None,
+        **_told(outcome.failure),
         "steps": len(steps),
         "skipped_steps": len(steps) - len(trained),
         "resumed_from_step": watch.first_step or None,
@@ -75,6 +76,17 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
             "experts_reached": experts_reached(plan.figures, plan.choice, -(-plan.micro_batches // plan.per_sweep)),
         },
+    }
+
+
+def _told(failure: Failure | None) -> dict[str, Any]:
+    """The first failure: what it was, whose, and where its log is in the run's folder."""
+    if failure is None:
+        return {"error": None}
+    log = f"{LOGS}/{failure.log.name}"
+    return {
+        "error": failure.error.line(),
+        "first_failure": {"rank": failure.rank, "host": failure.host, "log": log},
     }
 
 

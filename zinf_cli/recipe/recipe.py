@@ -299,6 +299,8 @@ class Logging(Section):
     """Steps between lines (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Event files in the run's folder."""
+    report: bool = True
+    """report.html when the run ends, if the extra `report` is installed (`zinf report` writes it at any time)."""
 
 
 class Profiler(Section):

@@ -21,7 +21,7 @@ from zinf_cli.checkpoint.folder import (
     steps_done,
 )
 from zinf_cli.durable import write_durably
-from zinf_cli.errors import PreflightError
+from zinf_cli.errors import PreflightError, ZinfError
 from zinf_cli.machine.drive_files import open_nameless
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
@@ -80,6 +80,13 @@ def run_folder(recipe: Recipe, plan: Plan, *, here: bool, say: Callable[[str], N
     except OSError as error:
         raise _cant_write(run_dir, error) from error
     yield run_dir
+
+
+def plan_in(run_dir: Path) -> Plan | None:
+    """The plan in a run's folder, if there is one that this zinf can read."""
+    with contextlib.suppress(ZinfError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Plan.load(run_dir / PLAN)
+    return None
 
 
 def _remove_marks(run_dir: Path) -> None:

@@ -109,6 +109,15 @@ class Metrics:
             self._notice(f"no more TensorBoard files: {error.strerror or error}; the run goes on")
 
 
+def lines_in(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that are as they were written; none if there is no such file."""
+    try:
+        found = (run_dir / METRICS).read_bytes().split(b"\n")
+    except OSError:
+        return []
+    return [json.loads(line) for line in found if _step_of(line) is not None]
+
+
 def _lines_until(step: int, path: Path) -> tuple[list[bytes], int]:
     """(the lines up to `step`, the number of damaged lines). The end of the file may be half a line of a killed run.
 

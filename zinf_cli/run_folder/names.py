@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RECIPE, PLAN, METRICS, SUMMARY, TRACE = "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json"
+REPORT = "report.html"
 LOGS, TENSORBOARD = "logs", "tensorboard"
-RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, LOGS, TENSORBOARD)
+RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, REPORT, LOGS, TENSORBOARD)
 """All that a run leaves, without its checkpoints."""
 START = f"{LOGS}/start.json"
 EARLIER = "earlier"

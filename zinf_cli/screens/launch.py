@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.launch.failure import Failure
-from zinf_cli.launch.logs import LogLine, last_lines
+from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.preflight import COLUMNS, Preflight
+from zinf_cli.run_folder.log_end import last_lines
 from zinf_cli.screen import outside, printable
 
 _LAST_LINES = 12
