@@ -97,3 +97,5 @@ class OptimizerState:
 
 
 ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq", "exp_avg_sq")))
+SGD = OptimizerState("sgd", (Field("momentum_buffer", "momentum_buffer"),))
+LION = OptimizerState("lion", (Field("exp_avg", "exp_avg"),))

@@ -19,7 +19,7 @@ _PLANNED = {
     "communication_data_type": "gradients are reduced in fp32",
     "prescale_gradients": "the loss is a mean over the targets of all ranks",
     "gradient_predivide_factor": "the loss is a mean over the targets of all ranks",
-    "zero_allow_untested_optimizer": "there is one optimizer, and it is tested",
+    "zero_allow_untested_optimizer": "every optimizer is tested",
     "zero_force_ds_cpu_optimizer": "the plan says where the update runs",
     "wall_clock_breakdown": "profiler.enabled, and zinf trace",
     "dump_state": "the plan shows what is chosen",
@@ -153,7 +153,9 @@ def _optimizer(value: dict[str, Any], taken: Taken) -> None:
     name, path = str(value.get("type", "")).lower(), "optimizer.params."
     params = _section(value, "params", "optimizer.")
     if name not in ("adam", "adamw"):
-        taken.without.append(f"optimizer.type {value.get('type')}: AdamW is the optimizer so far")
+        taken.without.append(
+            f"optimizer.type {value.get('type')}: optimizer.name has sgd and lion, whose settings are left to you"
+        )
         return
     if name == "adam" and params.get("adam_w_mode", True) is False and params.get("weight_decay"):
         taken.without.append(f"{path}adam_w_mode false: weight decay is decoupled from the gradient here")

@@ -224,19 +224,36 @@ class Train(Section):
         )
 
 
-class Optimizer(Section):
-    """torch.optim.AdamW, bit for bit."""
+_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}
 
-    name: Literal["adamw"] = "adamw"
-    """The only one so far."""
+
+class Optimizer(Section):
+    """adamw and sgd are torch.optim's, bit for bit; lion is that of arXiv 2302.06675."""
+
+    name: Literal["adamw", "sgd", "lion"] = "adamw"
+    """sgd has momentum. lion wants a lr three to ten times smaller than adamw, and as much more weight_decay."""
     lr: Annotated[Number, Field(ge=0)] = 5e-5
     """Peak learning rate."""
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] | None = None
+    """Decay of the moments: 0.9 and 0.999 for adamw, 0.9 and 0.99 for lion; sgd has none."""
+    momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Of sgd, 0.9 by default; the others have betas."""
     eps: Annotated[Number, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
+    """Added to adamw's denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
-    """Decoupled, on every trainable parameter."""
+    """On every trainable parameter; decoupled from the gradient, but for sgd's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _its_own(cls, values: Any) -> Any:
+        """With the default of what its name has, and without what another one has."""
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name", "adamw")
+        own, other, default = ("momentum", "betas", 0.9) if name == "sgd" else ("betas", "momentum", _BETAS.get(name))
+        if values.get(other) is not None:
+            raise ValueError(f"{name} has no {other}; its key is {own}")
+        return {**values, own: default} if values.get(own) is None else values
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -247,12 +264,14 @@ class Optimizer(Section):
 class LrScheduler(Section):
     """The learning rate over the steps, as transformers' get_*_schedule_with_warmup."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
-    """The shape after the warmup."""
+    name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
+    """The shape after the warmup; wsd (warmup, stable, decay) stays at lr, and falls by a cosine at the end."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps from 0 to lr."""
+    decay_steps: Annotated[int, Field(ge=1)] | None = None
+    """The last steps, in which wsd falls; by default a tenth of the run."""
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0
-    """Where linear and cosine end, as a share of lr."""
+    """Where linear, cosine and wsd end, as a share of lr."""
 
 
 class Offload(Section):

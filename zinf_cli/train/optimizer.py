@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.traffic.lion import Lion
+from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.recipe.recipe import Optimizer
 
 
@@ -15,8 +17,19 @@ def kernel_of(settings: Optimizer, lr: float) -> Kernel:
 
 
 def _adamw(settings: Optimizer, lr: float) -> Kernel:
+    assert settings.betas is not None
     return AdamW(lr, *settings.betas, settings.eps, settings.weight_decay)
 
 
-KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {"adamw": _adamw}
+def _sgd(settings: Optimizer, lr: float) -> Kernel:
+    assert settings.momentum is not None
+    return Sgd(lr, settings.momentum, settings.weight_decay)
+
+
+def _lion(settings: Optimizer, lr: float) -> Kernel:
+    assert settings.betas is not None
+    return Lion(lr, *settings.betas, settings.weight_decay)
+
+
+KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}
 """The kernels by `optimizer.name`."""

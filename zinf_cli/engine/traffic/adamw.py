@@ -1,10 +1,9 @@
 """AdamW on a range of a slice, bit for bit what torch.optim.AdamW computes on a whole parameter.
 
 The operations and their order are those of torch's `_single_tensor_adamw` (the default on the CPU, and equal to the
-foreach form). They act element by element, so cutting a slice into ranges changes no bit. Ranges of BLOCK elements stay
-in the processor's cache between operations, which is twice as fast as the same operations on a whole tensor. torch's
-fused kernel is twice as fast again, but its last bits differ from the default's. An accelerator has it all the same:
-there blocks are ten launches for each 128K elements, and a model of 8B parameters takes 580,000 of them.
+foreach form). They act element by element, so cutting a slice into ranges changes no bit. torch's fused kernel is twice
+as fast, but its last bits differ from the default's. An accelerator has it all the same: there blocks are ten launches
+for each 128K elements, and a model of 8B parameters takes 580,000 of them.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import torch
 
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.model_state import ADAMW, OptimizerState
-
-BLOCK = 128 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,7 @@ class AdamW(Kernel):
         bias_correction1 = 1 - self.beta1**step
         bias_correction2_sqrt = (1 - self.beta2**step) ** 0.5
         step_size = self.lr / bias_correction1
-        for start in range(0, param.numel(), BLOCK):
-            p, g, m, v = (t[start : start + BLOCK] for t in (param, grad, exp_avg, exp_avg_sq))
-            if self.clip is not None:
-                g.mul_(self.clip)
+        for p, g, m, v in self.blocks(param, grad, exp_avg, exp_avg_sq):
             p.mul_(1 - self.lr * self.weight_decay)
             m.lerp_(g, 1 - self.beta1)
             v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)

@@ -1,0 +1,81 @@
+"""SGD and Lion beside torch.optim.SGD and Lion as published: the same bits wherever the state lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from plain import LR, engine_losses, everything_on, open_engine, plain_losses
+from tiny_models import random_source
+from zinf_cli.recipe.recipe import Optimizer
+from zinf_cli.train.optimizer import kernel_of
+
+STEPS = 6
+
+
+class PublishedLion(torch.optim.Optimizer):
+    """arXiv 2302.06675, algorithm 2, on whole parameters."""
+
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, betas: tuple[float, float], weight_decay: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                assert param.grad is not None
+                moment = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                update = moment.lerp(param.grad, 1 - beta1)
+                param.add_(torch.sign(update), alpha=-group["lr"])
+                moment.lerp_(param.grad, 1 - beta2)
+
+
+REFERENCES: dict[str, tuple[Optimizer, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": (
+        Optimizer(name="sgd", lr=30 * LR, momentum=0.8, weight_decay=0.1),
+        partial(torch.optim.SGD, lr=30 * LR, momentum=0.8, weight_decay=0.1),
+    ),
+    "lion": (
+        Optimizer(name="lion", lr=LR, weight_decay=0.1),
+        partial(PublishedLion, lr=LR, betas=(0.9, 0.99), weight_decay=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["in memory", "deferred", "speculative", "eager"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_it_trains_with_the_bits_of_its_reference(name: str, how: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    settings, reference = REFERENCES[name]
+    kernel = kernel_of(settings, settings.lr)
+    clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(
+        random_source("llama"), STEPS, clip=clip, dtype=dtype, parameters=expected, optimizer_of=reference
+    )
+    options = replace(everything_on("cpu" if how == "in memory" else "nvme", tmp_path), speculate=how == "speculative")
+    engine = open_engine(random_source("llama"), options, optimizer=kernel.state, dtype=dtype)
+    assert engine_losses(engine, STEPS, clip=clip, eager=how == "eager", kernel=kernel, close=False) == losses
+    found = {name: value for number in range(len(engine.units)) for name, value in engine.read_params(number).items()}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    engine.close()
+
+
+def test_a_setting_of_another_optimizer_is_refused() -> None:
+    assert (Optimizer().betas, Optimizer().momentum) == ((0.9, 0.999), None)
+    assert (Optimizer(name="lion").betas, Optimizer(name="sgd").momentum) == ((0.9, 0.99), 0.9)
+    sgd = Optimizer(name="sgd", momentum=0.0)
+    assert (sgd.betas, sgd.momentum, Optimizer(**sgd.model_dump())) == (None, 0.0, sgd)
+    with pytest.raises(ValidationError, match="sgd has no betas; its key is momentum"):
+        Optimizer(name="sgd", betas=(0.9, 0.99))
+    with pytest.raises(ValidationError, match="adamw has no momentum; its key is betas"):
+        Optimizer(momentum=0.9)
