@@ -38,7 +38,13 @@ def tokenizer(folder: Path, template: str) -> Path:
     return folder / "tokenizer"
 
 
-def read(folder: Path, rows: list[dict[str, Any]], template: str = CALLS, suffix: str = "jsonl") -> tuple[str, str]:
+def read(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    template: str = CALLS,
+    suffix: str = "jsonl",
+    roles: tuple[str, ...] = ("assistant",),
+) -> tuple[str, str]:
     """The text of a chat file, and what of it has a loss."""
     path = folder / f"chats.{suffix}"
     if suffix == "parquet":
@@ -46,7 +52,8 @@ def read(folder: Path, rows: list[dict[str, Any]], template: str = CALLS, suffix
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     home = tokenizer(folder, template)
-    stream = open_token_stream(TextSource((path,), messages_field="messages", tokenizer=home), folder / "cache")
+    source = TextSource((path,), messages_field="messages", roles=roles, tokenizer=home)
+    stream = open_token_stream(source, folder / "cache")
     decode = PreTrainedTokenizerFast.from_pretrained(home).decode
     assert stream.loss_mask is not None
     return decode(stream.tokens), decode(stream.tokens[stream.loss_mask])
@@ -110,6 +117,81 @@ def test_what_is_no_dialog_is_named(row: dict[str, Any], said: str, tmp_path: Pa
 def test_a_turn_that_would_be_lost_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="writes no tool calls"):
         read(tmp_path, [{"messages": ask(("clock", {}))}], WORDS_ONLY)
+
+
+def turns(*said: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in said]
+
+
+TALK = turns(("system", "S1"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2"))
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (("assistant",), "A1;A2;"),
+        (("user",), "<user>U1;<user>U2;"),
+        (("assistant", "user"), "<user>U1;A1;<user>U2;A2;"),
+        (("system", "assistant"), "<system>S1;A1;A2;"),
+    ],
+)
+def test_the_turns_of_chosen_roles_are_learned(roles: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    text = "<system>S1;<user>U1;<assistant>A1;<user>U2;<assistant>A2;"
+    assert read(tmp_path, [{"messages": TALK}], roles=roles) == (text, said)
+
+
+def test_a_role_that_nobody_has_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"no message in 'messages' has the role 'bot' or 'tool'.* user \(2\)"
+    ) as caught:
+        read(tmp_path, [{"messages": TALK}], roles=("bot", "tool"))
+    assert "dataset.roles_to_train" in str(caught.value.hint)
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{%- generation -%}"
+    "{{ m.content if loop.last else m.content | lower }}{%- endgeneration -%};{% else %}{{ m.content }};{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_marks_answers_decides_what_is_learned(tmp_path: Path) -> None:
+    """Not the end of a turn, here; and it may rewrite earlier turns."""
+    text = "<system>S1;<user>U1;<assistant>a1;<user>U2;<assistant>A2;"
+    assert read(tmp_path, [{"messages": TALK}], MARKED) == (text, "a1A2")
+    with pytest.raises(DatasetError, match="rewrites earlier turns"):
+        read(tmp_path, [{"messages": TALK}], MARKED, roles=("assistant", "user"))
+
+
+OF_PARTS = CALLS.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+
+
+@pytest.mark.parametrize("template", [CALLS, MARKED, OF_PARTS], ids=["strings", "marked", "parts"])
+def test_content_may_be_a_list_of_texts(template: str, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "1"}]
+    messages = turns(("user", parts), ("assistant", [{"type": "text", "text": "A1"}]))
+    text, said = read(tmp_path, [{"messages": messages}], template)
+    assert text == "<user>Q1;<assistant>A1;"
+    assert said.rstrip(";") == "A1"
+
+
+@pytest.mark.parametrize(
+    ("part", "template", "said"),
+    [
+        ({"type": "image", "url": "a.png"}, CALLS, "a turn has a part that is no text (image)"),
+        (3, CALLS, "a turn has a part that is no text (int)"),
+        (
+            {"type": "text", "text": "lost"},
+            "{% for m in messages %}{{ m.role }}{% endfor %}",
+            "writes nothing of 'lost'",
+        ),
+    ],
+)
+def test_parts_that_would_be_lost_are_refused(part: Any, template: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read(tmp_path, [{"messages": turns(("user", [part]), ("assistant", "A1"))}], template)
+    assert said in caught.value.line()
+    assert "chats.jsonl:1" in caught.value.line()
 
 
 @pytest.mark.parametrize("with_config", [True, False])

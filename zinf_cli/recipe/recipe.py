@@ -149,7 +149,9 @@ class Dataset(Section):
     text_field: str = "text"
     """The field of .jsonl and .parquet records that holds the text."""
     messages_field: str | None = None
-    """Instead of text: a field with chat messages; loss on the assistant's turns only."""
+    """Instead of text: a field with chat messages; loss on the turns of dataset.roles_to_train only."""
+    roles_to_train: Annotated[tuple[str, ...], Field(min_length=1)] = ("assistant",)
+    """Whose turns in chats are learned. A template that marks what the assistant says decides that itself."""
     source_field: str = "source"
     """For an encoder-decoder: the field that holds what the encoder reads."""
     target_field: str = "target"
@@ -165,6 +167,11 @@ class Dataset(Section):
     """Instead of eval_path: hold out this share at the end of the text."""
     shuffle: bool = True
     """false: consecutive windows in order, starting over at the end."""
+
+    @field_validator("roles_to_train", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("path", "eval_path")
     @classmethod

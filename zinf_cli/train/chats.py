@@ -1,46 +1,58 @@
-"""Writes chats in a model's chat template: the text of a dialog, and the parts that the assistant says."""
+"""Writes chats in a model's chat template: the text of a dialog, and the parts of it that are learned."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.documents import Document
+from zinf_cli.train.documents import Document, refuse_halves
 
 ANSWERS = "assistant"
-"""The role whose turns are trained on."""
+"""The role whose turns are trained on, where a recipe names no others."""
 TOOLS = "tools"
 """The field of a row with the tools that its dialog may call: a list of JSON schemas, or that list as a string."""
 _WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys that a turn may have instead of content."""
 
-Template = Callable[..., str]
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What a template writes before the parts that the assistant says, if it marks them."""
+
+Template = Callable[..., Any]
 """apply_chat_template of a tokenizer."""
 
 
-def render_chat(document: Document, template: Template) -> tuple[str, list[tuple[int, int]]]:
-    """The dialog as `template` writes it, and the spans (first, behind the last character) that the assistant says.
+def marked_tokens(document: Document, template: Template) -> tuple[list[int], list[bool]]:
+    """(tokens, mask) of a dialog in a template that `marks_answers`: the mask is the template's own."""
+    text, messages = _rendered(document, template)
+    refuse_halves(text, document.where)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = template(messages, tools=_tools(document), **options)
+    return list(encoded["input_ids"]), [bool(said) for said in encoded["assistant_masks"]]
 
-    A span is found from two renderings: of the dialog up to the prompt for the turn, and of the dialog with the turn.
-    The span is what the second adds. So every template works whose text only grows with each turn.
+
+def marks_answers(source: str) -> bool:
+    """Whether a template, as it is written, marks what the assistant says: `{% generation %}`."""
+    return bool(_MARKED.search(source))
+
+
+def render_chat(document: Document, template: Template, roles: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The dialog as `template` writes it, and the spans (first, behind the last character) that `roles` say.
+
+    A span is found from two renderings: of the dialog up to the turn, with the prompt for it if the assistant answers,
+    and of the dialog with the turn. The span is what the second adds. So every template works whose text only grows
+    with each turn.
     """
-    tools = _tools(document)
-
-    def render(messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        try:
-            return template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template may raise anything
-            line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-            raise DatasetError(f"the chat template refuses this dialog: {line}", where=document.where) from error
-
-    messages = _with_content(messages_of(document), render, document.where)
-    whole = render(messages)
+    whole, messages = _rendered(document, template)
+    render = _renderer(document, template)
     said = []
     for number, message in enumerate(messages):
-        if message["role"] == ANSWERS:
-            before, after = render(messages[:number], prompt=True), render(messages[: number + 1])
+        if message["role"] in roles:
+            prompt = message["role"] == ANSWERS
+            before = render(messages[:number], prompt=prompt) if number or prompt else ""
+            after = render(messages[: number + 1])
             if whole.startswith(after) and not after.startswith(before):
                 pairs = zip(before, after, strict=False)
                 same = next((place for place, (one, other) in enumerate(pairs) if one != other), len(after))
@@ -58,6 +70,66 @@ def render_chat(document: Document, template: Template) -> tuple[str, list[tuple
                 )
             said.append((len(before), len(after)))
     return whole, said
+
+
+def _renderer(document: Document, template: Template) -> Callable[..., str]:
+    """A function that writes turns of the dialog: `render(messages, prompt=False)`."""
+    tools = _tools(document)
+
+    def render(messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+        try:
+            text: str = template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template may raise anything
+            line = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise DatasetError(f"the chat template refuses this dialog: {line}", where=document.where) from error
+        return text
+
+    return render
+
+
+def _rendered(document: Document, template: Template) -> tuple[str, list[dict[str, Any]]]:
+    """The dialog as the template writes it, and its turns in the form that the template knows.
+
+    Content may be a list of parts. A template gets it as one string, or as it is if it then writes no word of it.
+    """
+    render = _renderer(document, template)
+    given = messages_of(document)
+    texts = [_text_of(message, document.where) for message in given]
+    joined = [
+        message if text is None else {**message, "content": text} for message, text in zip(given, texts, strict=True)
+    ]
+    messages = _with_content(joined, render, document.where)
+    whole = render(messages)
+    if joined == given or all(_written(text, whole) for text in texts if text):
+        return whole, messages
+    whole = render(given)
+    if missing := [text for text in texts if text and not _written(text, whole)]:
+        raise DatasetError(
+            f"the chat template writes nothing of {missing[0]!r:.60}",
+            where=document.where,
+            hint="give content as one string, or use dataset.text_field with rendered dialogs",
+        )
+    return whole, given
+
+
+def _written(text: str, whole: str) -> bool:
+    """Whether a template has written a turn: its last word is there. What stands before may be left out (thoughts)."""
+    return next(reversed(text.split()), "") in whole
+
+
+def _text_of(message: dict[str, Any], where: str) -> str | None:
+    """The text of a turn whose content is a list of parts. None if it is one string, or none."""
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return None
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
+            raise DatasetError(f"a turn has a part that is no text ({kind}), and text alone is trained on", where=where)
+        texts.append(text)
+    return "".join(texts)
 
 
 def messages_of(document: Document) -> list[dict[str, Any]]:

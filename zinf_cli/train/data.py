@@ -26,7 +26,7 @@ from zinf_cli.train.token_arrays import open_tokens
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 
@@ -38,6 +38,8 @@ class TextSource:
     paths: tuple[Path, ...]
     text_field: str = "text"
     messages_field: str | None = None
+    roles: tuple[str, ...] = (ANSWERS,)
+    """Whose turns in chats are learned."""
     tokenizer: Path | None = None
     pair_fields: tuple[str, str] | None = None
     """The fields of a source and its target for an encoder-decoder, instead of text."""
@@ -70,7 +72,7 @@ def open_token_stream(
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """The name of the cache entry. All that decides the tokens is in it: files as they are now, fields, tokenizer."""
-    parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields]
+    parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields, source.roles]
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
@@ -153,7 +155,7 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
             if source.pair_fields is not None:
                 ids, mask = tokenizer.encode_pair(document, source.pair_fields[1])
             elif source.messages_field is not None:
-                ids, mask = tokenizer.encode_chat(document)
+                ids, mask = tokenizer.encode_chat(document, source.roles)
             else:
                 ids = tokenizer.encode_text(document)
             count, answered = count + 1, answered + (mask is None or any(mask))
@@ -176,16 +178,17 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
 def _nobody_answers(file: Path, source: TextSource) -> DatasetError:
     """The error for a file of chats that have nothing to train on. It names the roles in the file."""
     roles = Counter(str(message["role"]) for document in _documents(file, source) for message in document.content)
-    if not roles[ANSWERS]:
+    wanted = " or ".join(map(repr, source.roles))
+    if not any(roles[role] for role in source.roles):
         found = ", ".join(f"{role} ({count})" for role, count in roles.most_common(8))
         return DatasetError(
-            f"no message in {source.messages_field!r} has the role {ANSWERS!r}, and only what it says is trained on; "
+            f"no message in {source.messages_field!r} has the role {wanted}, and only what it says is trained on; "
             f"roles there: {found}",
             where=str(file),
-            hint=f"rename the role that answers to {ANSWERS}",
+            hint=f"rename the role that answers to {ANSWERS}, or set dataset.roles_to_train",
         )
     return DatasetError(
-        f"no {ANSWERS} in {source.messages_field!r} says anything, and only what it says is trained on", where=str(file)
+        f"no {wanted} in {source.messages_field!r} says anything, and only what it says is trained on", where=str(file)
     )
 
 

@@ -66,6 +66,19 @@ def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterat
         raise DatasetError(f"can't read: {_first_line(error.strerror or error)}", where=str(path)) from error
 
 
+def refuse_halves(text: str, where: str) -> None:
+    """DatasetError if a text has half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise DatasetError(
+            f"{half} is half of a character (a lone surrogate), as where a text was cut inside of one",
+            where=where,
+            hint="remove it, or cut the text elsewhere",
+        ) from error
+
+
 def first_record(path: Path) -> dict[str, Any]:
     """The first record of a .jsonl or .parquet file, all its fields. DatasetError if there is none."""
     try:

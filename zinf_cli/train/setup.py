@@ -112,7 +112,9 @@ def open_text(
     def opened(paths: tuple[Path, ...]) -> TokenStream:
         if pairs:
             _check_pairs(recipe, paths, model)
-        source = TextSource(paths, dataset.text_field, dataset.messages_field, tokenizer, fields)
+        source = TextSource(
+            paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, fields
+        )
         return open_token_stream(source, cache, notice)
 
     tokens = opened(dataset.path)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.chats import render_chat
+from zinf_cli.train.chats import ANSWERS, marked_tokens, marks_answers, render_chat
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
-from zinf_cli.train.documents import Document
+from zinf_cli.train.documents import Document, refuse_halves
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.stand_ins import stand_in
 from zinf_cli.version import version_of
@@ -115,10 +116,11 @@ class Tokenizer:
             raise DatasetError("a source or a target has no tokens", where=document.where)
         return [*read, *written], [False] * len(read) + [True] * len(written)
 
-    def encode_chat(self, document: Document) -> tuple[list[int], list[bool]]:
+    def encode_chat(self, document: Document, roles: Sequence[str] = (ANSWERS,)) -> tuple[list[int], list[bool]]:
         """(tokens, mask) of a dialog in the chat template.
 
-        The mask is True for what the assistant says, and for the end of its turn.
+        The mask is True for what `roles` say, and for the ends of their turns. If the template marks what the assistant
+        says, and nothing else is learned, the mask is the template's.
         """
         if not self._tokenizer.is_fast:
             raise DatasetError(
@@ -133,8 +135,11 @@ class Tokenizer:
                 where=str(self._directory),
                 hint="use an instruct model's tokenizer, or dataset.text_field",
             )
+        template = self._tokenizer.apply_chat_template
         try:
-            text, said = render_chat(document, self._tokenizer.apply_chat_template)
+            if tuple(roles) == (ANSWERS,) and marks_answers(self._tokenizer.get_chat_template()):
+                return marked_tokens(document, template)
+            text, said = render_chat(document, template, roles)
         except RecursionError as error:
             raise DatasetError("lists in lists, more than can be read", where=document.where) from error
         encoded = self._encode(text, document, return_offsets_mapping=True)
@@ -143,15 +148,7 @@ class Tokenizer:
 
     def _encode(self, text: Any, document: Document, name: str = "text", **options: Any) -> Any:
         """What the tokenizer returns for a text, which is passed as argument `name`. DatasetError if it fails."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start].encode("unicode_escape").decode()
-            raise DatasetError(
-                f"{half} is half of a character (a lone surrogate), as where a text was cut inside of one",
-                where=document.where,
-                hint="remove it, or cut the text elsewhere",
-            ) from error
+        refuse_halves(text, document.where)
         try:
             return self._tokenizer(**{name: text, "add_special_tokens": False, "verbose": False, **options})
         except Exception as error:  # foreign code
