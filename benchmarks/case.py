@@ -46,6 +46,8 @@ class Case:
     """Whether activations are recomputed."""
     clip: float | None = 1.0
     """Largest gradient norm: 1 clips every step of this training, NEVER_CLIPS none. None: zinf updates in backward."""
+    precision: str = "auto"
+    """Of the compute: fp32, or bf16 with fp32 masters. auto: bf16 on an accelerator, fp32 on a CPU."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -80,4 +82,5 @@ class Case:
             + ("" if self.checkpointing else ", no recompute")
             + {None: ", no clipping", NEVER_CLIPS: ", norm never clips"}.get(self.clip, "")
             + ("" if self.model == "216M" else f", {self.model}")
+            + ("" if self.precision == "auto" else f", {self.precision}")
         )

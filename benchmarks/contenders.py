@@ -44,6 +44,7 @@ def launch_command(case: Case, tier: str | Mapping[str, str], steps: int, folder
             "gradient_accumulation_steps": case.micro_batches,
             "max_steps": steps,
             "max_grad_norm": case.clip,
+            "precision": case.precision,
         },
         "optimizer": {"lr": 1e-4},
         "activation_checkpointing": "unit" if case.checkpointing else "none",

@@ -1,7 +1,7 @@
 """`python -m benchmarks.plain STEPS_FILE CASE_JSON STEPS [DEVICE]`: plain PyTorch, everything in the memory of DEVICE.
 
-On a CPU, which is the default, all is fp32. On an accelerator, parameters are bf16 with fp32 masters, gradients are
-fp32 and AdamW is fused.
+On a CPU, which is the default, the case says the precision. On an accelerator AdamW is fused, and parameters are bf16.
+These have fp32 masters and fp32 gradients.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Trainer(Protocol):
 
 class Plain:
     def __init__(self, case: Case, device: torch.device) -> None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" or case.precision == "bf16" else torch.float32
         self.model = build(case, device=device, dtype=dtype)
         self._params = list(self.model.parameters())
         self._masters = self._params

@@ -29,6 +29,9 @@ CASES = {
     "8x64-kept": Case(8, 64, checkpointing=False),
     "8x64-kept-never-clips": Case(8, 64, checkpointing=False, clip=NEVER_CLIPS),
     "8x16-layers": Case(8, 16, model="3 times the layers"),
+    "8x64-bf16": Case(8, 64, precision="bf16"),
+    "8x64-bf16-never-clips": Case(8, 64, precision="bf16", clip=NEVER_CLIPS),
+    "8x64-bf16-unclipped": Case(8, 64, precision="bf16", clip=None),
 }
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3

@@ -15,6 +15,7 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
+from zinf_cli.train.model import ModelSource
 
 
 def save(engine: Engine, run_dir: Path, step: int, keep: int | None = None) -> Path:
@@ -27,7 +28,12 @@ def save(engine: Engine, run_dir: Path, step: int, keep: int | None = None) -> P
 
 def resumed(folder: Path, name: str, options: EngineOptions, **more: Any) -> Engine:
     """An engine whose own weights are others, with the state of a checkpoint."""
-    engine = open_engine(random_source(name, seed=1), options, **more)
+    return resumed_from(folder, random_source(name, seed=1), options, **more)
+
+
+def resumed_from(folder: Path, source: ModelSource, options: EngineOptions, **more: Any) -> Engine:
+    """An engine of `source` with the state of a checkpoint."""
+    engine = open_engine(source, options, **more)
     reader = CheckpointReader(folder)
     engine.load_state(reader)
     reader.close()

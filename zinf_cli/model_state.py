@@ -1,7 +1,9 @@
 """What the state of a model is made of, said once and without torch; plan, checkpoint, engine and tiers read it.
 
 A parameter that is trained has a gradient, the fields of its optimizer and, where it is 16-bit, an fp32 master that the
-optimizer works on. Another optimizer is another `OptimizerState` here, and a kernel in engine/traffic/kernel.py.
+optimizer works on. The master of a bf16 parameter is split: it is the parameter and a remainder of 16 bits, if the
+optimizer has room for one bit more (engine/split_masters.py). Another optimizer is another `OptimizerState` here, and a
+kernel in engine/traffic/kernel.py.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ PAGE = 4096
 """Bytes. Buffers, extents and regions of files begin at a multiple, as direct I/O asks."""
 PIECE = 4 * 2**20
 """Bytes of a field that are moved at once, and that have one checksum. The cuts are at multiples from its start."""
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I16": 2}
 """Bytes of an element, by dtype as safetensors writes it."""
+PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""The dtype of most parameters, by the name of the compute's precision."""
 FP32_BYTES = ITEM_BYTES["F32"]
 SLICE_MULTIPLE = PAGE // min(ITEM_BYTES.values())
 """Elements. A rank's slice of a flat is a multiple: whole pages in any dtype."""
@@ -44,6 +48,8 @@ class Field:
     """Its class, one of STATES."""
     dtype: str | None = "F32"
     """None: the parameter's own."""
+    carries: bool = False
+    """Whether it is fp32 and never negative, so that its sign can carry a bit of something else."""
 
     @property
     def item_bytes(self) -> int:
@@ -57,6 +63,8 @@ FROZEN = Field("params", "frozen", "params", dtype=None)
 """A parameter that is not trained."""
 MASTER = Field("master", "param")
 """Of a 16-bit parameter that is trained. A checkpoint has it instead of the parameter, which is its rounding."""
+REMAINDER = Field("remainder", "remainder", dtype="I16")
+"""Of a bf16 parameter that is trained: what makes it its master, with the sign of a field that carries."""
 GRAD = Field("grads", state="grads")
 VALUES = (PARAM.stored, FROZEN.stored)
 """Names in a checkpoint under which the parameter itself is stored."""
@@ -69,26 +77,32 @@ class OptimizerState:
     name: str
     fields: tuple[Field, ...]
 
-    def beside(self, *, narrow: bool) -> tuple[Field, ...]:
-        """The fields of the class "optimizer"; `narrow`: of a 16-bit parameter."""
-        return (*self.fields, MASTER) if narrow else self.fields
+    @property
+    def carrier(self) -> Field | None:
+        """The field whose sign makes 17 bits of a remainder's 16."""
+        return next((field for field in self.fields if field.carries), None)
 
-    def stored(self, *, narrow: bool) -> tuple[Field, ...]:
+    def beside(self, dtype: str) -> tuple[Field, ...]:
+        """The fields of the class "optimizer", of a parameter of `dtype`."""
+        if dtype == "F32":
+            return self.fields
+        return (*self.fields, REMAINDER if dtype == "BF16" and self.carrier is not None else MASTER)
+
+    def stored(self, dtype: str) -> tuple[Field, ...]:
         """The fields of a checkpoint, in its order."""
-        return (MASTER if narrow else PARAM, *self.fields)
+        beside = self.beside(dtype)
+        if MASTER in beside:
+            return (MASTER, *self.fields)
+        return (PARAM, REMAINDER, *self.fields) if REMAINDER in beside else (PARAM, *self.fields)
 
-    def bytes_per_param(self, *, narrow: bool) -> int:
+    def bytes_per_param(self, dtype: str) -> int:
         """Of the class "optimizer"."""
-        return sum(field.item_bytes for field in self.beside(narrow=narrow))
-
-    def num_bytes(self, trainable: int, narrow: int) -> int:
-        """Of the class "optimizer", for `trainable` parameters, `narrow` of which are 16-bit."""
-        return trainable * self.bytes_per_param(narrow=False) + narrow * MASTER.item_bytes
+        return sum(field.item_bytes for field in self.beside(dtype))
 
     @property
     def moved_bytes_per_param(self) -> int:
         """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out."""
-        return GRAD.item_bytes + 2 * self.bytes_per_param(narrow=True)
+        return GRAD.item_bytes + 2 * (FP32_BYTES + self.bytes_per_param("F32"))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> OptimizerState:
@@ -96,6 +110,6 @@ class OptimizerState:
         return cls(**{**document, "fields": tuple(Field(**field) for field in document["fields"])})
 
 
-ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq", "exp_avg_sq")))
+ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq", "exp_avg_sq", carries=True)))
 SGD = OptimizerState("sgd", (Field("momentum_buffer", "momentum_buffer"),))
 LION = OptimizerState("lion", (Field("exp_avg", "exp_avg"),))

@@ -63,7 +63,8 @@ def other_drive() -> Iterator[Path]:
     ("tiers", "precision", "share"),
     [
         ({}, "fp32", 0),  # updates write into the checkpoint
-        ({"params": "cpu"}, "bf16", 0),  # which holds the masters, a part of the optimizer's states
+        ({"params": "cpu"}, "bf16", 1 / 6),  # parameters are a half of their masters
+        ({"params": "cpu"}, "fp16", 0),  # masters are a part of the optimizer's states
         ({"params": "cpu"}, "fp32", 1 / 3),
         (dict.fromkeys(CLASSES, "cpu"), "fp32", 1),
     ],

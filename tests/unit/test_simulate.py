@@ -87,7 +87,7 @@ def test_any_step_can_be_played_and_moves_the_planned_bytes(
             own * 4 * units * (sweeps - (update != "deferred")),
             own * 4 * units * (sweeps - (update == "eager")),
         ),
-        "optimizer": (own * 12 * units,) * 2,
+        "optimizer": (own * 10 * units,) * 2,
         "activations": (5 * micro_batches * (units - 1),) * 2,
     }
     for lane, direction in (("nvme read", 0), ("nvme write", 1)):

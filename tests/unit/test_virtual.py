@@ -12,6 +12,7 @@ from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
 from benchmarks.priced import DEVICE
 from benchmarks.virtual import Played, plan_for, play, recipe_of
 from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.engine.traffic.update import DEVICE_BLOCK
 from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_CHUNK_NUMEL
 from zinf_cli.plan.plan import Plan
 
@@ -55,21 +56,21 @@ def test_a_lane_does_one_operation_at_a_time() -> None:
     assert last.end == 21.0
 
 
-def test_an_update_is_one_kernel_for_each_chunk(planned: Plan, played: Played) -> None:
-    units = planned.figures.model.units
-    chunks = sum(-(-unit.trainable_numel // planned.working.chunk_numel) for unit in units)
-    assert played.launches["_fused_adamw_"] == chunks
+def test_an_update_is_one_kernel_for_each_block_of_a_chunk(planned: Plan, played: Played) -> None:
+    numels, most = [unit.trainable_numel for unit in planned.figures.model.units], planned.working.chunk_numel
+    chunks = [min(most, numel - begin) for numel in numels for begin in range(0, numel, most)]
+    assert played.launches["_fused_adamw_"] == sum(-(-chunk // DEVICE_BLOCK) for chunk in chunks)
 
 
 def test_the_links_carry_what_the_step_moves(planned: Plan, played: Played) -> None:
-    """In: parameters twice (the last unit's once), gradient, moments, master. Out: all of these once."""
+    """In: parameters twice (the last unit's once), gradient, moments, remainder. Out: all of these once."""
     units = [unit for unit in planned.figures.model.units if not unit.resident]
     numel = sum(unit.trainable_numel for unit in units)
     resident = sum(unit.trainable_numel for unit in planned.figures.model.units if unit.resident)
     last = units[-1].trainable_numel
     link = Rates().link
-    assert played.busy[IN] * link == pytest.approx(20 * (numel + resident) - 2 * (last + resident), rel=1e-3)
-    assert played.busy[OUT] * link == pytest.approx(18 * (numel + resident), rel=1e-3)
+    assert played.busy[IN] * link == pytest.approx(18 * (numel + resident) - 2 * (last + resident), rel=1e-3)
+    assert played.busy[OUT] * link == pytest.approx(16 * (numel + resident), rel=1e-3)
 
 
 def test_the_same_step_takes_the_same_time(planned: Plan, played: Played) -> None:

@@ -11,8 +11,11 @@ are whole pages long, so each field of each flat of a unit is a *region* of the 
 of a region is known before the first byte is written, regions may be filled in any order, and a region may be an extent
 of a tier. The second flat of a kind (parameters that stay fp32 in a 16-bit model) has regions "param.1" and so on.
 
-Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut into PIECE bytes from its start. The manifest
-begins with the checksum of the rest of itself.
+The fp32 master of a trained bf16 parameter is three fields: "param", "remainder" and the sign of a moment
+(engine/split_masters.py). Version 1 of the manifest, which has fp32 masters as "param", is read as well.
+
+Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut from its start into chunks of the update, or
+into PIECE bytes where nothing is trained. The manifest begins with the checksum of the rest of itself.
 """
 
 from __future__ import annotations
@@ -31,9 +34,11 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint.reading import read_whole
 from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
-from zinf_cli.model_state import ADAMW, FROZEN, ITEM_BYTES, PIECE, round_up
+from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FROZEN, ITEM_BYTES, PIECE, round_up
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Versions that are read."""
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder in the folder of a model, as transformers writes it."""
@@ -67,13 +72,15 @@ class StoredFlat:
     """Parameters side by side, padded to `numel` elements and cut into world_size equal slices."""
 
     dtype: str
-    """The dtype of the parameters in the words of safetensors: F32; in a frozen flat, that of the model."""
+    """The dtype in which the parameters are stored, in the words of safetensors."""
     trainable: bool
     numel: int
     params: tuple[StoredParam, ...]
     fields: Mapping[str, str]
     """The fields that are stored (model_state.py) with their dtypes, the parameters first. A manifest leaves them
     out if they are AdamW's, or if all parameters are frozen."""
+    carrier: str | None = None
+    """The field whose sign is that of split masters, if masters are split (engine/split_masters.py)."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Region:
     numel: int
     start: int
     """First byte after the header."""
+    piece: int
+    """Bytes of its pieces, but for the last one."""
 
     @property
     def num_bytes(self) -> int:
@@ -122,7 +131,8 @@ class Layout:
                 for part, dtype in flat.fields.items():
                     name = f"{unit.name}/{part}{f'.{alike}' if alike else ''}"
                     numel = flat.numel // self.world_size
-                    regions.append(Region(unit.name, number, part, name, dtype, numel, start))
+                    piece = CHUNK_NUMEL * ITEM_BYTES[dtype] if flat.trainable else PIECE
+                    regions.append(Region(unit.name, number, part, name, dtype, numel, start, piece))
                     start += regions[-1].num_bytes
         return tuple(regions)
 
@@ -148,7 +158,7 @@ class Layout:
         pieces = [(0, len(self.header))]
         for region in self.regions:
             start = len(self.header) + region.start
-            pieces += [(start + offset, length) for offset, length in cut(region.num_bytes)]
+            pieces += [(start + offset, length) for offset, length in cut(region.num_bytes, region.piece)]
         return tuple(pieces)
 
     @cached_property
@@ -157,13 +167,13 @@ class Layout:
         first, number = {}, 1
         for region in self.regions:
             first[region.key] = number
-            number += len(cut(region.num_bytes))
+            number += len(cut(region.num_bytes, region.piece))
         return first
 
 
-def cut(num_bytes: int) -> list[tuple[int, int]]:
+def cut(num_bytes: int, piece: int = PIECE) -> list[tuple[int, int]]:
     """(offset, length) of the pieces of a region or a whole file."""
-    return [(offset, min(PIECE, num_bytes - offset)) for offset in range(0, num_bytes, PIECE)]
+    return [(offset, min(piece, num_bytes - offset)) for offset in range(0, num_bytes, piece)]
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,8 @@ class Manifest:
         for flat in (flat for unit in document["units"] for flat in unit["flats"]):
             if flat["fields"] == _usual_fields(flat):
                 del flat["fields"]
+            if flat["carrier"] is None:
+                del flat["carrier"]
             for param in flat["params"]:
                 if param["count"] is None:
                     del param["first"], param["count"]
@@ -236,7 +248,7 @@ class Manifest:
             raise DamagedError("damaged: its checksum is another", where=str(path))
         document = json.loads(content)
         del document["xxh3"]
-        if document["version"] != VERSION:
+        if document["version"] not in READABLE:
             raise CheckpointError(
                 f"version {document['version']} is not known here",
                 where=str(path),
@@ -268,7 +280,7 @@ def _unit(document: Mapping[str, Any]) -> StoredUnit:
 
 
 def _usual_fields(flat: Mapping[str, Any]) -> dict[str, str]:
-    fields = ADAMW.stored(narrow=False) if flat["trainable"] else (FROZEN,)
+    fields = ADAMW.stored(flat["dtype"]) if flat["trainable"] else (FROZEN,)
     return {field.stored: field.dtype or flat["dtype"] for field in fields}
 
 

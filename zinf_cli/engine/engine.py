@@ -33,7 +33,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.destination import StateSink
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.pipeline import Pipeline
-from zinf_cli.engine.traffic.state import StateSource, fields_of, load_state, save_state
+from zinf_cli.engine.traffic.state import StateSource, fields_of, load_params, load_state, save_state
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.constant_weights import hold_constant
 from zinf_cli.engine.units.store import Flat, TierSet, Unit, to_placeholders
@@ -134,8 +134,7 @@ class Engine:
 
     def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
         """Fill every unit from `read(parameter names)`, which gives tensors of any dtype. Memory is one unit's."""
-        for unit in self.units:
-            unit.fill(read, self.memory.slots)
+        load_params(self.units, self.memory, read)
 
     def train_step(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.folder import FOLDER, checkpoints_of, checkpoints_to_resume, steps_done
 from zinf_cli.machine.hardware import drive_space
-from zinf_cli.model_state import FP32_BYTES, OptimizerState
+from zinf_cli.model_state import ITEM_BYTES
 from zinf_cli.plan.layout import Figures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 
@@ -48,21 +48,21 @@ def checkpoint_drive(recipe: Recipe, nvme_folders: Sequence[Path], max_steps: in
     return CheckpointDrive(space.folder, space.free_bytes, shared / max(1, len(nvme_folders)), to_come)
 
 
-def stored_bytes(optimizer: OptimizerState, unit: UnitFigures) -> dict[str, int]:
+def stored_bytes(figures: Figures, unit: UnitFigures) -> dict[str, int]:
     """Bytes that a checkpoint holds of a unit, all ranks, by class of state.
 
     Frozen parameters are a class of their own, "frozen": no update writes them.
     """
     stored = Counter({"frozen": unit.frozen_bytes})
-    for narrow, numel in ((True, unit.master_numel), (False, unit.trainable_numel - unit.master_numel)):
-        for field in optimizer.stored(narrow=narrow):
-            stored[field.state] += numel * (FP32_BYTES if field.dtype is None else field.item_bytes)
+    for dtype, numel in figures.trained(unit):
+        for field in figures.optimizer.stored(dtype):
+            stored[field.state] += numel * ITEM_BYTES[field.dtype or dtype]
     return stored
 
 
 def checkpoint_bytes(figures: Figures) -> int:
     """Bytes of one checkpoint, all ranks."""
-    return sum(sum(stored_bytes(figures.optimizer, unit).values()) for unit in figures.model.units)
+    return sum(sum(stored_bytes(figures, unit).values()) for unit in figures.model.units)
 
 
 def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zinf_cli.amounts import format_bytes
+from zinf_cli.model_state import PRECISIONS
 from zinf_cli.plan.classic import classic_steps
 from zinf_cli.plan.needs import PART_BYTES, STRATEGIES, Needs, Scenario, capacity, class_bytes, needs_of
 from zinf_cli.plan.placement import TIERS
@@ -231,6 +232,7 @@ def step_of(
         scenario.world_size,
         placement,
         accelerator=bool(scenario.profile.accelerators),
+        dtype=PRECISIONS[_precision(scenario)],
         depth=2 if needs.tiles > 1 else 4,
         chunk_params=needs.chunk_params,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zinf_cli.model_state import ADAMW, OptimizerState
+from zinf_cli.model_state import ADAMW, PRECISIONS, OptimizerState
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,19 @@ class Figures:
     """On the host with the most ranks."""
     precision: str
     optimizer: OptimizerState = ADAMW
+
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, but for those that the model keeps in fp32."""
+        return PRECISIONS[self.precision]
+
+    def trained(self, unit: UnitFigures) -> tuple[tuple[str, int], ...]:
+        """The unit's trainable parameters: how many of each dtype."""
+        return (("F32", unit.trainable_numel - unit.master_numel), (self.dtype, unit.master_numel))
+
+    def optimizer_bytes(self, unit: UnitFigures) -> int:
+        """Bytes of the unit's class "optimizer", the slices of all ranks together."""
+        return sum(numel * self.optimizer.bytes_per_param(dtype) for dtype, numel in self.trained(unit))
 
     @classmethod
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]

@@ -15,9 +15,8 @@ from zinf_cli.model_state import (
     DEVICE_CHUNK_NUMEL,
     FP32_BYTES,
     GRAD,
-    MASTER,
     PAGE,
-    PARAM,
+    PIECE,
     SLICE_MULTIPLE,
     STATES,
     round_up,
@@ -180,12 +179,10 @@ def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 
 def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
     """Bytes of the model states of `units` on one rank, by class."""
-    optimizer = figures.optimizer
     return {
         "params": sum(unit.param_bytes for unit in units) // figures.world_size,
         "grads": sum(unit.trainable_numel for unit in units) // figures.world_size * GRAD.item_bytes,
-        "optimizer": sum(optimizer.num_bytes(unit.trainable_numel, unit.master_numel) for unit in units)
-        // figures.world_size,
+        "optimizer": sum(map(figures.optimizer_bytes, units)) // figures.world_size,
     }
 
 
@@ -326,17 +323,17 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     Slots. A visit takes one *block* of the slot arena for parameters and gradient (`block_bytes`). While one unit is
     computed, the next one is fetched. So the least is the largest block and a typical one, the median, beside it. With
     DEPTH typical ones beside the largest, reads run further ahead of compute. Loading uses the same arena before the
-    first step: a slice of one flat passes through it, in fp32 where it becomes a master. That has to fit, too.
+    first step: a piece of the widest slice has to fit, too.
 
     Resident. The resident unit is held for the whole step, in an arena of its own. It takes its block twice, since it
     is fetched for the next step before this step releases it.
 
     Chunks. An update streams every field that does not lie in memory of the compute device: the gradient, the
-    optimizer's fields, and the master of 16-bit parameters. A chunk of a field takes one buffer of `chunk_numel`
-    elements: a piece, 16 pieces where an accelerator computes, or the widest slice where that is less. With 8 buffers a
-    field, reads and writes are under way while a chunk is computed. An eager update does not stream the gradient: it is
-    still in the slot arena. The update of a unit that no visit needs (an expert that no token reaches) streams its
-    parameters as well.
+    optimizer's fields, and the master of 16-bit parameters or what makes one of them. A chunk of a field takes one
+    buffer of `chunk_numel` elements: a piece, 16 pieces where an accelerator computes, or the widest slice where that
+    is less. With 8 buffers a field, reads and writes are under way while a chunk is computed. An eager update does not
+    stream the gradient: it is still in the slot arena. The update of a unit that no visit needs (an expert that no
+    token reaches) streams its parameters as well.
 
     Staging. The activations of a call take buffers on their way to their tier or back. Their size is that of the
     largest call, of the code before it, and of what that code shares with earlier code. The least is twice that, since
@@ -349,8 +346,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
     most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
     chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
-    narrow = figures.precision != "fp32"
-    streamed = {"params": 1, "grads": 1, "optimizer": len(figures.optimizer.beside(narrow=narrow))}
+    streamed = {"params": 1, "grads": 1, "optimizer": len(figures.optimizer.beside(figures.dtype))}
     away = {state: count for state, count in streamed.items() if not choice.in_place(state)}
     least_chunks = sum(away.values())
     fields = least_chunks - away.get("params", 0) - (away.get("grads", 0) if choice.update == "eager" else 0)
@@ -362,10 +358,9 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
         )
     if glue_leaves(figures, choice):
         staging += 2 * max(unit.before_bytes for unit in units)
-    # loading writes one slice of one flat through the slots
-    loaded = (PARAM, MASTER) if narrow else (PARAM,)
-    away_from_compute = not all(choice.in_place(field.state) for field in loaded)
-    load = max(unit.numel * FP32_BYTES // figures.world_size for unit in units) if away_from_compute else 0
+    load = 0
+    if not (choice.in_place("params") and choice.in_place("optimizer")):
+        load = min(PIECE, max(unit.numel * FP32_BYTES // figures.world_size for unit in units))
     least = max(largest + typical, round_up(load))
     return Working(
         slot_bytes=max(least, largest + DEPTH * typical),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
-from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
+from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
@@ -74,7 +74,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         plan.world_size,
         placement,
         accelerator,
-        param_bytes=FP32_BYTES if plan.precision == "fp32" else ITEM_BYTES["BF16"],
+        dtype=figures.dtype,
         optimizer=figures.optimizer,
         update=plan.update,
         depth=max(2, min(8, working.slot_bytes // typical)),

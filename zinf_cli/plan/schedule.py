@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zinf_cli.model_state import ADAMW, FP32_BYTES, GRAD, ITEM_BYTES, OptimizerState
+from zinf_cli.model_state import ADAMW, GRAD, ITEM_BYTES, OptimizerState
 
 LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
 """zinf's updates run on the compute lane. The lane "update" is the CPU in the paper's schedule."""
@@ -78,8 +78,8 @@ class Step:
     world_size: int
     placement: Mapping[str, str]
     accelerator: bool
-    param_bytes: int = ITEM_BYTES["BF16"]
-    """Bytes of one parameter in the dtype that compute uses. An fp32 parameter is its own master."""
+    dtype: str = "BF16"
+    """Of parameters as compute uses them, in the words of safetensors."""
     optimizer: OptimizerState = ADAMW
     update: str = "deferred"
     """When a unit is updated: see Choice. With "speculative", the step is an unclipped one."""
@@ -89,6 +89,11 @@ class Step:
     """How many parameters of an update may be under way at once."""
     exchange_bytes: float = 0
     """Bytes of activations that model parallelism all-reduces within a host in a unit's forward pass (classic.py)."""
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of one parameter."""
+        return ITEM_BYTES[self.dtype]
 
 
 @dataclass
@@ -229,7 +234,7 @@ class _Sweeps:
         pieces = max(1, min(PIECES, round(own / step.chunk_params * PIECES)))
         piece = own / pieces
         ahead = max(1, round(step.chunk_params / piece))
-        states = step.optimizer.bytes_per_param(narrow=step.param_bytes < FP32_BYTES)
+        states = step.optimizer.bytes_per_param(step.dtype)
         cost = step.optimizer.moved_bytes_per_param / ADAMW_BYTES
         writes: list[int] = []
         for _ in range(pieces):

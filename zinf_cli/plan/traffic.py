@@ -37,7 +37,7 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
             spared = {"deferred": 0, "speculative": 1, "eager": 2}[update] * share
             total += trainable * GRAD.item_bytes * (2 * calls - spared)
         if "optimizer" in away:
-            total += 2 * figures.optimizer.num_bytes(unit.trainable_numel, unit.master_numel) // ranks
+            total += 2 * figures.optimizer_bytes(unit) // ranks
     if choice.placement["activations"] == "nvme":
         total += micro_batches * sum(map(sum, activations_moved(figures, choice)))
     return int(total)
@@ -58,7 +58,7 @@ def checkpoint_traffic(figures: Figures, choice: Choice, drive: CheckpointDrive)
     total = 0
     for number, unit in enumerate(figures.model.units):
         updated = drive.takes_updates and (unit.resident or unit.calls > 0)
-        for state, num_bytes in stored_bytes(figures.optimizer, unit).items():
+        for state, num_bytes in stored_bytes(figures, unit).items():
             if state == "frozen" or not updated or choice.tier(state, number) != "nvme":
                 total += num_bytes
     return total

@@ -289,7 +289,7 @@ class Offload(Section):
     grads: Tier = "auto"
     """The gradients, fp32."""
     optimizer: Tier = "auto"
-    """Both moments, fp32, and the master weights where the compute is 16-bit."""
+    """Both moments, fp32, and what makes the master weights where the compute is 16-bit."""
     activations: Tier = "auto"
     """The inputs of units between forward and backward."""
     nvme_path: Paths | None = None

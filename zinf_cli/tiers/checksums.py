@@ -4,7 +4,7 @@ A drive, its link or its memory may flip a bit without an error, and training wo
 writes a block keeps its xxh3 in memory. The thread that reads the block compares before anybody computes with it.
 
 Reads may be cut in other places than writes: parameters are written by the chunk and read whole, gradients the other
-way round. So a checksum is of a span, and spans end at every multiple of PIECE in an extent, where chunks end, too. A
+way round. So a checksum is of a span, and spans end at every multiple of a piece in an extent, where chunks end, too. A
 span is compared if a read has all of it. The engine never reads a part of a span.
 """
 
@@ -19,9 +19,11 @@ from zinf_cli.model_state import PIECE
 class Checksums:
     """The checksums of one extent: for the first byte of each span, its end and its checksum. Spans are disjoint."""
 
-    __slots__ = ("_lock", "_spans")
+    __slots__ = ("_lock", "_spans", "piece")
 
-    def __init__(self) -> None:
+    def __init__(self, piece: int = PIECE) -> None:
+        self.piece = piece
+        """Bytes of a piece."""
         self._spans: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
@@ -30,10 +32,10 @@ class Checksums:
 
         They replace those of the bytes that it overwrites. Returns (first byte, end, checksum) of each span.
         """
-        end = begin + len(content)
+        end, piece = begin + len(content), self.piece
         spans = []
-        for first in (begin, *range(begin // PIECE * PIECE + PIECE, end, PIECE)):
-            last = min(first // PIECE * PIECE + PIECE, end)
+        for first in (begin, *range(begin // piece * piece + piece, end, piece)):
+            last = min(first // piece * piece + piece, end)
             spans.append((first, last, checksum(content[first - begin : last - begin])))
             self._replace(*spans[-1])
         return spans

@@ -23,9 +23,10 @@ from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
 from zinf_cli.engine.compute.stored_places import take_out
 from zinf_cli.engine.precision import STORED
+from zinf_cli.engine.split_masters import join
 from zinf_cli.engine.units.tiles import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
-from zinf_cli.model_state import FROZEN, PIECE, VALUES
+from zinf_cli.model_state import FROZEN, PARAM, PIECE, REMAINDER, VALUES
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
@@ -104,7 +105,13 @@ class CheckpointReader:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _read_place(self, place: _Place, field: str, first: int, last: int) -> torch.Tensor:
-        flat, param = place.flat, place.param
+        """Elements [first, last) of a parameter's field, which all lie at `place`."""
+        flat = place.flat
+        if flat.carrier is not None and field in (*VALUES, flat.carrier):
+            names = (PARAM.stored, REMAINDER.stored, flat.carrier)
+            param, remainder, carried = (self._stored(place, name, first, last) for name in names)
+            master = join(param, remainder, carried)
+            return carried if field == flat.carrier else master
         if field not in flat.fields:
             if field in VALUES:
                 field = next(iter(flat.fields))
@@ -114,12 +121,16 @@ class CheckpointReader:
                 trained_by = self.manifest.recipe["optimizer"]["name"]
                 raise CheckpointError(
                     f"of another optimizer, {trained_by}: "
-                    f"it has no {field} of {param.name}, but {', '.join(flat.fields)}",
+                    f"it has no {field} of {place.param.name}, but {', '.join(flat.fields)}",
                     where=str(self.folder),
                     hint="give it as model.name_or_path to begin with its weights",
                 )
-        region = self._regions[(*place.key, field)]
-        values = torch.empty(last - first, dtype=STORED[flat.fields[field]])
+        return self._stored(place, field, first, last)
+
+    def _stored(self, place: _Place, field: str, first: int, last: int) -> torch.Tensor:
+        """The same, of a field as it is stored."""
+        param, region = place.param, self._regions[(*place.key, field)]
+        values = torch.empty(last - first, dtype=STORED[place.flat.fields[field]])
         done = 0
         while done < values.numel():
             rank, inside = divmod(param.offset + first - param.first + done, region.numel)
@@ -138,7 +149,7 @@ class CheckpointReader:
         data = into.view(torch.uint8)
         start, done = begin * into.element_size(), 0
         while done < data.numel():
-            number, inside = divmod(start + done, PIECE)
+            number, inside = divmod(start + done, region.piece)
             piece = self._piece(file, self.manifest.layout.first_piece[region.key] + number)
             count = min(piece.numel() - inside, data.numel() - done)
             data[done : done + count] = piece[inside : inside + count]

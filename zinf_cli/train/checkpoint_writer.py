@@ -31,14 +31,13 @@ from zinf_cli.checkpoint.manifest import (
 from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.durable import write_durably
 from zinf_cli.engine.engine import Engine
-from zinf_cli.engine.precision import STORED
+from zinf_cli.engine.precision import STORED_NAMES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.engine.units.units import ParamLayout
 from zinf_cli.errors import CapacityError, CheckpointError, RankError, TierError, UnreadableError, ZinfError
 from zinf_cli.train.rank_file import RankFile, cant_write, open_rank_file
 
-_DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 _64_BITS = (1 << 64) - 1
 
 
@@ -328,8 +327,9 @@ def stored_unit(unit: Unit) -> StoredUnit:
     for flat in unit.flats:
         layout = flat.layout
         params = tuple(_stored_param(place, count) for place, count in zip(layout.params, flat.steps, strict=True))
-        fields = {field.stored: _DTYPE_NAMES[flat.dtype_of(field)] for field in flat.stored}
-        flats.append(StoredFlat(next(iter(fields.values())), layout.trainable, layout.numel, params, fields))
+        fields = {field.stored: STORED_NAMES[flat.dtype_of(field)] for field in flat.stored}
+        carrier = None if flat.carrier is None else flat.carrier.stored
+        flats.append(StoredFlat(next(iter(fields.values())), layout.trainable, layout.numel, params, fields, carrier))
     return StoredUnit(unit.name, tuple(flats))
 
 

@@ -15,6 +15,7 @@ from zinf_cli.checkpoint.manifest import Layout, rank_file
 from zinf_cli.checksum import checksum
 from zinf_cli.errors import CapacityError, PreflightError, TierError
 from zinf_cli.machine.drive_files import FULL, set_direct, what_is_left, why_buffered
+from zinf_cli.tiers.checksums import Checksums
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
@@ -87,7 +88,11 @@ class RankFile:
         self._note(0, len(layout.header), checksum(memoryview(layout.header)))
         self._regions = {
             region.key: Extent(
-                self._tier, region.num_bytes, f"checkpoint {region.name}", start=len(layout.header) + region.start
+                self._tier,
+                region.num_bytes,
+                f"checkpoint {region.name}",
+                start=len(layout.header) + region.start,
+                checksums=Checksums(region.piece),
             )
             for region in layout.regions
         }

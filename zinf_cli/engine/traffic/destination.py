@@ -21,7 +21,7 @@ from zinf_cli.tiers.tier import Extent
 class StateSink(Protocol):
     """Where the state after one step goes: a region for each field of each flat.
 
-    A region is written once, from its start on, in pieces of PIECE bytes. It may be read from then on.
+    A region is written once, from its start on, in the pieces of its checksums. It may be read from then on.
     """
 
     def region(self, unit: str, flat: int, field: str) -> Extent:

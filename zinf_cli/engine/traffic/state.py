@@ -1,22 +1,24 @@
 """State between the units and a checkpoint, a piece at a time, out and in.
 
 A flat's state on one rank is its slice of the fields that a checkpoint stores (`Flat.stored`). Gradients are no state
-between two steps, since they are used up. 16-bit parameters that are trained are none either: they are the masters,
-rounded.
+between two steps, since they are used up. Parameters with fp32 masters of their own are none either: they are the
+masters, rounded.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from zinf_cli.engine.split_masters import split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.units.store import Flat, Unit, overlap
-from zinf_cli.engine.units.units import FlatLayout
-from zinf_cli.model_state import MASTER, PIECE, Field
+from zinf_cli.engine.units.units import ParamLayout
+from zinf_cli.model_state import CHUNK_NUMEL, MASTER, PARAM, REMAINDER, Field
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 
@@ -51,8 +53,9 @@ def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
     """
     under_way: deque[_Copy] = deque()
     for extent, region in fields:
-        for start in range(0, extent.num_bytes, PIECE):
-            copy = _Copy(start, extent, region)
+        piece = region.checksums.piece
+        for start in range(0, extent.num_bytes, piece):
+            copy = _Copy(start, min(start + piece, extent.num_bytes), extent, region)
             while len(under_way) >= AHEAD or not copy.issue(memory):
                 under_way.popleft().finish()
             under_way.append(copy)
@@ -65,8 +68,9 @@ def save_state(fields: Iterable[tuple[Extent, Extent]], memory: Memory) -> None:
 class _Copy:
     """A piece on its way into a checkpoint."""
 
-    def __init__(self, start: int, extent: Extent, region: Extent) -> None:
+    def __init__(self, start: int, end: int, extent: Extent, region: Extent) -> None:
         self._start = start
+        self._end = end
         self._extent = extent
         self._region = region
         self._buffer: Buffer | None = None
@@ -76,12 +80,11 @@ class _Copy:
 
     def issue(self, memory: Memory) -> bool:
         """Start reading; False where there is no buffer now."""
-        end = min(self._start + PIECE, self._extent.num_bytes)
         view = self._extent.view()
         if view is not None:
-            self._data = view[self._start : end]
+            self._data = view[self._start : self._end]
             return True
-        self._buffer = _buffer(memory, end - self._start)
+        self._buffer = _buffer(memory, self._end - self._start)
         if self._buffer is None:
             return False
         self._data = self._buffer.data
@@ -112,32 +115,80 @@ def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> No
     for unit in units:
         trained = [place for flat in unit.trained for place in flat.layout.params]
         unit.life.resume([source.updates(place.origin, place.first) for place in trained])
-        for flat, field, extent in fields_of(unit):
-            dtype = flat.dtype_of(field)
-            rounded = flat.slice if field == MASTER else None
-            for start in range(0, extent.num_bytes, PIECE):
-                first, numel = start // dtype.itemsize, min(PIECE, extent.num_bytes - start) // dtype.itemsize
-                values = _gather(source, flat.layout, flat.rank, field.stored, first, numel, dtype)
-                _put(extent, start, values, memory, writes)
-                if rounded is not None:
-                    _put(rounded, first * flat.dtype.itemsize, values.to(flat.dtype), memory, writes)
+        for flat in unit.flats:
+            _load(flat, flat.stored, partial(_stored_values, source), memory, writes)
     while writes:
         _finish(writes)
 
 
-def _gather(
-    source: StateSource, layout: FlatLayout, rank: int, field: str, begin: int, numel: int, dtype: torch.dtype
+def load_params(
+    units: Sequence[Unit], memory: Memory, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
+) -> None:
+    """Fill every unit's parameters from `read(names)`, which gives tensors of any dtype, one unit at a time.
+
+    The fields of the optimizer are zero, as they are in new extents.
+    """
+    writes: deque[tuple[Transfer, Buffer]] = deque()
+    for unit in units:
+        values = read([param.name for param in unit.layout.params()])
+        for flat in unit.flats:
+            _load(flat, flat.stored[:1], partial(_whole_values, values), memory, writes)
+    while writes:
+        _finish(writes)
+
+
+_Values = Callable[[Field, ParamLayout, int, int], torch.Tensor]
+"""Gives elements [first, last) of a parameter's field: 1-D, on the CPU, in any dtype."""
+
+
+def _stored_values(source: StateSource, field: Field, place: ParamLayout, first: int, last: int) -> torch.Tensor:
+    return source.read(place.origin, field.stored, place.first + first, place.first + last)
+
+
+def _whole_values(
+    values: Mapping[str, torch.Tensor], _: Field, place: ParamLayout, first: int, last: int
 ) -> torch.Tensor:
-    """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero."""
+    return values[place.name].reshape(-1)[first:last]
+
+
+def _load(
+    flat: Flat,
+    fields: Sequence[Field],
+    values_of: _Values,
+    memory: Memory,
+    writes: deque[tuple[Transfer, Buffer]],
+) -> None:
+    """Fill this rank's slice of `fields`, a piece of elements at a time."""
+    for begin in range(0, flat.layout.slice_numel, CHUNK_NUMEL):
+        numel = min(CHUNK_NUMEL, flat.layout.slice_numel - begin)
+        pieces = {field: _gather(values_of, flat, field, begin, numel) for field in fields if field is not REMAINDER}
+        if flat.carrier is not None:
+            pieces |= _split(pieces[PARAM], pieces.get(flat.carrier), flat.carrier)
+        if MASTER in pieces:
+            pieces[PARAM] = pieces[MASTER].to(flat.dtype)
+        for field, values in pieces.items():
+            _put(flat.at[field.name], begin * values.element_size(), values, memory, writes)
+
+
+def _split(master: torch.Tensor, carried: torch.Tensor | None, carrier: Field) -> dict[Field, torch.Tensor]:
+    """The fields that `master` (fp32) is kept in. Without values, `carried` is zeros: left out if no sign is set."""
+    values = torch.zeros_like(master) if carried is None else carried
+    param, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
+    split(master, param, remainder, values)
+    found = {PARAM: param, REMAINDER: remainder}
+    return found if carried is None and not values.signbit().any() else {**found, carrier: values}
+
+
+def _gather(values_of: _Values, flat: Flat, field: Field, begin: int, numel: int) -> torch.Tensor:
+    """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero. Masters are not split yet."""
+    dtype = torch.float32 if field is PARAM and flat.carrier is not None else flat.dtype_of(field)
     values = torch.zeros(numel, dtype=dtype)
-    base = rank * layout.slice_numel + begin
-    for place in layout.params:
+    base = flat.rank * flat.layout.slice_numel + begin
+    for place in flat.layout.params:
         first, last = overlap(place, base, base + numel)
         if first < last:
-            begin_there = first - place.offset + place.first
-            values[first - base : last - base] = source.read(
-                place.origin, field, begin_there, begin_there + last - first
-            )
+            piece = values_of(field, place, first - place.offset, last - place.offset)
+            values[first - base : last - base] = piece
     return values
 
 

@@ -3,7 +3,7 @@
 Where a chunk's gradient and optimizer states lie in memory of the compute device, they are used in place. Otherwise
 they are read into chunk buffers, and written back when the kernel has changed them. The parameters are updated in the
 slot (or in place); if no visit needs them, they pass through chunk buffers, too. Where parameters are 16-bit, the
-kernel acts on the fp32 master, and the slot gets it rounded.
+kernel acts on the fp32 master, and the slot gets it rounded. A split master is joined for that, a block at a time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
+from zinf_cli.engine.split_masters import join, split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import Destination, StateSink
-from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.engine.traffic.kernel import BLOCK, Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
-from zinf_cli.model_state import GRAD, MASTER, PARAM, Field
+from zinf_cli.model_state import CHUNK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, Field
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
+
+DEVICE_BLOCK = 4 * CHUNK_NUMEL
+"""Elements that an accelerator joins at once: its launches have their price, and so has the memory that this takes."""
 
 
 @dataclass
@@ -86,7 +90,7 @@ class ChunkUpdate:
                 self._fields[field] = memory.view(dtype)[begin:end]
             if self._zeros and field is GRAD:
                 self._fields[field].zero_()
-            elif memory is None and not (field is PARAM and MASTER in self._sources):  # which is rounded anew
+            elif memory is None and not (field is PARAM and MASTER in self._sources):  # its master is rounded anew
                 self.reads.append(extent.read(begin * dtype.itemsize, where[field].data))
         for extent in self._goes.into.values():
             if extent.view() is not None:  # a checkpoint may still be copying the version before
@@ -97,14 +101,12 @@ class ChunkUpdate:
         """Compute, and start to write back. Returns the writes that read the slot: it is held until these are done."""
         param = self._fields[PARAM]
         with self._trace.span("update", self._flat.unit, param.numel() * GRAD.item_bytes):
-            target = self._fields.get(MASTER, param)
-            if target is param:
+            if param.dtype == torch.float32:
                 self._hold_to_bounds(param)
             for start, end, step in self._segments():
-                grad, *fields = (self._fields[field][start:end] for field in (GRAD, *kernel.state.fields))
-                kernel.update(target[start:end], grad, *fields, step)
-            if target is not param:
-                param.copy_(target)
+                self._update(kernel, start, end, step)
+            if MASTER in self._fields:
+                param.copy_(self._fields[MASTER])
         for field in self._flat.beside:
             self._writes += self._send(field, self._fields[field])
         writes = self._send(PARAM, param)
@@ -112,6 +114,21 @@ class ChunkUpdate:
             return writes
         self._writes += writes
         return []
+
+    def _update(self, kernel: Kernel, start: int, end: int, step: int) -> None:
+        """Let the kernel update elements [start, end) of the chunk."""
+        carrier = self._flat.carrier
+        most = end - start if carrier is None else DEVICE_BLOCK if kernel.fused else BLOCK
+        for begin in range(start, end, most):
+            block = {field: values[begin : min(end, begin + most)] for field, values in self._fields.items()}
+            grad, *fields = (block[field] for field in (GRAD, *kernel.state.fields))
+            if carrier is None:
+                kernel.update(block.get(MASTER, block[PARAM]), grad, *fields, step)
+            else:
+                halves = block[PARAM], block[REMAINDER], block[carrier]
+                master = join(*halves)
+                kernel.update(master, grad, *fields, step)
+                split(master, *halves)
 
     def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
         """Start writing the new values of `field` to where they go; values in place need no write."""

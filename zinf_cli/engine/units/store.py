@@ -7,20 +7,19 @@ NaN. So code that asks for `weight.dtype` works, and code that computes with the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn
 
-from zinf_cli.engine.precision import STORED
+from zinf_cli.engine.precision import STORED, STORED_NAMES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.life import FlatLife, Life
 from zinf_cli.engine.units.tiles import move_tiled
 from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
-from zinf_cli.model_state import FROZEN, GRAD, MASTER, PARAM, Field, OptimizerState
-from zinf_cli.tiers.arena import Arena
+from zinf_cli.model_state import FROZEN, GRAD, PARAM, REMAINDER, Field, OptimizerState
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
 
@@ -56,11 +55,13 @@ class Flat:
         self.layout = layout
         self.dtype = layout.dtype
         self.rank = ranks.rank
-        narrow = layout.dtype != torch.float32
-        self.beside = optimizer.beside(narrow=narrow) if layout.trainable else ()
+        dtype = STORED_NAMES[layout.dtype]
+        self.beside = optimizer.beside(dtype) if layout.trainable else ()
         """The fields of the optimizer."""
-        self.stored = optimizer.stored(narrow=narrow) if layout.trainable else (FROZEN,)
+        self.stored = optimizer.stored(dtype) if layout.trainable else (FROZEN,)
         """The fields that are state between two steps, in a checkpoint's order."""
+        self.carrier = optimizer.carrier if REMAINDER in self.beside else None
+        """The field whose sign is that of masters which are split (split_masters.py)."""
         self._tiers = tiers
         by_name = dict(model.named_parameters())
         self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
@@ -147,32 +148,6 @@ class Flat:
         for param, placeholder in zip(self.params, self._placeholders, strict=True):
             param.grad = None
             param.data = placeholder
-
-    def fill(self, values: Mapping[str, torch.Tensor], arena: Arena) -> None:
-        """Write this rank's slice of `values` (by parameter name, any dtype) home, through a buffer of `arena`."""
-        for field in (PARAM, MASTER):
-            if field.name in self.at:
-                self._store(self.at[field.name], values, self.dtype_of(field), arena)
-
-    def _store(self, extent: Extent, values: Mapping[str, torch.Tensor], dtype: torch.dtype, arena: Arena) -> None:
-        """Write this rank's slice of `values` to `extent`, in `dtype`."""
-        layout = self.layout
-        begin = self.rank * layout.slice_numel
-        memory = extent.view()
-        buffer = None
-        if memory is None:
-            buffer = arena.allocate(extent.num_bytes)
-            assert buffer is not None, "the arena holds more than one slice when nothing else is in it"
-            memory = buffer.data.zero_()
-        own = memory.view(dtype)
-        for place in layout.params:
-            first, last = overlap(place, begin, begin + layout.slice_numel)
-            if first < last:
-                piece = values[place.name].reshape(-1)[first - place.offset : last - place.offset]
-                own[first - begin : last - begin].copy_(piece)
-        if buffer is not None:
-            extent.write(0, buffer.data).wait()
-            buffer.free()
 
     def _touch(self, place: int, _: torch.Tensor) -> None:
         self.life.touch(place)
@@ -263,12 +238,6 @@ class Unit:
         """Let nothing of the model point into a slot any more."""
         for flat in self.flats:
             flat.unbind()
-
-    def fill(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], arena: Arena) -> None:
-        """Take the parameters' values from `read(names)` and write this rank's slices home. Memory is one unit's."""
-        values = read([param.name for param in self.layout.params()])
-        for flat in self.flats:
-            flat.fill(values, arena)
 
 
 def overlap(place: ParamLayout, begin: int, end: int) -> tuple[int, int]:
