@@ -59,9 +59,11 @@ def plain_losses(
     device: torch.device = CPU,
     infinite: tuple[int, int] | None = None,
     optimizer_of: OptimizerOf = ADAMW,
+    experts: str | None = None,
 ) -> list[list[float]]:
     """The loss of each of `count` micro-batches of every step; `parameters` receives those of the last step.
 
+    `experts`: how transformers computes those of a mixture, if not by its default.
     The loss of the micro-batch at `infinite` (step, number) is that, with the gradient that it had; such a step is left
     out.
     """
@@ -71,6 +73,8 @@ def plain_losses(
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             model = type(blank).from_pretrained(folder, dtype=dtype)
+    if experts is not None:
+        model.set_experts_implementation(experts)
     values = open_weights(blank, source).read([name for name, _ in blank.named_parameters()])
     model.to(device)
     values = {name: value.to(device) for name, value in values.items()}

@@ -69,10 +69,10 @@ def test_each_byte_that_parts_save_is_in_the_plan(
     assert bool(plan.staying_units) == (stays != "nothing")
     if stays == "some":  # and so is some of what other units take
         assert moved["read"] <= brought
-    elif name in ("llama", "bloom", "phi3") or stays == "all":
+    elif name == "t5" and stays == "nothing":  # of a parcel, glue needs a tensor before its turn, and later the rest
+        assert brought <= moved["read"] <= 1.01 * brought
+    else:
         assert moved["read"] == brought
-    else:  # code between parts runs backward twice, for two tensors that depend on it
-        assert brought <= moved["read"] <= 1.1 * brought
 
 
 @pytest.mark.parametrize("activations", ["auto", "nvme"])

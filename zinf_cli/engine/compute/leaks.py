@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from zinf_cli.engine.compute.glue import is_emit
 from zinf_cli.engine.compute.record import Record
 from zinf_cli.errors import ModelError
 
@@ -104,7 +105,7 @@ class Calls:
 def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor]) -> None:
     """ModelError where the graph between units leads into a unit.
 
-    The walk goes from `ends` back to the nodes of the tape (tape.Emit). `at_home` are the weights that may be used
+    The walk goes from `ends` back to the nodes of the tape (glue.Emit). `at_home` are the weights that may be used
     between units.
     """
     known = {id(weight) for weight in at_home}
@@ -112,7 +113,7 @@ def check_between(ends: Iterable[_Node | None], at_home: Sequence[torch.Tensor])
     seen = {*ahead}
     while ahead:
         node = ahead.pop()
-        if hasattr(node, "record"):  # see tape.Emit
+        if is_emit(node):
             continue
         if hasattr(node, "variable") and id(node.variable) not in known:
             raise ModelError(
@@ -137,7 +138,7 @@ def check_call(record: Record, weights: Sequence[torch.Tensor]) -> None:
             leaf = node.variable
             strange = id(leaf) not in known and (isinstance(leaf, torch.nn.Parameter) or hasattr(leaf, "given_to"))
         else:
-            strange = hasattr(node, "record")
+            strange = is_emit(node)
         if strange:
             raise ModelError(
                 f"{record.label} goes on with a tensor that it takes from somewhere else than its arguments: its "

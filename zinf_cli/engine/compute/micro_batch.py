@@ -28,7 +28,7 @@ from zinf_cli.engine.compute.products import is_one_product
 from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.tiles import Tile, TiledWeight
-from zinf_cli.engine.units.units import UnitLayout, taken_apart
+from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.errors import ModelError
 from zinf_cli.tiers.streams import streams_of
 
@@ -45,14 +45,6 @@ class UnitCall:
     autocast: tuple[bool, torch.dtype]
     product: bool = False
     """Whether it returns a product and nothing else: see products.py."""
-
-
-@dataclass
-class BlockCall:
-    """A block that was taken apart is called: resume the micro-batch with the arguments behind its border."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -99,7 +91,7 @@ class MicroBatchThread:
     def __init__(self, number: int, device: torch.device) -> None:
         self._device = device
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[UnitCall | BlockCall | Finished | _Failed] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[UnitCall | Finished | _Failed] = queue.SimpleQueue()
         self._paused = False
         self.experts: Sequence[int] = ()
         """The units of experts that its tokens are routed to in the present layer."""
@@ -108,11 +100,11 @@ class MicroBatchThread:
 
     def start(
         self, forward: Callable[[], torch.Tensor], *, grad: bool, within: AbstractContextManager[Any] | None = None
-    ) -> UnitCall | BlockCall | Finished:
+    ) -> UnitCall | Finished:
         """Run `forward` in the thread, within a context of that thread and with the caller's context variables."""
         return self._hand_over((forward, grad, within or nullcontext(), copy_context()))
 
-    def resume(self, outputs: Any) -> UnitCall | BlockCall | Finished:
+    def resume(self, outputs: Any) -> UnitCall | Finished:
         """Go on with what the paused call returns to the model. Returns where the forward pauses or ends next."""
         return self._hand_over(outputs)
 
@@ -129,10 +121,10 @@ class MicroBatchThread:
         self._inbox.put(None)
         self._thread.join()
 
-    def _hand_over(self, message: Any) -> UnitCall | BlockCall | Finished:
+    def _hand_over(self, message: Any) -> UnitCall | Finished:
         self._inbox.put(message)
         answer = self._outbox.get()
-        self._paused = isinstance(answer, UnitCall | BlockCall)
+        self._paused = isinstance(answer, UnitCall)
         if isinstance(answer, _Failed):
             raise answer.error
         return answer
@@ -175,17 +167,6 @@ class MicroBatchThread:
             return outputs
         return self._pause(unit, forward, args, kwargs, product=product)
 
-    def enter_block(self, args: Any, kwargs: Any) -> Any:
-        """From inside the thread: the arguments of a block, as they go on behind its border."""
-        return self._wait(BlockCall(args, kwargs))
-
-    def _wait(self, call: UnitCall | BlockCall) -> Any:
-        self._outbox.put(call)
-        outputs = self._inbox.get()
-        if isinstance(outputs, _Abandoned):
-            raise outputs
-        return outputs
-
     def _pause(self, unit: int, forward: Callable[..., Any], args: Any, kwargs: Any, *, product: bool = False) -> Any:
         kind = self._device.type
         autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -197,7 +178,10 @@ class MicroBatchThread:
             runs.append(variables.copy())
             return runs[-1].run(forward, *args, **kwargs)
 
-        outputs = self._wait(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast, product))
+        self._outbox.put(UnitCall(unit, within, args, kwargs, torch.is_grad_enabled(), autocast, product))
+        outputs = self._inbox.get()
+        if isinstance(outputs, _Abandoned):
+            raise outputs
         for variable, value in _changed(variables, runs[0]).items():
             variable.set(value)
         return outputs
@@ -208,14 +192,8 @@ def _changed(before: Mapping[ContextVar[Any], Any], after: Mapping[ContextVar[An
 
 
 def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs | None) -> Callable[[], None]:
-    """Route the forward of every unit's modules, and of blocks that were taken apart, through the micro-batch.
-
-    Returns what undoes it.
-    """
+    """Route the forward of every unit's modules through the micro-batch. Returns what undoes it."""
     undo = []
-    for path in taken_apart(model, units):
-        module = model.get_submodule(path)
-        undo.append(replace_forward(module, _entered(module.forward)))
     units_of = {model.get_submodule(path): unit for unit, layout in enumerate(units) for path in layout.modules}
     for module in model.modules():
         experts = _tiles_of_experts(module)
@@ -231,16 +209,6 @@ def intercept(model: nn.Module, units: Sequence[UnitLayout], side: SideOutputs |
             undo.pop()()
 
     return restore
-
-
-def _entered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def entered(*args: Any, **kwargs: Any) -> Any:
-        thread: MicroBatchThread | None = getattr(_running, "thread", None)
-        if thread is not None and torch.is_grad_enabled():
-            args, kwargs = thread.enter_block(args, kwargs)
-        return forward(*args, **kwargs)
-
-    return entered
 
 
 def _tiles_of_experts(module: nn.Module) -> Sequence[Tile]:

@@ -8,16 +8,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.compute.activations import Parcel, Part, Saved
 from zinf_cli.engine.compute.carriers import Carrier, parts_of
+from zinf_cli.engine.compute.glue import Stretch
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import Moment
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
-
-Edge = torch.autograd.graph.GradientEdge
 
 
 class RngState:
@@ -37,19 +37,13 @@ class RngState:
 
 @dataclass
 class GlueTensor:
-    """A differentiable tensor that enters units: one saved value, one gradient, however many consumers."""
+    """A differentiable tensor that enters units: one saved value, however many consumers."""
 
-    edge: Edge
+    edge: GradientEdge
     first: int
-    """Number of what took it first, and so comes last in backward. A reference would be a circle that keeps memory."""
+    """Number of the record that took it first, and so comes last in backward."""
     saved: Saved | None = None
     """The value, if a consumer of it is to be recomputed."""
-    grad: torch.Tensor | None = None
-
-    def add_grad(self, grad: torch.Tensor | None) -> None:
-        """Add the gradient that one consumer gives, if it gives one."""
-        if grad is not None:
-            self.grad = grad if self.grad is None else self.grad + grad
 
 
 @dataclass
@@ -57,42 +51,15 @@ class Graph:
     """A unit's forward with grad, ready for its backward."""
 
     inputs: list[tuple[GlueTensor, torch.Tensor]]
-    outputs: list[Edge | None]
-
-
-class Emitter:
-    """What hands tensors to the glue, and gets their gradients in backward."""
-
-    def __init__(self) -> None:
-        self.output_grads: list[torch.Tensor | None] = []
-
-    def add_output_grad(self, index: int, grad: torch.Tensor | None) -> None:
-        """Add to the gradient of output `index` what one use of it gives, if it gives something."""
-        if grad is not None:
-            before = self.output_grads[index]
-            self.output_grads[index] = grad if before is None else before + grad
-
-
-class Border(Emitter):
-    """A block that was taken apart begins here: no backward of its glue goes on into the glue before it.
-
-    Without that, the gradient of each layer would run through the residual additions of all layers before.
-    """
-
-    def __init__(self, number: int, position: int) -> None:
-        super().__init__()
-        self.number = number
-        self.position = position
-        """How many records lie before it."""
-        self.inputs: list[GlueTensor] = []
+    outputs: list[GradientEdge | None]
 
 
 @dataclass
-class Record(Emitter):
+class Record:
     """One call of a unit by one micro-batch."""
 
     number: int
-    """Of its tape, counted with borders."""
+    """Of its tape."""
     label: str
     call: UnitCall
     leaves: list[Any]
@@ -103,7 +70,10 @@ class Record(Emitter):
     """What the places of the model that move held before the call. The recompute needs it."""
     carriers: list[Carrier] = field(default_factory=list)
     """Objects that the leaves lead to, and what they held before the call, with tensors as in `leaves`."""
-    output_grads: list[torch.Tensor | None] = field(default_factory=list)
+    emitted: GradientEdge | None = None
+    """The last of its outputs in the glue; None if there is no output."""
+    stretch: Stretch | None = None
+    """The glue before it that nothing before it needs."""
     graph: Graph | None = None
     added: list[torch.Tensor] = field(default_factory=list)
     """Tensors that its forward has left in objects, until they enter the glue."""

@@ -30,7 +30,7 @@ from zinf_cli.engine.compute.untouched import is_state, untouched
 from zinf_cli.engine.units.chunked_loss import temporary_bytes
 from zinf_cli.engine.units.loss_chunks import with_whole_logits
 from zinf_cli.engine.units.tiles import computed_instead
-from zinf_cli.engine.units.units import UnitLayout, discover, taken_apart
+from zinf_cli.engine.units.units import UnitLayout, discover
 from zinf_cli.engine.units.written_weights import WrittenWeights, shares_memory_with, storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.model_state import round_up
@@ -213,8 +213,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        restore = [_bordered(self._model.get_submodule(path)) for path in taken_apart(self._model, self._units)]
-        restore += [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
+        restore = [self._wrap(number, path) for number, unit in enumerate(self._units) for path in unit.modules]
         self._note_seen(self._model.buffers())
         try:
             with ExitStack() as held:
@@ -376,23 +375,6 @@ def _as_emitted(leaf: Any) -> Any:
     return through_door(leaf if leaf.requires_grad else leaf.detach().requires_grad_())
 
 
-def _bordered(block: nn.Module) -> nn.Module:
-    """A block that was taken apart, whose arguments get nodes of their own, as the tape has it."""
-    own = block.forward
-
-    def entered(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            args, kwargs = pytree.tree_map(lambda leaf: through_door(leaf) if _learns(leaf) else leaf, (args, kwargs))
-        return own(*args, **kwargs)
-
-    block.forward = entered
-    return block
-
-
 def _leaving(num_bytes: int) -> int:
     """The bytes of a tensor of `num_bytes` on a tier: whole pages. A small one stays in memory."""
     return round_up(num_bytes) if num_bytes >= SMALL else 0
-
-
-def _learns(leaf: Any) -> bool:
-    return differentiable(leaf) and bool(leaf.requires_grad)

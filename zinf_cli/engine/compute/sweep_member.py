@@ -10,7 +10,7 @@ import torch
 
 from zinf_cli.engine.compute.keep import Keeper
 from zinf_cli.engine.compute.leaks import check_between, check_call
-from zinf_cli.engine.compute.micro_batch import BlockCall, Finished, MicroBatchThread, UnitCall
+from zinf_cli.engine.compute.micro_batch import Finished, MicroBatchThread, UnitCall
 from zinf_cli.engine.compute.record import RngState
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.engine.units.constant_weights import constant
@@ -69,9 +69,7 @@ class SweepMember:
             self._goes_on(self.thread.resume(outputs))
         self._rng = RngState(self._device)
 
-    def _goes_on(self, to: UnitCall | BlockCall | Finished) -> None:
-        while isinstance(to, BlockCall):
-            to = self.thread.resume(self.tape.enter_block(to.args, to.kwargs))
+    def _goes_on(self, to: UnitCall | Finished) -> None:
         self.at = to
         if isinstance(to, UnitCall):
             self.tape.send_glue(to.unit)
@@ -120,9 +118,8 @@ class SweepMember:
             glue = [glue.edge.node for record in self.tape.records for glue in record.glue_inputs()]
             check_between([loss.grad_fn, *glue], self._at_home)
         self.at = Finished(loss.detach())
-        scale = torch.full_like(loss, self.batch.weight)
         with self._trace.span("glue", "loss backward"):
-            torch.autograd.backward((loss,), (scale,), retain_graph=True)
+            self.tape.loss_backward(loss)
         return loss.detach()
 
 

@@ -3,12 +3,8 @@
 Forward runs each unit without autograd and records its inputs and the RNG state. The unit's outputs become outputs of
 `Emit`, an autograd function that saves nothing. Autograd handles the glue, which is what the model computes between
 units. Backward walks the records in reverse. At each record it runs the unit again with grad on detached inputs, runs
-backward with the gradients that Emit has collected, and hands the gradients of the inputs to the glue.
-
-Why this is right: let g be a glue tensor whose first consumer is record i. All that g depends on was emitted before i,
-and all that adds to its gradient is a record >= i. So when the reverse walk has done record i, the gradient of g is
-complete. Its glue then runs backward once, before any record that feeds it. Several glue tensors may share a graph, so
-retain_graph is set. The graph is freed when the tape drops it.
+backward with the gradients that have come to its Emit, and hands the gradients of the inputs to the glue. Then the glue
+runs backward as far as its gradients are complete (glue.py).
 
 The autograd graph of a unit ends with the visit that binds its parameters. Only the graphs of units whose activations
 are kept (keep.py) live on until backward: they hold no parameter, and need no recompute.
@@ -20,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -28,32 +23,17 @@ from torch.utils import _pytree as pytree
 
 from zinf_cli.engine.compute.activations import Activations, Parcel, Part
 from zinf_cli.engine.compute.carriers import Reach, differentiable, opened
+from zinf_cli.engine.compute.glue import Emit, GlueGraph
 from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import without_products
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
-from zinf_cli.engine.compute.record import Border, Emitter, GlueTensor, Graph, Record, RngState
+from zinf_cli.engine.compute.record import GlueTensor, Graph, Record, RngState
 from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
 from zinf_cli.trace import Trace
-
-
-class Emit(torch.autograd.Function):
-    """Outputs of a unit, or of a border, enter the glue; their gradients arrive there."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, record: Emitter, outputs: list[torch.Tensor]) -> Any:
-        ctx.record = record
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        for index, grad in enumerate(grads):
-            ctx.record.add_output_grad(index, grad)
-        return None, None, None
 
 
 class Tape:
@@ -85,13 +65,12 @@ class Tape:
         self._scale = scale
         self._trace = trace or Trace()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
-        self._glue: dict[tuple[int, int], GlueTensor] = {}
+        self._taken: dict[tuple[int, int], GlueTensor] = {}
+        self._graph = GlueGraph()
         self.glue = glue
         self._between: tuple[list[Parcel], list[Part]] = ([], [])
         """What the glue has saved since the last record, and what earlier glue has saved that it needs as well."""
         self.records: list[Record] = []
-        self._borders: list[Border] = []
-        self._numbers = count()
 
     def forward(self, call: UnitCall, label: str, *, hot: bool = False, keeper: Keeper | None = None) -> Any:
         """Run a unit's call and return what the model gets. ModelError where the unit changes its input in place.
@@ -105,17 +84,18 @@ class Tape:
         if not needs_grad:
             with torch.no_grad(), _autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
-        record = Record(next(self._numbers), label, call, [], spec, RngState(self._device))
+        record = Record(len(self.records), label, call, [], spec, RngState(self._device))
         (record.before, record.before_again), self._between = self._between, ([], [])
         if self._state.moving:
             moment = self._state.moment()
             record.moment = moment if keeper is None else None
         versions = [tensor._version for tensor in tensors]
         recompute = not hot and keeper is None
-        taken = {id(tensor): self._take(tensor, record, label, save=recompute) for tensor in tensors}
+        taken = {id(tensor): self._take(tensor, record, save=recompute) for tensor in tensors}
         record.leaves = [taken.get(id(leaf), leaf) for leaf in flat]
         record.carriers = [carrier.with_each(lambda value: taken.get(id(value), value)) for carrier in reach.carriers]
         record.versions = [(tensor, tensor._version) for tensor in record.plain_inputs()]
+        record.stretch = self._graph.stretch(glue.edge for glue in record.glue_inputs() if glue.first == record.number)
         call.args, call.kwargs = (), {}
         self.records.append(record)
         values = {id(taken[id(tensor)]): tensor for tensor in tensors}
@@ -142,6 +122,13 @@ class Tape:
         else:
             sent += self.glue.send()
 
+    def loss_backward(self, loss: torch.Tensor) -> None:
+        """Run backward from the loss through the glue after the last record."""
+        edge = torch.autograd.graph.get_gradient_edge(loss)
+        stretch = self._graph.stretch([edge])
+        self._graph.add(edge, torch.full_like(loss, self._scale))
+        self._graph.run(stretch)
+
     def backward(self, record: Record) -> None:
         """Run backward of the newest record, into p.grad of the bound unit and into the glue before it."""
         assert record is self.records[-1]
@@ -153,7 +140,9 @@ class Tape:
 
     def _unit_backward(self, record: Record) -> None:
         record.check_shared()
-        grads = record.output_grads
+        if record.emitted is None:
+            return
+        grads = self._graph.take(record.emitted.node, record.emitted.output_nr + 1)
         if any(grad is not None for grad in grads):
             if record.graph is None:
                 self._recompute(record)
@@ -165,24 +154,25 @@ class Tape:
                 for edge, grad in zip(record.graph.outputs, grads, strict=True)
                 if grad is not None and edge is not None
             ]
-            record.output_grads = []
             if pairs:
                 torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
             del pairs, grads
             for glue, leaf in record.graph.inputs:
-                glue.add_grad(leaf.grad)
+                self._graph.add(glue.edge, leaf.grad)
 
     def _backward_before(self, record: Record) -> None:
         """Backward of the glue that is complete now that of `record` is, up to the record before."""
         for part in (*record.before, *record.before_again):
             part.hold()
+        if record.stretch is not None:
+            self._graph.run(record.stretch)
         for glue in record.glue_inputs():
+            if glue.saved is None:
+                continue
             if glue.first == record.number:
-                self._glue_backward(glue)
-            elif glue.saved is not None:
+                glue.saved.free()
+            else:
                 glue.saved.evict()
-        while self._borders and self._borders[-1].position == len(self.records):
-            self._pass(self._borders.pop())
         record.free_before()
 
     def prefetch(self) -> bool:
@@ -199,7 +189,7 @@ class Tape:
 
     def close(self) -> None:
         """Free everything, after a sweep was given up."""
-        for glue in self._glue.values():
+        for glue in self._taken.values():
             if glue.saved is not None:
                 glue.saved.free()
         for record in self.records:
@@ -208,48 +198,20 @@ class Tape:
         for saved in self._between[0]:
             saved.free()
         self._between = ([], [])
-        self._glue.clear()
-        self._borders.clear()
+        self._taken.clear()
+        self._graph = GlueGraph()
         self.records.clear()
 
-    def enter_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a block that was taken apart, as they go on behind its border."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        tensors = list({id(leaf): leaf for leaf in flat if differentiable(leaf) and leaf.requires_grad}.values())
-        if not tensors:
-            return args, kwargs
-        border = Border(next(self._numbers), len(self.records))
-        for tensor in tensors:
-            glue = self._take(tensor, border, "", save=False)
-            assert isinstance(glue, GlueTensor)
-            border.inputs.append(glue)
-        border.output_grads = [None] * len(tensors)
-        self._borders.append(border)
-        emitted = Emit.apply(self._anchor, border, [tensor.detach() for tensor in tensors])  # type: ignore[no-untyped-call]
-        behind = dict(zip(map(id, tensors), emitted, strict=True))
-        entered: tuple[tuple[Any, ...], dict[str, Any]]
-        entered = pytree.tree_unflatten([behind.get(id(leaf), leaf) for leaf in flat], spec)
-        return entered
-
-    def _pass(self, border: Border) -> None:
-        """Backward over a border: all that lies behind it is done."""
-        for glue, grad in zip(border.inputs, border.output_grads, strict=True):
-            glue.add_grad(grad)
-            if glue.first == border.number:
-                self._glue_backward(glue)
-
-    def _take(
-        self, tensor: torch.Tensor, taker: Record | Border, label: str, *, save: bool
-    ) -> GlueTensor | torch.Tensor:
-        """What a record, or a border, keeps of one tensor that it is given."""
+    def _take(self, tensor: torch.Tensor, record: Record, *, save: bool) -> GlueTensor | torch.Tensor:
+        """What a record keeps of one tensor that it is given."""
         if not tensor.requires_grad:
             return tensor.detach()
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
-        glue = self._glue.setdefault(key, GlueTensor(edge, taker.number))
+        glue = self._taken.setdefault(key, GlueTensor(edge, record.number))
         if save and glue.saved is None:
-            stays = isinstance(taker, Record) and taker.call.unit in self._staying
-            glue.saved = self._activations.save(tensor.detach(), label, stays=stays)
+            stays = record.call.unit in self._staying
+            glue.saved = self._activations.save(tensor.detach(), record.label, stays=stays)
         return glue
 
     def _recompute(self, record: Record) -> None:
@@ -324,28 +286,16 @@ class Tape:
         flat, spec = pytree.tree_flatten(outputs)
         places = [place for place, leaf in enumerate(flat) if differentiable(leaf)]
         emitted: tuple[torch.Tensor, ...] = Emit.apply(  # type: ignore[no-untyped-call]
-            self._anchor, record, [tensor.detach() for tensor in (*(flat[place] for place in places), *record.added)]
+            self._anchor, [tensor.detach() for tensor in (*(flat[place] for place in places), *record.added)]
         )
-        record.output_grads = [None] * len(emitted)
+        if emitted:
+            record.emitted = torch.autograd.graph.get_gradient_edge(emitted[-1])
         for place, tensor in zip(places, emitted, strict=False):
             flat[place] = tensor
         entered = {id(tensor): new for tensor, new in zip(record.added, emitted[len(places) :], strict=True)}
         left.put(lambda value: entered.get(id(value), back.get(id(value), value)))
         record.added = []
         return pytree.tree_unflatten(flat, spec)
-
-    def _glue_backward(self, glue: GlueTensor) -> None:
-        grad, glue.grad = glue.grad, None
-        if glue.saved is not None:
-            glue.saved.free()
-        del self._glue[(id(glue.edge.node), glue.edge.output_nr)]
-        if grad is None:
-            return
-        record = getattr(glue.edge.node, "record", None)
-        if isinstance(record, Emitter):  # the tensor came straight from a unit: no glue to run
-            record.add_output_grad(glue.edge.output_nr, grad)
-        else:
-            torch.autograd.backward((glue.edge,), (grad,), retain_graph=True)
 
 
 def _results(outputs: Any, record: Record) -> list[torch.Tensor]:

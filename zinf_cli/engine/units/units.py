@@ -155,17 +155,6 @@ def _name(model: nn.Module, path: str) -> str:
     return f"{owner} {int(number) + 1}/{count}" if count > 1 else owner
 
 
-def taken_apart(model: nn.Module, units: Sequence[UnitLayout]) -> list[str]:
-    """Paths of the blocks of which parts are units, and of the modules inside of them that have such parts."""
-    paths = {path for unit in units for path in unit.modules}
-    around = {path[:end] for path in paths for end, letter in enumerate(path) if letter == "."}
-    apart = {path for path, _ in _candidates(model, None)} & around
-    for path, module in model.named_modules():
-        if path in around and path.rpartition(".")[0] in apart and not isinstance(module, nn.ModuleList):
-            apart.add(path)
-    return [path for path, _ in model.named_modules() if path in apart]
-
-
 def _candidates(model: nn.Module, most: int | None) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of list elements and of leaf modules with a weight of two or more dimensions."""
 
