@@ -1,4 +1,4 @@
-"""Sizes and counts as people write them: 48GiB, 1.5 GB, 135M, 7B, 1T."""
+"""Sizes, counts and times as people write them: 48GiB, 1.5 GB, 135M, 7B, 1T, 3 h 20 min."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def format_bytes(num_bytes: float) -> str:
 def format_count(count: float) -> str:
     """Decimal suffixes: 135M, 1.01T."""
     return _format(count, 1000, ("", "K", "M", "B", "T"), "")
+
+
+def format_seconds(value: float) -> str:
+    """0.35 s, 12.4 s, 24 min 53 s, 3 h 20 min."""
+    if value < 100:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _parse(text: str | int, factors: dict[str, int], expected: str) -> int:

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from programs import command
+from zinf_cli.amounts import format_seconds
 from zinf_cli.commands.estimate import Flags, estimate_by_flags, scenario_of
 from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.plan.estimate import estimate
-from zinf_cli.screens.estimate import seconds
 
 
 @pytest.fixture(autouse=True)
@@ -166,4 +166,4 @@ def test_512_gpus_are_simulated_in_a_blink() -> None:
     ("value", "text"), [(0.12, "0.12 s"), (59.96, "60 s"), (1493, "24 min 53 s"), (12000, "3 h 20 min")]
 )
 def test_seconds_are_written_as_people_do(value: float, text: str) -> None:
-    assert seconds(value) == text
+    assert format_seconds(value) == text

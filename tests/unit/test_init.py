@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from checkpoints import save
 from plain import open_engine
@@ -174,6 +174,23 @@ def test_a_damaged_configuration_of_a_model(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ZinfError, match=r"config\.json: (can't be read|is no configuration)"):
         written(tmp_path, holding(tmp_path / "a.txt", b"one two"))
+
+
+def test_a_table_of_positions_may_begin_with_rows_for_padding(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "roberta", vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=34,
+    )  # fmt: skip
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    assert written(tmp_path / "model", holding(tmp_path / "a.txt", b"one two " * 400)).train.seq_len == 32
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, llama: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ZinfError, match=r"adapter_config\.json: is an adapter's, .*merge it into its model first"):
+        written(tmp_path / "model", holding(tmp_path / "a.txt", b"one two"))
 
 
 def test_a_run_or_one_of_its_checkpoints_is_a_model(tmp_path: Path) -> None:

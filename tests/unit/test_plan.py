@@ -161,6 +161,28 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
+def test_the_first_lines_say_whether_it_fits_where_it_lies_and_how_long_it_takes(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    plan = best_plan(recipe, find_figures(recipe, 1))
+    lines = first_lines(replace(plan, step_s=100.0, bottleneck="nvme"))
+    assert re.fullmatch(r"fits +CPU memory \S+ MiB of \S+ .iB, NVMe \S+ .iB of \S+ .iB", lines[0])
+    assert re.fullmatch(r"lies +parameters, gradients, optimizer states, activations on NVMe", lines[1])
+    assert re.fullmatch(r"takes +5 min 00 s for 3 steps, 1 min 40 s a step, bound by nvme", lines[2])
+    assert lines[3] == ""
+    elsewhere = {**plan.placement, "activations": "cpu"}
+    full = tuple(replace(limit, allowed=limit.needed - 1) for limit in plan.limits)
+    lines = first_lines(replace(plan, placement=elsewhere, limits=full, resume="step-1"))
+    assert lines[0].startswith("too large")
+    assert lines[1].endswith("parameters, gradients, optimizer states on NVMe; activations in CPU memory")
+    assert "for 3 steps" not in lines[2]
+
+
+def first_lines(plan: Plan) -> list[str]:
+    shown = StringIO()
+    Console(width=500, file=shown).print(plan_screen(plan, "tiny", []))
+    return [line.strip("│ ") for line in shown.getvalue().splitlines()[1:5]]
+
+
 def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", tier="auto")
     figures = find_figures(recipe, 1)

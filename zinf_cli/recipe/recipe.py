@@ -94,6 +94,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+ADAPTER = "adapter_config.json"
+MERGE_FIRST = "merge it into its model first (peft: model.merge_and_unload().save_pretrained(DIRECTORY))"
+
+
 class Model(Section):
     """What is trained."""
 
@@ -112,11 +116,10 @@ class Model(Section):
         with _reachable(path):
             if newest := checkpoints_of(path):
                 return newest[0]
-            there, adapter = ((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+            there, adapter = ((path / name).is_file() for name in ("config.json", ADAPTER))
         if adapter:
             raise ValueError(
-                f"{path} has an adapter (adapter_config.json), which would not be read: merge it into its model first "
-                "(peft: model.merge_and_unload().save_pretrained(DIRECTORY)), or move the file away"
+                f"{path} has an adapter ({ADAPTER}), which would not be read: {MERGE_FIRST}, or move the file away"
             )
         if not there:
             what = "no config.json in" if path.is_dir() else "no such directory:"
@@ -221,7 +224,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Train:
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError("give either max_steps or epochs")
+            raise ValueError("give either max_steps or epochs, and null for the other")
         return self
 
     def sequences_per_step(self, world_size: int) -> int:

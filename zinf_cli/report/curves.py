@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from zinf_cli.amounts import format_bytes
+from zinf_cli.amounts import format_bytes, format_seconds
 from zinf_cli.report.ink import (
     PALETTE,
     Mark,
@@ -176,7 +176,9 @@ def _seconds(runs: Sequence[Run]) -> Picture:
             planned = {"planned": run.plan.step_s, "where nothing is clipped": run.plan.calm_step_s}
             for text, seconds in planned.items():
                 if text == "planned" or run.plan.update == "speculative":
-                    legend.append(_level(axes, _second(runs, role), seconds, top, f"{name}{text}", f"{seconds:.3g} s"))
+                    legend.append(
+                        _level(axes, _second(runs, role), seconds, top, f"{name}{text}", format_seconds(seconds))
+                    )
     axes.set_ylim(0, top * 1.15)
     numbers_beside(axes, lambda value: f"{value:.3g} s")
     return Picture("step_s", "Seconds a step", drawn(axes), tuple(legend))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.report.run import Run
 
 
@@ -52,11 +52,11 @@ def facts(run: Run) -> Iterator[Fact]:
         if values:
             yield Fact(label, f"{values[-1]:.4f}", f"from {values[0]:.4f}")
     rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-        ("seconds a step", "step_s", lambda value: f"{value:.3g} s"),
+        ("seconds a step", "step_s", format_seconds),
         ("tokens a second", "tokens_per_s", lambda value: f"{value:.4g}"),
         ("waiting for data", "wait_share", lambda value: f"{100 * value:.2g} %"),
         ("accelerator memory", "device_bytes", format_bytes),
-        ("CPU memory, rank 0", "cpu_bytes", format_bytes),
+        ("CPU memory", "cpu_bytes", format_bytes),
         ("on NVMe, a rank", "nvme_bytes", format_bytes),
     )
     accelerated = run.plan is not None and run.plan.figures.machine.accelerators > 0

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.plan.estimate import BAND, Estimate
 from zinf_cli.plan.memory import NAMES
 from zinf_cli.plan.needs import capacity
@@ -115,7 +115,7 @@ def _verdict(answer: Estimate) -> Table:
     table.add_row("fits", Text("yes", style="bold green"))
     table.add_row(
         "step",
-        f"{seconds(played.step_s)}, give or take {100 * BAND:.0f} %; "
+        f"{format_seconds(played.step_s)}, give or take {100 * BAND:.0f} %; "
         f"{answer.tflops:.3g} TFLOP/s per rank, waiting {100 * played.waiting:.0f} %",
     )
     table.add_row("bound by", f"{played.bottleneck}; {_what_would_move_it(answer)}")
@@ -137,18 +137,10 @@ def _tiles(count: int) -> str:
 def _what_would_move_it(answer: Estimate) -> str:
     if answer.faster is None:
         return "only faster compute or fewer tokens would shorten it"
-    text = f"twice its speed would make a step {seconds(answer.faster)}"
+    text = f"twice its speed would make a step {format_seconds(answer.faster)}"
     if answer.simulation.bottleneck != "network" and answer.simulation.waiting > 0.1:
         text += "; more micro-batches a step cost no more traffic"
     return text
-
-
-def seconds(value: float) -> str:
-    """0.35 s, 12.4 s, 24 min 53 s, 3 h 20 min."""
-    if value < 100:
-        return f"{value:.3g} s"
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _terms(answer: Estimate) -> Table:
@@ -232,9 +224,9 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
         table.add_row(NAMES[state], reason)
     table.add_row("", "")
     band = f"give or take {100 * BAND:.0f} %" if known else "by assumed rates; zinf bench measures them"
-    table.add_row("step", f"{seconds(played.step_s)}, {band}")
+    table.add_row("step", f"{format_seconds(played.step_s)}, {band}")
     if plan.checkpoint is not None:
-        table.add_row("with checkpoint", seconds(plan.checkpoint.step_s))
+        table.add_row("with checkpoint", format_seconds(plan.checkpoint.step_s))
     table.add_row("bound by", f"{played.bottleneck}; compute waits {100 * played.waiting:.0f} % of it")
     for lane, share in played.busy.items():
         if share >= 0.005:

@@ -9,21 +9,30 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.amounts import format_bytes, format_count
+from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.model_state import STATES
-from zinf_cli.plan.memory import NAMES
+from zinf_cli.plan.memory import CLASSES, NAMES
 from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
 from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.screen import outside
 
+_TIERS = {"device": "accelerator", "cpu": "CPU memory", "nvme": "NVMe"}
+_PLACES = {"device": "on the accelerator", "cpu": "in CPU memory", "nvme": "on NVMe"}
+
 
 def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
-    """The plan as two tables: where the bytes lie per rank, and what that leaves on this machine."""
+    """The plan. Its first three lines say whether it fits, where it lies and how long it takes; the rest says why.
+
+    The tables at the end: where the bytes lie per rank, and what that leaves on this machine.
+    """
     model = plan.figures.model
     streamed = [unit for unit in model.units if not unit.resident]
     head = Table.grid(padding=(0, 2))
     head.add_column(style="dim")
     head.add_column()
+    for word, answer in _answers(plan).items():
+        head.add_row(word, Text(answer, "bold"))
+    head.add_row()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
     head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
@@ -59,13 +68,34 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row("checkpoint", _checkpoint(plan.checkpoint))
     for line in (*model.notes, *plan.figures.data.notes):
         head.add_row("note", outside(line))
+    parts: list[RenderableType] = [head, Text(), _bytes_table(plan), Text(), _limits_table(plan)]
     if defaults:
-        head.add_row("defaults", outside(", ".join(defaults), "dim"))
+        parts += [Text(), outside(f"defaults: {', '.join(defaults)}", "dim")]
     return Panel(
-        Group(head, Text(), _bytes_table(plan), Text(), _limits_table(plan)),
+        Group(*parts),
         title=outside(f"zinf · {name}"),
         expand=False,
     )
+
+
+def _answers(plan: Plan) -> dict[str, str]:
+    """What a user asks first: does it fit, where will it lie, how long will it take?"""
+    sizes = (
+        f"{_TIERS.get(limit.tier, limit.tier)} {format_bytes(limit.needed)} of {format_bytes(limit.allowed)}"
+        for limit in plan.limits
+    )
+    tiers = {
+        tier: [NAMES[state] for state in CLASSES if plan.placement[state] == tier] for tier in plan.placement.values()
+    }
+    cached = f", but for {len(plan.cached_units)} units in CPU memory" if plan.cached_units else ""
+    steps = (
+        f"{format_seconds(plan.max_steps * plan.step_s)} for {plan.max_steps} steps, " if plan.resume is None else ""
+    )
+    return {
+        "fits" if plan.fits else "too large": ", ".join(sizes),
+        "lies": "; ".join(f"{', '.join(names)} {_PLACES[tier]}" for tier, names in tiers.items()) + cached,
+        "takes": f"{steps}{format_seconds(plan.step_s)} a step, bound by {plan.bottleneck}",
+    }
 
 
 def _is_here(plan: Plan) -> bool:
@@ -107,13 +137,15 @@ def _recomputed(plan: Plan) -> str:
 
 
 def _expectation(plan: Plan) -> str:
-    unclipped = f" ({plan.calm_step_s:.2g} s where nothing is clipped)" if plan.update == "speculative" else ""
-    text = f"{plan.step_s:.2g} s a step{unclipped}, bound by {plan.bottleneck}: {plan.compute_s:.2g} s of compute"
+    unclipped = (
+        f" ({format_seconds(plan.calm_step_s)} where nothing is clipped)" if plan.update == "speculative" else ""
+    )
+    text = f"{format_seconds(plan.step_s)} a step{unclipped}: {format_seconds(plan.compute_s)} of compute"
     if plan.nvme_traffic:
         rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
         known = "the measured" if plan.drives_measured else "an assumed"
         traffic = format_bytes(plan.nvme_traffic_clipped)
-        text += f", {traffic} to and from NVMe ({plan.nvme_s:.2g} s at {known} {rate:.2g} GB/s)"
+        text += f", {traffic} to and from NVMe ({format_seconds(plan.nvme_s)} at {known} {rate:.2g} GB/s)"
     return text
 
 
@@ -123,7 +155,8 @@ def _cost_of_sweeps(cost: SweepCost, micro_batches: int) -> str:
         for limit in cost.lacking
     )
     why = f"for {micro_batches} micro-batches in one, {short}" if short else "as train.micro_batches_per_sweep says"
-    return f"{why}; more than one moves {format_bytes(cost.traffic)} more a step, and takes {cost.step_s:.2g} s longer"
+    longer = format_seconds(cost.step_s)
+    return f"{why}; more than one moves {format_bytes(cost.traffic)} more a step, and takes {longer} longer"
 
 
 def _checkpoint(step: CheckpointStep) -> str:
@@ -133,7 +166,7 @@ def _checkpoint(step: CheckpointStep) -> str:
     if not step.traffic:
         return text + "updates write into it instead of in place, which moves no byte more"
     copied = "all of it" if step.traffic == step.num_bytes else format_bytes(step.traffic)
-    return text + f"{copied} is written beside what a step moves, and such a step takes {step.step_s:.2g} s"
+    return text + f"{copied} is written beside what a step moves, and such a step takes {format_seconds(step.step_s)}"
 
 
 def _bytes_table(plan: Plan) -> Table:

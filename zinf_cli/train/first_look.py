@@ -11,8 +11,11 @@ from typing import Any
 from zinf_cli.checkpoint.folder import checkpoints_of, is_checkpoint
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.recipe.recipe import ADAPTER, MERGE_FIRST
 from zinf_cli.train.chats import messages_of
 from zinf_cli.train.documents import first_record, read_documents
+from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.positions import most_positions
 from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.text_files import RECORDS, find_texts, is_packed, kind_of
 from zinf_cli.train.token_arrays import open_tokens
@@ -34,7 +37,7 @@ class ModelFacts:
 
     num_parameters: int
     context: int | None
-    """Tokens of the longest sequence its configuration names."""
+    """Tokens of the longest sequence that its configuration names, or its table of positions has."""
     is_encoder_decoder: bool
 
 
@@ -56,6 +59,8 @@ def look_at_model(folder: Path) -> ModelFacts:
     """ModelError or CheckpointError if there is no model in the folder."""
     newest = folder if is_checkpoint(folder) else next(iter(checkpoints_of(folder)), folder)
     path = newest / "config.json"
+    if (newest / ADAPTER).is_file():
+        raise ModelError("is an adapter's, not a model's", where=str(newest / ADAPTER), hint=MERGE_FIRST)
     try:
         config: Any = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -66,6 +71,8 @@ def look_at_model(folder: Path) -> ModelFacts:
         raise ModelError("is no configuration of a model", where=str(path))
     parts = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     lengths = [value for of in parts for key in _LENGTHS if isinstance(value := of.get(key), int)]
+    if (most := most_positions(build_model(ModelSource(newest, None, "pretrained", 0)))) is not None:
+        lengths.append(most[0])  # a table may begin with rows for padding, as RoBERTa's
     return ModelFacts(
         num_parameters=_num_parameters(newest),
         context=min((length for length in lengths if length > 1), default=None),

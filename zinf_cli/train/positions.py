@@ -23,13 +23,18 @@ _NOT_OF_TEXT = re.compile(
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
     """ModelError if a sequence of `seq_len` tokens is longer than a table of positions."""
-    limit, name = min(_limits(model), default=(seq_len, ""))
-    if limit < seq_len:
+    if (most := most_positions(model)) is not None and most[0] < seq_len:
+        limit, name = most
         raise ModelError(
             f"{type(model).__name__} knows {limit} positions ({name}), fewer than the {seq_len} tokens of a sequence",
             where="train.seq_len",
             hint=f"lower train.seq_len to {limit} or less",
         )
+
+
+def most_positions(model: nn.Module) -> tuple[int, str] | None:
+    """(positions, the table's name) of the shortest table of positions. None if the model has none."""
+    return min(_limits(model), default=None)
 
 
 def _limits(model: nn.Module) -> Iterator[tuple[int, str]]:
