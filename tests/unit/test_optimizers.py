@@ -12,10 +12,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from plain import LR, engine_losses, everything_on, open_engine, plain_losses
+from plain import LR, engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
+from zinf_cli.engine.traffic.adamw import AdamW
+from zinf_cli.errors import RecipeError
 from zinf_cli.recipe.recipe import Optimizer
-from zinf_cli.train.optimizer import kernel_of
+from zinf_cli.train.optimizer import KERNELS, kernel_of, undecayed
 
 STEPS = 6
 
@@ -79,3 +81,40 @@ def test_a_setting_of_another_optimizer_is_refused() -> None:
         Optimizer(name="sgd", betas=(0.9, 0.99))
     with pytest.raises(ValidationError, match="adamw has no momentum; its key is betas"):
         Optimizer(momentum=0.9)
+
+
+@pytest.mark.parametrize("most", [None, 1000])
+@pytest.mark.parametrize("how", ["deferred", "eager"])
+def test_weight_decay_leaves_norms_out(how: str, most: int | None, tmp_path: Path) -> None:
+    """As two parameter groups do; and in parts as well."""
+    source, clip = random_source("llama"), None if how == "eager" else 1.0
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(source, STEPS, clip=clip, parameters=expected, optimizer_of=_in_two_groups)
+    engine = open_engine(source, everything_on("nvme", tmp_path), most=most)
+    names = undecayed(engine.model, ["*norm*"])
+    assert names == {name for name, value in expected.items() if value.dim() == 1}
+    kernel = AdamW(LR, weight_decay=1.0, no_decay=names)
+    found = engine_losses(engine, STEPS, clip=clip, eager=how == "eager", kernel=kernel, close=False)
+    assert found == losses if most is None else relative_difference(found, losses) < 1e-6
+    engine.close()
+    with pytest.raises(RecipeError, match=r"optimizer.no_decay: '\*nrom\*' matches no parameter, such as model.embed"):
+        undecayed(engine.model, ["*.weight", "*nrom*"])
+
+
+def _in_two_groups(params: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    params = list(params)
+    matrices, vectors = ([param for param in params if (param.dim() > 1) is wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 1.0}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LR)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_update_leaves_a_gradient_that_is_not_clipped(name: str) -> None:
+    """A speculative update is made again from it, if the step clips."""
+    kernel = kernel_of(Optimizer.model_validate({"name": name, "weight_decay": 0.5}), 0.1)
+    generator = torch.Generator().manual_seed(0)
+    param, grad = (torch.randn(9, generator=generator) for _ in range(2))
+    before = param.clone(), grad.clone()
+    kernel.update(param, grad, *(torch.zeros(9) for _ in kernel.state.fields), 1)
+    assert torch.equal(grad, before[1])
+    assert not torch.equal(param, before[0])

@@ -251,7 +251,9 @@ class Optimizer(Section):
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to adamw's denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
-    """On every trainable parameter; decoupled from the gradient, but for sgd's."""
+    """Decoupled from the gradient, but for sgd's."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns of names of parameters without weight decay, such as '*norm*' and '*.bias'."""
 
     @model_validator(mode="before")
     @classmethod
@@ -265,7 +267,7 @@ class Optimizer(Section):
             raise ValueError(f"{name} has no {other}; its key is {own}")
         return {**values, own: default} if values.get(own) is None else values
 
-    @field_validator("betas", mode="before")
+    @field_validator("betas", "no_decay", mode="before")
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value

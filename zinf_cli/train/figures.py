@@ -26,7 +26,7 @@ from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.optimizer import kernel_of
+from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
@@ -58,6 +58,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
     check_seq_len(model, recipe.train.seq_len)
+    undecayed(model, recipe.optimizer.no_decay)  # finds a pattern that matches nothing
     left_out: list[str] = []
     weights = open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []

@@ -35,7 +35,7 @@ from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import Batch, Sample, Stream
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
-from zinf_cli.train.optimizer import kernel_of
+from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
@@ -132,6 +132,7 @@ class Run:
     def _go(self) -> None:
         max_steps = self.plan.max_steps
         self._peak = PeakMemory()
+        self._no_decay = undecayed(self.model, self.recipe.optimizer.no_decay)
         self._loss_scale = None
         if self.plan.precision == "fp16":
             self._loss_scale = LossScale()
@@ -217,7 +218,11 @@ class Run:
         work = [self._work(batch, batch.num_targets / targets, step) for batch in mine]
         result = self.engine.train_step(
             work,
-            replace(kernel_of(self.recipe.optimizer, lr), fused=not streams_of(self.device).on_cpu),
+            replace(
+                kernel_of(self.recipe.optimizer, lr),
+                no_decay=self._no_decay,
+                fused=not streams_of(self.device).on_cpu,
+            ),
             max_grad_norm=self.recipe.train.max_grad_norm,
             loss_scale=self._loss_scale.scale if self._loss_scale is not None else 1.0,
             eager=self.plan.update == "eager",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
+
+from torch import nn
 
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.lion import Lion
 from zinf_cli.engine.traffic.sgd import Sgd
+from zinf_cli.engine.units.tiles import parts_of
+from zinf_cli.errors import RecipeError
 from zinf_cli.recipe.recipe import Optimizer
 
 
@@ -16,19 +21,34 @@ def kernel_of(settings: Optimizer, lr: float) -> Kernel:
     return KERNELS[settings.name](settings, lr)
 
 
+def undecayed(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the parameters that match one of `patterns`; of a part of a parameter, the whole one's name counts.
+
+    RecipeError if a pattern matches no parameter.
+    """
+    parts = parts_of(model)
+    whole = {name: parts[id(p)].name if id(p) in parts else name for name, p in model.named_parameters()}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in whole.values()):
+            raise RecipeError([f"optimizer.no_decay: {pattern!r} matches no parameter, such as {next(iter(whole))}"])
+    return frozenset(
+        name for name, origin in whole.items() if any(fnmatch.fnmatchcase(origin, each) for each in patterns)
+    )
+
+
 def _adamw(settings: Optimizer, lr: float) -> Kernel:
     assert settings.betas is not None
-    return AdamW(lr, *settings.betas, settings.eps, settings.weight_decay)
+    return AdamW(lr, *settings.betas, settings.eps, weight_decay=settings.weight_decay)
 
 
 def _sgd(settings: Optimizer, lr: float) -> Kernel:
     assert settings.momentum is not None
-    return Sgd(lr, settings.momentum, settings.weight_decay)
+    return Sgd(lr, settings.momentum, weight_decay=settings.weight_decay)
 
 
 def _lion(settings: Optimizer, lr: float) -> Kernel:
     assert settings.betas is not None
-    return Lion(lr, *settings.betas, settings.weight_decay)
+    return Lion(lr, *settings.betas, weight_decay=settings.weight_decay)
 
 
 KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}

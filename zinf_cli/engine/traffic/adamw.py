@@ -26,7 +26,6 @@ class AdamW(Kernel):
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.01
 
     def update(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -23,18 +23,27 @@ class Kernel(ABC):
     """
 
     state: ClassVar[OptimizerState]
+    weight_decay: float = field(default=0.01, kw_only=True)
+    no_decay: frozenset[str] = field(default=frozenset(), kw_only=True)
+    """Names of parameters that have no weight decay: those are updated by `undecayed`."""
     clip: torch.Tensor | None = field(default=None, kw_only=True)
     fused: bool = field(default=False, kw_only=True)
     """Whether to launch as little as can be, with torch's fused kernel where there is one: for an accelerator."""
 
     @abstractmethod
     def update(self, param: torch.Tensor, grad: torch.Tensor, *fields_and_step: Any) -> None:
-        """Update `param` and the fields of `state` in place; `grad` may be overwritten.
+        """Update `param` and the fields of `state` in place; `grad` may be multiplied by `clip`, and stays otherwise.
+
+        A speculative update has no `clip`. If the step clips after all, the gradient is used once more.
 
         `fields_and_step` are the fields, in the order of `state`, and last the step: it counts these parameters'
         updates from 1. All tensors are 1-D and of one length; `param` and `grad` are fp32. A call
         may get any range of a slice.
         """
+
+    def undecayed(self) -> Self:
+        """The same without weight decay."""
+        return replace(self, weight_decay=0.0)
 
     def blocks(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Ranges of the tensors, one after another, as the compute device likes them; the gradient is the second.

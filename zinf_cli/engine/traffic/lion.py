@@ -19,7 +19,6 @@ class Lion(Kernel):
     lr: float
     beta1: float = 0.9
     beta2: float = 0.99
-    weight_decay: float = 0.01
 
     def update(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, step: int) -> None:
         """Update `param` and `exp_avg` (fp32, 1-D, one length) in place; `grad` is scaled in place."""

@@ -18,12 +18,11 @@ class Sgd(Kernel):
     state: ClassVar[OptimizerState] = SGD
     lr: float
     momentum: float = 0.9
-    weight_decay: float = 0.01
 
     def update(self, param: torch.Tensor, grad: torch.Tensor, momentum_buffer: torch.Tensor, step: int) -> None:
-        """Update `param` and `momentum_buffer` (fp32, 1-D, one length) in place; `grad` is overwritten."""
+        """Update `param` and `momentum_buffer` (fp32, 1-D, one length) in place; `grad` is scaled in place."""
         for p, g, m in self.blocks(param, grad, momentum_buffer):
             if self.weight_decay:
-                g.add_(p, alpha=self.weight_decay)
+                g = g.add(p, alpha=self.weight_decay)
             m.mul_(self.momentum).add_(g)
             p.add_(m, alpha=-self.lr)

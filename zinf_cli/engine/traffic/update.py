@@ -103,8 +103,8 @@ class ChunkUpdate:
         with self._trace.span("update", self._flat.unit, param.numel() * GRAD.item_bytes):
             if param.dtype == torch.float32:
                 self._hold_to_bounds(param)
-            for start, end, step in self._segments():
-                self._update(kernel, start, end, step)
+            for start, end, step, own in self._segments(kernel):
+                self._update(own, start, end, step)
             if MASTER in self._fields:
                 param.copy_(self._fields[MASTER])
         for field in self._flat.beside:
@@ -155,17 +155,21 @@ class ChunkUpdate:
             if place.bounds is not None and touched and first < last:
                 param[first - base : last - base].clamp_(*place.bounds)
 
-    def _segments(self) -> Iterator[tuple[int, int, int]]:
-        """(start, end, step) of ranges that share an update count, without those of parameters that are not touched."""
+    def _segments(self, kernel: Kernel) -> Iterator[tuple[int, int, int, Kernel]]:
+        """(start, end, step, kernel) of ranges that share an update count and a weight decay.
+
+        Parameters that are not touched are left out.
+        """
         flat, layout = self._flat, self._flat.layout
-        if all(flat.touched) and len(set(flat.steps)) == 1:
-            yield 0, self._end - self._begin, flat.steps[0]
+        free = kernel.no_decay.intersection(place.name for place in layout.params)
+        if all(flat.touched) and len(set(flat.steps)) == 1 and not free:
+            yield 0, self._end - self._begin, flat.steps[0], kernel
             return
         base = flat.rank * layout.slice_numel + self._begin
         for place, touched, step in zip(layout.params, flat.touched, flat.steps, strict=True):
             first, last = overlap(place, base, base + self._end - self._begin)
             if touched and first < last:
-                yield first - base, last - base, step
+                yield first - base, last - base, step, kernel.undecayed() if place.name in free else kernel
 
 
 class SliceUpdate:
