@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.lanes import IN, KERNELS, OUT, Lanes
@@ -45,10 +45,12 @@ class Priced(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._lanes = lanes
         self._memory = memory
+        self._known: dict[Any, tuple[Any, float]] = {}
+        """What large operations return (on the meta device), and their seconds: by operation and arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = list(_tensors((args, kwargs)))
         on_device = any(map(self._memory.on_device, given)) or (not given and kwargs.get("device") == DEVICE)
         moved = func is aten._to_copy.default and kwargs.get("device") == DEVICE and not on_device
         if func.is_view or func in _FREE or any(tensor.is_meta for tensor in given):
@@ -60,39 +62,42 @@ class Priced(TorchDispatchMode):
             return self._copy(*given[:2], blocking=not (args[2:] and args[2]))
         if not on_device:
             return func(*args, **kwargs)
-        results, in_place = self._results(func, args, kwargs, given)
-        self._price(func, args, given, [] if in_place else tree_leaves(results))
+        results, seconds = self._run(func, args, kwargs, given)
+        self._lanes.launch(func.overloadpacket.__name__, KERNELS, seconds)
         if func in _ANSWERS:
             self._lanes.current(DEVICE).synchronize()
         return results
 
     def _noted(self, results: Any, on_device: bool) -> Any:
         if on_device:
-            for result in tree_leaves(results):
+            for result in _tensors(results):
                 self._memory.note(result)
         return results
 
-    def _results(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> tuple[Any, bool]:
-        """What the operation returns, and whether that is what it was given."""
+    def _run(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> tuple[Any, float]:
+        """What the operation returns, and its seconds."""
         changed = func._schema.arguments[0].alias_info
         in_place = bool(given) and changed is not None and changed.is_write
         if all(tensor.numel() <= SMALL for tensor in given):
             results = func(*args, **kwargs)
             if in_place or all(tensor.numel() <= SMALL for tensor in _tensors(results)):
-                return self._noted(results, True), in_place
+                written = () if in_place else _tensors(results)
+                return self._noted(results, True), self._seconds(func, args, given, written)
+        key = func, _key(args), _key(tuple(kwargs.items()))
+        if key not in self._known:
+            like = None if in_place else _on_meta(func, args, kwargs)
+            self._known[key] = like, self._seconds(func, args, given, _tensors(like))
+        like, seconds = self._known[key]
         if in_place:
-            return (args[0] if func._schema.returns else None), True
-        meta = tree_map_only(torch.Tensor, _as_meta, (args, {**kwargs}))
-        if "device" in meta[1]:
-            meta[1]["device"] = torch.device("meta")
-        return tree_map_only(torch.Tensor, self._memory.zeros, func(*meta[0], **meta[1])), False
+            return (args[0] if func._schema.returns else None), seconds
+        return tree_map_only(torch.Tensor, self._memory.zeros, like), seconds
 
-    def _price(self, func: Any, args: Any, given: list[torch.Tensor], results: list[Any]) -> None:
-        """Queue the kernel: the time of its FLOPs, or that of its bytes if that is longer."""
-        rates, out = self._lanes.rates, [leaf for leaf in results if isinstance(leaf, torch.Tensor)]
+    def _seconds(self, func: Any, args: Any, given: list[torch.Tensor], results: Iterable[torch.Tensor]) -> float:
+        """The time of the kernel's FLOPs, or that of its bytes if that is longer."""
+        rates, out = self._lanes.rates, list(results)
         arguments = zip(args, func._schema.arguments, strict=False)
         written = [leaf for arg, said in arguments if said.alias_info is not None and said.alias_info.is_write
-                   for leaf in tree_leaves(arg)]  # fmt: skip
+                   for leaf in _tensors(arg)]  # fmt: skip
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*given, *out, *written))
         if func in (aten.zero_.default, aten.fill_.Scalar, aten.copy_.default):
             num_bytes -= given[0].numel() * given[0].element_size()  # it is not read
@@ -103,11 +108,11 @@ class Priced(TorchDispatchMode):
             query, key = args[0:2] if func._schema.name.endswith("cpu") else args[1:3]
             batch, heads, length, width = query.shape
             flops = 4 * batch * heads * length * key.shape[2] * width * _ATTENTION[func] / 2
-            seconds = max(seconds, flops / rates.attention)
-        elif func.overloadpacket in flop_registry:
+            return max(seconds, flops / rates.attention)
+        if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, out_val=out[0])
-            seconds = max(seconds, flops / rates.matmul)
-        self._lanes.launch(func.overloadpacket.__name__, KERNELS, seconds)
+            return max(seconds, flops / rates.matmul)
+        return seconds
 
     def _copy(self, into: torch.Tensor, source: torch.Tensor, *, blocking: bool) -> torch.Tensor:
         """Between host and device."""
@@ -192,8 +197,31 @@ class Memory:
         return torch.frombuffer(self._map, dtype=like.dtype, count=numel).as_strided(like.shape, like.stride())
 
 
-def _tensors(results: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor))
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments or results."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+
+
+def _key(value: Any) -> Any:
+    """The same for arguments that are alike."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = tree_map_only(torch.Tensor, _as_meta, (args, {**kwargs}))
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("meta")
+    return func(*args, **kwargs)
 
 
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ from zinf_cli.train.surveyed import prepare
 
 NOMINAL = 989e12
 """FLOP/s of an H100's matrix products in bf16, as its datasheet has them."""
-WARM_UP = 2
-"""Steps before the one that counts: updates are speculative after two that did not clip."""
+WARM_UP = 3
+"""Steps before the one that counts: after two that did not clip, the third is the first with speculative updates."""
 GIB = 2**30
 
 

@@ -19,9 +19,10 @@ from torch import nn
 from zinf_cli.engine.units.forwards import replace_forward
 from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.errors import ModelError
+from zinf_cli.tiers.streams import streams_of
 
 PIECE = 1 << 16
-"""Elements that are added up at once."""
+"""Elements that are added up at once on the CPU."""
 
 
 def hold_constant(
@@ -46,17 +47,23 @@ def constant(layout: UnitLayout, params: Sequence[torch.Tensor]) -> Iterator[Non
     """A context in which none of a unit's `params` may change: ModelError at its end. Bounded ones are left out."""
     before = list(map(_sum, params))
     yield
-    for place, param, total in zip(layout.params(), params, before, strict=True):
-        if place.bounds is None and _sum(param) != total:
+    changed = [_sum(param) != total for param, total in zip(params, before, strict=True)]
+    told = torch.stack(changed).tolist() if changed else []
+    for place, differs in zip(layout.params(), told, strict=True):
+        if place.bounds is None and differs:
             raise _changes(place.name)
 
 
-def _sum(param: torch.Tensor) -> int:
-    """Of a tensor's bits, as integers of 16 or 32 bits. To add them up torch makes int64 of all that it is given."""
+def _sum(param: torch.Tensor) -> torch.Tensor:
+    """Of a tensor's bits, as integers of 16 or 32 bits (int64 scalar where the tensor lies).
+
+    To add them up on the CPU, torch makes int64 of all that it is given.
+    """
     flat = param.detach().reshape(-1)
     if flat.dtype is not torch.bool:
         flat = flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
-    return sum(int(piece.sum(dtype=torch.int64)) for piece in flat.split(PIECE))
+    pieces = flat.split(PIECE) if streams_of(flat.device).on_cpu else (flat,)
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).sum()
 
 
 def _changes(name: str) -> ModelError:
