@@ -108,10 +108,10 @@ class Priced(TorchDispatchMode):
             query, key = args[0:2] if func._schema.name.endswith("cpu") else args[1:3]
             batch, heads, length, width = query.shape
             flops = 4 * batch * heads * length * key.shape[2] * width * _ATTENTION[func] / 2
-            return max(seconds, flops / rates.attention)
+            return max(seconds, float(flops) / rates.attention)
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, out_val=out[0])
-            return max(seconds, flops / rates.matmul)
+            return max(seconds, float(flops) / rates.matmul)
         return seconds
 
     def _copy(self, into: torch.Tensor, source: torch.Tensor, *, blocking: bool) -> torch.Tensor:

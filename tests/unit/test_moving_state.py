@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from accelerator_on_cpu import checking
 from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, open_blocks
+from happens_before import Checker
 from own_processes import as_ranks
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import ModelError
+from zinf_cli.tiers import streams
 from zinf_cli.train.model import _parameters_on_meta
 
 
@@ -266,6 +270,46 @@ def test_what_has_not_moved_is_compared_and_not_copied_again() -> None:
     next(model.buffers()).data[0] = -0.0
     assert state.notices()
     assert state.moving == {("layers.0", "mean")}
+
+
+class Answers(TorchDispatchMode):
+    """Counts what a CPU would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_an_accelerator_one_answer_tells_whether_anything_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(streams.implementations, "cpu", Checker())
+    model = Blocks(WithBuffer)
+    state = MovingState(model)
+    buffers = list(model.buffers())
+    with Answers() as answers:
+        state.begin()
+        state.look()
+        assert answers.count == 0
+        assert not state.notices()
+        assert answers.count == 1
+        state.begin()
+        buffers[0].data[0] = -0.0  # which no count of changes shows
+        buffers[1].data[0] = float("nan")
+        state.look()
+        buffers[0].data.zero_()
+    assert state.notices()
+    assert state.moving == {("layers.0", "mean"), ("layers.1", "mean")}
+    state.put_back()
+    assert not any(buffer.any() for buffer in buffers)
+
+
+@pytest.mark.parametrize("kind", ["buffer, past autograd", "buffer, bound anew", "batch norm"])
+def test_on_an_accelerator_it_is_what_plain_pytorch_has(kind: str, tmp_path: Path) -> None:
+    with checking(Checker()):
+        assert_exact(KINDS[kind], Mode(), tmp_path)
 
 
 def test_the_dry_forward_moves_nothing(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ WAYS = {
     "device": Way("dddd"),
     "cpu": Way("cccc"),
     "cpu, eager": Way("cccc", "eager"),
+    "cpu, speculative": Way("cccc", "speculative"),
+    "cpu, speculative, 16 bit, few buffers": Way("cccc", "speculative", narrow=True, few=True),
     "cpu, 16 bit, few buffers": Way("cccc", narrow=True, few=True),
     "cpu, a sweep a micro-batch": Way("cccc", per_sweep=1),
     "cpu, activations kept": Way("cccc", keep=True),

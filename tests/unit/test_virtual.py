@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.case import Case
 from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
@@ -13,21 +15,25 @@ from benchmarks.priced import DEVICE
 from benchmarks.virtual import Played, plan_for, play, recipe_of
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.update import DEVICE_BLOCK
+from zinf_cli.engine.units.store import to_placeholders
 from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_CHUNK_NUMEL
 from zinf_cli.plan.plan import Plan
+from zinf_cli.tiers import streams
 
 RATES = Rates(launch=1.0, event=0.0)
 CASE = Case(2, 64)
+RECIPE = recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {})
 
 
 @pytest.fixture(scope="module")
 def planned() -> Plan:
-    return plan_for(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}))
+    """With deferred updates, of which none is under way at the end of a step."""
+    return replace(plan_for(RECIPE), update="deferred")
 
 
 @pytest.fixture(scope="module")
 def played(planned: Plan) -> Played:
-    return play(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}), planned, Rates())
+    return play(RECIPE, planned, Rates(), steps=3)
 
 
 def test_streams_run_beside_each_other_and_an_event_orders_them() -> None:
@@ -73,8 +79,18 @@ def test_the_links_carry_what_the_step_moves(planned: Plan, played: Played) -> N
     assert played.busy[OUT] * link == pytest.approx(16 * (numel + resident), rel=1e-3)
 
 
+def test_state_in_cpu_memory_is_updated_in_backward_where_there_is_room_for_shadows() -> None:
+    plan = plan_for(RECIPE)
+    shadows = [line for line in plan.lines if line.what == "second"]
+    assert (plan.update, [line.tier for line in shadows]) == ("speculative", ["cpu"])
+    numel = sum(unit.trainable_numel for unit in plan.figures.model.units)
+    assert shadows[0].num_bytes == 12 * numel
+    needed = next(limit.needed for limit in plan.limits if limit.tier == "cpu")
+    assert plan_for(RECIPE, cpu_bytes=needed).update == "deferred"  # some of it is left to others
+
+
 def test_the_same_step_takes_the_same_time(planned: Plan, played: Played) -> None:
-    again = play(recipe_of({**CASE.config, "num_hidden_layers": 2}, CASE, {}), planned, Rates())
+    again = play(RECIPE, planned, Rates(), steps=3)
     assert again == played
 
 
@@ -95,3 +111,35 @@ def test_the_fused_kernel_differs_in_last_bits_of_parameters_alone() -> None:
         AdamW(1e-3, clip=clip).update(exact[0], grad.clone(), exact[1], exact[2], step)
         AdamW(1e-3, clip=clip, fused=True).update(fused[0], grad.clone(), fused[1], fused[2], step)
     torch.testing.assert_close(fused, exact, rtol=1e-6, atol=1e-9)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies into another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_adds_a_16_bit_gradient_to_its_sum_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            layer = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+        to_placeholders(layer, torch.device("cpu"))
+        layer.weight.data = torch.randn(8, 8).bfloat16()
+        layer.weight.grad = torch.zeros(8, 8)
+        for _ in range(3):
+            layer(torch.randn(4, 8).bfloat16()).float().square().sum().backward()
+        return layer.weight.grad
+
+    with Copies() as on_cpu:
+        expected = gradient()
+    monkeypatch.setitem(streams.implementations, "cpu", Lanes(RATES))
+    with Copies() as on_device:
+        assert torch.equal(gradient(), expected)
+    assert on_cpu.count - on_device.count == 3

@@ -156,19 +156,25 @@ class Choice:
 
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
-    """Bytes of each class on one rank, and of shadows ("second"). Only those of activations are an estimate."""
-    units = figures.model.units
-    changed = [
-        replace(unit, frozen_numel=0, frozen_bytes=0)
-        for number, unit in enumerate(units)
-        if choice.update_of(number) == "speculative"
-    ]
-    shadow = _model_states(changed, figures)
+    """Bytes of each class on one rank. Only those of activations are an estimate."""
     return {
-        **_model_states(units, figures),
-        "second": shadow["params"] + shadow["optimizer"],
+        **_model_states(figures.model.units, figures),
         "activations": choice.per_sweep * activation_bytes(figures, choice),
     }
+
+
+def shadow_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
+    """Bytes of the shadows of speculative updates on one rank, by tier: they lie where the state itself does."""
+    changed = [
+        replace(unit, frozen_numel=0, frozen_bytes=0)
+        for number, unit in enumerate(figures.model.units)
+        if choice.update_of(number) == "speculative"
+    ]
+    states, shadows = _model_states(changed, figures), dict[str, int]()
+    for state in ("params", "optimizer"):
+        tier = choice.placement[state]
+        shadows[tier] = shadows.get(tier, 0) + states[state]
+    return shadows
 
 
 def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:

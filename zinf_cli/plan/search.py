@@ -30,6 +30,7 @@ from zinf_cli.plan.memory import (
     framework_bytes,
     host_bytes,
     keepable,
+    shadow_bytes,
     state_bytes,
     stayable,
     staying_bytes,
@@ -156,7 +157,7 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
             yield second
 
     auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
-    streamed = plan.placement["params"] == plan.placement["optimizer"] == "nvme"
+    streamed = not (plan.choice.in_place("params") or plan.choice.in_place("optimizer"))
     if streamed and plan.update == "deferred" and plan.precision != "fp16":
         speculative = judge(replace(plan.choice, update="speculative"))
         if speculative.fits:
@@ -315,15 +316,17 @@ def _recompute(figures: Figures, choice: Choice) -> float:
 
 def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> Iterator[Line]:
     cached = cached_bytes(figures, choice)
-    on_drives = states["second"]
+    shadows = shadow_bytes(figures, choice)
+    on_drives = shadows.get("nvme", 0)
     for state in CLASSES:
         tier = choice.placement[state]
         tier = "cpu" if tier == "device" and choice.compute_tier == "cpu" else tier
         line = Line(tier, state, states[state] - cached.get(state, 0))
         on_drives += line.num_bytes if tier == "nvme" else 0
         yield line
-    if states["second"]:
-        yield Line("nvme", "second", states["second"])
+    for tier, num_bytes in shadows.items():
+        if num_bytes:
+            yield Line(tier, "second", num_bytes)
     if on_drives and room.drives_in_memory:
         yield Line("cpu", "tmpfs", int(on_drives * room.drives_in_memory))
     if choice.cached:

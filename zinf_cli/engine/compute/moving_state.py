@@ -6,6 +6,9 @@ something else. So `MovingState` compares the whole model before a step's first 
 something has moved, the model is put back, and the step begins again with one micro-batch a sweep, in plain PyTorch's
 order. From then on every call notes what the places that move hold, and its recompute finds the same there.
 
+What lies on an accelerator is compared there, and the answers come back together, once: at the end of a sweep's
+forward, when they are needed. To wait for each of them would hold up the CPU until the device has come so far.
+
 A place is a variable of a space (spaces.py): an attribute or buffer of a module, an attribute of a class, a global or a
 closure that the model's code names. What can be reached from there is part of it. The global generators of Python and
 numpy are places, too. Objects that hide their state from Python (an iterator, a file) are not seen.
@@ -29,6 +32,7 @@ from zinf_cli.engine.compute.carriers import Carrier, Reach, ends_walk, holds_va
 from zinf_cli.engine.compute.spaces import ABSENT, PLAIN, Search
 from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.errors import ModelError
+from zinf_cli.tiers.streams import streams_of
 
 WEIGHTS = (nn.Parameter, TiledWeight)
 """Classes of what updates alone change."""
@@ -83,8 +87,9 @@ class MovingState:
         self._last: Moment = {}
         self._states: _States = {}
         """States of the last look at the whole model. An object that still holds its state is not copied again."""
-        self.moved: set[tuple[str, str]] = set()
-        """The places that were seen to hold something else than at `begin`, also if they hold the same again."""
+        self._asked: list[tuple[tuple[str, str], torch.Tensor]] = []
+        """(place, whether it holds something else than at `begin`: a bool scalar on an accelerator), not read yet."""
+        self._moved: set[tuple[str, str]] = set()
         self.moving: set[tuple[str, str]] = set()
         """The places that are known to move."""
         self.changed: set[tuple[str, str]] = set()
@@ -96,19 +101,27 @@ class MovingState:
             self._search.look()
             self._new = False
             self._refuse_weights_beside()
-        self._before = self._now()
         self.changed |= self.moved
-        self.moved.clear()
+        self._moved.clear()
+        self._before = self._now()
 
     def look(self) -> None:
         """See what has moved since `begin`."""
-        now, before = self._now(), self._before
-        self.moved |= before.keys() - now.keys()
-        self.moved |= {
+        now, before = self._now(self._asked), self._before
+        self._moved |= before.keys() - now.keys()
+        self._moved |= {
             place
             for place, held in now.items()
             if (known := before.get(place, _ABSENT)) is not held and not held.same_as(known)
         }
+
+    @property
+    def moved(self) -> set[tuple[str, str]]:
+        """The places that were seen to hold something else than at `begin`, also if they hold the same again."""
+        if self._asked and torch.stack([differs for _, differs in self._asked]).any().item():
+            self._moved |= {place for place, differs in self._asked if differs.item()}
+        self._asked.clear()
+        return self._moved
 
     def notices(self) -> bool:
         """Whether a place has moved since `begin` that was not known to move. It is known from then on."""
@@ -171,7 +184,7 @@ class MovingState:
             place: last[place] if place in last and held.same_as(last[place]) else held
             for place, held in self._of_those_that_move().items()
         }
-        self.moved |= {
+        self._moved |= {
             place for place, held in self._last.items() if not held.same_as(self._before.get(place, _ABSENT))
         }
         return self._last
@@ -185,14 +198,19 @@ class MovingState:
             for owner, state in held.states:
                 stateful(owner)[1](owner, state)
 
-    def _now(self) -> Moment:
+    def _now(self, asked: list[tuple[tuple[str, str], torch.Tensor]] | None = None) -> Moment:
+        """What all places hold. Objects on an accelerator are copied or, with `asked`, taken to be as they were at the
+        last look, and compared with that there: `asked` gets the answers to come."""
         seen: set[int] = set()
         now: Moment = {}
         for label, space in self._search.spaces.items():
             for name, value in space.values().items():
                 place = label, name
                 if type(value) not in PLAIN:
-                    now[place] = _held(value, seen, self._states)
+                    answers: list[torch.Tensor] | None = None if asked is None else []
+                    now[place] = _held(value, seen, self._states, answers)
+                    if asked is not None:
+                        asked.extend((place, differs) for differs in answers or ())
                 else:  # most values: what was held before is that same object
                     known = self._before.get(place)
                     now[place] = known if known is not None and known.value is value else _Held(value)
@@ -210,8 +228,11 @@ def named(place: tuple[str, str]) -> str:
     return ".".join(part for part in place if part)
 
 
-def _held(value: Any, seen: set[int], known: _States) -> _Held:
-    """What `value` holds now. The state of an object is taken from `known` if the object still holds it."""
+def _held(value: Any, seen: set[int], known: _States, asked: list[torch.Tensor] | None = None) -> _Held:
+    """What `value` holds now. The state of an object is taken from `known` if the object still holds it.
+
+    Whether one on an accelerator does is not known yet: with `asked`, which gets the answer to come, it is taken to do.
+    """
     carriers: list[Carrier] = []
     states: list[tuple[Any, Any]] = []
     ahead = [value]
@@ -229,13 +250,23 @@ def _held(value: Any, seen: set[int], known: _States) -> _Held:
         elif (access := stateful(part)) is not None:
             seen.add(id(part))
             owner, state = known.get(id(part), (None, None))
-            still = owner is part and isinstance(part, torch.Tensor) and _same(part, state)
+            still = owner is part and isinstance(part, torch.Tensor) and _still(part, state, asked)
             states.append((part, state if still else access[0](part)))
         elif not ends_walk(part) and not foreign(kind) and holds_values(part):
             seen.add(id(part))
             carriers.append(Carrier(part, read_carrier(part)))
             ahead.extend(reversed(carriers[-1].held.values()))
     return _Held(value, carriers, states)
+
+
+def _still(tensor: torch.Tensor, state: torch.Tensor, asked: list[torch.Tensor] | None) -> bool:
+    """Whether a tensor still holds `state`, or is taken to: see `_held`."""
+    if tensor.is_meta or streams_of(tensor.device).on_cpu:
+        return _same(tensor, state)
+    if asked is None or not _alike(tensor, state):
+        return False
+    asked.append((_bits(tensor) != _bits(state)).any())
+    return True
 
 
 def stateful(value: Any) -> Any:
@@ -257,8 +288,7 @@ def _same(one: Any, two: Any) -> bool:
     if type(one) is not type(two):
         return False
     if isinstance(one, torch.Tensor):
-        alike = (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
-        return bool(alike and (one.is_meta or _same_bytes(one, two)))
+        return _alike(one, two) and (one.is_meta or torch.equal(_bits(one), _bits(two)))
     if isinstance(one, np.ndarray):
         return one.shape == two.shape and one.dtype == two.dtype and bool(one.tobytes() == two.tobytes())
     if isinstance(one, tuple):
@@ -276,14 +306,17 @@ def _same_carrier(one: Carrier, two: Carrier) -> bool:
     )
 
 
-def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bytes. As numbers a NaN would differ from itself, and 0.0 would equal -0.0."""
-    if one.dtype is torch.bool or one.element_size() > 8:
+def _alike(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as integers, 1-D. As numbers a NaN would differ from itself, and 0.0 would equal -0.0."""
+    if tensor.dtype is torch.bool or tensor.element_size() > 8:
         integer = torch.uint8
     else:  # as wide as an element: torch compares single bytes many times slower
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    raw = [tensor.detach().contiguous().reshape(-1).view(integer) for tensor in (one, two)]
-    return bool(torch.equal(*raw))
+        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().reshape(-1).view(integer)
 
 
 def _set_bits(generator: np.random.Generator, state: Any) -> None:

@@ -1,14 +1,13 @@
 """Updates in the backward pass: a unit is updated as soon as its gradient is complete.
 
 The update uses the parameters that the backward has in its slot, so they are not read again. Where nothing waits for
-the gradient norm, the gradient never goes to its tier. The drive is as busy in backward as in forward.
+the gradient norm, the gradient never goes to its tier. Drives and links are as busy in backward as in forward.
 
 **Speculation.** The norm may clip the gradient, but has not done so lately. Then the update assumes that it will not.
 It writes into the unit's shadow, and the gradient goes to its tier too. When the norm is known and clips nothing, the
 update is committed: the unit lies in the shadow, and its old home is the next shadow. If the norm clips, the update is
 rolled back: the unit lies where it lay, and gets a deferred update. The bits are those of a deferred update either way,
-since a gradient that is not clipped is multiplied by exactly 1. Units without a shadow, whose state is in memory
-anyway, get deferred updates.
+since a gradient that is not clipped is multiplied by exactly 1. Units without a shadow get deferred updates.
 """
 
 from __future__ import annotations

@@ -47,11 +47,10 @@ def constant(layout: UnitLayout, params: Sequence[torch.Tensor]) -> Iterator[Non
     """A context in which none of a unit's `params` may change: ModelError at its end. Bounded ones are left out."""
     before = list(map(_sum, params))
     yield
-    changed = [_sum(param) != total for param, total in zip(params, before, strict=True)]
-    told = torch.stack(changed).tolist() if changed else []
-    for place, differs in zip(layout.params(), told, strict=True):
-        if place.bounds is None and differs:
-            raise _changes(place.name)
+    places = zip(layout.params(), params, before, strict=True)
+    changed = {place.name: _sum(param) != total for place, param, total in places if place.bounds is None}
+    if changed and torch.stack(list(changed.values())).any().item():  # on an accelerator one wait, and not one for each
+        raise _changes(next(name for name, differs in changed.items() if differs.item()))
 
 
 def _sum(param: torch.Tensor) -> torch.Tensor:
