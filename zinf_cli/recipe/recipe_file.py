@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from zinf_cli.errors import RecipeError
-from zinf_cli.recipe.recipe import Recipe, Section
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_yaml import Key, NotYamlError, Tree, parse
+from zinf_cli.recipe.values import Section
 
 SYNONYMS = {
     "learning_rate": "optimizer.lr",

@@ -28,6 +28,11 @@ _MOST_PENDING = 64 * 2**20
 """Most bytes of lines that wait for room on a full drive."""
 
 
+def sequences_of(source: int) -> str:
+    """The key of a step's line for how many of its sequences are from a text that has a weight."""
+    return f"sequences_of_{source}"
+
+
 class Metrics:
     """Appends every line at once to `run_dir`/metrics.jsonl, and every `interval` steps to TensorBoard.
 

@@ -170,6 +170,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
         if first is not None:
             losses.append(f"{name} {first:.4f} → {_number(last, '.4f')}")
     lines.append(Text("   ".join(losses), style="bold"))
+    lines += [outside(f"{count} sequences from {path}") for path, count in summary["sources"].items()]
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     if summary["skipped_steps"]:
         title += f", {summary['skipped_steps']} of them skipped"

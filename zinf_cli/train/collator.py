@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from zinf_cli.train.masking import Masking
+from zinf_cli.train.mixture import MixedStream, Part
 from zinf_cli.train.objective import Objective
 from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.pairs import PairStream
-from zinf_cli.train.token_stream import MASKED, TokenStream
+from zinf_cli.train.token_stream import MASKED
 
-Stream = TokenStream | PackedStream | PairStream
+Stream = Part | MixedStream
 _BLOCK = 1 << 24
 
 
@@ -72,17 +73,20 @@ class Collator:
         input_ids, labels, *third = (torch.stack(column) for column in zip(*rows, strict=True))
         num_targets = self.objective.num_targets(labels) if samples else 0
         num_tokens = input_ids.numel() if samples else 0
-        if isinstance(stream, PairStream):
+        kind = kind_of_stream(stream)
+        if isinstance(kind, PairStream):
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if not num_targets:
             labels = input_ids
-        if isinstance(stream, PackedStream):
-            num_tokens = sum(stream.num_real(sample.window) for sample in samples)
+        if isinstance(kind, PackedStream):
+            num_tokens = sum(_num_real(*_at(stream, sample.window, self.seq_len)) for sample in samples)
             return Batch(input_ids, labels, num_targets, index, num_tokens, position_ids=third[0])
         return Batch(input_ids, labels, num_targets, index, num_tokens)
 
     def has_targets(self, stream: Stream) -> bool:
         """Whether any window has a label that the loss uses. True for a stream that is shorter than a window."""
+        if isinstance(stream, MixedStream):
+            return all(map(self.has_targets, stream.parts))
         if isinstance(stream, PackedStream):
             return stream.num_windows(self.seq_len) > 0
         if isinstance(stream, PairStream) or stream.loss_mask is None:
@@ -100,9 +104,24 @@ class Collator:
         return False
 
     def _row(self, stream: Stream, sample: Sample) -> tuple[torch.Tensor, ...]:
-        input_ids, labels, *third = stream.window(sample.window, self.seq_len)
+        part, index = _at(stream, sample.window, self.seq_len)
+        input_ids, labels, *third = part.window(index, self.seq_len)
         if self.objective is Objective.NEXT_TOKEN_GIVEN:
             labels = torch.cat((labels[1:], labels.new_full((1,), MASKED)))
         elif self.masking is not None:
             input_ids, labels = self.masking.apply(input_ids, labels, sample.place)
         return input_ids, labels, *third
+
+
+def kind_of_stream(stream: Stream) -> Part:
+    """A text of the kind that all of a stream are."""
+    return stream.parts[0] if isinstance(stream, MixedStream) else stream
+
+
+def _at(stream: Stream, index: int, seq_len: int) -> tuple[Part, int]:
+    return stream.at(index, seq_len) if isinstance(stream, MixedStream) else (stream, index)
+
+
+def _num_real(part: Part, index: int) -> int:
+    assert isinstance(part, PackedStream)
+    return part.num_real(index)

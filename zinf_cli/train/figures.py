@@ -27,7 +27,6 @@ from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import kernel_of, undecayed
-from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
@@ -65,7 +64,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     text = open_text(recipe, model, world_size, notes.append)
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
-    prepared = prepare(model, recipe, world_size, most, packed=isinstance(text.train, PackedStream))
+    prepared = prepare(model, recipe, world_size, most, packed=text.is_packed)
     seen = prepared.seen
     left_out += prepared.notes
     if seen.failure:
@@ -75,9 +74,9 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)
         left_out.append(said)
     windows = text.train.num_windows(recipe.train.seq_len)
-    data = DataFigures(
-        len(text.train), windows, text.max_steps(recipe.train), (*_texts(recipe), *text.lines), tuple(notes)
-    )
+    sources = tuple(map(str, recipe.dataset.paths)) if recipe.dataset.weights else ()
+    lines = (*_texts(recipe), *text.lines)
+    data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), lines, tuple(notes), sources)
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))
@@ -87,7 +86,9 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
 
 def _texts(recipe: Recipe) -> tuple[str, ...]:
     held_out = [f"held out: {text.line()}" for text in find_texts(recipe.dataset.eval_path or ())]
-    return (*(text.line() for text in find_texts(recipe.dataset.path)), *held_out)
+    shares = [f"{weight:.1%} from " for weight in recipe.dataset.weights] or [""] * len(recipe.dataset.paths)
+    texts = find_texts(recipe.dataset.paths)
+    return (*(share + text.line() for share, text in zip(shares, texts, strict=True)), *held_out)
 
 
 def model_figures(

@@ -23,7 +23,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.run_folder.metrics import Metrics
+from zinf_cli.run_folder.metrics import Metrics, sequences_of
 from zinf_cli.run_folder.names import PLAN, RECIPE, rank_trace
 from zinf_cli.run_folder.start import announce
 from zinf_cli.tiers.nvme import NvmeTier
@@ -33,6 +33,7 @@ from zinf_cli.train.batches import deal
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import Batch, Sample, Stream
+from zinf_cli.train.mixture import MixedOrder
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of, undecayed
@@ -262,9 +263,16 @@ class Run:
             "wait_s": result.wait_s,
             "updated_in_backward": result.updated,
             **({} if slowest is None else {"straggler": slowest}),
+            **self._sources(step),
             **self._experts(),
             **self._memory(),
         }
+
+    def _sources(self, step: int) -> dict[str, float]:
+        """How many sequences of a step are from each text that has a weight."""
+        order = self.text.order
+        counts = order.sources(step) if isinstance(order, MixedOrder) else []
+        return {sequences_of(number): count for number, count in enumerate(counts)}
 
     def _experts(self) -> dict[str, float]:
         """The share of the experts that some token of the step has reached, if they are units."""

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import Recipe, Train
-from zinf_cli.train.apart import why_not_apart
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
-from zinf_cli.train.collator import Collator, Stream
+from zinf_cli.train.collator import Collator, Stream, kind_of_stream
 from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.train.mixture import MixedOrder, MixedStream
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
-from zinf_cli.train.packing import pack, split_packed
-from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
-from zinf_cli.train.token_stream import TokenStream, split_held_out
+from zinf_cli.train.token_stream import TokenStream
 from zinf_cli.train.tokens import Tokenizer
+from zinf_cli.train.windows import pairs_of, windows_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Text:
     collator: Collator
     lines: tuple[str, ...] = ()
     """How windows are made of it, for the plan."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a sequence has several documents, which are kept apart."""
+        return isinstance(kind_of_stream(self.train), PackedStream)
 
     def max_steps(self, train: Train) -> int:
         """The step at which a run ends."""
@@ -117,12 +122,10 @@ def open_text(
         )
         return open_token_stream(source, cache, notice)
 
-    tokens = opened(dataset.path)
+    weights = dataset.weights
+    tokens = [opened(paths) for paths in ([(path,) for path in dataset.paths] if weights else [dataset.paths])]
     tokens_held_out = None if dataset.eval_path is None else opened(dataset.eval_path)
-    if pairs:
-        stream, held_out, lines = _pairs(recipe, model, tokens, tokens_held_out)
-    else:
-        stream, held_out, lines = _windows(recipe, model, tokens, tokens_held_out)
+    stream, held_out, lines = (pairs_of if pairs else windows_of)(recipe, model, tokens, tokens_held_out)
     for part in (stream, held_out):
         if part is not None and part.max_token >= vocabulary_of(model):
             raise DatasetError(
@@ -133,7 +136,7 @@ def open_text(
         if part is not None and not collator.has_targets(part):
             raise DatasetError(
                 f"the {name} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
-                where=", ".join(map(str, (part is held_out and dataset.eval_path) or dataset.path)),
+                where=", ".join(map(str, (part is held_out and dataset.eval_path) or dataset.paths)),
                 hint=f"see what {dataset.messages_field or dataset.text_field!r} holds there, or give more text",
             )
     if held_out is not None and held_out.num_windows(train.seq_len) == 0:
@@ -143,59 +146,16 @@ def open_text(
         )
     sequences = train.sequences_per_step(world_size)
     order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
+    if isinstance(stream, MixedStream):
+        counts = [part.num_windows(train.seq_len) for part in stream.parts]
+        if 0 in counts:
+            raise DatasetError(
+                f"a text with a weight has no whole window of {train.seq_len} tokens",
+                where=str(dataset.paths[counts.index(0)]),
+                hint="give more of it, lower train.seq_len, or leave it out",
+            )
+        order = MixedOrder(counts, weights, sequences, recipe.seed, dataset.shuffle)
     return Text(stream, held_out, order, collator, lines)
-
-
-Parts = tuple[Stream, Stream | None, tuple[str, ...]]
-"""A text for training, what is held out, and lines about how windows are made of it."""
-
-
-def _pairs(recipe: Recipe, model: nn.Module, tokens: TokenStream, held_out: TokenStream | None) -> Parts:
-    """Pairs, each of which is a sequence of its own."""
-    fraction, seq_len = recipe.dataset.eval_fraction, recipe.train.seq_len
-    if recipe.dataset.packing != "auto":
-        raise DatasetError(
-            f"{type(model).__name__} reads pairs, and each is a sequence of its own: nothing is packed",
-            where="dataset.packing",
-            hint="leave dataset.packing out",
-        )
-    train, other = (
-        None if part is None else PairStream(part, getattr(model.config, "pad_token_id", None) or 0)
-        for part in (tokens, held_out)
-    )
-    assert train is not None
-    if fraction is not None:
-        train, other = train.split(fraction)
-    count = train.num_cut(seq_len)
-    return train, other, (f"{count} pairs are longer than train.seq_len={seq_len} and are cut there",) * bool(count)
-
-
-def _windows(recipe: Recipe, model: nn.Module, tokens: TokenStream, held_out: TokenStream | None) -> Parts:
-    """Documents packed into windows, or windows that cross them. An error if the recipe asks for what can't be."""
-    dataset, seq_len = recipe.dataset, recipe.train.seq_len
-    known = tokens.ends is not None and (held_out is None or held_out.ends is not None)
-    why = why_not_apart(model)
-    if dataset.packing == "documents" and why is not None:
-        raise ModelError(
-            f"documents can't be kept apart: {why}",
-            where="dataset.packing",
-            hint="set dataset.packing to stream, or train a model that attends by positions, such as llama",
-        )
-    if dataset.packing == "documents" and not known:
-        raise DatasetError(
-            "documents can't be kept apart: .npy files do not say where they end",
-            where="dataset.packing",
-            hint="give the text as .jsonl, .parquet or .txt, or set dataset.packing to stream",
-        )
-    several = known and tokens.ends is not None and len(tokens.ends) > 1
-    apart = dataset.packing == "documents" or (dataset.packing == "auto" and several and why is None)
-    if dataset.eval_fraction is not None:
-        tokens, held_out = (split_packed if apart else split_held_out)(tokens, dataset.eval_fraction)
-    if not apart:
-        said = dataset.packing == "auto" and several
-        return tokens, held_out, (f"windows cross documents: {why}",) if said else ()
-    packed = pack(tokens, seq_len)
-    return packed, None if held_out is None else pack(held_out, seq_len), tuple(packed.lines())
 
 
 def _collator(recipe: Recipe, model: nn.Module) -> Collator:

@@ -1,0 +1,77 @@
+"""Makes windows of the tokens of a recipe's texts: pairs, packed documents, or consecutive tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.train.apart import why_not_apart
+from zinf_cli.train.collator import Stream
+from zinf_cli.train.mixture import MixedStream, Part
+from zinf_cli.train.packing import pack, split_packed
+from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.token_stream import TokenStream, split_held_out
+
+Windows = tuple[Stream, Stream | None, tuple[str, ...]]
+"""A text for training, what is held out, and lines about how windows are made of it."""
+
+
+def pairs_of(recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: TokenStream | None) -> Windows:
+    """Pairs, each of which is a sequence of its own. `tokens` are those of each text that has a weight, or of all."""
+    fraction, seq_len = recipe.dataset.eval_fraction, recipe.train.seq_len
+    if recipe.dataset.packing != "auto":
+        raise DatasetError(
+            f"{type(model).__name__} reads pairs, and each is a sequence of its own: nothing is packed",
+            where="dataset.packing",
+            hint="leave dataset.packing out",
+        )
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    train = [PairStream(part, pad) for part in tokens]
+    other = [] if held_out is None else [PairStream(held_out, pad)]
+    if fraction is not None:
+        train, other = map(list, zip(*(part.split(fraction) for part in train), strict=True))
+    count = sum(part.num_cut(seq_len) for part in train)
+    said = f"{count} pairs are longer than train.seq_len={seq_len} and are cut there"
+    return _joined(recipe, train), _joined(recipe, other) if other else None, (said,) if count else ()
+
+
+def windows_of(
+    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: TokenStream | None
+) -> Windows:
+    """Documents packed into windows, or windows that cross them. An error if the recipe asks for what can't be."""
+    dataset, seq_len = recipe.dataset, recipe.train.seq_len
+    ends = [part.ends for part in (*tokens, *([] if held_out is None else [held_out]))]
+    known, why = all(found is not None for found in ends), why_not_apart(model)
+    if dataset.packing == "documents" and why is not None:
+        raise ModelError(
+            f"documents can't be kept apart: {why}",
+            where="dataset.packing",
+            hint="set dataset.packing to stream, or train a model that attends by positions, such as llama",
+        )
+    if dataset.packing == "documents" and not known:
+        raise DatasetError(
+            "documents can't be kept apart: .npy files do not say where they end",
+            where="dataset.packing",
+            hint="give the text as .jsonl, .parquet or .txt, or set dataset.packing to stream",
+        )
+    several = known and any(part.ends is not None and len(part.ends) > 1 for part in tokens)
+    apart = dataset.packing == "documents" or (dataset.packing == "auto" and several and why is None)
+    train, other = list(tokens), [] if held_out is None else [held_out]
+    if dataset.eval_fraction is not None:
+        split = split_packed if apart else split_held_out
+        train, other = map(list, zip(*(split(part, dataset.eval_fraction) for part in tokens), strict=True))
+    if not apart:
+        said = dataset.packing == "auto" and several
+        crossed = (f"windows cross documents: {why}",) if said else ()
+        return _joined(recipe, train), _joined(recipe, other) if other else None, crossed
+    packed, packed_other = ([pack(part, seq_len) for part in parts] for parts in (train, other))
+    lines = tuple(line for part in packed for line in part.lines())
+    return _joined(recipe, packed), _joined(recipe, packed_other) if packed_other else None, lines
+
+
+def _joined(recipe: Recipe, parts: Sequence[Part]) -> Stream:
+    """The parts as one stream; of texts with weights always a mixture."""
+    return MixedStream(tuple(parts), recipe.dataset.weights) if recipe.dataset.weights else parts[0]
