@@ -25,6 +25,7 @@ from zinf_cli.engine.compute import micro_batch
 from zinf_cli.tiers import nvme
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.streams import implementations
+from zinf_cli.train import rank_file
 
 
 class _Work:
@@ -82,14 +83,29 @@ def _memory(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _drives(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
-    move = nvme.NvmeTier._move
+    move, sync, close = nvme.NvmeTier._move, os.fsync, os.close
+    files: set[int] = set()
 
     def checked(self: Any, call: Callable[..., int], place: Any, memory: memoryview) -> None:
         writes = call is os.pwritev
         address = np.frombuffer(memory, np.uint8).ctypes.data
+        files.add(self._files[place.file])
         checker.touch_by_thread(address, len(memory), writes=not writes)
         checker.touch_file(self._files[place.file], place.position, len(memory), writes=writes)
         move(self, call, place, memory)
+
+    def synced(file: int) -> None:
+        """It makes sure of what was written before."""
+        if file in files:
+            checker.touch_file(file, 0, os.fstat(file).st_size, writes=False)
+        sync(file)
+
+    def closed(file: int) -> None:
+        """What uses the file is over by then."""
+        if file in files:
+            files.remove(file)
+            checker.touch_file(file, 0, os.fstat(file).st_size, writes=True)
+        close(file)
 
     class Job(nvme._Job):
         def __init__(self, *args: Any) -> None:
@@ -111,12 +127,14 @@ def _drives(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
             super().wait()
             self.over = checker.wait(checker.thread, self.moved.clock) or self.over
 
+    yield os, "fsync", synced
+    yield os, "close", closed
     yield nvme.NvmeTier, "_move", checked
     yield nvme, "_Job", Job
 
 
 def _threads(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
-    start, run = threading.Thread.start, threading.Thread.run
+    start, run, join = threading.Thread.start, threading.Thread.run, threading.Thread.join
 
     class Queue(queue.SimpleQueue[Any]):
         """Who takes something from it comes after who has put it there."""
@@ -140,6 +158,11 @@ def _threads(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
         checker.thread.join(self.begins)
         with Touches(checker):
             run(self)
+        self.ends = checker.ends()
+
+    def joins(self: Any, timeout: float | None = None) -> None:
+        join(self, timeout)
+        checker.thread.join(getattr(self, "ends", {}))
 
     submit, set_result, result = ThreadPoolExecutor.submit, Future.set_result, Future.result
 
@@ -161,11 +184,19 @@ def _threads(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
         checker.thread.join(self.clock)
         return value
 
+    def waits_for(futures: list[Any]) -> None:
+        """concurrent.futures.wait, of futures that do not fail."""
+        for future in futures:
+            future.exception()
+            checker.wait(checker.thread, future.clock)
+
+    yield rank_file, "wait", waits_for
     yield ThreadPoolExecutor, "submit", submitted
     yield Future, "set_result", has_result
     yield Future, "result", gets_result
     yield threading.Thread, "start", started
     yield threading.Thread, "run", runs
+    yield threading.Thread, "join", joins
     for module in (nvme, micro_batch):
         yield module, "queue", SimpleNamespace(SimpleQueue=Queue)
 
@@ -177,7 +208,7 @@ def _collectives(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
         with checker.use(stream):
             work()
         event = checker.event()
-        event.record(stream)
+        event.stand_behind(stream)
         return _Work(checker, event)
 
     def all_gather(flat: torch.Tensor, own: torch.Tensor, *, group: None, async_op: bool) -> _Work:

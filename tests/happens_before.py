@@ -31,7 +31,7 @@ from zinf_cli.model_state import PAGE
 
 DEVICE = torch.device("cpu", 0)
 _ROOT = str(Path(zinf_cli.__file__).parent)
-_PASSING_ON = {"wait", "under_way", "_finish", "_settle"}
+PASSING_ON = {"wait", "under_way", "_finish", "_settle", "time"}
 """Functions that wait for whoever calls them: the site of a wait is their caller."""
 Clock = dict[int, int]
 
@@ -67,12 +67,14 @@ class Checker:
 
     on_cpu = False
 
-    def __init__(self, seed: int = 0, removed: str | None = None) -> None:
+    def __init__(self, removed: str | None = None, *, chance: float = 0.5) -> None:
+        """`chance`: of something under way, to be over when it is asked."""
         self.races: dict[tuple[str, str], str] = {}
         self.waits: set[str] = set()
         """Their sites in the engine and the tiers: "tiers/bounce.py:42 Moment.read"."""
         self._removed = removed
-        self._coin = random.Random(seed)
+        self._coin = random.Random(0)
+        self._chance = chance
         self._lock = threading.RLock()
         self._local = threading.local()
         self._actors = 0
@@ -140,19 +142,31 @@ class Checker:
             for stream in getattr(self._local, "own_streams", ()):
                 stream.actor = self.actor(stream.actor.name)
 
+    def ends(self) -> Clock:
+        """The clock of what comes behind all jobs of this thread, which ends."""
+        with self._lock:
+            clock = self.thread.release()
+            _join(clock, self.thread.before)
+            return clock
+
     def wait(self, waits: Actor, clock: Clock) -> bool:
         """`waits` comes after `clock` from now on. False where this is the wait that was removed."""
         with self._lock:
-            site = _site()
-            if site.startswith(("engine/", "tiers/")):
-                self.waits.add(site)
-            if site == self._removed:
+            if self.is_removed():
                 return False
             waits.join(clock)
             return True
 
+    def is_removed(self) -> bool:
+        """Whether what orders work here was removed. It is noted in `waits`."""
+        site = _site()
+        with self._lock:
+            if site.startswith(("engine/", "tiers/", "train/")):
+                self.waits.add(site)
+        return site == self._removed
+
     def says_over(self) -> bool:
-        return self._coin.random() < 0.5
+        return self._coin.random() < self._chance
 
     # -- touches
 
@@ -245,6 +259,11 @@ class CheckedEvent:
         self._over = False
 
     def record(self, stream: CheckedStream) -> None:
+        if not self._checker.is_removed():
+            self.stand_behind(stream)
+
+    def stand_behind(self, stream: CheckedStream) -> None:
+        """What `record` does, for work whose own order is not zinf's."""
         self._checker.send()
         self.clock = stream.reached()
 
@@ -298,7 +317,7 @@ def _site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(_ROOT) and code.co_name not in _PASSING_ON:
+        if code.co_filename.startswith(_ROOT) and code.co_name not in PASSING_ON:
             name = getattr(code, "co_qualname", code.co_name)
             return f"{code.co_filename[len(_ROOT) + 1 :]}:{frame.f_lineno} {name}"
         frame = frame.f_back  # type: ignore[assignment]
