@@ -50,7 +50,9 @@ def test_a_recipe_of_the_house_trains(recipe: Path, data: Path, tmp_path: Path, 
     ranks = 2 if "launch" in content else 1
     codes = forked.run(small, ranks)
     run_dir = Path(content["output_dir"])
-    assert codes == [0] * ranks, (run_dir / "logs" / "forked.log").read_text()
+    log = (run_dir / "logs" / "forked.log").read_text()
+    assert codes == [0] * ranks, log
+    assert "note: " not in log
     assert all(math.isfinite(loss) for loss in losses(run_dir))
     assert len(losses(run_dir)) == 2
 

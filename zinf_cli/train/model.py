@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from zinf_cli.errors import ModelError
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.objective import check_language_model, sees_both_ways
+from zinf_cli.train.side_outputs import install_hooks
 from zinf_cli.train.stand_ins import stand_in
 
 # The kinds of model whose own loss zinf trains, in the order they are tried.
@@ -86,6 +87,7 @@ def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.M
         if getattr(getattr(module, "config", None), "use_cache", False):
             module.config.use_cache = False
     refuse_made_of_weights(model, where)
+    install_hooks(model)
     trainable: nn.Module = model.train()
     return trainable
 

@@ -10,7 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers.utils.output_capturing import _active_collector
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
+
+_ASKED_FOR = ("output_router_logits", "output_hidden_states", "output_attentions")
+
+
+def install_hooks(model: nn.Module) -> None:
+    """Install the hooks that collect what the model's configuration asks for.
+
+    transformers installs them in the first forward, which would then count as one that changes the model: each sweep
+    would have one micro-batch (engine/compute/moving_state.py).
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and any(getattr(module.config, name, False) for name in _ASKED_FOR):
+            maybe_install_capturing_hooks(module)
 
 
 class CapturedOutputs:
