@@ -119,7 +119,7 @@ def _loss(runs: Sequence[Run]) -> Picture:
         if len(gone):
             axes.plot(gone, np.full(len(gone), 0.02), "x", color=colour("bad"), transform=axes.get_xaxis_transform())
             legend.append(Mark("bad", "cross", f"{name}skipped, or not finite"))
-    numbers_beside(axes, lambda value: f"{value:.4g}")
+    numbers_beside(axes, lambda value: f"{value:.6g}")
     return Picture("loss", "Loss", drawn(axes), tuple(legend))
 
 
@@ -145,7 +145,7 @@ def _gradient_norm(runs: Sequence[Run]) -> Picture:
             axes.axhline(float(limit or 0), color=colour(second), linewidth=1, linestyle=(0, (4, 3)))
             legend.append(Mark(second, "dots", f"{name}{count} of {len(steps)} clipped to {limit:g}"))
     axes.set_ylim(bottom=0)
-    numbers_beside(axes, lambda value: f"{value:.4g}")
+    numbers_beside(axes, lambda value: f"{value:.6g}")
     return Picture("grad_norm", "Gradient norm", drawn(axes), tuple(legend))
 
 

@@ -50,11 +50,11 @@ def facts(run: Run) -> Iterator[Fact]:
     for label, key in (("loss", "loss"), ("held-out loss", "eval_loss")):
         values = [line[key] for line in run.lines if line.get(key) is not None]
         if values:
-            yield Fact(label, f"{values[-1]:.4f}", f"from {values[0]:.4f}")
+            yield Fact(label, f"{values[-1]:.4f}", f"from {values[0]:.4f}" if len(values) > 1 else "")
     rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("seconds a step", "step_s", format_seconds),
         ("tokens a second", "tokens_per_s", lambda value: f"{value:.4g}"),
-        ("waiting for data", "wait_share", lambda value: f"{100 * value:.2g} %"),
+        ("waiting for data", "wait_share", lambda value: f"{100 * value:.0f} %"),
         ("accelerator memory", "device_bytes", format_bytes),
         ("CPU memory", "cpu_bytes", format_bytes),
         ("on NVMe, a rank", "nvme_bytes", format_bytes),
@@ -62,7 +62,8 @@ def facts(run: Run) -> Iterator[Fact]:
     accelerated = run.plan is not None and run.plan.figures.machine.accelerators > 0
     for label, key, shown in rows:
         value, planned = _measured(run, key), predicted.get(key)
-        if value is not None and (accelerated or key != "device_bytes"):
+        used = key != "nvme_bytes" or value or planned
+        if value is not None and used and (accelerated or key != "device_bytes"):
             yield Fact(label, shown(value), "" if planned is None else f"planned {shown(planned)}")
 
 
