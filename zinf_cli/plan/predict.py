@@ -14,6 +14,7 @@ from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
 from zinf_cli.plan.simulate import Cluster, Simulation, simulate
+from zinf_cli.plan.traffic import grad_bytes
 
 IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
 """How many parameters of an update are under way at once where all of it lies in memory."""
@@ -75,11 +76,19 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         placement,
         accelerator,
         dtype=figures.dtype,
+        grad_bytes=_grad_bytes(figures, choice, plan.micro_batches),
         optimizer=figures.optimizer,
         update=plan.update,
         depth=max(2, min(8, working.slot_bytes // typical)),
         chunk_params=working.num_chunks * working.chunk_numel / fields if working.num_chunks >= 8 else IN_PLACE_CHUNK,
     )
+
+
+def _grad_bytes(figures: Figures, choice: Choice, micro_batches: int) -> float:
+    """Bytes of one parameter's gradient as it goes to its tier, the mean over all units."""
+    units = figures.model.units
+    total = sum(grad_bytes(figures, choice, number, micro_batches) for number in range(len(units)))
+    return total / max(1, sum(unit.trainable_numel for unit in units))
 
 
 def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:

@@ -80,6 +80,8 @@ class Step:
     accelerator: bool
     dtype: str = "BF16"
     """Of parameters as compute uses them, in the words of safetensors."""
+    grad_bytes: float = GRAD.item_bytes
+    """Bytes of one parameter's gradient as it goes to its tier."""
     optimizer: OptimizerState = ADAMW
     update: str = "deferred"
     """When a unit is updated: see Choice. With "speculative", the step is an unclipped one."""
@@ -210,9 +212,10 @@ class _Sweeps:
     def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
         own = unit.trainable * unit.share / step.world_size * GRAD.item_bytes
+        moved = own * step.grad_bytes / GRAD.item_bytes
         reduced = ops.between_ranks(f"reduce {unit.name}", unit.trainable * unit.share * GRAD.item_bytes, after)
         if not first:
-            earlier = ops.bring("grads", unit, own, [*room, *self._grads[number]])
+            earlier = ops.bring("grads", unit, moved, [*room, *self._grads[number]])
             if earlier or step.world_size > 1:  # otherwise compute has added to the gradient in place
                 reduced = [ops.handle(f"{unit.name} add gradient", 3 * own, [*reduced, *earlier])]
         if final:
@@ -220,7 +223,7 @@ class _Sweeps:
         if final and self._update_of(unit) != "deferred":
             self._update(number, reduced, reduced, with_grad=False)
         if not final or self._update_of(unit) != "eager":
-            self._grads[number] = ops.send("grads", unit, own, reduced)
+            self._grads[number] = ops.send("grads", unit, moved, reduced)
 
     def _update_of(self, unit: UnitLoad) -> str:
         return "deferred" if self.step.update == "speculative" and unit.cached else self.step.update
@@ -241,7 +244,7 @@ class _Sweeps:
             buffers = self._pieces[-ahead : len(self._pieces) - ahead + 1]
             reads = ops.bring("optimizer", unit, piece * states, [*after, *buffers])
             if with_grad:
-                reads = reads + ops.bring("grads", unit, piece * unit.share * GRAD.item_bytes, [*after, *buffers])
+                reads = reads + ops.bring("grads", unit, piece * unit.share * step.grad_bytes, [*after, *buffers])
             done = [ops.add("compute", f"{unit.name} update", piece * cost, [*reads, *ready], "adamw")]
             self._pieces += ops.send("optimizer", unit, piece * states, done)
             writes += ops.send("params", unit, piece * step.param_bytes, done)

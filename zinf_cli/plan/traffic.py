@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zinf_cli.model_state import GRAD
+from zinf_cli.model_state import GRAD, ITEM_BYTES
 from zinf_cli.plan.checkpoints import CheckpointDrive, stored_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import CLASSES, Choice, activations_moved, sweeps_share
@@ -13,7 +13,7 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
 
     A call of a unit takes one visit in forward and one in backward; a call of the last unit takes one for both. Every
     visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that an earlier visit
-    left. A deferred update reads the gradient once more.
+    left. A deferred update reads the gradient once more. The gradient of a single micro-batch may be 16-bit.
 
     Only a share of the sweeps visits an expert. If none does, its gradient is zeros, which nothing writes or reads. The
     update reads parameters by itself if no visit brings them.
@@ -35,12 +35,26 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
             total += (unit.param_bytes * (2 * calls - turns + alone) + unit.trainable_bytes) // ranks
         if "grads" in away:
             spared = {"deferred": 0, "speculative": 1, "eager": 2}[update] * share
-            total += trainable * GRAD.item_bytes * (2 * calls - spared)
+            total += grad_bytes(figures, choice, number, micro_batches) // ranks * (2 * calls - spared)
         if "optimizer" in away:
             total += 2 * figures.optimizer_bytes(unit) // ranks
     if choice.placement["activations"] == "nvme":
         total += micro_batches * sum(map(sum, activations_moved(figures, choice)))
     return int(total)
+
+
+def grad_bytes(figures: Figures, choice: Choice, number: int, micro_batches: int) -> int:
+    """Bytes of a unit's gradient as it goes to its tier, the slices of all ranks together.
+
+    Parameters that are computed in 16 bits, once a step, have gradients of as many (engine/traffic/narrow_grads.py).
+    Backward adds up those of logits and MLPs that are computed a few tokens at a time.
+    """
+    model, unit = figures.model, figures.model.units[number]
+    once = figures.world_size * micro_batches == 1 and (unit.resident or unit.calls == 1)
+    in_chunks = (model.loss_in_chunks and number == model.turn) or (model.tokens_in_chunks and unit.chunkable_numel)
+    narrow = unit.master_numel if once and choice.compute_tier == "cpu" and not in_chunks else 0
+    spared = GRAD.item_bytes - ITEM_BYTES[figures.dtype]
+    return unit.trainable_numel * GRAD.item_bytes - narrow * spared
 
 
 def experts_reached(figures: Figures, choice: Choice, sweeps: int) -> float | None:

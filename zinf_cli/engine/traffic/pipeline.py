@@ -21,6 +21,7 @@ from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.eager import EagerUpdates
 from zinf_cli.engine.traffic.fetch import Fetch
+from zinf_cli.engine.traffic.narrow_grads import narrowed
 from zinf_cli.engine.traffic.one_order import OneOrder
 from zinf_cli.engine.traffic.update import Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
@@ -365,7 +366,10 @@ class Pipeline:
         else:
             unit.life.count_backward()
         self._note_norms(unit, own)  # of a visit that is not the last one, too: no other may come
-        if reduction.touched is not None and self.eager.takes(unit):
+        eager = reduction.touched is not None and self.eager.takes(unit)
+        if reduction.touched is not None and homes is None and not (eager and not self.eager.speculative):
+            own = [narrowed(values, flat.dtype) for flat, values in zip(unit.trained, own, strict=True)]
+        if eager:
             self.eager.start(fetch, own)
             return
         fetch.free_grad(unit.write_grads(own))

@@ -122,6 +122,7 @@ class ChunkUpdate:
         for begin in range(start, end, most):
             block = {field: values[begin : min(end, begin + most)] for field, values in self._fields.items()}
             grad, *fields = (block[field] for field in (GRAD, *kernel.state.fields))
+            grad = grad.float()
             if carrier is None:
                 kernel.update(block.get(MASTER, block[PARAM]), grad, *fields, step)
             else:
@@ -177,7 +178,7 @@ class SliceUpdate:
 
     `own` has the parameter slice of each trainable flat, in the flat's dtype, where compute sees it. None stands for
     one that nothing computes with: the update streams it as it does the other fields. `grads` has the gradient slices
-    (fp32); without them the update reads the gradient from its tier. The memory of both is held until
+    (fp32, or narrowed); without them the update reads the gradient from its tier. The memory of both is held until
     `progress` has returned True and `writes` are done. `goes` says where the new values of each flat go. `after` are
     writes that still read `own`: nothing is changed before they are done.
     """

@@ -73,6 +73,8 @@ class Flat:
         self.add_home()
         self.life = FlatLife(self.homes[0], len(self.params))
         self.grad: Extent | None = None
+        self.grad_dtype = torch.float32
+        """Of the gradient that was last written to its tier."""
         if layout.trainable:
             self.grad = self._allocate(GRAD)
             for place, param in enumerate(self.params):
@@ -84,10 +86,13 @@ class Flat:
 
     def _allocate(self, field: Field) -> Extent:
         tier: Tier = getattr(self._tiers, field.state)
-        return tier.allocate(self.layout.slice_numel * self.dtype_of(field).itemsize, f"{self.unit} {field.name}")
+        item_bytes = self.dtype.itemsize if field.dtype is None else field.item_bytes
+        return tier.allocate(self.layout.slice_numel * item_bytes, f"{self.unit} {field.name}")
 
     def dtype_of(self, field: Field) -> torch.dtype:
         """The dtype in which a field of this flat lies on its tier."""
+        if field is GRAD:
+            return self.grad_dtype
         return self.dtype if field.dtype is None else STORED[field.dtype]
 
     def next_home(self, *, speculative: bool) -> dict[str, Extent]:
@@ -207,13 +212,15 @@ class Unit:
         return [view.view(torch.float32) for view in views if view is not None]
 
     def write_grads(self, own: Sequence[torch.Tensor]) -> list[Transfer]:
-        """Start writing this rank's slices of the gradient (`own`: fp32, 1-D) to their tier, unless they lie there."""
-        extents = [flat.grad for flat in self.trained if flat.grad is not None]
-        return [
-            extent.write(0, values.view(torch.uint8))
-            for extent, values in zip(extents, own, strict=True)
-            if extent.view() is None
-        ]
+        """Start writing this rank's slices of the gradient (`own`: 1-D, fp32 or narrowed) to their tier, unless they
+        lie there."""
+        writes = []
+        for flat, values in zip(self.trained, own, strict=True):
+            assert flat.grad is not None
+            if flat.grad.view() is None:
+                flat.grad_dtype = values.dtype
+                writes.append(flat.grad.write(0, values.view(torch.uint8)))
+        return writes
 
     def bind(self, flats: Sequence[torch.Tensor]) -> None:
         """Let the model's parameters be views of `flats` (1-D, one per flat, each of its dtype)."""
