@@ -14,6 +14,7 @@ from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.traffic import experts_reached
+from zinf_cli.plan.wear import step_bytes
 from zinf_cli.run_folder.metrics import Watch, sequences_of
 from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
@@ -24,7 +25,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
     steps = [line for line in watch.lines if "loss" in line]
     trained = [line for line in steps if not line.get("skipped")]
 
-    steady = _steady(trained)
+    steady, ranks = _steady(trained), plan.figures.ranks_per_host
 
     def median(key: str) -> float | None:
         return statistics.median(line[key] for line in steady) if steady else None
@@ -51,6 +52,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         **_first_and_last("loss", [line["loss"] for line in trained]),
         **_first_and_last("eval_loss", [line["eval_loss"] for line in watch.lines if "eval_loss" in line]),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
+        "endurance_bytes": plan.endurance_bytes,
         "measured": {
             "step_s": median("step_s"),
             "tokens_per_s": median("tokens_per_s"),
@@ -61,19 +63,26 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
             "device_bytes": max((line["device_bytes"] for line in steps), default=None),
             "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),
             "nvme_traffic": statistics.median(traffic) if traffic else None,
+            "drives_written": ranks * sum(line["nvme_write_bytes"] for line in steps),
             "experts_reached": statistics.median(reached) if reached else None,
         },
-        "predicted": {
-            "step_s": statistics.median(expected) if expected else plan.step_s,
-            "wait_share": 1 - plan.busy["compute"],
-            "bottleneck": plan.bottleneck,
-            "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),
-            "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
-            "cpu_bytes": plan.cpu_bytes_per_rank,
-            "nvme_bytes": plan.nvme_bytes,
-            "nvme_traffic": statistics.median(planned) if planned else plan.nvme_traffic,
-            "experts_reached": experts_reached(plan.figures, plan.choice, -(-plan.micro_batches // plan.per_sweep)),
-        },
+        "predicted": _predicted(plan, len(steps), planned, expected),
+    }
+
+
+def _predicted(plan: Plan, steps: int, traffic: Sequence[int], step_s: Sequence[float]) -> dict[str, Any]:
+    """The plan of a run of `steps` steps; `traffic` and `step_s` are those of the steps that are compared."""
+    return {
+        "step_s": statistics.median(step_s) if step_s else plan.step_s,
+        "wait_share": 1 - plan.busy["compute"],
+        "bottleneck": plan.bottleneck,
+        "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),
+        "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),
+        "cpu_bytes": plan.cpu_bytes_per_rank,
+        "nvme_bytes": plan.nvme_bytes,
+        "nvme_traffic": statistics.median(traffic) if traffic else plan.nvme_traffic,
+        "drives_written": steps * step_bytes(plan),
+        "experts_reached": experts_reached(plan.figures, plan.choice, -(-plan.micro_batches // plan.per_sweep)),
     }
 
 

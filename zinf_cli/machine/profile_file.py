@@ -127,6 +127,13 @@ class Measured(Section):
     """Of zinf bench nvme."""
     links: Links | None = None
     """Of zinf bench links."""
+    endurance_tbw: Annotated[Number, Field(ge=1, le=1e9)] | None = None
+    """Terabytes that a host's drives together may be written in their life, as their makers rate them. The user adds
+    it: no bench knows."""
+
+    @property
+    def endurance_bytes(self) -> float | None:
+        return None if self.endurance_tbw is None else self.endurance_tbw * 1e12
 
     def drives(self) -> Drives | None:
         if self.nvme is None:
@@ -136,6 +143,7 @@ class Measured(Section):
             self.nvme.space, read.bytes_per_s, write.bytes_per_s, self.nvme.both, True,
             reads=read.threads, writes=write.threads, block_bytes=max(read.block_size, write.block_size),
             beside_compute=self.nvme.beside.drives, compute_beside=self.nvme.beside.compute, usable=1,
+            endurance_bytes=self.endurance_bytes,
         )  # fmt: skip
 
     def covers(self, folders: Sequence[Path]) -> bool:

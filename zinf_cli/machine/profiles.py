@@ -54,6 +54,8 @@ class Drives:
     """and of the cores' compute meanwhile: a drive takes CPU time, in a virtual machine much of it."""
     usable: float = DRIVE_SHARE
     """The share of the space that a plan may fill."""
+    endurance_bytes: float | None = None
+    """What they may be written in their life, as their makers say."""
 
     @property
     def may_use(self) -> int:

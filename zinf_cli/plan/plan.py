@@ -101,6 +101,8 @@ class Plan:
     """Expected seconds per step of compute alone, and of drive traffic alone."""
     nvme_traffic: int
     """Bytes read and written per step and rank."""
+    nvme_written: int
+    """Those of them that are written."""
     nvme_traffic_clipped: int
     """The same in a clipped step, where no update is made in backward."""
     figures: Figures
@@ -116,6 +118,8 @@ class Plan:
     """Threads and blocks on the drives."""
     drives_measured: bool = False
     """Whether the drives' speed was measured on this machine."""
+    endurance_bytes: float | None = None
+    """What a host's drives may be written in their life, if the user gives it."""
     checkpoint: CheckpointStep | None = None
     """None where the run will write none."""
     sweep_cost: SweepCost | None = None

@@ -30,6 +30,8 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
     drives = Drives(0, assumed, assumed, assumed)
     if measured is not None and measured.covers(folders):
         drives = measured.drives() or drives
+    if measured is not None:
+        drives = replace(drives, endurance_bytes=measured.endurance_bytes)
     flops = machine.flops * (1 if machine.accelerators else figures.ranks_per_host)  # one rank's threads are timed
     return Profile(
         name=measured.name if measured is not None and links is not None else "this machine",

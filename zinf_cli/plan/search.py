@@ -195,6 +195,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
         bottleneck=played.bottleneck,
         busy=dict(played.busy),
         drives_measured=profile.drives.measured,
+        endurance_bytes=profile.drives.endurance_bytes,
     )
 
 
@@ -240,8 +241,7 @@ def _plan(
     choice: Choice,
 ) -> Plan:
     sweeps = -(-micro_batches // choice.per_sweep)
-    states = state_bytes(figures, choice)
-    working = working_buffers(figures, choice, sweeps)
+    states, working = state_bytes(figures, choice), working_buffers(figures, choice, sweeps)
     budgets = _budgets(recipe, figures, room)
     over = _needed(figures, choice, states, working, room)[choice.compute_tier] - budgets[choice.compute_tier][0]
     if over > 0:
@@ -259,7 +259,7 @@ def _plan(
         limits.append(Limit(CHECKPOINTS, needed_there, drive.left(needed["nvme"]), "this machine"))
     traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
     waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
-    most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches)
+    most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches).total
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         hosts=hosts,
@@ -283,7 +283,8 @@ def _plan(
         limits=tuple(limits),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
         nvme_s=most_traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
-        nvme_traffic=traffic,
+        nvme_traffic=traffic.total,
+        nvme_written=traffic.written,
         nvme_traffic_clipped=most_traffic,
         figures=figures,
         checkpoint=_checkpoint_step(recipe, figures, choice, drive),

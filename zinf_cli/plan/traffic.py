@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from zinf_cli.model_state import GRAD, ITEM_BYTES
 from zinf_cli.plan.checkpoints import CheckpointDrive, stored_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import CLASSES, Choice, activations_moved, sweeps_share
 
 
-def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> int:
-    """Bytes read and written per step and rank.
+class Traffic(NamedTuple):
+    """Bytes to and from drives, per step and rank."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+
+def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> Traffic:
+    """What a step moves.
 
     A call of a unit takes one visit in forward and one in backward; a call of the last unit takes one for both. Every
     visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that an earlier visit
@@ -19,7 +33,7 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
     update reads parameters by itself if no visit brings them.
     """
     model, ranks = figures.model, figures.world_size
-    total = 0.0
+    read = written = 0.0
     for number, unit in enumerate(model.units):
         if not unit.resident and not unit.calls:
             continue
@@ -27,20 +41,24 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
         share = sweeps_share(unit, figures, choice)
         calls = 1 if unit.resident else sweeps * unit.calls * share
         turns = calls if unit.resident else sweeps if number == model.turn else 0
-        trainable = unit.trainable_numel // ranks
         update = choice.update_of(number)  # in backward, it follows a visit of the last sweep
         if "params" in away:
             due = 1.0 if update == "deferred" else 1 - share  # in the next forward
-            alone = due * (1 - share) if trainable else 0
-            total += (unit.param_bytes * (2 * calls - turns + alone) + unit.trainable_bytes) // ranks
+            alone = due * (1 - share) if unit.trainable_numel else 0
+            read += unit.param_bytes * (2 * calls - turns + alone) // ranks
+            written += unit.trainable_bytes // ranks
         if "grads" in away:
-            spared = {"deferred": 0, "speculative": 1, "eager": 2}[update] * share
-            total += grad_bytes(figures, choice, number, micro_batches) // ranks * (2 * calls - spared)
+            moved = grad_bytes(figures, choice, number, micro_batches) // ranks
+            read += moved * (calls - (share if update != "deferred" else 0))
+            written += moved * (calls - (share if update == "eager" else 0))
         if "optimizer" in away:
-            total += 2 * figures.optimizer_bytes(unit) // ranks
+            read += figures.optimizer_bytes(unit) // ranks
+            written += figures.optimizer_bytes(unit) // ranks
     if choice.placement["activations"] == "nvme":
-        total += micro_batches * sum(map(sum, activations_moved(figures, choice)))
-    return int(total)
+        sent, back = zip(*activations_moved(figures, choice), strict=True)
+        written += micro_batches * sum(sent)
+        read += micro_batches * sum(back)
+    return Traffic(int(read), int(written))
 
 
 def grad_bytes(figures: Figures, choice: Choice, number: int, micro_batches: int) -> int:

@@ -13,6 +13,7 @@ from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.memory import CLASSES, NAMES
 from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
+from zinf_cli.plan.wear import wear_line
 from zinf_cli.recipe.hosts import this_machine
 from zinf_cli.screen import outside
 
@@ -64,6 +65,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         io = plan.io
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
+    if (wear := wear_line(plan)) is not None:
+        head.add_row("wear", wear)
     if plan.checkpoint is not None:
         head.add_row("checkpoint", _checkpoint(plan.checkpoint))
     for line in (*model.notes, *plan.figures.data.notes):

@@ -17,6 +17,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.wear import TB
 from zinf_cli.screen import outside
 
 _MOST_HOSTS_SHOWN = 16
@@ -162,6 +163,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     row("CPU memory of rank 0, peak", "cpu_bytes", format_bytes)
     row("on NVMe, per rank", "nvme_bytes", format_bytes)
     row("NVMe traffic per step and rank", "nvme_traffic", format_bytes)
+    row("written to a host's drives", "drives_written", lambda v: _written(v, summary["endurance_bytes"]))
     row("experts that tokens reach", "experts_reached", lambda v: f"{100 * v:.0f} %")
     lines: list[RenderableType] = [table, Text()]
     losses = []
@@ -175,6 +177,12 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     if summary["skipped_steps"]:
         title += f", {summary['skipped_steps']} of them skipped"
     return Panel(Group(*lines), title=outside(title), expand=False)
+
+
+def _written(num_bytes: float, endurance_bytes: float | None) -> str:
+    """Bytes, and their share of what drives are rated for; nothing if there are none."""
+    share = "" if endurance_bytes is None else f", {100 * num_bytes / endurance_bytes:.2g} % of their life"
+    return f"{num_bytes / TB:.3g} TB{share}" if num_bytes else ""
 
 
 def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableType:
