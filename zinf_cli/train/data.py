@@ -20,7 +20,7 @@ from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.cache import identity, private_folder
 from zinf_cli.train.chats import ANSWERS, TOOLS
-from zinf_cli.train.documents import Document, read_documents
+from zinf_cli.train.documents import PIECE, Document, read_documents
 from zinf_cli.train.text_files import find_files, kind_of
 from zinf_cli.train.token_arrays import open_tokens
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
@@ -29,6 +29,8 @@ from zinf_cli.train.tokens import Tokenizer
 CACHE_VERSION = 6
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
+_MOST, _CHARACTERS = 256, 4 * PIECE
+"""Documents, or characters of them, that are tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -148,23 +150,38 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
     assert source.tokenizer is not None
     tokenizer = Tokenizer(source.tokenizer)
 
+    def encode(documents: Sequence[Document]) -> list[tuple[list[int], list[bool] | None]]:
+        if source.pair_fields is not None:
+            return [tokenizer.encode_pair(document, source.pair_fields[1]) for document in documents]
+        if source.messages_field is not None:
+            return [*tokenizer.encode_chats(documents, source.roles)]
+        return [(ids, None) for ids in tokenizer.encode_texts(documents)]
+
     def blocks_of(file: Path) -> Iterator[TokenBlock]:
         count = answered = 0
-        for document in _documents(file, source):
-            mask: list[bool] | None = None
-            if source.pair_fields is not None:
-                ids, mask = tokenizer.encode_pair(document, source.pair_fields[1])
-            elif source.messages_field is not None:
-                ids, mask = tokenizer.encode_chat(document, source.roles)
-            else:
-                ids = tokenizer.encode_text(document)
-            count, answered = count + 1, answered + (mask is None or any(mask))
-            loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
-            yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends)
+        for documents in _some_at_once(_documents(file, source)):
+            for document, (ids, mask) in zip(documents, encode(documents), strict=True):
+                count, answered = count + 1, answered + (mask is None or any(mask))
+                loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
+                yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends)
         if count and not answered:
             raise _nobody_answers(file, source)
 
     return blocks_of
+
+
+def _some_at_once(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """The documents in groups that are tokenised at once. Content that is no text counts nothing but itself."""
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.content) if isinstance(document.content, str) else 0
+        if len(group) == _MOST or size >= _CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _documents(file: Path, source: TextSource) -> Iterator[Document]:

@@ -90,15 +90,22 @@ class Tokenizer:
         special = np.array(self._tokenizer.all_special_ids, dtype=np.int64)
         return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
 
-    def encode_text(self, document: Document) -> list[int]:
-        """The tokens of a text, without special tokens. If the document ends, the end-of-text token is the last."""
-        if not isinstance(document.content, str):
-            raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
-        ids: list[int] = self._encode(document.content, document)["input_ids"]
+    def encode_texts(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The tokens of texts, without special tokens. Where a document ends, the end-of-text token is the last.
+
+        A tokenizer of the tokenizers library takes all cores for them.
+        """
+        for document in documents:
+            if not isinstance(document.content, str):
+                raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
+        encoded = self._encode_all([document.content for document in documents], documents)["input_ids"]
         end = self._tokenizer.eos_token_id
         if end is None:
             end = self._tokenizer.sep_token_id  # BERT's
-        return [*ids, end] if document.ends and end is not None else ids
+        return [
+            [*ids, end] if document.ends and end is not None else ids
+            for ids, document in zip(encoded, documents, strict=True)
+        ]
 
     def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:
         """(tokens, mask) of a source and its target, with their special tokens. The mask is True for the target's."""
@@ -116,8 +123,8 @@ class Tokenizer:
             raise DatasetError("a source or a target has no tokens", where=document.where)
         return [*read, *written], [False] * len(read) + [True] * len(written)
 
-    def encode_chat(self, document: Document, roles: Sequence[str] = (ANSWERS,)) -> tuple[list[int], list[bool]]:
-        """(tokens, mask) of a dialog in the chat template.
+    def encode_chats(self, documents: Sequence[Document], roles: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
+        """(tokens, mask) of each dialog in the chat template.
 
         The mask is True for what `roles` say, and for the ends of their turns. If the template marks what the assistant
         says, and nothing else is learned, the mask is the template's.
@@ -136,15 +143,36 @@ class Tokenizer:
                 hint="use an instruct model's tokenizer, or dataset.text_field",
             )
         template = self._tokenizer.apply_chat_template
+        marked = tuple(roles) == (ANSWERS,) and marks_answers(self._tokenizer.get_chat_template())
+        masked, rendered = [], []
+        for document in documents:
+            try:
+                if marked:
+                    masked.append(marked_tokens(document, template))
+                else:
+                    rendered.append(render_chat(document, template, roles))
+            except RecursionError as error:
+                raise DatasetError("lists in lists, more than can be read", where=document.where) from error
+        if marked:
+            return masked
+        encoded = self._encode_all([text for text, _ in rendered], documents, return_offsets_mapping=True)
+        spans = zip(encoded["input_ids"], encoded["offset_mapping"], rendered, strict=True)
+        return [
+            (ids, [any(first <= start < last for first, last in said) for start, _ in offsets])
+            for ids, offsets, (_, said) in spans
+        ]
+
+    def _encode_all(self, texts: Sequence[str], documents: Sequence[Document], **options: Any) -> Any:
+        """What the tokenizer returns for the texts of `documents`. DatasetError if it fails for one."""
+        for text, document in zip(texts, documents, strict=True):
+            refuse_halves(text, document.where)
         try:
-            if tuple(roles) == (ANSWERS,) and marks_answers(self._tokenizer.get_chat_template()):
-                return marked_tokens(document, template)
-            text, said = render_chat(document, template, roles)
-        except RecursionError as error:
-            raise DatasetError("lists in lists, more than can be read", where=document.where) from error
-        encoded = self._encode(text, document, return_offsets_mapping=True)
-        mask = [any(first <= start < last for first, last in said) for start, _ in encoded["offset_mapping"]]
-        return encoded["input_ids"], mask
+            return self._tokenizer(text=texts, add_special_tokens=False, verbose=False, **options)
+        except Exception as error:  # foreign code; which of them is it?
+            for text, document in zip(texts, documents, strict=True):
+                self._encode(text, document, **options)
+            where = documents[0].where
+            raise DatasetError(f"the tokenizer fails: {_first_line(error)}", where=where) from error
 
     def _encode(self, text: Any, document: Document, name: str = "text", **options: Any) -> Any:
         """What the tokenizer returns for a text, which is passed as argument `name`. DatasetError if it fails."""
