@@ -30,9 +30,10 @@ test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in traini
 test-storage: install ## fail every call that reads, writes, syncs or names a file, one at a time: half an hour
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/storage_faults
 
-test-faults: install lab ## every fault of a run on many hosts, at ten moments each, by both ways of SSH: half an hour
+test-faults: install lab ## every fault of a run on many hosts, at ten moments each, by SSH and by srun: an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration/test_faults.py \
-	  tests/integration/test_ssh.py tests/integration/test_preflight.py
+	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py --junitxml=.faults.xml
+	PYTHONPATH=tests $(PYTHON) -m programs.fault_table .faults.xml
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
@@ -41,14 +42,13 @@ test-speeds: ## the tests as on a machine whose measured speeds are a tenth of t
 	ZINF_TEST_SPEED=0.1 $(MAKE) test
 	ZINF_TEST_SPEED=10 $(MAKE) test
 
-# Tests make hosts of their own out of sshd and network namespaces, and open reports in a browser; where these can't be
-# had they say so and skip.
-# RUNLEVEL=1 keeps the package from starting a server of its own.
+# Tests make hosts of their own out of sshd and network namespaces, with a Slurm on them, and open reports in a browser;
+# where these can't be had they say so and skip. RUNLEVEL=1 keeps the packages from starting servers of their own.
 lab:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync && command -v tcsh && command -v fish && command -v chromium; } >/dev/null; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v sshd && command -v ip && command -v rsync && command -v tcsh && command -v fish && command -v chromium && command -v slurmctld && command -v munged; } >/dev/null; then \
 	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	    openssh-client openssh-server iproute2 rsync tcsh fish chromium; } >/dev/null 2>&1 \
-	  || echo 'note: not all of sshd, ip, rsync, tcsh, fish and chromium are here; tests that need them are skipped'; fi
+	    openssh-client openssh-server iproute2 rsync tcsh fish chromium slurm-wlm munge; } >/dev/null 2>&1 \
+	  || echo 'note: not all of sshd, ip, rsync, tcsh, fish, chromium and Slurm are here; tests that need them are skipped'; fi
 
 check: install ## lint, formatting and types, of the tests too
 	$(PYTHON) -m ruff check .

@@ -92,6 +92,10 @@ class Lab:
         """A command line of zinf, as it is run in this lab."""
         return [*self.launcher, sys.executable, "-m", "zinf_cli.cli", *arguments]
 
+    def launcher_of(self, started: subprocess.Popen[str]) -> int:
+        """The process of a launch that was started by `zinf`."""
+        return started.pid
+
     def without(self, *names: str) -> None:
         """Make the launcher one that finds no programs of these names, of "ssh" and "rsync"."""
         programs = self.folder / "programs"

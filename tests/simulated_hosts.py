@@ -74,7 +74,7 @@ class SimulatedChannel:
     def __init__(self, transport: Simulated, host: Host) -> None:
         self._transport, self._host = transport, host
         self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._say({"event": "hello", "python": "3.11.2"})
+        self._say({"event": "hello", "python": "3.11.2", "visible": ""})
 
     def _say(self, message: dict[str, Any]) -> None:
         self._said.put(json.dumps(message).encode() + b"\n")

@@ -40,6 +40,7 @@ from zinf_cli.commands.options import (
     Params,
     Recipe,
     SeqLen,
+    Ssh,
     Strategy,
     Timeline,
     Vocab,
@@ -85,6 +86,7 @@ def launch(
         str | None, typer.Option(metavar="FILTER", help='Only these hosts and slots, e.g. "node1@node2:0,2".')
     ] = None,
     exclude: Exclude = None,
+    ssh: Ssh = False,
     slots: Annotated[
         int | None,
         typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
@@ -106,9 +108,11 @@ def launch(
     from zinf_cli.commands.launch import launch as run
     from zinf_cli.screen import Screen
 
-    world = chosen_hosts(hosts, include, exclude, slots)
+    world = chosen_hosts(hosts, include, exclude, slots, ssh=ssh)
     if sync and not world:
         raise UsageError("--sync brings files to --hosts, which is missing")
+    if sync and world[0].job is not None:
+        raise UsageError("--sync brings files by SSH", hint="add --ssh, or see sbcast for the nodes of a job")
     variables = _environment(env or ())
     request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
     run(request, Screen(stderr=True))
@@ -144,7 +148,7 @@ def init(
     from zinf_cli.commands.init import init as write
     from zinf_cli.screen import Screen
 
-    slots = sum(len(host.slots) for host in chosen_hosts(hostfile, None, None, None)) if hostfile else None
+    slots = sum(len(host.slots) for host in chosen_hosts(hostfile, None, None)) if hostfile else None
     write(InitRequest(model, tuple(texts), out, from_deepspeed, slots), Screen())
 
 
@@ -156,6 +160,7 @@ def doctor(
     hosts: Hosts = None,
     include: Include = None,
     exclude: Exclude = None,
+    ssh: Ssh = False,
     as_json: AsJson = False,
 ) -> None:
     """What this machine, every host or a checkpoint has and lacks."""
@@ -166,7 +171,7 @@ def doctor(
     if checkpoint is not None:
         check_checkpoint(checkpoint.absolute(), as_json=as_json, console=Screen())
         return
-    look(chosen_hosts(hosts, include, exclude, None), as_json=as_json, console=Screen())
+    look(chosen_hosts(hosts, include, exclude, ssh=ssh), as_json=as_json, console=Screen())
 
 
 @app.command()
@@ -247,6 +252,7 @@ def bench_links(
     hosts: Hosts = None,
     include: Include = None,
     exclude: Exclude = None,
+    ssh: Ssh = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -254,7 +260,7 @@ def bench_links(
     from zinf_cli.commands.bench import run_bench_links
     from zinf_cli.screen import Screen
 
-    run_bench_links(chosen_hosts(hosts, include, exclude, None), out, as_json=as_json, console=Screen(stderr=True))
+    run_bench_links(chosen_hosts(hosts, include, exclude, ssh=ssh), out, as_json=as_json, console=Screen(stderr=True))
 
 
 @app.command()

@@ -7,23 +7,16 @@ Each fault strikes at a seeded moment: some once in `make test`, after the first
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
-from lab import IP, Lab, namespace_lab, wait_until
+from host_faults import FAULTS, MOMENTS, check_fault, crash_host, kill_rank, press_once
+from lab import Lab, namespace_lab, wait_until
 from programs import command
 from workshop import ApartWorkshop, wait_for_steps
-
-MOMENTS = int(os.environ.get("ZINF_FAULT_MOMENTS", "1"))
 
 
 @pytest.fixture
@@ -32,124 +25,18 @@ def apart(tmp_path: Path) -> Iterator[ApartWorkshop]:
         yield ApartWorkshop(tmp_path, lab)
 
 
-def of_module(lab: Lab, host: int, module: str) -> list[int]:
-    """Processes on a host that run a module, the first to start first."""
-    pids = lab.processes(lab.hosts[host])
-    found = [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())  # numbers of processes begin again
-
-
-def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    wait_until(lambda: lab.named("zinf rank 1"), 10)
-    os.kill(lab.named("zinf rank 1")[0], signal.SIGKILL)
-
-
-def kill_agent(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.kill(of_module(lab, 1, "zinf_cli.train.agent")[0], signal.SIGKILL)
-
-
-def kill_supervisor(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.kill(of_module(lab, 1, "sys.stdin.buffer.read")[0], signal.SIGKILL)
-
-
-def kill_launcher(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    launcher.kill()
-
-
-def kill_sshd(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    """The process that serves the connection, as a restart of sshd or the kernel might."""
-    supervisor = of_module(lab, 1, "sys.stdin.buffer.read")[0]
-    parent = int(Path(f"/proc/{supervisor}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(parent, signal.SIGKILL)
-
-
-def crash_host(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    lab.hosts[1].crash()
-
-
-def cut_link(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    lab.hosts[1].link("down")
-
-
-def press_once(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.killpg(launcher.pid, signal.SIGINT)
-
-
-def press_twice(lab: Lab, launcher: subprocess.Popen[str]) -> None:
-    os.killpg(launcher.pid, signal.SIGINT)
-    time.sleep(0.3)
-    os.killpg(launcher.pid, signal.SIGINT)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What strikes, what the launch ends with, what its message says, and how soon it is over."""
-
-    strike: Callable[[Lab, subprocess.Popen[str]], None]
-    code: int
-    said: str
-    within_s: float = 12.0
-
-
-FAULTS = {
-    "rank killed": Fault(kill_rank, 1, "node2:rank 1: killed by SIGKILL"),
-    "agent killed": Fault(kill_agent, 1, "node2: torchrun itself: killed by SIGKILL"),
-    "supervisor killed": Fault(kill_supervisor, 1, "node2: the connection was lost, or its supervisor killed"),
-    "launcher killed": Fault(kill_launcher, -signal.SIGKILL, ""),
-    "sshd killed": Fault(kill_sshd, 1, "node2: the connection was lost"),
-    "host crashed": Fault(crash_host, 1, "node2: ", 30.0),
-    "link cut": Fault(cut_link, 1, "node2: gave no sign of life for 10 s", 40.0),
-    "Ctrl-C": Fault(press_once, 130, "interrupted after"),
-    "Ctrl-C twice": Fault(press_twice, 130, "interrupted after"),
-}
-
-
 SHORT = ("rank killed", "launcher killed")
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
 @pytest.mark.parametrize("name", FAULTS if MOMENTS > 1 else SHORT)
-def test_a_fault_is_named_and_nothing_is_left(apart: ApartWorkshop, name: str, moment: int) -> None:
-    fault, lab = FAULTS[name], apart.lab
-    if moment % 4 >= 2:  # by fabric
-        lab.without("ssh")
-    process = apart.start("--hosts", lab.hostfile(), "train.max_steps=100000")
-    if moment % 2:
-        wait_until(lambda: lab.named("zinf rank 1"), 40)
-    else:
-        wait_for_steps(apart.run_dir, 1)
-    time.sleep(random.Random(f"{name} {moment}").uniform(0.0, 2.0))
-    fault.strike(lab, process)
-    struck = time.monotonic()
-    ended = apart.end(process)
-    assert time.monotonic() - struck < fault.within_s
-    assert ended.code == fault.code, ended.err
-    if fault.said:
-        assert fault.said in ended.message
-        assert "Traceback" not in ended.err
-        assert ended.summary["status"] == ("interrupted" if fault.code == 130 else "failed")
-    if name == "link cut":
-        lab.hosts[1].link("up")
-    # a launcher that is dead fetches nothing: what the ranks wrote stays where it is, and nothing else
-    left = [line for line in lab.left_behind() if not (name in LOSES_FILES and "/run/" in line)]
-    assert left == []
-    assert no_listener(lab)
-    wait_until(lambda: not lab.connections(), 20)
-
-
-LOSES_FILES = ("launcher killed", "link cut", "host crashed")
-
-
-def no_listener(lab: Lab) -> bool:
-    """Whether no port but sshd's is open on any host."""
-    for host in lab.hosts:
-        if host.process is not None and host.process.poll() is None:
-            command = [str(IP), "netns", "exec", str(host.namespace), "cat", "/proc/net/tcp"]
-            table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-            ports = {int(line.split()[1].split(":")[1], 16) for line in table if line.split()[3] == "0A"}
-            if ports - {22}:
-                return False
-    return True
+def test_a_fault_is_named_and_nothing_is_left(
+    apart: ApartWorkshop, name: str, moment: int, record_property: Callable[[str, object], None]
+) -> None:
+    by = "fabric" if moment % 4 >= 2 else "OpenSSH"
+    if by == "fabric":
+        apart.lab.without("ssh")
+    record_property("fault", [by, name, *check_fault(apart, name, FAULTS[name], moment)])
 
 
 def test_a_drive_that_is_too_small_is_named_before_anything_starts(apart: ApartWorkshop) -> None:

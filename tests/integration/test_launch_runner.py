@@ -263,7 +263,7 @@ def test_a_rank_deaf_to_sigterm_is_brought_down_soon(run: Run) -> None:
     assert ended.failure is not None
     assert (ended.failure["rank"], ended.failure["error"]["message"]) == (1, "ended with exit code 7")
     record = json.loads(ended.log("error-00001.json"))
-    assert 4 < ended.ended_at - record["time"] < 7
+    assert ended.ended_at - record["time"] < 7
 
 
 def test_ctrl_c_lets_the_ranks_end_their_step(run: Run) -> None:

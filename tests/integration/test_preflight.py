@@ -59,7 +59,7 @@ def test_hosts_that_are_ready(lab: Lab, by: str) -> None:
     for host, report in zip(lab.hosts, reports, strict=True):
         assert report["host"] == host.address
         assert report["problems"] == {}
-        assert report["checks"]["ssh"].startswith(by)
+        assert report["checks"]["by"].startswith(by)
         assert report["checks"]["clock"] == "ok"
         assert report["checks"]["slots"] == "2 CPU"
         assert report["checks"]["rendezvous"] == "by lo"
@@ -67,7 +67,7 @@ def test_hosts_that_are_ready(lab: Lab, by: str) -> None:
     done = subprocess.run(
         lab.zinf("doctor", "--hosts", lab.hostfile(2)), env=lab.environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[0].split()[:4] == ["host", "ssh", "python", "zinf"]
+    assert done.stdout.splitlines()[0].split()[:4] == ["host", "by", "python", "zinf"]
     assert lab.left_behind() == []
 
 
@@ -128,7 +128,7 @@ def test_everything_that_is_wrong_is_told_at_once(lab: Lab) -> None:
     assert code == 3
     assert "2 of 4 hosts are not ready" in said
     assert [report["problems"] for report in reports[:2]] == [{}, {}]
-    assert all("refused" in report["problems"]["ssh"] for report in reports[2:])
+    assert all("refused" in report["problems"]["by"] for report in reports[2:])
     assert first.address == reports[0]["host"]
 
 
@@ -149,8 +149,8 @@ def test_no_route_and_a_partition_between_hosts(tmp_path: Path) -> None:
         code, reports, _ = doctor(lab, hostfile)
         assert code == 3
         assert [bool(report["problems"]) for report in reports] == [False, False, True, True]
-        assert "route" in reports[2]["problems"]["ssh"]
-        assert "unreachable" in reports[3]["problems"]["ssh"]
+        assert "route" in reports[2]["problems"]["by"]
+        assert "unreachable" in reports[3]["problems"]["by"]
         # the launcher reaches both, but they do not reach each other
         subprocess.run(
             [str(IP), "-n", str(lab.hosts[1].namespace), "route", "add", "blackhole", "10.77.0.1"], check=True

@@ -70,7 +70,7 @@ def test_screens_of_hosts_and_ranks(tmp_path: Path) -> None:
     log = tmp_path / "rank.log"
     log.write_text(f"before\n{EVIL}\n")
     row = Row(Host(EVIL, (0,)))
-    row.note("ssh", "no", EVIL)
+    row.note("by", "no", EVIL)
     screens = [
         log_line(LogLine(EVIL, 0, EVIL)),
         failure_screen(Failure(0, EVIL, 0, RankError(EVIL, where=EVIL, hint=EVIL), log), EVIL),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import UsageError
-from zinf_cli.recipe.slurm import slots_of_job, slurm_slots
+from zinf_cli.recipe.slurm import Node, nodes_of_job, slurm_nodes
 
 
 def variables(nodes: str, tasks: str, **more: str) -> dict[str, str]:
@@ -21,63 +21,63 @@ def told(*nodes: tuple[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("environment", "job", "slots"),
+    ("environment", "job", "nodes"),
     [
         # printed by Slurm 22.05 for: salloc -N3
-        (variables("a[1-3]", "1(x3)"), told(("a[1-3]", "")), {"a1": (0,), "a2": (0,), "a3": (0,)}),
+        (variables("a[1-3]", "1(x3)"), told(("a[1-3]", "")), dict.fromkeys(("a1", "a2", "a3"), Node(1, ()))),
         # -n7, on nodes of 4 cores
         (
             variables("a[1-2]", "4,3", SLURM_NTASKS="7"),
             told(("a1", ""), ("a2", "")),
-            {"a1": (0, 1, 2, 3), "a2": (0, 1, 2)},
+            {"a1": Node(4, ()), "a2": Node(3, ())},
         ),
         # -N2 --ntasks-per-node=2
         (
             variables("a[1-2]", "2(x2)", SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="2"),
             told(("a[1-2]", "")),
-            {"a1": (0, 1), "a2": (0, 1)},
+            {"a1": Node(2, ()), "a2": Node(2, ())},
         ),
         # -N3 --gpus-per-node=1
         (
             variables("a[1-3]", "1(x3)", SLURM_GPUS_PER_NODE="1"),
             told(("a[1-3]", "gpu:1(IDX:0)")),
-            {"a1": (0,), "a2": (0,), "a3": (0,)},
+            dict.fromkeys(("a1", "a2", "a3"), Node(1, (0,))),
         ),
         # -n3 --gpus=5
         (
             variables("a[1-2]", "1,2", SLURM_NTASKS="3", SLURM_GPUS="5"),
             told(("a1", "gpu:2(IDX:0-1)"), ("a2", "gpu:3(IDX:0-2)")),
-            {"a1": (0,), "a2": (0, 1)},
+            {"a1": Node(1, (0, 1)), "a2": Node(2, (0, 1, 2))},
         ),
         # sbatch -N2 --gpus=5: SLURM_GPUS_ON_NODE is the first node's
         (
             variables("a[1-2]", "1(x2)", SLURM_GPUS="5", SLURM_GPUS_ON_NODE="2"),
             told(("a1", "gpu:2(IDX:0-1)"), ("a2", "gpu:3(IDX:0-2)")),
-            {"a1": (0, 1), "a2": (0, 1, 2)},
+            {"a1": Node(2, (0, 1)), "a2": Node(3, (0, 1, 2))},
         ),
         # -w a1 -n1 --gres=gpu:1, while another job has GPU 0; no variable tells of it
-        (variables("a1", "1", SLURM_NTASKS="1"), told(("a1", "gpu:1(IDX:1)")), {"a1": (1,)}),
+        (variables("a1", "1", SLURM_NTASKS="1"), told(("a1", "gpu:1(IDX:1)")), {"a1": Node(1, (1,))}),
         # as the manual has it: SLURM_NTASKS_PER_NODE is a maximum
         (
             variables("n[08-10]", "4(x2),3", SLURM_NTASKS="11", SLURM_NTASKS_PER_NODE="4"),
             told(("n[08-10]", "")),
-            {"n08": (0, 1, 2, 3), "n09": (0, 1, 2, 3), "n10": (0, 1, 2)},
+            {"n08": Node(4, ()), "n09": Node(4, ()), "n10": Node(3, ())},
         ),
         (
             variables("r[1-2]n[3,4]x,b", "1(x5)"),
             told(("r[1-2]n[3,4]x,b", "gpu:a100:2(IDX:0,3),nic:1(IDX:7)")),
-            dict.fromkeys(("r1n3x", "r1n4x", "r2n3x", "r2n4x", "b"), (0, 3)),
+            dict.fromkeys(("r1n3x", "r1n4x", "r2n3x", "r2n4x", "b"), Node(2, (0, 3))),
         ),
         (
             variables("b", "1"),
             told(("b", "gpu:a100:1(IDX:2),gpu:h100:2(IDX:0-1),shard:4(IDX:0-3)")),
-            {"b": (0, 1, 2)},
+            {"b": Node(3, (0, 1, 2))},
         ),
-        (variables("b", "1"), told(("b", "gpu:2(IDX:N/A)")), {"b": (0, 1)}),
+        (variables("b", "1"), told(("b", "gpu:2(IDX:N/A)")), {"b": Node(2, (0, 1))}),
     ],
 )
-def test_slots_of_an_allocation(environment: dict[str, str], job: str, slots: dict[str, tuple[int, ...]]) -> None:
-    assert slots_of_job(environment, job) == slots
+def test_nodes_of_an_allocation(environment: dict[str, str], job: str, nodes: dict[str, Node]) -> None:
+    assert nodes_of_job(environment, job) == nodes
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_slots_of_an_allocation(environment: dict[str, str], job: str, slots: di
 )
 def test_an_allocation_that_makes_no_sense(environment: dict[str, str], job: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        slots_of_job(environment, job)
+        nodes_of_job(environment, job)
 
 
 def test_no_allocation() -> None:
     with pytest.raises(UsageError, match="no allocation here"):
-        slurm_slots({})
+        slurm_nodes({})
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4)), min_size=1, max_size=6))
@@ -113,16 +113,16 @@ def test_what_slurm_folds_is_spelled_out(folded: list[tuple[int, int]]) -> None:
     tasks = [number for number, times in folded for _ in range(times)]
     written = ",".join(f"{number}(x{times})" if times > 1 else str(number) for number, times in folded)
     environment = variables(f"n[001-{len(tasks):03d}]", written, SLURM_NTASKS=str(sum(tasks)))
-    slots = slots_of_job(environment, "")
-    assert list(slots) == [f"n{number:03d}" for number in range(1, len(tasks) + 1)]
-    assert [len(each) for each in slots.values()] == tasks
+    nodes = nodes_of_job(environment, "")
+    assert list(nodes) == [f"n{number:03d}" for number in range(1, len(tasks) + 1)]
+    assert [node.ranks for node in nodes.values()] == tasks
 
 
 @given(st.text() | st.text(alphabet="a12[]-,()x ", max_size=20), st.text(alphabet="0123(x),", max_size=12))
 def test_any_variables_are_understood_or_refused(nodes: str, tasks: str) -> None:
     try:
-        slots = slots_of_job(variables(nodes, tasks), "")
+        found = nodes_of_job(variables(nodes, tasks), "")
     except UsageError:
         return
-    assert all(slots.values())
-    assert not set("".join(slots)) & set(" ;&|$`'\"\\<>(){}*?!~\n")
+    assert all(node.ranks for node in found.values())
+    assert not set("".join(found)) & set(" ;&|$`'\"\\<>(){}*?!~\n")

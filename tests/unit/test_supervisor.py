@@ -14,7 +14,8 @@ import pytest
 from programs import command
 from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.recipe.hosts import this_machine
+from zinf_cli.launch.runner import visible_accelerators
+from zinf_cli.recipe.hosts import Host, this_machine
 
 
 def stand_by(connection: Connection, file: Path) -> tuple[list[str], int]:
@@ -105,6 +106,30 @@ def test_a_wish_to_stop_is_heard_without_a_file() -> None:
         assert connection.events.empty()
         connection.request("stop")
         assert connection.events.get(timeout=20)["output"] == "asked\n"
+
+
+def test_sigterm_is_left_to_the_launcher() -> None:
+    """As Slurm and service managers send it: to every process."""
+    with Lifelines(Pipes()) as lifelines:
+        others = set(psutil.Process().children())
+        connection = lifelines.connect(this_machine(1))
+        (supervisor,) = set(psutil.Process().children()) - others
+        connection.request("run", command=command("stops_when_asked"))
+        for process in (supervisor, *supervisor.children(recursive=True)):
+            process.terminate()
+        assert connection.events.get(timeout=20) == {"event": "told to end"}
+        connection.request("stop")
+        assert connection.events.get(timeout=20)["output"] == "asked\n"
+
+
+def test_slots_of_a_job_are_positions_among_its_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    chosen = {Host("node1", (1,), job="7", gpus=2): "5", Host("node1", (0, 1), job="7", gpus=2): None}
+    chosen |= {Host("node1", (1,)): "1", Host("node1", (2, 5)): "2,5"}  # by SSH they are the host's own numbers
+    with Lifelines(Pipes()) as lifelines:
+        for host, variable in chosen.items():
+            found = visible_accelerators(lifelines.connect(host))
+            assert found.get("CUDA_VISIBLE_DEVICES") == variable
 
 
 def test_the_port_that_other_hosts_try_is_open_at_one_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MODEL, STEP, MACHINE = "The model, without a recipe", "The step", "The machine"
 
 Hosts = Annotated[str | None, typer.Option(metavar="HOSTFILE", help="A hostfile, or slurm; without it, this machine.")]
+Ssh = Annotated[bool, typer.Option("--ssh", help="Reach the nodes of --hosts slurm by SSH; without it, by srun.")]
 Exclude = Annotated[str | None, typer.Option(metavar="FILTER", help="All but these.")]
 Include = Annotated[str | None, typer.Option(metavar="FILTER", help="Only these hosts and slots.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON on stdout.")]
@@ -71,17 +72,21 @@ Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, 
 Out = Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")]
 
 
-def chosen_hosts(source: str | None, include: str | None, exclude: str | None, slots: int | None) -> tuple[Host, ...]:
+def chosen_hosts(
+    source: str | None, include: str | None, exclude: str | None, slots: int | None = None, *, ssh: bool = False
+) -> tuple[Host, ...]:
     """The hosts of a run; none stands for this machine."""
-    from zinf_cli.recipe.hosts import load_hosts
+    from zinf_cli.recipe.hosts import SLURM, load_hosts
 
+    if ssh and source != SLURM:
+        raise UsageError("--ssh is for --hosts slurm", hint="SSH reaches the hosts of a hostfile anyway")
     if source is None:
         if include is not None or exclude is not None:
             raise UsageError("--include and --exclude choose among --hosts, which is missing")
         return ()
     if slots is not None:
         raise UsageError("--slots is for this machine", hint="the hostfile says how many each host has; see --include")
-    return load_hosts(source, include=include, exclude=exclude)
+    return load_hosts(source, include=include, exclude=exclude, ssh=ssh)
 
 
 def counted_hosts(hostfile: str) -> tuple[int, int]:

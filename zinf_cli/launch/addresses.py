@@ -12,10 +12,18 @@ _SIOCGIFADDR = 0x8915
 
 
 def own_address(peer: str | None) -> str:
-    """The address by which peers reach this host: where SSH reached it or, if that is loopback, that towards `peer`."""
-    reached = os.environ.get("SSH_CONNECTION", "").split()[2:3] or ["127.0.0.1"]
-    if peer is None or not reached[0].startswith(("127.", "::1")):
-        return reached[0]
+    """The address by which peers reach this host: where SSH reached it, or the one towards srun.
+
+    If that is loopback, it is the address towards `peer`.
+    """
+    by_ssh, srun = os.environ.get("SSH_CONNECTION", "").split()[2:3], os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    reached = by_ssh[0] if by_ssh else _address_towards(srun) if srun else "127.0.0.1"
+    if peer is None or not reached.startswith(("127.", "::1")):
+        return reached
+    return _address_towards(peer)
+
+
+def _address_towards(peer: str) -> str:
     with socket.socket(socket.AF_INET6 if ":" in peer else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))  # sends nothing: it asks the routing table
         return str(probe.getsockname()[0])

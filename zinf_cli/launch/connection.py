@@ -24,6 +24,7 @@ from zinf_cli.launch.transport import Channel, Transport
 from zinf_cli.recipe.hosts import Host
 
 _HEARTBEAT_S = 1.0
+_FALTERS_S = 3.0
 _HELLO_S = 20.0
 _ANSWER_S = 60.0
 _HOLD_S = 0.5
@@ -35,8 +36,19 @@ T = TypeVar("T")
 
 
 def transport_to(hosts: Sequence[Host]) -> Transport:
-    """SSH to `hosts`, or pipes to this machine if there are none."""
-    return find_ssh() if hosts else Pipes()
+    """SSH to `hosts`, or srun to the nodes of a job; pipes to this machine if it is the only one."""
+    if not hosts or is_this_node(hosts):
+        return Pipes()
+    if hosts[0].job is None:
+        return find_ssh()
+    from zinf_cli.launch.srun import Srun
+
+    return Srun()
+
+
+def is_this_node(hosts: Sequence[Host]) -> bool:
+    """Whether `hosts` are one node of a Slurm job, and this process runs there."""
+    return len(hosts) == 1 and hosts[0].job is not None and os.environ.get("SLURMD_NODENAME") == hosts[0].host
 
 
 def find_ssh() -> Ssh:
@@ -60,6 +72,8 @@ class Connection:
         self.host = host
         self.python = ""
         """The version of the host's Python."""
+        self.visible: tuple[str, ...] = ()
+        """The accelerators that its CUDA_VISIBLE_DEVICES names."""
         self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         """Messages that are no answers. The queue is thread-safe."""
         self._channel = channel
@@ -81,10 +95,16 @@ class Connection:
             words = self._channel.last_words().strip().splitlines()
             raise HostError(words[-1] if words else "the login ended at once", where=self.host.name)
         self.python = hello["python"]
+        self.visible = tuple(filter(None, hello["visible"].split(",")))
 
     @property
     def lost(self) -> str | None:
         return self._ended
+
+    @property
+    def falters(self) -> bool:
+        """Whether the host is silent, and may be lost. `judge` decides that soon."""
+        return self._ended is None and self._patience.has_end and self._patience.waited_s > _FALTERS_S
 
     def judge(self) -> None:
         """Give the host up if it has been silent for too long. Has to be called about once a second."""

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from zinf_cli.launch import hop_keeper
-from zinf_cli.launch.openssh_errors import Said, refusal
+from zinf_cli.launch.openssh_errors import refusal
 from zinf_cli.launch.openssh_route import Destination, Route, has_own_master, proxy_command, route
 from zinf_cli.launch.refusal import Shared, patiently
+from zinf_cli.launch.said import Said
 
 
 class JumpHosts:

@@ -5,32 +5,26 @@ Nothing asks for a password or a passphrase, and no host key is added to a known
 
 from __future__ import annotations
 
-import os
 import re
-import resource
-import selectors
 import shutil
-import signal
 import socket
 import subprocess
-import threading
 import time
-from contextlib import suppress
 from typing import Any
 
 from zinf_cli.errors import HostError
+from zinf_cli.launch.client_channel import ClientChannel, allow_files, end_group
 from zinf_cli.launch.jump_hosts import JumpHosts
-from zinf_cli.launch.openssh_errors import Said, refusal
+from zinf_cli.launch.openssh_errors import refusal
 from zinf_cli.launch.openssh_route import Destination, Route, route
-from zinf_cli.launch.pipes import write_all
 from zinf_cli.launch.refusal import Refusal, patiently
+from zinf_cli.launch.said import Said
 from zinf_cli.launch.ssh import Files
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
 
 _LOGIN_S = 60.0
 """A login may take this long and a connection's time-out more: ssh's own limit holds for each address of a host."""
-_MOST_FILES = 1 << 16
 _SHELL_S = 20.0
 """Seconds from the login until the supervisor runs."""
 _NO_WAY_IN = 255
@@ -55,7 +49,7 @@ class OpenSsh:
         self._python = python
         self._ssh = ssh
         self._jump_hosts = JumpHosts(ssh)
-        _allow_files()
+        allow_files()
 
     def open(self, host: Host, launch_id: str) -> Channel:
         greeting = Greeting(launch_id)
@@ -78,14 +72,6 @@ class OpenSsh:
             return route(self._ssh, Destination.of(host), self._jump_hosts.through)
         except HostError as error:
             raise HostError(error.message, where=host.name, hint=error.hint) from error
-
-
-def _allow_files() -> None:
-    """Raise the limit of open files, which is 1024 in many places: each host takes three."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Files:
@@ -127,7 +113,7 @@ class _Files:
 
     def close(self) -> None:
         if self._sftp is not None:
-            _end(self._sftp)
+            end_group(self._sftp)
 
 
 class _Named(socket.socket):
@@ -137,108 +123,22 @@ class _Named(socket.socket):
         return "ssh"
 
 
-class _SshChannel:
-    silence_s = SILENCE_S
-
+class _SshChannel(ClientChannel):
     def __init__(self, way: Route, line: str, program: bytes, greeting: Greeting) -> None:
-        """Start the supervisor and wait for its greeting. HostError if none comes."""
-        self._process = subprocess.Popen(
-            [*way.command(), line],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone, and ssh asks no one
-            bufsize=0,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin, self._process.stdout
-        self._said = Said(self._process.stderr)
-        self._ending = threading.Lock()
-        try:
-            self._first = self._greeted(program, greeting, way)  # may be empty
-        except BaseException:
-            self.abort()
-            raise
-
-    def _greeted(self, program: bytes, greeting: Greeting, way: Route) -> bytes:
-        """Send the program; return what follows the greeting."""
+        self._way = way
         allowed = way.settings.get("connecttimeout", "none")
-        until = time.monotonic() + _LOGIN_S + (float(allowed) if allowed.isdigit() else 0.0)
-        os.set_blocking(self._in.fileno(), False)
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._out, selectors.EVENT_READ)
-            ready.register(self._in, selectors.EVENT_WRITE)
-            while True:
-                for key, _ in ready.select(0.2):
-                    if key.fileobj is self._in:
-                        with suppress(BlockingIOError, BrokenPipeError):
-                            program = program[os.write(self._in.fileno(), program) :]
-                        if not program:
-                            ready.unregister(self._in)
-                            os.set_blocking(self._in.fileno(), True)
-                        continue
-                    data = os.read(self._out.fileno(), 1 << 16)
-                    if not data:
-                        raise self._why_ended(greeting, way)
-                    if (rest := greeting.after(data)) is not None:
-                        return rest
-                login = self._said.logged_in
-                if login is not None and time.monotonic() - login > _SHELL_S:
-                    raise Refusal(f"no answer within {_SHELL_S:.0f} s of login")
-                if login is None and time.monotonic() > until:
-                    raise Refusal("no login in time", "an agent may be waiting for an answer, or sshd be stuck")
+        self._login_s = _LOGIN_S + (float(allowed) if allowed.isdigit() else 0.0)
+        super().__init__([*way.command(), line], program, greeting)
 
-    def _why_ended(self, greeting: Greeting, way: Route) -> HostError:
-        _is_over(self._process, _SHELL_S)
-        self.abort()
-        if self._process.returncode == _NO_WAY_IN and self._said.logged_in is None:
-            return refusal(self._said, way)
+    def _check_time(self, seconds: float) -> None:
+        login = self._said.logged_in
+        if login is not None and time.monotonic() - login > _SHELL_S:
+            raise Refusal(f"no answer within {_SHELL_S:.0f} s of login")
+        if login is None and seconds > self._login_s:
+            raise Refusal("no login in time", "an agent may be waiting for an answer, or sshd be stuck")
+
+    def _why_ended(self, code: int, greeting: Greeting) -> HostError:
+        if code == _NO_WAY_IN and self._said.logged_in is None:
+            return refusal(self._said, self._way)
         words = self._said.lines or greeting.dropped.decode(errors="replace").strip().splitlines()
         return HostError(words[-1] if words else "the login ended at once")
-
-    def send(self, data: bytes) -> None:
-        write_all(self._in, data)
-
-    def receive(self) -> bytes:
-        if self._first:
-            first, self._first = self._first, b""
-            return first
-        return os.read(self._out.fileno(), 1 << 16)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._in.close()
-        _is_over(self._process, SILENCE_S)  # the supervisor ends its descendants first, then itself
-        self.abort()
-
-    def abort(self) -> None:
-        with self._ending:
-            _end(self._process)
-        with suppress(OSError):
-            self._in.close()
-
-    def last_words(self) -> str:
-        return "\n".join(self._said.lines)
-
-
-def _is_over(process: subprocess.Popen[bytes], within: float) -> bool:
-    """Whether a process ends within so many seconds. It is not reaped, so its number stays its own."""
-    until = time.monotonic() + within
-    while process.returncode is None:
-        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            return True
-        if time.monotonic() >= until:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End an ssh, and what it has started: a ProxyCommand. One thread at a time."""
-    if process.returncode is not None:  # reaped: by now its number may be another's
-        return
-    os.killpg(process.pid, signal.SIGTERM)
-    _is_over(process, 1.0)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -7,49 +7,16 @@ import hashlib
 import re
 import subprocess
 import tempfile
-import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from zinf_cli.launch.openssh_route import Route
 from zinf_cli.launch.refusal import Refusal
+from zinf_cli.launch.said import Said
 
-_MOST_LINES = 200
 _PROBE_S = 30.0
 _OPEN_FAILED = r"open failed: (?:connect failed: )?(.+)$"
-_LOGGED_IN = "Authenticated to "
-_IDLE_TALK = (_LOGGED_IN, "Transferred: ", "Bytes per second: ", "debug", "Warning: Permanently added")
-
-
-class Said:
-    """Collects what an ssh prints to stderr, in a thread, until it ends: `lines`, and when its login was done."""
-
-    def __init__(self, stderr: IO[bytes] | None) -> None:
-        assert stderr is not None
-        self._stderr = stderr
-        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
-        self.logged_in: float | None = None
-        """time.monotonic() of it. None before, and always for a session in a connection of the user's own."""
-        self._listener = threading.Thread(target=self._listen, name="hears ssh", daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        for line in self._stderr:
-            text = line.decode(errors="replace").strip()
-            if text.startswith(_LOGGED_IN):
-                self.logged_in = time.monotonic()
-            if text and not text.startswith(_IDLE_TALK):
-                self._lines.append(text)
-
-    @property
-    def lines(self) -> list[str]:
-        """All of it but idle talk. To be asked once the ssh is over; what it has started may still write."""
-        self._listener.join(1.0)
-        return list(self._lines)
 
 
 def refusal(said: Said, way: Route) -> Refusal:

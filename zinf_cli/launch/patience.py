@@ -26,7 +26,7 @@ class Patience:
     def renew(self) -> None:
         """Count the seconds anew, because the other side was heard."""
         self._held = False
-        self._looked = time.monotonic()
+        self._looked = self._heard = time.monotonic()
         self._until = self._looked + self._seconds
 
     def hold(self) -> None:
@@ -41,6 +41,11 @@ class Patience:
             self.renew()
         self._looked = now
         return now >= self._until and not self._held
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the other side was heard."""
+        return time.monotonic() - self._heard
 
     @property
     def has_end(self) -> bool:

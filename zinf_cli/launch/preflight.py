@@ -19,7 +19,7 @@ from zinf_cli.recipe.hosts import Host
 from zinf_cli.search_path import module_command
 from zinf_cli.version import code_digest
 
-COLUMNS = ("ssh", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
+COLUMNS = ("by", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
 
 _FACTS_S = 120.0
 _MOST_SKEW_S = 5.0
@@ -111,9 +111,9 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
     try:
         row.connection = lifelines.connect(row.host)
     except HostError as error:
-        row.note("ssh", "no", f"{error.message} ({error.hint})" if error.hint else error.message)
+        row.note("by", "no", f"{error.message} ({error.hint})" if error.hint else error.message)
         return
-    row.note("ssh", lifelines.transport)
+    row.note("by", lifelines.transport)
     row.note("python", row.connection.python)
     command = module_command("zinf_cli.launch.facts")
     asked = time.time()

@@ -25,8 +25,6 @@ STOP = "ZINF_STOP"
 AGENT_PID = "ZINF_AGENT_PID"
 """Variable in every rank: the pid of the agent, with which the rank dies."""
 
-_GRACE_S = 1.0
-"""Seconds from SIGTERM to SIGKILL."""
 _KILL_TIMEOUT_S = 5.0
 """A process that lives on so long after SIGKILL waits in the kernel (for a drive or a GPU) and can't be ended."""
 
@@ -43,7 +41,8 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _prctl = ctypes.CDLL(None).prctl
 
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+"""Signals that end a supervisor. SIGTERM does not (supervisor.py)."""
 
 
 def become_subreaper() -> None:
@@ -116,6 +115,7 @@ def _become(
             signal.set_wakeup_fd(-1)
             for number in (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             for target, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, target)
             os.execve(command[0], list(command), {**environment, AGENT_PID: str(os.getpid())})
@@ -135,14 +135,10 @@ def reap() -> Iterator[tuple[int, int]]:
 
 
 def end_descendants(but: int | None = None) -> None:
-    """Send SIGTERM to all descendants, then SIGKILL until none is left: one may fork while the others die.
+    """Send SIGKILL to all descendants until none is left: one may fork while the others die.
 
     The child `but` and its descendants live on.
     """
-    _signal_all(_descendants(but), signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_S
-    while _descendants(but) and time.monotonic() < deadline:
-        time.sleep(0.02)
     deadline = time.monotonic() + _KILL_TIMEOUT_S
     while (left := _descendants(but)) and time.monotonic() < deadline:
         _signal_all(left, signal.SIGKILL)
@@ -150,9 +146,13 @@ def end_descendants(but: int | None = None) -> None:
 
 
 def end_marked(launch_id: str) -> int:
-    """Send SIGKILL to every process of a launch, whatever its parent is by now. Returns how many there were."""
-    found = list(_marked(launch_id))
-    _signal_all(found, signal.SIGKILL)
+    """Kill every other process of a launch, whatever its parent is by now. Returns how many there were."""
+    found: set[int] = set()
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
+    while (left := list(_marked(launch_id))) and time.monotonic() < deadline:
+        found.update(left)
+        _signal_all(left, signal.SIGKILL)
+        time.sleep(0.02)
     return len(found)
 
 
@@ -219,7 +219,7 @@ def _number(file: str, name: str) -> int:
 def _descendants(but: int | None = None, root: int | None = None) -> list[int]:
     """Living descendants of `root` (by default this process), without the child `but` and its descendants.
 
-    Parents come before children: so a guard is told first, and knows why its rank dies.
+    Parents come before children: so a guard is killed before its rank, and does not report that as a failure.
     """
     children: dict[int, list[int]] = {}
     for pid in _pids():

@@ -1,7 +1,7 @@
 """Runs ranks under torchrun, with an agent on each host: starts, watches and stops them, and reports how they ended.
 
 torchrun's agent starts the ranks of a host and, when one fails, sends SIGTERM to the others. The launcher and the
-supervisor of each host do the rest: they handle Ctrl-C, ranks that ignore SIGTERM and lost hosts, name the first
+supervisor of each host do the rest: they handle Ctrl-C, ranks that hang and lost hosts, name the first
 failure, and make sure that nothing is left running.
 """
 
@@ -180,6 +180,8 @@ class _Part:
         self.lost: str | None = None
         """Why the host is gone, if it is gone and has not said how its part ended."""
         self._report: dict[str, Any] = {}
+        self.told_to_end = False
+        """Whether the processes there have got a SIGTERM."""
         self.peak_memory = 0
         self._late: list[tuple[str, int, bytes]] = []
         """Parts of mirrored files that the launcher's drive has not taken yet."""
@@ -214,7 +216,7 @@ class _Part:
             "function": self._program.function,
             "run_dir": str(self._program.run_dir),
             "arguments": list(self._program.arguments),
-            "environment": {**_visible(self.connection), **own, **self._program.environment},
+            "environment": {**visible_accelerators(self.connection), **own, **self._program.environment},
             "defaults": interface,
             "log": str(self._log),
         }
@@ -241,6 +243,8 @@ class _Part:
                     with suppress(OSError):
                         if not self._log.exists():  # the agent did not come to know its log
                             self._log.write_text(event["errors"])
+                elif event["event"] == "told to end":
+                    self.told_to_end = True
                 elif event["event"] == "vitals":
                     self.peak_memory = max(self.peak_memory, event["memory"])
                     self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))
@@ -295,12 +299,16 @@ class _Part:
         self._take_in(most=None)
 
 
-def _visible(connection: Connection) -> dict[str, str]:
-    """The variable that chooses the accelerators of a filter's slots. Without a filter the host's own choice stays."""
-    slots = connection.host.slots
-    if slots == tuple(range(len(slots))):
+def visible_accelerators(connection: Connection) -> dict[str, str]:
+    """The variable that chooses the accelerators of a filter's slots. Without a filter the host's own choice stays.
+
+    In a Slurm job that choice has the job's accelerators, and slots are positions in it.
+    """
+    host, own = connection.host, connection.visible
+    if host.slots == tuple(range(len(host.slots))):
         return {}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, slots))}
+    names = own if 0 < host.gpus == len(own) else [str(slot) for slot in range(host.slots[-1] + 1)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in host.slots)}
 
 
 def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
@@ -340,6 +348,8 @@ def _watch(
         for part in parts:
             part.listen()
         on_poll()
+        if any(part.told_to_end for part in parts):
+            stop_signals.told_elsewhere()
         if stop_signals.received >= 2:
             return Outcome(Interrupted.exit_code, None, interrupted=True)
         if stop_signals.received and not asked_to_stop:
@@ -352,7 +362,8 @@ def _watch(
             for part in parts:
                 if part.lost is not None:
                     notify(f"{part.host.name}: {part.lost}; ending the run")
-        if teardown_due is not None and time.monotonic() > teardown_due:
+        falters = any(part.connection.falters for part in parts)  # what others tell may be the loss of this one
+        if teardown_due is not None and time.monotonic() > teardown_due and not falters:
             break
     failure = first_failure(run_dir, [part.ending() for part in parts])
     if failure is not None:

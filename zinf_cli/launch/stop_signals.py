@@ -34,9 +34,13 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def told_elsewhere(self) -> None:
+        """Count a SIGTERM that other processes of the run have got. It may have come to this one, too."""
+        self.received = max(1, self.received)
+
     def _count(self, number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGHUP, signal.SIGUSR1):
-            self.received = max(1, self.received)
+            self.told_elsewhere()
             return
         if number == signal.SIGTERM:
             before, self._last_term = self._last_term, time.monotonic()

@@ -7,11 +7,14 @@ the launcher's own machine the lifeline is a pair of pipes, elsewhere it is an S
 JSON object a line, and empty lines, which are the launcher's heartbeats. On stdout go answers, events and the
 supervisor's own heartbeats.
 
+SIGTERM is the launcher's to obey: at the end of a Slurm job, or of a service, all processes get it, and the run has
+some seconds for its step and a checkpoint. So the supervisor tells the launcher of it. Agent and ranks do nothing.
+
 No process of the run outlives its supervisor or the launcher. When the lifeline closes or is silent for too long, when
-a signal comes or the agent ends, the supervisor ends all its descendants: with SIGTERM, then with SIGKILL until none is
-left. It is a sub-reaper, so a walk down from here finds all of them. If the supervisor itself is killed, the kernel
-kills the agent (PR_SET_PDEATHSIG), then the guards, and then their ranks. Other processes that these have started still
-have the launch's id in their environment. By that the `sweep` of the next supervisor finds them.
+another signal comes or the agent ends, the supervisor kills all its descendants until none is left. It is a sub-reaper,
+so a walk down from here finds all of them. If the supervisor itself is killed, the kernel kills the agent
+(PR_SET_PDEATHSIG), then the guards, and then their ranks. Other processes that these have started still have the
+launch's id in their environment. By that the `sweep` of the next supervisor finds them.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ class Supervisor:
         self._child: Child | None = None
         self._standing_by: Child | None = None
         self._listener: socket.socket | None = None
+        self._told_to_end = False
 
     def serve(self) -> None:
         """Serve until the lifeline closes or falls silent, or a signal comes. Then end everything."""
@@ -79,8 +83,10 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         for number in ENDING_SIGNALS:
             signal.signal(number, _raise_signalled)
+        signal.signal(signal.SIGTERM, self._be_told_to_end)
         try:
-            self._send({"event": "hello", "pid": os.getpid(), "python": sys.version.split()[0]})
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            self._send({"event": "hello", "python": sys.version.split()[0], "visible": visible})
             while True:
                 ready, _, _ = select.select([0, wake], [1] if self._outgoing else [], [], _POLL_S)
                 if wake in ready:
@@ -102,6 +108,9 @@ class Supervisor:
             end_descendants()
             if self._folder is not None:
                 self._folder.leave()
+
+    def _be_told_to_end(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_end = True
 
     def _beat(self) -> None:
         """Send a heartbeat."""
@@ -148,6 +157,9 @@ class Supervisor:
                 self._child.code = code
                 end_descendants(self._standing_by.pid if self._standing_by is not None else None)
         self._send_words()
+        if self._told_to_end:
+            self._told_to_end = False
+            self._send({"event": "told to end"})
         if self._folder is not None and self._child is not None and (vitals := self._gauge.read()) is not None:
             self._send({"event": "vitals", **vitals})
         behind = False

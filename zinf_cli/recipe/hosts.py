@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zinf_cli.errors import HostfileError, UsageError
-from zinf_cli.recipe.slurm import slurm_slots
+from zinf_cli.recipe.slurm import slurm_nodes
 
 SLURM = "slurm"
 """Instead of a hostfile's name: the allocation this process runs in."""
@@ -35,6 +35,10 @@ class Host:
     """The accelerators it gives (for a CPU just numbers); one rank each."""
     user: str | None = None
     port: int | None = None
+    job: str | None = None
+    """The Slurm job that it is a node of, if srun is to reach it."""
+    gpus: int = 0
+    """How many accelerators that job has there. Slots are then positions among these."""
 
     @property
     def name(self) -> str:
@@ -48,16 +52,15 @@ def this_machine(slots: int) -> Host:
     return Host("localhost", tuple(range(slots)))
 
 
-def load_hosts(source: str, *, include: str | None = None, exclude: str | None = None) -> tuple[Host, ...]:
+def load_hosts(
+    source: str, *, include: str | None = None, exclude: str | None = None, ssh: bool = False
+) -> tuple[Host, ...]:
     """The hosts of the hostfile `source` (or of SLURM's allocation, for "slurm") that the filters leave.
 
-    HostfileError has every bad line as file:line; UsageError is for a filter, or an allocation, that makes no sense.
+    With `ssh`, SSH reaches the nodes of an allocation, else srun. HostfileError has every bad line as file:line;
+    UsageError is for a filter, or an allocation, that makes no sense.
     """
-    hosts = (
-        tuple(Host(name, slots) for name, slots in slurm_slots(os.environ).items())
-        if source == SLURM
-        else _read(Path(source))
-    )
+    hosts = _allocated(ssh) if source == SLURM else _read(Path(source))
     if include is not None and exclude is not None:
         raise UsageError("--include and --exclude can't be given together", hint="--include names all that take part")
     if include is not None:
@@ -89,6 +92,15 @@ def parse_hostfile(text: str, file: str) -> tuple[Host, ...]:
     if problems:
         raise HostfileError(problems)
     return tuple(hosts.values())
+
+
+def _allocated(ssh: bool) -> tuple[Host, ...]:
+    """The nodes of the job around this process. By SSH, slots are the numbers that the job's GPUs have there."""
+    nodes = slurm_nodes(os.environ).items()
+    if ssh:
+        return tuple(Host(name, node.gpus[: node.ranks] or tuple(range(node.ranks))) for name, node in nodes)
+    job = os.environ["SLURM_JOB_ID"]
+    return tuple(Host(name, tuple(range(node.ranks)), job=job, gpus=len(node.gpus)) for name, node in nodes)
 
 
 def _read(path: Path) -> tuple[Host, ...]:

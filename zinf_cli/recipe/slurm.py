@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from zinf_cli.errors import UsageError
 
@@ -23,8 +24,16 @@ _MOST_NODES = 100_000
 _ANSWER_S = 60.0
 
 
-def slurm_slots(environment: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """The slots of each node of the job that this process runs in. UsageError if that can't be told."""
+@dataclass(frozen=True)
+class Node:
+    """What a job has of a node: room for `ranks`, and the numbers that its GPUs have there."""
+
+    ranks: int
+    gpus: tuple[int, ...]
+
+
+def slurm_nodes(environment: Mapping[str, str]) -> dict[str, Node]:
+    """The nodes of the job that this process runs in. UsageError if these can't be told."""
     job = environment.get("SLURM_JOB_ID")
     if not job or not (environment.get("SLURM_JOB_NODELIST") or environment.get("SLURM_HET_SIZE")):
         raise UsageError("--hosts slurm: no allocation here (no SLURM_JOB_ID)", hint="run it under salloc or sbatch")
@@ -36,14 +45,13 @@ def slurm_slots(environment: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
         raise UsageError(f"--hosts slurm: scontrol can't be asked for the job's GPUs: {error}") from error
     if answer.returncode:
         raise UsageError(f"--hosts slurm: scontrol knows no job {job}: {answer.stderr.strip()}")
-    return slots_of_job(environment, answer.stdout)
+    return nodes_of_job(environment, answer.stdout)
 
 
-def slots_of_job(environment: Mapping[str, str], job: str) -> dict[str, tuple[int, ...]]:
-    """The slots of each node, from the variables of a job and what `scontrol show job -d` prints of it.
+def nodes_of_job(environment: Mapping[str, str], job: str) -> dict[str, Node]:
+    """The nodes, from the variables of a job and what `scontrol show job -d` prints of it.
 
     There is a rank for each task if the user gave a number of tasks, or else for each GPU, or else one on each node.
-    Slots are the numbers that the job's GPUs have on their node.
     """
     if int(environment.get("SLURM_HET_SIZE") or 1) > 1:
         raise UsageError(
@@ -58,7 +66,7 @@ def slots_of_job(environment: Mapping[str, str], job: str) -> dict[str, tuple[in
         if len(tasks) != len(nodes):
             raise ValueError(f"SLURM_TASKS_PER_NODE={counts} is about {len(tasks)} nodes, not {len(nodes)}")
         chosen = not any(gpus.values()) or bool({"SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"} & environment.keys())
-        slots: dict[str, tuple[int, ...]] = {}
+        found: dict[str, Node] = {}
         for node, wanted in zip(nodes, tasks, strict=True):
             there = gpus.get(node, ())
             number = wanted if chosen else len(there)
@@ -66,13 +74,13 @@ def slots_of_job(environment: Mapping[str, str], job: str) -> dict[str, tuple[in
                 raise ValueError(f"{node} has {len(there)} GPUs of the job for {max(1, number)} ranks")
             if not 0 < number <= _MOST_RANKS:
                 raise ValueError(f"{node} has {number} tasks")
-            slots[node] = there[:number] or tuple(range(number))
+            found[node] = Node(number, there)
     except ValueError as error:
         raise UsageError(
             f"--hosts slurm: SLURM_JOB_NODELIST={listed}: {error}",
             hint="run zinf in the batch script or under salloc, not under srun; see --ntasks-per-node, --gpus-per-node",
         ) from error
-    return slots
+    return found
 
 
 def _tasks(counts: str) -> list[int]:

@@ -45,6 +45,7 @@ def launch_ranks(part: Mapping[str, Any], function: Callable[..., None], *argume
         rdzv_backend=_BACKEND,
         max_restarts=0,
         start_method="fork",
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # SIGTERM is the launcher's to obey (supervisor.py)
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else it leaves a folder in /tmp
         # else it asks for the devices here, which initialises CUDA if NVML is no help: no fork could use it then
         numa_options=NumaOptions(AffinityMode.NODE),

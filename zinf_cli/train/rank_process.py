@@ -31,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 _GUARDED = {signal.SIGTERM, signal.SIGCHLD}
-"""The signals that a guard waits for: torchrun's teardown, which it hands on, and the end of its rank."""
+"""The signals that a guard waits for: torchrun's teardown, for which it kills its rank, and the end of its rank."""
 
 _LOG_BYTES = 2**16
 """Bytes that a log takes at the start, so that a run on a full drive can still say something."""
@@ -59,7 +59,6 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     _die_with(int(os.environ.get("ZINF_AGENT_PID", os.getppid())))
     rank = int(os.environ["RANK"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _redirect_output(run_dir / rank_log(rank), rank)
     place = ErrorPlace(run_dir, rank)
     oom_kills = _count_oom_kills()
@@ -69,6 +68,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     _name_process(f"zinf {'guard' if child else 'rank'} {rank}")
     if child == 0:
         _die_with(guard)
+        _leave_sigterm_to_launcher()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
         code = 1
         try:
@@ -120,14 +120,15 @@ def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> i
     torn_down = False
     ended = 0
     while not ended:
-        if signal.sigwait(_GUARDED) == signal.SIGTERM:  # if both are pending, SIGTERM comes first
+        told = signal.sigwaitinfo(_GUARDED)  # if both are pending, SIGTERM comes first
+        if told.si_signo == signal.SIGTERM and told.si_pid == os.getppid():  # from the agent
             torn_down = True
-            os.kill(child, signal.SIGTERM)
+            os.kill(child, signal.SIGKILL)
         ended, status = os.waitpid(child, os.WNOHANG)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
-    if number != signal.SIGTERM or not torn_down:
+    if number != signal.SIGKILL or not torn_down:
         error = RankError(_signal_line(number, oom_kills))
         with suppress(OSError):
             place.write(ErrorRecord(rank, child, error.to_json()))
@@ -194,6 +195,13 @@ def _redirect_output(log: Path, rank: int) -> None:
     sys.stdout, sys.stderr = make_unfailing(sys.stdout), make_unfailing(sys.stderr)
     faulthandler.enable()
     print(f"--- rank {rank} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+
+def _leave_sigterm_to_launcher() -> None:
+    """Do nothing at SIGTERM (launch/supervisor.py). Programs and forks of the rank obey it, so that it can end them."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    signal.siginterrupt(signal.SIGTERM, False)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _name_process(name: str) -> None:

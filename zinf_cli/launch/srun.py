@@ -1,0 +1,84 @@
+"""Channels to the nodes of a Slurm job by `srun`: a job step on each node carries the supervisor. No SSH is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from zinf_cli.errors import HostError, UsageError
+from zinf_cli.launch.client_channel import ClientChannel, allow_files
+from zinf_cli.launch.process_tree import LAUNCH_ID
+from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, supervisor_command, supervisor_program
+from zinf_cli.recipe.hosts import Host
+
+_START_S = 60.0
+"""Seconds until the supervisor of a node runs. Where a node has no room for a step, srun itself would wait for ever."""
+
+_STEP = (
+    "--overlap", "--mem=0", "--cpu-bind=none", "--mpi=none", "--nodes=1", "--ntasks=1", "--unbuffered", "--chdir=/",
+)  # fmt: skip
+"""A step with one task. It shares all that the job has on the node with other steps, and binds no ranks to cores."""
+
+
+class Srun:
+    """Starts supervisors on the nodes of a job, with this process's own interpreter."""
+
+    def __init__(self) -> None:
+        srun = shutil.which("srun")
+        if srun is None:
+            raise UsageError("--hosts slurm: there is no srun here", hint="--ssh reaches the nodes by SSH")
+        self._srun = srun
+        said = subprocess.run([srun, "--version"], capture_output=True, text=True, check=False).stdout
+        version = re.search(r"\d+\.\d+", said)
+        self.name = f"srun {version[0]}" if version is not None else "srun"
+        allow_files()
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        assert host.job is not None
+        greeting = Greeting(launch_id)
+        program = supervisor_program(launch_id, SILENCE_S, greeting)
+        where = [f"--jobid={host.job}", f"--nodelist={host.host}"]
+        gpus = [f"--gpus={host.gpus}"] if host.gpus else []
+        # A supervisor does not hear of the end of its srun, so another one has to find it (Supervisor.do_sweep).
+        mark = f"--export=ALL,{LAUNCH_ID}={launch_id}"
+        command = [self._srun, *_STEP, *where, *gpus, mark, *supervisor_command(sys.executable, program)]
+        try:
+            return _SrunChannel(command, program, greeting, _environment(os.environ))
+        except HostError as error:
+            raise HostError(error.message, where=host.name, hint=error.hint) from error
+
+    def close(self) -> None:
+        pass
+
+
+def _environment(here: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a step, and of srun itself.
+
+    srun takes each SLURM_* for an option, and those of a job ask for all tasks of the job. The address in
+    SSH_CONNECTION is not the node's.
+    """
+    return {
+        name: value
+        for name, value in here.items()
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SSH_CONNECTION"))
+    }
+
+
+class _SrunChannel(ClientChannel):
+    def _check_time(self, seconds: float) -> None:
+        if seconds > _START_S:
+            raise HostError(f"srun started nothing there within {_START_S:.0f} s: {self._last_word()}")
+
+    def _why_ended(self, code: int, greeting: Greeting) -> HostError:
+        return HostError(self._last_word())
+
+    def _last_word(self) -> str:
+        """The last that was told: by srun, or by what it has started."""
+        lines = self._said.lines
+        causes = [line for line in lines if not re.search("error: .* task 0: ", line)]  # how the task ended, not why
+        told = (causes or lines or ["it ended without a word"])[-1]
+        return f"srun: {re.sub('^(srun|slurmstepd[^:]*): (error: )?', '', told)}"
