@@ -9,7 +9,7 @@ kernel in engine/traffic/kernel.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PAGE = 4096
@@ -49,7 +49,7 @@ class Field:
     dtype: str | None = "F32"
     """None: the parameter's own."""
     carries: bool = False
-    """Whether it is fp32 and never negative, so that its sign can carry a bit of something else."""
+    """Whether it is never negative, so that its sign can carry a bit of something else."""
 
     @property
     def item_bytes(self) -> int:
@@ -77,6 +77,15 @@ class OptimizerState:
     name: str
     fields: tuple[Field, ...]
 
+    def stored_as(self, dtype: str) -> OptimizerState:
+        """The same with fields of `dtype`: each update rounds them to it."""
+        return replace(self, fields=tuple(replace(field, dtype=dtype) for field in self.fields))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether its fields are stored in fewer bits than updates compute them in."""
+        return any(field.item_bytes < FP32_BYTES for field in self.fields)
+
     @property
     def carrier(self) -> Field | None:
         """The field whose sign makes 17 bits of a remainder's 16."""
@@ -102,7 +111,7 @@ class OptimizerState:
     @property
     def moved_bytes_per_param(self) -> int:
         """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out."""
-        return GRAD.item_bytes + 2 * (FP32_BYTES + self.bytes_per_param("F32"))
+        return GRAD.item_bytes + 2 * FP32_BYTES * (1 + len(self.fields))
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> OptimizerState:

@@ -157,7 +157,7 @@ class Engine:
         the model can't be trained this way, TierError where a transfer failed, CapacityError where buffers are too
         small.
         """
-        assert kernel.state == self._optimizer, f"{kernel.state.name} does not update what {self._optimizer.name} keeps"
+        kernel.check_state(self._optimizer)
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
         speculative = (

@@ -53,6 +53,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         **_first_and_last("eval_loss", [line["eval_loss"] for line in watch.lines if "eval_loss" in line]),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "endurance_bytes": plan.endurance_bytes,
+        "moments": "bf16, rounded" if plan.figures.optimizer.rounded else "fp32",
         "measured": {
             "step_s": median("step_s"),
             "tokens_per_s": median("tokens_per_s"),

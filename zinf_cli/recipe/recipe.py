@@ -209,6 +209,9 @@ class Optimizer(Section):
     """Added to adamw's denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     """Decoupled from the gradient, but for sgd's."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of stored moments. bf16 halves them, and changes results: updates round them. The second moment of adamw then
+    never falls with a beta of 0.999; with 0.99 it does."""
     no_decay: tuple[str, ...] = ()
     """Patterns of names of parameters without weight decay, such as '*norm*' and '*.bias'."""
 
@@ -251,7 +254,7 @@ class Offload(Section):
     grads: Tier = "auto"
     """The gradients, fp32."""
     optimizer: Tier = "auto"
-    """Both moments, fp32, and what makes the master weights where the compute is 16-bit."""
+    """Moments, and what makes the master weights where the compute is 16-bit."""
     activations: Tier = "auto"
     """The inputs of units between forward and backward."""
     nvme_path: Paths | None = None

@@ -35,7 +35,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row(word, Text(answer, "bold"))
     head.add_row()
     head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
-    head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}")
+    head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}{_moments(plan)}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
@@ -129,6 +129,12 @@ def _ranks(plan: Plan) -> str:
     kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
     threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
     return f"{kind} {'rank' if plan.world_size == 1 else 'ranks'}{threads}"
+
+
+def _moments(plan: Plan) -> str:
+    """What each update does to moments that are stored in fewer bits."""
+    rounds = "; each update rounds moments to bf16: results differ from those of fp32"
+    return rounds if plan.figures.optimizer.rounded else ""
 
 
 def _recomputed(plan: Plan) -> str:

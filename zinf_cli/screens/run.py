@@ -174,6 +174,8 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     lines.append(Text("   ".join(losses), style="bold"))
     lines += [outside(f"{count} sequences from {path}") for path, count in summary["sources"].items()]
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
+    if summary["moments"] != "fp32":
+        title += f", moments in {summary['moments']}"
     if summary["skipped_steps"]:
         title += f", {summary['skipped_steps']} of them skipped"
     return Panel(Group(*lines), title=outside(title), expand=False)

@@ -110,6 +110,7 @@ class CheckpointReader:
         if flat.carrier is not None and field in (*VALUES, flat.carrier):
             names = (PARAM.stored, REMAINDER.stored, flat.carrier)
             param, remainder, carried = (self._stored(place, name, first, last) for name in names)
+            carried = carried.float()
             master = join(param, remainder, carried)
             return carried if field == flat.carrier else master
         if field not in flat.fields:

@@ -26,7 +26,7 @@ from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.optimizer import kernel_of, undecayed
+from zinf_cli.train.optimizer import state_of, undecayed
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
@@ -80,8 +80,7 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))
-    optimizer = kernel_of(recipe.optimizer, recipe.optimizer.lr).state
-    return Figures(figures, data, machine, world_size, ranks, precision, optimizer)
+    return Figures(figures, data, machine, world_size, ranks, precision, state_of(recipe.optimizer))
 
 
 def _texts(recipe: Recipe) -> tuple[str, ...]:

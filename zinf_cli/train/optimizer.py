@@ -13,12 +13,18 @@ from zinf_cli.engine.traffic.lion import Lion
 from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.engine.units.tiles import parts_of
 from zinf_cli.errors import RecipeError
+from zinf_cli.model_state import PRECISIONS, OptimizerState
 from zinf_cli.recipe.recipe import Optimizer
 
 
 def kernel_of(settings: Optimizer, lr: float) -> Kernel:
     """The kernel for one step with this learning rate."""
     return KERNELS[settings.name](settings, lr)
+
+
+def state_of(settings: Optimizer) -> OptimizerState:
+    """What is stored of a trained parameter."""
+    return kernel_of(settings, settings.lr).state.stored_as(PRECISIONS[settings.state_dtype])
 
 
 def undecayed(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:

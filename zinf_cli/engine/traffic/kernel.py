@@ -30,6 +30,10 @@ class Kernel(ABC):
     fused: bool = field(default=False, kw_only=True)
     """Whether to launch as little as can be, with torch's fused kernel where there is one: for an accelerator."""
 
+    def check_state(self, kept: OptimizerState) -> None:
+        """AssertionError if a run that keeps this state has another optimizer; its fields may have fewer bits."""
+        assert self.state.name == kept.name, f"{self.state.name} does not update what {kept.name} keeps"
+
     @abstractmethod
     def update(self, param: torch.Tensor, grad: torch.Tensor, *fields_and_step: Any) -> None:
         """Update `param` and the fields of `state` in place; `grad` may be multiplied by `clip`, and stays otherwise.

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.split_masters import split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.units.store import Flat, Unit, overlap
@@ -172,11 +173,13 @@ def _load(
 
 def _split(master: torch.Tensor, carried: torch.Tensor | None, carrier: Field) -> dict[Field, torch.Tensor]:
     """The fields that `master` (fp32) is kept in. Without values, `carried` is zeros: left out if no sign is set."""
-    values = torch.zeros_like(master) if carried is None else carried
+    values = torch.zeros_like(master) if carried is None else carried.float()
     param, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
     split(master, param, remainder, values)
     found = {PARAM: param, REMAINDER: remainder}
-    return found if carried is None and not values.signbit().any() else {**found, carrier: values}
+    if carried is None and not values.signbit().any():
+        return found
+    return {**found, carrier: values.to(STORED[carrier.dtype or "F32"])}
 
 
 def _gather(values_of: _Values, flat: Flat, field: Field, begin: int, numel: int) -> torch.Tensor:

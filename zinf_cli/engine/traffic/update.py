@@ -117,19 +117,21 @@ class ChunkUpdate:
 
     def _update(self, kernel: Kernel, start: int, end: int, step: int) -> None:
         """Let the kernel update elements [start, end) of the chunk."""
-        carrier = self._flat.carrier
-        most = end - start if carrier is None else DEVICE_BLOCK if kernel.fused else BLOCK
+        carrier, stored = self._flat.carrier, self._flat.moments
+        as_they_are = carrier is None and all(self._fields[field].dtype == torch.float32 for field in (GRAD, *stored))
+        most = end - start if as_they_are else DEVICE_BLOCK if kernel.fused else BLOCK
         for begin in range(start, end, most):
             block = {field: values[begin : min(end, begin + most)] for field, values in self._fields.items()}
-            grad, *fields = (block[field] for field in (GRAD, *kernel.state.fields))
-            grad = grad.float()
-            if carrier is None:
-                kernel.update(block.get(MASTER, block[PARAM]), grad, *fields, step)
-            else:
-                halves = block[PARAM], block[REMAINDER], block[carrier]
-                master = join(*halves)
-                kernel.update(master, grad, *fields, step)
-                split(master, *halves)
+            moments = {field: block[field].float() for field in stored}
+            master = block.get(MASTER, block[PARAM])
+            if carrier is not None:
+                master = join(block[PARAM], block[REMAINDER], moments[carrier])
+            kernel.update(master, block[GRAD].float(), *moments.values(), step)
+            if carrier is not None:
+                split(master, block[PARAM], block[REMAINDER], moments[carrier])
+            for field, values in moments.items():
+                if values is not block[field]:
+                    block[field].copy_(values)
 
     def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
         """Start writing the new values of `field` to where they go; values in place need no write."""

@@ -61,6 +61,8 @@ class Flat:
         """The fields of the optimizer."""
         self.stored = optimizer.stored(dtype) if layout.trainable else (FROZEN,)
         """The fields that are state between two steps, in a checkpoint's order."""
+        self.moments = optimizer.fields if layout.trainable else ()
+        """What the optimizer keeps, in the order of its kernel."""
         self.carrier = optimizer.carrier if REMAINDER in self.beside else None
         """The field whose sign is that of masters which are split (split_masters.py)."""
         self._tiers = tiers
