@@ -165,7 +165,7 @@ def test_the_first_lines_say_whether_it_fits_where_it_lies_and_how_long_it_takes
     recipe = recipe_of(tmp_path, "llama")
     plan = best_plan(recipe, find_figures(recipe, 1))
     lines = first_lines(replace(plan, step_s=100.0, bottleneck="nvme"))
-    assert re.fullmatch(r"fits +CPU memory \S+ MiB of \S+ .iB, NVMe \S+ .iB of \S+ .iB", lines[0])
+    assert re.fullmatch(r"fits +CPU memory \S+ .iB of \S+ .iB, NVMe \S+ .iB of \S+ .iB", lines[0])
     assert re.fullmatch(r"lies +parameters, gradients, optimizer states, activations on NVMe", lines[1])
     assert re.fullmatch(r"takes +5 min 00 s for 3 steps, 1 min 40 s a step, bound by nvme", lines[2])
     assert lines[3] == ""
