@@ -22,7 +22,7 @@ AGENT = Agent("ranks")
 HOSTS = tuple(Host(f"node{number:03d}", tuple(range(8))) for number in range(100))
 FACTS = {
     "code": code_digest(), "torch": "2.13.0", "accelerators": 8, "memory": 2**40,
-    "drives": {}, "paths": {}, "memlock": -1,
+    "drives": {}, "paths": {}, "memlock": -1, "cores": 64,
 }  # fmt: skip
 
 Answer = Callable[[Host, dict[str, Any]], list[dict[str, Any]]]

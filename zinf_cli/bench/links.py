@@ -24,6 +24,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
+from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.trace import Trace
 
@@ -191,7 +192,7 @@ def _seconds(work: Callable[[], Any], device: torch.device, times: int | None = 
 
 def measure(run_dir: Path, part: str) -> int:
     """The life of a rank: measure "alone" or "together", and have rank 0 print what was found."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    torch.set_num_threads(max(1, cores_here() // int(os.environ["LOCAL_WORLD_SIZE"])))
     found = measure_alone() if part == "alone" else measure_together()
     if os.environ["RANK"] == "0":
         print(json.dumps(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from zinf_cli.errors import Interrupted, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.runner import Agent, Program, World, run_ranks
+from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.model_state import PAGE
 from zinf_cli.recipe.hosts import Host, this_machine
@@ -84,7 +84,7 @@ def run_bench_links(hosts: Sequence[Host], out: Path | None, *, as_json: bool, c
         first, *others = preflight.connections
         first.host = replace(first.host, slots=(0,))
         found = _measured("alone", World(lifelines, [first]), console)
-        here = found["accelerators"] or min(2, len(os.sched_getaffinity(0)))
+        here = found["accelerators"] or min(2, cores_here())
         inside = len(hosts[0].slots) if hosts else here
         if inside > 1:
             first.host = replace(first.host, slots=tuple(range(inside)))

@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import PreflightError
+from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space
 from zinf_cli.version import code_digest, version_of
 
 
 def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
-    """Versions, accelerators, CPU memory in bytes, drives, the files at `paths`, and the time."""
+    """Versions, accelerators, cores, CPU memory in bytes, drives, the files at `paths`, and the time."""
     return {
         "code": code_digest(),
         "torch": version_of("torch") or "of unknown version",
         "accelerators": accelerators_here(),
+        "cores": cores_here(),
         "memory": available_memory(),
         "drives": {folder: _drive(Path(folder)) for folder in nvme},
         "paths": {path: _contents(Path(path)) for path in paths},

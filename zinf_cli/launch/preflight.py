@@ -168,13 +168,15 @@ def _judge(row: Row, answered: Sequence[Row]) -> None:
 
 def _judge_slots(row: Row, accelerated: bool) -> None:
     there, wanted = row.facts["accelerators"], row.host.slots
+    cores = row.facts["cores"]
+    shared = f", share {cores} {'core' if cores == 1 else 'cores'}" if cores < len(wanted) else ""
     if not accelerated:
-        row.note("slots", f"{len(wanted)} CPU")
+        row.note("slots", f"{len(wanted)} CPU{shared}")
         return
     problem = None
     if wanted[-1] >= there:
         problem = f"slot {wanted[-1]} is asked for, but there are {there} accelerators (nvidia)"
-    row.note("slots", f"{len(wanted)} of {there}", problem)
+    row.note("slots", f"{len(wanted)} of {there}{shared}", problem)
 
 
 def _judge_drive(row: Row, drive: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from zinf_cli.errors import PreflightError
+from zinf_cli.machine.control_groups import memory_left
 from zinf_cli.machine.drive_files import file_system_of, open_nameless
 from zinf_cli.machine.profiles import DRIVE_SHARE
 
@@ -65,40 +66,9 @@ def accelerators_here(root: Path = Path("/")) -> int:
 
 
 def available_memory() -> int:
-    """Bytes of CPU memory a new process could use: the kernel's estimate, or what the control group leaves."""
+    """Bytes of CPU memory a new process could use: the kernel's estimate, or what the control groups leave."""
     available = int(psutil.virtual_memory().available)
-    return min([available, *(limit for limit in _cgroup_headroom() if limit >= 0)])
-
-
-def _cgroup_headroom() -> list[int]:
-    """Bytes left in this process's memory control groups (v2 and v1), as far as they can be read."""
-    groups = []
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                groups.append((Path("/sys/fs/cgroup" + path), "memory.max", "memory.current"))
-            elif "memory" in controllers.split(","):
-                root = Path("/sys/fs/cgroup/memory" + path)
-                groups.append((root, "memory.limit_in_bytes", "memory.usage_in_bytes"))
-    except OSError:
-        return []
-    headroom = []
-    for folder, limit_file, usage_file in groups:
-        try:
-            limit = (folder / limit_file).read_text().strip()
-            if limit != "max" and int(limit) < 1 << 60:
-                used = int((folder / usage_file).read_text()) - _page_cache(folder)
-                headroom.append(int(limit) - used)
-        except (OSError, ValueError, KeyError):
-            continue
-    return headroom
-
-
-def _page_cache(group: Path) -> int:
-    """Bytes a control group is charged for cached files: the kernel takes them back when memory is wanted."""
-    counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return int(counters["inactive_file"]) + int(counters["active_file"])
+    return min([available, *(left for left in memory_left() if left >= 0)])
 
 
 def drive_space(folder: Path, key: str = "offload.nvme_path") -> Space:

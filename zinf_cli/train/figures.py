@@ -7,7 +7,6 @@ the text.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.engine.units.tiles import Tile, cut_together, parts_of
 from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
+from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.optimizer import state_of, undecayed
@@ -237,7 +237,7 @@ def _machine(
     device: torch.device, precision: str, ranks: int, forked_with: int, shape: tuple[int, int]
 ) -> MachineFigures:
     """This host as the plan sees it. `shape` is that of a micro-batch between units: tokens by hidden."""
-    cores = len(os.sched_getaffinity(0))
+    cores = cores_here()
     free = 0
     if device.type == "cuda":
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))

@@ -32,6 +32,7 @@ from xxhash import xxh3_128_hexdigest
 from zinf_cli.checkpoint.folder import checkpoints_to_resume
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import RankError, ZinfError
+from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
@@ -98,7 +99,7 @@ def _cache(entry: Path, text: str) -> None:
 def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> str:
     """A hash of all that the answer follows from."""
     software = [sys.version, *map(version_of, LIBRARIES)]
-    machine = [socket.gethostname(), len(os.sched_getaffinity(0)), *map(os.environ.get, DEVICE_CHOICES)]
+    machine = [socket.gethostname(), cores_here(), *map(os.environ.get, DEVICE_CHOICES)]
     texts = find_texts([*recipe.dataset.paths, *(recipe.dataset.eval_path or ())])
     seen = [*_seen(recipe), *(file for text in texts for file in text.files)]
     files = [(str(file), *identity(file)) for file in seen]

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from zinf_cli.durable import reserve_behind
 from zinf_cli.errors import RankError, ReportedError, ZinfError
+from zinf_cli.machine.control_groups import oom_kills
 from zinf_cli.run_folder.error_records import ErrorPlace, ErrorRecord
 from zinf_cli.run_folder.names import rank_log
 from zinf_cli.unfailing_stream import make_unfailing
@@ -61,7 +62,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _redirect_output(run_dir / rank_log(rank), rank)
     place = ErrorPlace(run_dir, rank)
-    oom_kills = _count_oom_kills()
+    kills_before = oom_kills()
     signal.pthread_sigmask(signal.SIG_BLOCK, _GUARDED)
     guard = os.getpid()
     child = os.fork()
@@ -75,7 +76,7 @@ def run_rank(main: Callable[[], int], run_dir: Path) -> None:
             code = _run_main(main, rank, place)
         finally:
             os._exit(code)
-    code = _guard(child, oom_kills, rank, place)
+    code = _guard(child, kills_before, rank, place)
     if code != 0:
         os._exit(code)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _GUARDED)
@@ -115,7 +116,7 @@ def _run_main(main: Callable[[], int], rank: int, place: ErrorPlace) -> int:
     return code
 
 
-def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> int:
+def _guard(child: int, kills_before: int | None, rank: int, place: ErrorPlace) -> int:
     """Wait for the rank, and record the signal that killed it, if any. Returns its exit code, as in a shell."""
     torn_down = False
     ended = 0
@@ -129,7 +130,7 @@ def _guard(child: int, oom_kills: int | None, rank: int, place: ErrorPlace) -> i
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
     if number != signal.SIGKILL or not torn_down:
-        error = RankError(_signal_line(number, oom_kills))
+        error = RankError(_signal_line(number, kills_before))
         with suppress(OSError):
             place.write(ErrorRecord(rank, child, error.to_json()))
             print(error, file=sys.stderr)
@@ -140,31 +141,10 @@ def _signal_line(number: signal.Signals, oom_kills_before: int | None) -> str:
     killed = f"killed by {number.name}"
     if number != signal.SIGKILL:
         return f"{killed} ({signal.strsignal(number)})"
-    oom_kills = _count_oom_kills()
-    if oom_kills is not None and oom_kills_before is not None and oom_kills > oom_kills_before:
+    kills = oom_kills()
+    if kills is not None and oom_kills_before is not None and kills > oom_kills_before:
         return f"{killed}: the kernel's out-of-memory killer struck in this control group"
     return f"{killed}, as the kernel does when memory runs out; dmesg says whether it did"
-
-
-def _count_oom_kills() -> int | None:
-    """How many processes of this control group (v1 or v2) were killed for memory. None if that can't be read."""
-    mounted = Path("/sys/fs/cgroup")
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers == "":
-                root, name = mounted, "memory.events"
-            elif "memory" in controllers.split(","):
-                root, name = mounted / "memory", "memory.oom_control"
-            else:
-                continue
-            # In a container the group's path may be the host's, with the group itself mounted as the root.
-            for folder in (root / group.lstrip("/"), root):
-                with suppress(OSError):
-                    count = re.search(r"^oom_kill (\d+)$", (folder / name).read_text(), re.MULTILINE)
-                    if count:
-                        return int(count[1])
-    return None
 
 
 def _is_secondary(error: BaseException) -> bool:
