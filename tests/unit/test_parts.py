@@ -21,6 +21,7 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from checkpoints import resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import CONFIGS, random_source
+from zinf_cli.engine.compute import joined as joined_backward
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.units.tiles import TiledWeight, cut
@@ -175,6 +176,27 @@ def test_no_product_is_computed_again() -> None:
     ops = counter.get_flop_counts()["Global"]
     passes, tokens = 3, 2 * 12  # forward, and backward into input and weight
     assert sum(ops.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm)) == passes * 2 * tokens * weights
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_micro_batches_of_few_tokens_have_one_backward_of_a_product(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients are added up in another order, which is one order for every placement."""
+
+    def losses_of(options: EngineOptions) -> tuple[list[list[float]], int]:
+        engine = in_parts(name, options, MODULES)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            losses = engine_losses(engine, 2, count=6, tokens=2)
+        return losses, sum(event.name == "aten::mm" for event in profiled.events())
+
+    joined, products = losses_of(everything_on("nvme", tmp_path))
+    assert losses_of(EngineOptions()) == (joined, products)
+    with monkeypatch.context() as patch:
+        patch.setattr(joined_backward, "_joinable", lambda tapes, unit: 1)
+        alone, products_alone = losses_of(EngineOptions())
+    assert products < 0.8 * products_alone
+    assert relative_difference(joined, alone) < 1e-6
 
 
 def test_a_trace_names_parts_and_tells_glue_from_compute(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zinf_cli.model_state import ADAMW, PRECISIONS, OptimizerState
+from zinf_cli.model_state import ADAMW, GRAD, PRECISIONS, OptimizerState
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class UnitFigures:
     def numel(self) -> int:
         """Elements of all parameters, trainable or not."""
         return self.trainable_numel + self.frozen_numel
+
+    def inside_bytes(self, per_sweep: int) -> int:
+        """Of compute in one call, or in those of several of `per_sweep` micro-batches (engine/compute/joined.py)."""
+        gradient = GRAD.item_bytes * self.largest_param_numel
+        joined = min(gradient, per_sweep * (2 * self.call_bytes + self.output_bytes)) if self.product else 0
+        return self.saved_bytes // max(1, self.calls) + 2 * self.output_bytes + gradient + joined
 
     @property
     def param_bytes(self) -> int:

@@ -382,10 +382,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 def compute_bytes(figures: Figures, choice: Choice) -> int:
     """Bytes of compute at its peak, on the compute device: one unit of one micro-batch, and the glue between units."""
     model, grad = figures.model, GRAD.item_bytes
-    inside = max(
-        (u.saved_bytes // max(1, u.calls) + 2 * u.output_bytes + grad * u.largest_param_numel for u in model.units),
-        default=0,
-    )
+    inside = max((unit.inside_bytes(choice.per_sweep) for unit in model.units), default=0)
     last = None if model.turn is None else model.units[model.turn]
     turn = 0
     if last is not None:

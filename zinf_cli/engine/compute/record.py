@@ -42,6 +42,7 @@ class GlueTensor:
     edge: GradientEdge
     first: int
     """Number of the record that took it first, and so comes last in backward."""
+    shape: torch.Size
     saved: Saved | None = None
     """The value, if a consumer of it is to be recomputed."""
 

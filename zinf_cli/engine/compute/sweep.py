@@ -27,6 +27,7 @@ from itertools import compress, islice
 import torch
 
 from zinf_cli.engine.compute.activations import Activations
+from zinf_cli.engine.compute.joined import backward, in_turn
 from zinf_cli.engine.compute.keep import GlueKeeper, Keeper
 from zinf_cli.engine.compute.micro_batch import Finished
 from zinf_cli.engine.compute.moving_state import MovingState
@@ -319,9 +320,8 @@ class Sweep:
         for visit in list(back_visits(back, self._backwards.copy(), turns=False, last=last)):
             prefetch(members)
             self._pipeline.acquire(visit)
-            for member in members:
-                for _ in self._calls(visit.unit, lambda: member.recorded):  # noqa: B023
-                    member.backward()
+            for tapes in in_turn(members, visit.unit, self._units[visit.unit].layout, self._experts):
+                backward(tapes)
                 prefetch(members)
                 self._pipeline.advance()
             self._pipeline.release(visit)

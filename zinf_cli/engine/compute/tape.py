@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -82,7 +82,7 @@ class Tape:
         tensors = [leaf for leaf in (*flat, *reach.tensors) if isinstance(leaf, torch.Tensor)]
         needs_grad = call.grad_enabled and (call.unit in self._trainable or any(t.requires_grad for t in tensors))
         if not needs_grad:
-            with torch.no_grad(), _autocast(call, self._device):
+            with torch.no_grad(), autocast(call, self._device):
                 return call.forward(*call.args, **call.kwargs)
         record = Record(len(self.records), label, call, [], spec, RngState(self._device))
         (record.before, record.before_again), self._between = self._between, ([], [])
@@ -132,17 +132,33 @@ class Tape:
     def backward(self, record: Record) -> None:
         """Run backward of the newest record, into p.grad of the bound unit and into the glue before it."""
         assert record is self.records[-1]
-        with self._trace.span("compute", f"{record.label} backward"):
+        with self.in_backward():
             self._unit_backward(record)
-        self.records.pop().free()
+        self.leave()
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """A context for backward of the newest record."""
+        return self._trace.span("compute", f"{self.records[-1].label} backward")
+
+    def take_output_grads(self) -> list[torch.Tensor | None]:
+        """The gradients that have come to the results of the newest record."""
+        record = self.records[-1]
+        record.check_shared()
+        return [] if record.emitted is None else self._graph.take(record.emitted.node, record.emitted.output_nr + 1)
+
+    def add_input_grad(self, glue: GlueTensor, grad: torch.Tensor | None) -> None:
+        """Hand a gradient of one of its inputs to the glue."""
+        self._graph.add(glue.edge, grad)
+
+    def leave(self) -> None:
+        """Free the newest record, whose backward is done, and run backward of the glue before it."""
+        record = self.records.pop()
+        record.free()
         with self._trace.span("glue", f"before {record.label}, backward"):
             self._backward_before(record)
 
     def _unit_backward(self, record: Record) -> None:
-        record.check_shared()
-        if record.emitted is None:
-            return
-        grads = self._graph.take(record.emitted.node, record.emitted.output_nr + 1)
+        grads = self.take_output_grads()
         if any(grad is not None for grad in grads):
             if record.graph is None:
                 self._recompute(record)
@@ -158,7 +174,7 @@ class Tape:
                 torch.autograd.backward([edge for edge, _ in pairs], [grad for _, grad in pairs])
             del pairs, grads
             for glue, leaf in record.graph.inputs:
-                self._graph.add(glue.edge, leaf.grad)
+                self.add_input_grad(glue, leaf.grad)
 
     def _backward_before(self, record: Record) -> None:
         """Backward of the glue that is complete now that of `record` is, up to the record before."""
@@ -208,7 +224,7 @@ class Tape:
             return tensor.detach()
         edge = torch.autograd.graph.get_gradient_edge(tensor)
         key = (id(edge.node), edge.output_nr)
-        glue = self._taken.setdefault(key, GlueTensor(edge, record.number))
+        glue = self._taken.setdefault(key, GlueTensor(edge, record.number, tensor.shape))
         if save and glue.saved is None:
             stays = record.call.unit in self._staying
             glue.saved = self._activations.save(tensor.detach(), record.label, stays=stays)
@@ -266,7 +282,7 @@ class Tape:
         leaves = [given.get(id(leaf), leaf) for leaf in record.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, record.spec)
         before = Reach(leaves)
-        with torch.set_grad_enabled(grad), _autocast(record.call, self._device):
+        with torch.set_grad_enabled(grad), autocast(record.call, self._device):
             outputs = record.call.forward(*args, **kwargs)
         left = before.after(outputs)
         record.added = left.added_since(before)
@@ -315,7 +331,8 @@ def _shared_storage(inputs: Sequence[torch.Tensor], outputs: Any) -> list[tuple[
 
 
 @contextmanager
-def _autocast(call: UnitCall, device: torch.device) -> Iterator[None]:
+def autocast(call: UnitCall, device: torch.device) -> Iterator[None]:
+    """A context with the call's own autocast."""
     enabled, dtype = call.autocast
     if not enabled:
         yield
