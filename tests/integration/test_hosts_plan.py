@@ -17,8 +17,8 @@ def test_a_dry_run_plans_for_every_host_and_opens_no_connection(workshop: Worksh
     assert ended.code == 0, ended.err
     plan = json.loads(ended.out)
     assert plan["hosts"] == [
-        {"host": "no-such-host.invalid", "user": "alice", "port": 2222, "slots": [0, 1]},
-        {"host": "other.invalid", "user": None, "port": None, "slots": [1]},
+        {"host": "no-such-host.invalid", "user": "alice", "port": 2222, "slots": [0, 1], "job": None, "gpus": 0},
+        {"host": "other.invalid", "user": None, "port": None, "slots": [1], "job": None, "gpus": 0},
     ]
     assert plan["world_size"] == 3
     assert "2 (no-such-host.invalid:2222, other.invalid), 3 CPU ranks" in ended.err

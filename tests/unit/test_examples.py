@@ -34,7 +34,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "kjv" / f"{name}.txt").write_text(" ".join(WORDS[n * 7 % 9] for n in range(count)))
     said = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three yes"}]
     (folder / "chats").mkdir()
-    (folder / "chats" / "chats.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 300)
+    for name in ("chats", "tech_support", "coding", "trivia"):
+        (folder / "chats" / f"{name}.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 300)
     return folder
 
 

@@ -273,7 +273,7 @@ def test_a_folder_that_can_not_be_looked_into_is_not_empty(run_dir: Path, monkey
 
 
 def test_a_manifest_of_another_version_is_not_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zinf_cli.checkpoint.manifest.VERSION", 99)
-    with pytest.raises(CheckpointError, match="version 1 is not known here") as caught:
+    monkeypatch.setattr("zinf_cli.checkpoint.manifest.READABLE", (99,))
+    with pytest.raises(CheckpointError, match="version 2 is not known here") as caught:
         Manifest.load(step(run_dir, 6))
     assert not isinstance(caught.value, DamagedError)

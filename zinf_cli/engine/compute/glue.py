@@ -86,8 +86,12 @@ class GlueGraph:
         return [node for node in ends if not isinstance(node, _ENDS) and oldest != [node]]
 
     def add(self, edge: GradientEdge, grad: torch.Tensor | None) -> None:
-        """Add to the gradient at `edge` what one use gives, if it gives something."""
-        if grad is not None:
+        """Add to the gradient at `edge` what one use gives, if it gives something. A weight gets it at once."""
+        if grad is None:
+            return
+        if isinstance(edge.node, _WEIGHT):
+            _give(edge.node, grad)
+        else:
             place = _place(edge)
             before = self._held.get(place)
             self._held[place] = (edge, grad if before is None else before[1] + grad)
@@ -96,6 +100,10 @@ class GlueGraph:
         """The gradients of the results of a unit's call. No more comes to them."""
         held = [self._held.pop((id(node), number), None) for number in range(outputs)]
         return [None if one is None else one[1] for one in held]
+
+    def finish(self) -> None:
+        """All has run backward."""
+        assert not self._held, f"gradients that nothing took: {[edge.node for edge, _ in self._held.values()]}"
 
     def run(self, stretch: Stretch) -> None:
         """Run backward of a stretch that is ready. Weights at its ends get their gradient at once."""
@@ -113,10 +121,14 @@ class GlueGraph:
             if grad is None:
                 continue
             if isinstance(end.node, _WEIGHT):
-                with torch.no_grad():
-                    end.node(grad)
+                _give(end.node, grad)
             else:
                 self._held[_place(end)] = (end, grad)
+
+
+def _give(weight: Node, grad: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight(grad)
 
 
 def _place(edge: GradientEdge) -> _Place:

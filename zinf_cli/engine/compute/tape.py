@@ -156,6 +156,8 @@ class Tape:
         record.free()
         with self._trace.span("glue", f"before {record.label}, backward"):
             self._backward_before(record)
+        if not self.records:
+            self._graph.finish()
 
     def _unit_backward(self, record: Record) -> None:
         grads = self.take_output_grads()

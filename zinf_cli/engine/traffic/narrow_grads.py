@@ -18,7 +18,7 @@ def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Else, and on an accelerator, where it would wait for the comparison, `values` as they are.
     """
-    if dtype == torch.float32 or not streams_of(values.device).on_cpu:
+    if dtype not in (torch.bfloat16, torch.float16) or not streams_of(values.device).on_cpu:
         return values
     blocks = values.split(BLOCK)
     if not all(torch.equal(block.to(dtype).float(), block) for block in blocks):

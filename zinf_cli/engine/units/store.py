@@ -56,7 +56,7 @@ class Flat:
         self.layout = layout
         self.dtype = layout.dtype
         self.rank = ranks.rank
-        dtype = STORED_NAMES[layout.dtype]
+        dtype = STORED_NAMES.get(layout.dtype, "F32")  # what is not a real number has no master either
         self.beside = optimizer.beside(dtype) if layout.trainable else ()
         """The fields of the optimizer."""
         self.stored = optimizer.stored(dtype) if layout.trainable else (FROZEN,)
