@@ -126,7 +126,8 @@ class GlueGraph:
                 self._held[_place(end)] = (end, grad)
 
 
-def _give(weight: Node, grad: torch.Tensor) -> None:
+def _give(weight: Any, grad: torch.Tensor) -> None:
+    """Let a weight's node add to its gradient."""
     with torch.no_grad():
         weight(grad)
 
