@@ -72,7 +72,8 @@ class UnitFigures:
     def inside_bytes(self, per_sweep: int) -> int:
         """Of compute in one call, or in those of several of `per_sweep` micro-batches (engine/compute/joined.py)."""
         gradient = GRAD.item_bytes * self.largest_param_numel
-        joined = min(gradient, per_sweep * (2 * self.call_bytes + self.output_bytes)) if self.product else 0
+        each = 2 * self.call_bytes + self.output_bytes
+        joined = min(gradient, per_sweep * each) if self.product and per_sweep > 1 else 0
         return self.saved_bytes // max(1, self.calls) + 2 * self.output_bytes + gradient + joined
 
     @property

@@ -382,7 +382,8 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 def compute_bytes(figures: Figures, choice: Choice) -> int:
     """Bytes of compute at its peak, on the compute device: one unit of one micro-batch, and the glue between units."""
     model, grad = figures.model, GRAD.item_bytes
-    inside = max((unit.inside_bytes(choice.per_sweep) for unit in model.units), default=0)
+    joined = [choice.per_sweep if number != model.turn else 1 for number in range(len(model.units))]  # none at the turn
+    inside = max((unit.inside_bytes(count) for unit, count in zip(model.units, joined, strict=True)), default=0)
     last = None if model.turn is None else model.units[model.turn]
     turn = 0
     if last is not None:
