@@ -19,7 +19,7 @@ from zinf_cli.checkpoint.folder import FOLDER, LATEST, checkpoints_of, step_of
 from zinf_cli.checkpoint.verify import verify
 
 EVERY = 6
-NO_ROOM = ("metrics.jsonl: can't be written now", "no more TensorBoard files")
+NO_ROOM = "metrics.jsonl: can't be written now"
 
 
 class FullDrive:
@@ -90,8 +90,8 @@ def test_a_run_goes_on_without_checkpoints_and_keeps_those_it_has(run: FullDrive
     process = run.workshop.start("train.max_steps=100000", "--slots", str(ranks))
     with run.standing_still() as whole:
         others = fill(run.drive, leave=room)
-    for words in NO_ROOM if not room else ():
-        run.wait_for(words, 1)
+    if not room:
+        run.wait_for(NO_ROOM, 1)
     run.wait_for("the run goes on without", 2)
     os.killpg(process.pid, signal.SIGINT)
     ended = run.workshop.end(process)
@@ -99,7 +99,7 @@ def test_a_run_goes_on_without_checkpoints_and_keeps_those_it_has(run: FullDrive
 
     assert ended.code == 4, ended.err
     assert "the first failure" in said
-    assert [said.count(f"{words}: No space left on device; the run goes on") for words in NO_ROOM] == [not room] * 2
+    assert said.count(f"{NO_ROOM}: No space left on device; the run goes on") == (not room)
     first = step_of(whole[0]) + EVERY
     for step in (first, first + EVERY):
         assert f"note: no checkpoint step-{step:08d}, the run goes on without: {run.run_dir}" in said

@@ -37,7 +37,7 @@ FLOORS = (
     {"engine.traffic"},
     {"engine.compute"},
     {"engine.options"},
-    {"engine.engine", "launch"},
+    {"engine.engine", "launch", "tracking"},
     {"bench"},
     {"train", "screens", "report"},
     {"commands"},
@@ -56,6 +56,7 @@ APART = {
     "tiers": {"recipe", "checkpoint"},
     "engine": {"recipe", "checkpoint", "plan"},
     "report": {"launch", "engine", "tiers"},
+    "tracking": {"launch", "engine", "tiers"},
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from small_drives import fill
 from zinf_cli.errors import TierError
 from zinf_cli.run_folder.metrics import Metrics
 
@@ -49,7 +47,7 @@ DAMAGED = {
 
 
 def open_metrics(run_dir: Path, step: int, said: list[str]) -> Metrics:
-    return Metrics(run_dir, interval=1, tensorboard=False, notice=said.append, step=step)
+    return Metrics(run_dir, said.append, step)
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -108,42 +106,6 @@ def test_lines_wait_for_room_on_a_full_drive(tmp_path: Path, monkeypatch: pytest
         metrics.write({"step": 4, "loss": 1.0})
     metrics.close()
     assert [json.loads(text)["step"] for text in metrics.path.read_bytes().splitlines()] == [1, 2, 3, 4]
-
-
-def test_a_board_that_can_not_be_begun_is_given_up(tmp_path: Path) -> None:
-    (tmp_path / "tensorboard").touch()
-    said: list[str] = []
-    metrics = Metrics(tmp_path, interval=1, tensorboard=True, notice=said.append)
-    metrics.write({"step": 1, "loss": 1.0})
-    metrics.close()
-    assert said == ["no more TensorBoard files: File exists; the run goes on"]
-
-
-def test_a_board_on_a_full_drive_is_given_up(small_drive: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    metrics = Metrics(small_drive, interval=1, tensorboard=True, notice=said.append)
-    fill(small_drive)
-    for step in range(1, 100):
-        metrics.write({"step": step, "loss": 1.0})
-    metrics.close()
-    assert "no more TensorBoard files: No space left on device; the run goes on" in said
-    assert len(said) == 2  # and metrics.jsonl can't be written
-    assert capfd.readouterr().err == ""
-
-
-def test_tensorboard_reads_the_curves_of_a_run_that_went_on(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for start in (0, 2):  # the first one had done four steps when it crashed
-        metrics = Metrics(tmp_path, interval=1, tensorboard=True, notice=pytest.fail, step=start)
-        for step in range(start + 1, start + 5):
-            metrics.write(json.loads(line(step, loss=step / 2 + start)))
-        metrics.write({**json.loads(line(start + 5, skipped=True)), "loss": math.nan})
-        metrics.close()
-    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert read.Tags()["scalars"] == ["loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s"]
-    curve = [(point.step, point.value) for point in read.Scalars("loss")]
-    assert curve == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0), (5, 4.5), (6, 5.0)]
 
 
 def test_a_file_that_can_not_be_begun_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def write_run(folder: Path, plan: Plan, steps: int = 6, lr: float = 1e-3) -> Pat
     recipe = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": lr})})
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
-    metrics = Metrics(folder, interval=1, tensorboard=False, notice=pytest.fail)
+    metrics = Metrics(folder, pytest.fail)
     metrics.write({"step": 0, "eval_loss": 4.5})
     for step in range(1, steps + 1):
         line = {

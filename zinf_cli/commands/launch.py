@@ -44,6 +44,7 @@ from zinf_cli.run_folder.names import PLAN, RECIPE, SUMMARY
 from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.screens.run import RunView, summary_screen
+from zinf_cli.tracking.chosen import check_trackers, tracking_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Ended:
 def launch(request: Request, console: Console) -> None:
     """Plan and run; returns when the run is done, raises a ZinfError for everything else."""
     recipe = load_recipe(request.recipe, request.overrides)
+    check_trackers(recipe.logging)
     with nullcontext() if request.dry_run else locked(recipe.output_dir):
         ended = _plan_and_run(recipe, request, console)
         for restart in range(1, recipe.launch.max_restarts + 1):
@@ -285,7 +287,13 @@ def _run(
 ) -> tuple[dict[str, Any], Outcome]:
     view = RunView(console, plan, recipe.logging.interval)
     start.forget(run_dir)
-    watch = Watch(run_dir, view.show)
+    tracking = tracking_of(recipe, run_dir, view.say)
+
+    def show(line: dict[str, Any]) -> None:
+        view.show(line)
+        tracking.write(line)
+
+    watch = Watch(run_dir, show)
     logs = RankLogs(run_dir, plan.hosts)
 
     def poll() -> None:
@@ -302,12 +310,16 @@ def _run(
             notify=view.say,
             on_vitals=view.host,
         )
+    except BaseException:
+        tracking.close("failed")
+        raise
     finally:
         view.stop()
     if not request.hosts:  # the launcher is on the ranks' host
         own_bytes = int(psutil.Process().memory_full_info().pss)
         outcome = replace(outcome, host_cpu_bytes=outcome.host_cpu_bytes + own_bytes)
     summary = summarise(plan, watch, outcome)
+    tracking.close(summary["status"])
     try:
         write_durably(run_dir / SUMMARY, json.dumps(summary, indent=2))
         if recipe.profiler.enabled:

@@ -290,6 +290,10 @@ class Logging(Section):
     """Steps between lines (metrics.jsonl has every step)."""
     tensorboard: bool = True
     """Event files in the run's folder."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """A project of Weights & Biases to send the run to (the extra `wandb`); its own variables hold, as WANDB_MODE."""
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    """An experiment of MLflow to send the run to (the extra `mlflow`), where MLFLOW_TRACKING_URI says."""
     report: bool = True
     """report.html when the run ends, if the extra `report` is installed (`zinf report` writes it at any time)."""
 

@@ -59,6 +59,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return str(yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True))
 
 
+def values_by_key(recipe: Recipe) -> dict[str, Any]:
+    """Every value by its dotted key, as "train.seq_len"."""
+    return {".".join(key): value for key, value in _leaves(plain(recipe))}
+
+
 def filled_in(path: Path, overrides: Sequence[str]) -> list[str]:
     """The keys of a recipe that were not given, with the defaults they got, as key=value."""
     tree, places, _ = _read(path)

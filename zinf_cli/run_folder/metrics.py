@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one object a step. Rank 0 writes it when the step ends, and the launcher follows."""
+"""metrics.jsonl: one object a step. Rank 0 writes it when the step ends, and the launcher follows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from typing import Any
 from zinf_cli.checkpoint.reading import exists, patiently
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import TierError
-from zinf_cli.run_folder.board import Board
-from zinf_cli.run_folder.names import METRICS, TENSORBOARD
+from zinf_cli.run_folder.names import METRICS
 from zinf_cli.run_folder.start import announced
 
-SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
 _NUMBERS = (
     "tokens", "step_s", "tokens_per_s", "tflops_per_rank", "wait_s", "updated_in_backward",
     "device_bytes", "cpu_bytes", "nvme_bytes", "nvme_read_bytes", "nvme_write_bytes",
@@ -34,16 +32,14 @@ def sequences_of(source: int) -> str:
 
 
 class Metrics:
-    """Appends every line at once to `run_dir`/metrics.jsonl, and every `interval` steps to TensorBoard.
+    """Appends every line at once to `run_dir`/metrics.jsonl.
 
     A run that goes on after `step` keeps the lines up to there. Lines of a crashed run about later steps are dropped:
     these steps come again. A full drive does not end training: lines that it does not take are written later, and
     `notice` is told. TierError if the file can't be begun.
     """
 
-    def __init__(
-        self, run_dir: Path, *, interval: int, tensorboard: bool, notice: Callable[[str], None], step: int = 0
-    ) -> None:
+    def __init__(self, run_dir: Path, notice: Callable[[str], None], step: int = 0) -> None:
         self.path = run_dir / METRICS
         self._notice = notice
         kept, damaged = _lines_until(step, self.path) if step else ([], 0)
@@ -56,19 +52,12 @@ class Metrics:
             raise TierError(f"can't be written: {error.strerror}", where=str(self.path)) from error
         self._pending = b""
         self._said = False
-        self._interval = interval
-        self._board: Board | None = None
-        if tensorboard:
-            self._on_board(lambda: self._open_board(run_dir, step))
 
     def write(self, values: dict[str, Any]) -> None:
         """Write one line. `values` has "step". Numbers that are not finite become null: JSON has no word for them."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         self._flush()
-        if (board := self._board) is not None and values["step"] % self._interval == 0 and not values.get("skipped"):
-            scalars = {name: values[name] for name in SCALARS if name in values}
-            self._on_board(lambda: board.add(scalars, values["step"]))
 
     def sync(self) -> None:
         """Return when every line is on the drive, as far as the drive takes them."""
@@ -78,8 +67,6 @@ class Metrics:
     def close(self) -> None:
         self._flush()
         self._try(lambda: os.close(self._file))
-        if self._board is not None:
-            self._board.close()
 
     def _flush(self) -> None:
         if self._try(self._write_pending):
@@ -100,18 +87,6 @@ class Metrics:
             self._said = True
             return False
         return True
-
-    def _open_board(self, run_dir: Path, step: int) -> None:
-        self._board = Board(run_dir / TENSORBOARD, step)
-
-    def _on_board(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except OSError as error:
-            if self._board is not None:
-                self._board.close()
-            self._board = None
-            self._notice(f"no more TensorBoard files: {error.strerror or error}; the run goes on")
 
 
 def lines_in(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Holds a run's folder on one host, and mirrors it to the launcher.
 
-What ranks append to their logs, metrics and event files is sent to the launcher at once. So the launcher has it all,
+What ranks append to their logs and metrics is sent to the launcher at once. So the launcher has it all,
 even if the host is lost a moment later. If the launcher sees the same folder (this machine, a shared file system),
 nothing is sent. Standard library only, as supervisor.py.
 """
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from zinf_cli.durable import PARTIAL, final_name
 from zinf_cli.run_folder.made_folders import MadeFolders, missing, remove_empty
-from zinf_cli.run_folder.names import LOGS, METRICS, RUN_FILES, TENSORBOARD, set_aside
+from zinf_cli.run_folder.names import LOGS, METRICS, RUN_FILES, set_aside
 
 _MARK = ".launch"
 """A file in a mirrored folder that names its launch."""
 _RENAMED = re.compile(r"(start|error-\d+)\.json")
 """Files in logs/ that a rank writes under another name (durable.py). It may be killed before it renames them."""
 _CHUNK_BYTES = 1 << 18
-_PARTS = (LOGS, TENSORBOARD, "")
+_PARTS = (LOGS, "")
 """Folders in the run's folder that are mirrored. The last is the run's folder itself: of it, only metrics.jsonl is."""
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 RECIPE, PLAN, METRICS, SUMMARY, TRACE = "recipe.yaml", "plan.json", "metrics.jsonl", "summary.json", "trace.json"
 REPORT = "report.html"
-LOGS, TENSORBOARD = "logs", "tensorboard"
-RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, REPORT, LOGS, TENSORBOARD)
+LOGS, TENSORBOARD, WANDB = "logs", "tensorboard", "wandb"
+RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, REPORT, LOGS, TENSORBOARD, WANDB)
 """All that a run leaves, without its checkpoints."""
 START = f"{LOGS}/start.json"
 EARLIER = "earlier"
@@ -29,6 +29,11 @@ def error_file(rank: int) -> str:
 def rank_trace(rank: int) -> str:
     """The spans of a rank, until the launcher merges them into TRACE."""
     return f"{LOGS}/trace-{rank:05d}.json"
+
+
+def tracker_id(name: str) -> str:
+    """The id under which the tracker `name` knows the run (trackers.py)."""
+    return f"{LOGS}/{name}.id"
 
 
 def files_of_ranks(run_dir: Path, kind: str) -> list[Path]:

@@ -73,10 +73,7 @@ def train(run_dir: Path) -> int:
         del weights  # with the states of the generator that made them
         return_free_memory()
         if ranks.rank == 0:
-            logging = recipe.logging
-            metrics = Metrics(
-                run_dir, interval=logging.interval, tensorboard=logging.tensorboard, notice=note, step=start.step
-            )
+            metrics = Metrics(run_dir, note, start.step)
             announce(run_dir, start.step, start.folder)
         with returning_free_memory(above=plan.cpu_bytes_at_rest):
             Run(recipe, plan, run_dir, engine, model, text, ranks, metrics, device, start).go()

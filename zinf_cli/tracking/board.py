@@ -14,26 +14,24 @@ from typing import Any
 class Board:
     """A new event file in `folder`. OSError if it can't be written.
 
-    If a run goes on after `step`, TensorBoard forgets what a crashed run has written of later steps.
+    TensorBoard forgets what a crashed run has written of the first step here and of later ones.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = open(folder / name, "ab", buffering=0)  # noqa: PTH123, SIM115
-        try:
-            self._write(file_version="brain.Event:2")
-            if step:
-                self._write(step=step + 1, session_log={"status": "START"})
-        except OSError:
-            self.close()
-            raise
+        self._begun = False
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Write the point of each curve at `step`."""
+        if not self._begun:
+            self._write(file_version="brain.Event:2")
+            self._write(step=step, session_log={"status": "START"})
+            self._begun = True
         self._write(step=step, summary={"value": [{"tag": tag, "simple_value": at} for tag, at in values.items()]})
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
         self._file.close()
 
     def _write(self, **fields: Any) -> None:

@@ -1,0 +1,1 @@
+"""What follows a run beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow."""
