@@ -68,10 +68,11 @@ def plain(recipe_path: Path) -> list[dict[str, float]]:
         optimizer.zero_grad()
         lines.append({"loss": loss.item()})
         if (step + 1) % 2 == 0:
-            assert isinstance(text.held_out, PackedStream)
-            windows = range(text.held_out.num_windows(SEQ_LEN))
+            held = text.held_out[""]
+            assert isinstance(held, PackedStream)
+            windows = range(held.num_windows(SEQ_LEN))
             with torch.no_grad():
-                held_out = mean_loss(model, [part for w in windows for part in documents_of(text.held_out, w)])
+                held_out = mean_loss(model, [part for w in windows for part in documents_of(held, w)])
             lines[-1]["eval_loss"] = held_out.item()
     return lines
 

@@ -90,8 +90,7 @@ def test_batches_hold_documents_of_each_text(tokenizer: Path, tmp_path: Path) ->
         seen.update(batch.input_ids[:, 0].tolist())
     one, hello = (seen[number] for number in (3, 6))
     assert (one, hello) == pytest.approx((8, 24), abs=2)
-    assert text.held_out is not None
-    assert text.held_out.num_windows(8) == 4 + 1
+    assert text.held_out[""].num_windows(8) == 4 + 1
     again = opened(tmp_path, tokenizer, {"a": 0.75, "b": 0.25}, eval_fraction=0.2)
     assert again.train.fingerprint != text.train.fingerprint, "another mixture is another run"
 

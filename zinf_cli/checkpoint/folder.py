@@ -23,7 +23,9 @@ from zinf_cli.checkpoint.reading import exists, is_folder, names_in
 from zinf_cli.durable import PARTIAL, sync_folder, write_durably
 from zinf_cli.errors import CheckpointError
 
-FOLDER, LATEST = "checkpoints", "latest"
+FOLDER = "checkpoints"
+LATEST, BEST = LINKS = "latest", "best"
+"""Links to the newest checkpoint, and to that with the lowest held-out loss."""
 _STEP = re.compile(r"step-(\d{8,})")
 _DAMAGED = "damaged-"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
@@ -62,16 +64,14 @@ def set_aside_in(run_dir: Path) -> list[Path]:
 
 
 def made_by_runs(run_dir: Path) -> list[Path]:
-    """All that runs have put into checkpoints/, whole or damaged, with the link to the newest."""
-    link = run_dir / FOLDER / LATEST
-    return _step_folders(run_dir) + set_aside_in(run_dir) + [link] * _is_latest(link)
+    """All that runs have put into checkpoints/, whole or damaged, with the links to the newest and the best."""
+    return _step_folders(run_dir) + set_aside_in(run_dir) + _links_in(run_dir)
 
 
 def remains_of(run_dir: Path) -> list[Path]:
     """What a killed run has left of checkpoints: folders without a manifest, and a link before it is renamed."""
     half = [folder for folder in _step_folders(run_dir) if not is_checkpoint(folder) and not folder.is_symlink()]
-    link = run_dir / FOLDER / f"{LATEST}{PARTIAL}"
-    return [folder for folder in half if own_files(folder) or not names_in(folder)] + [link] * _is_latest(link)
+    return [folder for folder in half if own_files(folder) or not names_in(folder)] + _links_in(run_dir, PARTIAL)
 
 
 def remove_remains(run_dir: Path) -> list[Path]:
@@ -83,8 +83,9 @@ def remove_remains(run_dir: Path) -> list[Path]:
     for path in remains_of(run_dir):
         left += remove_remain(path)
     folder = run_dir / FOLDER
-    if not checkpoints_of(run_dir) and _is_latest(folder / LATEST):
-        (folder / LATEST).unlink()
+    if not checkpoints_of(run_dir):
+        for link in _links_in(run_dir):
+            link.unlink()
     with suppress(OSError):
         folder.rmdir()  # only where it is empty
     return left
@@ -155,18 +156,12 @@ def commit(folder: Path, manifest: bytes) -> None:
         sync_folder(directory)
 
 
-def point_latest(run_dir: Path) -> None:
-    """Point the link `latest` to the newest checkpoint."""
-    for newest in checkpoints_of(run_dir)[:1]:
-        point_latest_to(newest)
-
-
-def point_latest_to(folder: Path) -> None:
-    """Point the link `latest` to a checkpoint, unless a file or folder has that name (as in a copy of the run)."""
-    link = folder.parent / LATEST
-    if os.path.lexists(link) and not _is_latest(link):
+def point_to(folder: Path, name: str) -> None:
+    """Point one of LINKS to a checkpoint, unless a file or folder has that name (as in a copy of the run)."""
+    link = folder.parent / name
+    if os.path.lexists(link) and not _is_link(link):
         return
-    partial = folder.parent / f"{LATEST}{PARTIAL}"
+    partial = folder.parent / f"{name}{PARTIAL}"
     partial.unlink(missing_ok=True)
     try:
         partial.symlink_to(folder.name)
@@ -179,6 +174,15 @@ def point_latest_to(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def point_links(run_dir: Path) -> None:
+    """Point the link `latest` to the newest checkpoint, and remove links whose checkpoints are gone."""
+    for link in _links_in(run_dir):
+        if not link.exists():
+            link.unlink()
+    for newest in checkpoints_of(run_dir)[:1]:
+        point_to(newest, LATEST)
+
+
 def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
     """Rename damaged checkpoints, so that no run resumes from them, or keeps them instead of whole ones."""
     for folder in damaged:
@@ -188,11 +192,13 @@ def set_damaged_aside(run_dir: Path, damaged: Sequence[Path]) -> None:
             aside = folder.with_name(f"{_DAMAGED}{folder.name}-{number}")
         folder.rename(aside)
         sync_folder(folder.parent)
-    point_latest(run_dir)
+    point_links(run_dir)
 
 
-def keep_latest(newest: Path, count: int) -> list[Path]:
-    """Remove all but the `count` newest checkpoints up to `newest`. Returns files that stay, since no run wrote them.
+def keep_latest(newest: Path, count: int, best: Path | None = None) -> list[Path]:
+    """Remove all but the `count` newest checkpoints up to `newest`, and `best`.
+
+    Returns files that stay, since no run wrote them.
 
     Checkpoints after `newest` are left by an earlier life of the run, which could not read them. They do not count.
     """
@@ -201,13 +207,19 @@ def keep_latest(newest: Path, count: int) -> list[Path]:
     there = [folder for folder in checkpoints_of(run_dir) if step_of(folder) <= step_of(newest)]
     half = [folder for folder in remains_of(run_dir) if 0 <= step_of(folder) < step_of(newest)]  # could not be removed
     for folder in there[count:] + half:
-        left += remove(folder)
+        if folder != best:
+            left += remove(folder)
     return left
 
 
-def _is_latest(link: Path) -> bool:
-    """Whether `link` is one that a run makes."""
-    return link.is_symlink() and _STEP.fullmatch(Path(os.readlink(link)).name) is not None  # noqa: PTH115
+def _links_in(run_dir: Path, ending: str = "") -> list[Path]:
+    """The links to checkpoints that runs have made, of such names."""
+    return [link for name in LINKS if _is_link(link := run_dir / FOLDER / f"{name}{ending}")]
+
+
+def _is_link(path: Path) -> bool:
+    """Whether `path` is a link that a run makes."""
+    return path.is_symlink() and _STEP.fullmatch(Path(os.readlink(path)).name) is not None  # noqa: PTH115
 
 
 def _step_folders(run_dir: Path) -> list[Path]:

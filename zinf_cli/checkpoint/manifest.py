@@ -36,8 +36,8 @@ from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
 from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FROZEN, ITEM_BYTES, PIECE, round_up
 
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 """Versions that are read."""
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"
@@ -201,6 +201,8 @@ class Manifest:
     recipe: Mapping[str, Any]
     """The run's recipe. Its seed and the step give every random number to come, since generators start anew in every
     micro-batch."""
+    held_out: Mapping[str, Any] | None = None
+    """What the run's evaluations have come to (train/evaluation.py)."""
     version: int = field(default=VERSION, kw_only=True)
 
     @cached_property

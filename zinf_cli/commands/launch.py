@@ -228,7 +228,7 @@ def _bring_files(request: Request, console: Console) -> None:
 def _paths(recipe: Recipe) -> list[str]:
     """Files and folders that every rank reads."""
     dataset = recipe.dataset
-    paths = [recipe.model.name_or_path, *dataset.paths, *(dataset.eval_path or ()), dataset.tokenizer]
+    paths = [recipe.model.name_or_path, *dataset.all_paths, dataset.tokenizer]
     return [str(path) for path in paths if path is not None]
 
 

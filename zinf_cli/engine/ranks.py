@@ -107,6 +107,10 @@ class Ranks:
             dist.all_reduce(values, group=self.control_group)
         return values
 
+    def totals(self, values: Sequence[float]) -> list[float]:
+        """The sum of each number over ranks."""
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist() if self.world_size > 1 else list(values)
+
     def any(self, flags: Sequence[bool]) -> Flags:
         """Start telling the other ranks. The result says which flags are set on any rank."""
         values = torch.tensor(flags, dtype=torch.int32)

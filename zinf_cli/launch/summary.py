@@ -15,7 +15,7 @@ from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.plan.wear import step_bytes
-from zinf_cli.run_folder.metrics import Watch, sequences_of
+from zinf_cli.run_folder.metrics import HELD_OUT, Watch, held_out_of, sequences_of
 from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
 
@@ -50,7 +50,9 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "tokens": sum(line["tokens"] for line in steps),
         "sources": _sources(plan, steps),
         **_first_and_last("loss", [line["loss"] for line in trained]),
-        **_first_and_last("eval_loss", [line["eval_loss"] for line in watch.lines if "eval_loss" in line]),
+        **_first_and_last(HELD_OUT, [line[HELD_OUT] for line in watch.lines if HELD_OUT in line]),
+        "best_eval": _best(watch.lines),
+        "held_out": _held_out(watch.lines),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "endurance_bytes": plan.endurance_bytes,
         "moments": "bf16, rounded" if plan.figures.optimizer.rounded else "fp32",
@@ -89,6 +91,20 @@ def _predicted(plan: Plan, steps: int, traffic: Sequence[int], step_s: Sequence[
 
 def _first_and_last(name: str, values: Sequence[float]) -> dict[str, float | None]:
     return {f"first_{name}": values[0] if values else None, f"last_{name}": values[-1] if values else None}
+
+
+def _best(lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """The step with the lowest held-out loss, before any step excepted, and that loss."""
+    losses = {line["step"]: line[HELD_OUT] for line in lines if line["step"] and line.get(HELD_OUT) is not None}
+    step = min(losses, key=lambda step: losses[step], default=None)
+    return None if step is None else {"step": step, "eval_loss": losses[step]}
+
+
+def _held_out(lines: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Of each held-out text that has a name: the first and the last loss."""
+    keys = [key for line in lines[-1:] for key in line if key.startswith(held_out_of(""))]
+    losses = {key: [line[key] for line in lines if key in line] for key in keys}
+    return {key.removeprefix(held_out_of("")): [of_it[0], of_it[-1]] for key, of_it in losses.items()}
 
 
 def _sources(plan: Plan, steps: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -69,7 +69,8 @@ def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
     """How many more checkpoints there will be at once than there are now.
 
     With keep_latest_k there is one more than those that are kept, since the oldest goes when the newest is whole. The
-    newest is whole in the step after; so there are two more where every step has a checkpoint.
+    newest is whole in the step after; so there are two more where every step has a checkpoint. The best may be older
+    than all these.
     """
     interval, kept = recipe.checkpoint.interval, recipe.checkpoint.keep_latest_k
     resumed = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
@@ -80,4 +81,4 @@ def checkpoints_to_come(recipe: Recipe, max_steps: int) -> int:
     if kept is None:
         return written
     there = len(checkpoints_of(recipe.output_dir)) if recipe.checkpoint.resume == "auto" else 0
-    return max(1, min(written + there, kept + (2 if interval == 1 else 1)) - there)
+    return max(1, min(written + there, kept + recipe.checkpoint.keep_best + (2 if interval == 1 else 1)) - there)

@@ -6,6 +6,7 @@ recipe_file.py reads YAML and key=value overrides into it and words the errors.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.values import (
     AbsolutePath,
+    NamedPaths,
     Number,
     Paths,
     Section,
@@ -99,8 +101,8 @@ class Dataset(Section):
     documents; auto: documents, where the text has several and the model can keep them apart."""
     tokenizer: AbsolutePath | None = None
     """A directory with a tokenizer, where it is not the model's."""
-    eval_path: Paths | None = None
-    """Held-out text."""
+    eval_path: Paths | NamedPaths | None = None
+    """Held-out text, or several: {name: path}, each with a loss of its own beside that of all."""
     eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Instead of eval_path: hold out this share at the end of the text."""
     shuffle: bool = True
@@ -132,10 +134,22 @@ class Dataset(Section):
             raise ValueError(f"weights are shares: {' + '.join(f'{w:g}' for w in weights)} is {sum(weights):g}, not 1")
         return texts
 
+    @property
+    def held_out(self) -> dict[str, tuple[Path, ...]]:
+        """Paths of eval_path by the name of the text; a single text has none, ""."""
+        if self.eval_path is None:
+            return {}
+        return self.eval_path if isinstance(self.eval_path, dict) else {"": self.eval_path}
+
+    @property
+    def all_paths(self) -> tuple[Path, ...]:
+        """Those of all texts that a run reads."""
+        return (*self.paths, *chain(*self.held_out.values()))
+
     @field_validator("path", "eval_path")
     @classmethod
     def _exists(cls, texts: Any) -> Any:
-        for text in texts or ():
+        for text in chain(*texts.values()) if isinstance(texts, dict) else texts or ():
             path = text.path if isinstance(text, WeightedText) else text
             with reachable(path):
                 there = path.exists()
@@ -169,6 +183,8 @@ class Train(Section):
     """Passes over the text, where max_steps is not given; 1 by default."""
     eval_interval: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; always before the first step and after the last where there is held-out text."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """After so many evaluations in a row without a lower held-out loss, the run ends."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of the compute; master weights and gradients are fp32. auto: bf16 on CUDA, fp32 on a CPU."""
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = 1.0
@@ -279,6 +295,8 @@ class Checkpoint(Section):
     """Steps between checkpoints, with one after the last step as well; null: none."""
     keep_latest_k: Annotated[int, Field(ge=1)] | None = None
     """Older ones are removed."""
+    keep_best: bool = False
+    """Keep the one with the lowest held-out loss as well; the link checkpoints/best leads to it."""
     resume: Literal["auto", "never"] | AbsolutePath = "auto"
     """auto: from the newest in the run's folder, if there is one; or from a path, of a checkpoint or another run."""
 
@@ -346,3 +364,20 @@ class Recipe(Section):
     """Of the weights (init: random), the order of the data, and dropout."""
     output_dir: AbsolutePath = Path("runs/run")
     """The run's folder; runs/NAME of the recipe's file by default."""
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> Recipe:
+        """With held-out text for what follows from its loss, and a loss of each checkpoint of which one is the best."""
+        best, interval, saved = self.checkpoint.keep_best, self.train.eval_interval, self.checkpoint.interval
+        wanted = {"checkpoint.keep_best": best, "train.early_stopping_patience": self.train.early_stopping_patience}
+        for key in (key for key, value in wanted.items() if value):
+            if self.dataset.eval_path is None and self.dataset.eval_fraction is None:
+                raise ValueError(f"{key} needs held-out text: dataset.eval_path or dataset.eval_fraction")
+            if interval is None:
+                raise ValueError(f"{key} needs train.eval_interval")
+        if best and (saved is None or interval is None or saved % interval):
+            raise ValueError(
+                "checkpoint.keep_best needs a checkpoint.interval that is a multiple of "
+                f"train.eval_interval={interval}, got {'null' if saved is None else saved}"
+            )
+        return self

@@ -220,6 +220,8 @@ def plain(value: Any) -> Any:
         return str(value).replace("$", "$$")  # $NAME is a variable
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return value
 
 

@@ -106,6 +106,7 @@ _OneOrMoreTexts = Path | Annotated[list[Path | _WrittenWeighted], Field(min_leng
 Paths = Annotated[
     tuple[Path, ...], BeforeValidator(_paths, json_schema_input_type=_OneOrMorePaths), Field(min_length=1)
 ]
+NamedPaths = Annotated[dict[str, Paths], Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Size = Annotated[int, BeforeValidator(_size, json_schema_input_type=_WrittenSize), Field(gt=0)]
 Switch = Annotated[Literal["auto"] | bool, WithJsonSchema(_WRITTEN_SWITCH)]

@@ -15,7 +15,7 @@ from zinf_cli.checkpoint.folder import (
     checkpoints_of,
     kept_back,
     made_by_runs,
-    point_latest,
+    point_links,
     remove_remains,
     step_of,
     steps_done,
@@ -133,6 +133,6 @@ def _set_aside(run_dir: Path, resume: str | None) -> None:
     if not there:
         return
     set_aside(run_dir, there)
-    point_latest(run_dir)
+    point_links(run_dir)
     with contextlib.suppress(OSError):
         (run_dir / CHECKPOINTS).rmdir()  # only where it is empty

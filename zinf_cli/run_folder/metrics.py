@@ -26,6 +26,15 @@ _MOST_PENDING = 64 * 2**20
 """Most bytes of lines that wait for room on a full drive."""
 
 
+HELD_OUT = "eval_loss"
+"""The key of a line for the loss over all held-out texts."""
+
+
+def held_out_of(name: str) -> str:
+    """The key of a line for the loss over the held-out text of that name."""
+    return f"{HELD_OUT}/{name}"
+
+
 def sequences_of(source: int) -> str:
     """The key of a step's line for how many of its sequences are from a text that has a weight."""
     return f"sequences_of_{source}"

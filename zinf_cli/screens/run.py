@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     row("written to a host's drives", "drives_written", lambda v: _written(v, summary["endurance_bytes"]))
     row("experts that tokens reach", "experts_reached", lambda v: f"{100 * v:.0f} %")
     lines: list[RenderableType] = [table, Text()]
-    losses = []
-    for name, key in (("loss", "loss"), ("held-out", "eval_loss")):
-        first, last = summary[f"first_{key}"], summary[f"last_{key}"]
-        if first is not None:
-            losses.append(f"{name} {first:.4f} → {_number(last, '.4f')}")
-    lines.append(Text("   ".join(losses), style="bold"))
+    lines += [Text(line, style="bold") for line in _losses(summary)]
     lines += [outside(f"{count} sequences from {path}") for path, count in summary["sources"].items()]
     title = f"{summary['status']} after {summary['steps']} of {summary['max_steps']} steps"
     if summary["moments"] != "fp32":
@@ -179,6 +175,24 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
     if summary["skipped_steps"]:
         title += f", {summary['skipped_steps']} of them skipped"
     return Panel(Group(*lines), title=outside(title), expand=False)
+
+
+def _losses(summary: dict[str, Any]) -> Iterator[str]:
+    """The losses at the start and at the end, in lines."""
+    first, last = summary["first_loss"], summary["last_loss"]
+    if first is not None:
+        yield f"loss {first:.4f} → {_number(last, '.4f')}"
+    ends = {"": [summary["first_eval_loss"], summary["last_eval_loss"]], **summary["held_out"]}
+    for name, (first, last) in ends.items():
+        if first is not None and last is not None:
+            of_name = f" {name}" if name else ""
+            yield (f"held-out{of_name} {first:.4f} → {last:.4f}, perplexity {_perplexity(first)} → {_perplexity(last)}")
+    if (best := summary["best_eval"]) is not None and best["eval_loss"] != summary["last_eval_loss"]:
+        yield f"the lowest held-out loss is {best['eval_loss']:.4f}, after step {best['step']}"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4g}" if loss < 100 else "inf"
 
 
 def _written(num_bytes: float, endurance_bytes: float | None) -> str:

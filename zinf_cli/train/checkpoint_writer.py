@@ -51,6 +51,7 @@ class Position:
     text: str
     loss_scale: tuple[float, int] | None
     recipe: Mapping[str, Any]
+    held_out: Mapping[str, Any] | None = None
 
 
 class CheckpointWriter:
@@ -70,12 +71,15 @@ class CheckpointWriter:
         model_files: Callable[[], Iterator[tuple[str, bytes]]],
         keep_latest_k: int | None,
         notice: Callable[[str], None] = print,
+        *,
+        keep_best: bool = False,
     ) -> None:
         self._run_dir = run_dir
         self._engine = engine
         self._ranks = ranks
         self._model_files = model_files
         self._keep = keep_latest_k
+        self._keep_best = keep_best
         self._notice = notice
         self._background = ThreadPoolExecutor(1, "zinf-checkpoint")
         self._coming: deque[_Coming] = deque()
@@ -160,6 +164,11 @@ class CheckpointWriter:
         While they are not, older checkpoints stay, since the newest one may hold a blown-up state.
         """
         self._trusted = finite
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there was room for the newest checkpoint."""
+        return self._begun
 
     def drop_newest(self) -> None:
         """Give up the checkpoint that `begin` made room for. The engine may still keep state in its file."""
@@ -273,16 +282,22 @@ class CheckpointWriter:
                 raise
             self._say_missing(coming.folder, error)
             return
-        self._make_newest(coming.folder, trusted)
+        self._make_newest(coming.folder, (coming.position.held_out or {}).get("kept_step"), trusted)
 
-    def _make_newest(self, folder: Path, trusted: bool) -> None:
-        """Point the link to a whole checkpoint, and remove older ones if it is `trusted`. Notices tell of failures."""
+    def _make_newest(self, folder: Path, best: int | None, trusted: bool) -> None:
+        """Point the links to a whole checkpoint, and remove older ones if it is `trusted`. Notices tell of failures.
+
+        `best` is the step with the lowest held-out loss of all that have a checkpoint.
+        """
+        kept = folders.step_folder(self._run_dir, best) if self._keep_best and best is not None else None
         try:
-            folders.point_latest_to(folder)
+            folders.point_to(folder, folders.LATEST)
+            if kept == folder:
+                folders.point_to(folder, folders.BEST)
         except OSError as error:
             self._notice(f"the link to the newest checkpoint, {folder.name}, can't be set: {error}")
         try:
-            if trusted and self._keep is not None and (left := folders.keep_latest(folder, self._keep)):
+            if trusted and self._keep is not None and (left := folders.keep_latest(folder, self._keep, kept)):
                 self._notice(folders.kept_back(left))
         except (OSError, UnreadableError) as error:
             self._notice(f"checkpoints before {folder.name} can't be removed: {error}")

@@ -84,7 +84,11 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
 
 
 def _texts(recipe: Recipe) -> tuple[str, ...]:
-    held_out = [f"held out: {text.line()}" for text in find_texts(recipe.dataset.eval_path or ())]
+    held_out = [
+        f"held out{f', {name}' if name else ''}: {text.line()}"
+        for name, paths in recipe.dataset.held_out.items()
+        for text in find_texts(paths)
+    ]
     shares = [f"{weight:.1%} from " for weight in recipe.dataset.weights] or [""] * len(recipe.dataset.paths)
     texts = find_texts(recipe.dataset.paths)
     return (*(share + text.line() for share, text in zip(shares, texts, strict=True)), *held_out)

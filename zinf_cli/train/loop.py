@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -17,35 +17,33 @@ from typing import Any
 import torch
 
 from zinf_cli.engine.compute.loss_scale import LossScale
-from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine, StepResult
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.run_folder.metrics import Metrics, sequences_of
+from zinf_cli.run_folder.metrics import HELD_OUT, Metrics, sequences_of
 from zinf_cli.run_folder.names import PLAN, RECIPE, rank_trace
 from zinf_cli.run_folder.start import announce
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.trace import Trace
-from zinf_cli.train.batches import deal
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.collator import Batch, Sample, Stream
+from zinf_cli.train.collator import Sample
+from zinf_cli.train.evaluation import Evaluation
 from zinf_cli.train.mixture import MixedOrder
 from zinf_cli.train.model_files import model_files
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
+from zinf_cli.train.rank_batches import RankBatches
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.same_bits import keep_order
 from zinf_cli.train.schedule import learning_rate
-from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import (
     Text,
-    model_loss,
     model_source,
     open_text,
 )
@@ -140,21 +138,25 @@ class Run:
         self._blow_ups = BlowUps(self.recipe, self.run_dir, self.start.step, note)
         self._drives = [tier for tier in self.engine.opened.values() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
+        self._batches = RankBatches(self.recipe, self.model, self.text.collator, self.ranks, self.device)
+        evaluation = Evaluation(self.engine, self._batches, self.plan.per_sweep, self.text.held_out)
+        self._standing = evaluation.begin(self.start.held_out)
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
         saved = step = self.start.step
-        if self.text.held_out is not None and not step:
-            self._write({"step": 0, "eval_loss": self._evaluate()})
-        while step < max_steps and not self._stop_requested():
+        if evaluation.texts and not step:
+            self._write({"step": 0, **evaluation.losses()})
+        while step < max_steps and not self._stop_requested() and not self._gets_worse(step):
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
             )
             last = step + 1 == max_steps
-            evaluate = self.text.held_out is not None and (last or _due(step + 1, interval))
+            evaluate = bool(evaluation.texts) and (last or _due(step + 1, interval))
             save = _due(step + 1, save_interval) or (last and save_interval is not None)
             values = self._step(step, more=not (last or evaluate), save=save)
             step += 1
             if evaluate:
-                values["eval_loss"] = self._evaluate()
+                values |= evaluation.losses()
+                self._standing = self._standing.after(step, values[HELD_OUT], saved=save and self._writer.has_room)
             self._write(values)
             if save and values.get("skipped") and not self._blow_ups.skips:
                 written = self._writer.write(self._position(step), required=last)
@@ -176,6 +178,7 @@ class Run:
             partial(model_files, source, self.model, self.recipe.dataset.tokenizer, cache(note)),
             self.recipe.checkpoint.keep_latest_k,
             note,
+            keep_best=self.recipe.checkpoint.keep_best,
         )
 
     def _position(self, step: int) -> Position:
@@ -190,6 +193,7 @@ class Run:
             text=self.text.train.fingerprint,
             loss_scale=(scale.scale, scale.finite_steps) if scale is not None else None,
             recipe=plain(self.recipe),
+            held_out=asdict(self._standing),
         )
 
     def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:
@@ -205,15 +209,14 @@ class Run:
         lr = learning_rate(self.recipe, step, self.plan.max_steps)
         windows = self.text.order.windows(step)
         first = self.text.order.sequences_before(step)
-        mine = self._micro_batches(
-            self.text.train, [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
-        )
+        samples = [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
+        mine = self._batches.of(self.text.train, samples)
         counts = [sum(batch.num_targets for batch in mine), sum(batch.num_tokens for batch in mine)]
-        targets, tokens = self._sum(list(map(float, counts)))
+        targets, tokens = self.ranks.totals(counts)
         if not targets:
             return self._skipped(step, windows, lr, start)
         sink = self._writer.begin(step + 1, required=step + 1 == self.plan.max_steps) if save else None
-        work = [self._work(batch, batch.num_targets / targets, step) for batch in mine]
+        work = [self._batches.work(batch, batch.num_targets / targets, step) for batch in mine]
         result = self.engine.train_step(
             work,
             replace(
@@ -230,7 +233,7 @@ class Run:
         weighted = sum(
             loss * batch.num_targets for loss, batch in zip(result.losses, mine, strict=True) if batch.num_targets
         )
-        loss = self._sum([weighted])[0] / targets
+        loss = self.ranks.totals([weighted])[0] / targets
         self._writer.judge(finite=result.finite)
         if not result.finite and sink is not None:
             self._writer.drop_newest()
@@ -292,45 +295,17 @@ class Run:
             **self._memory(),
         }
 
-    def _micro_batches(self, stream: Stream, samples: Sequence[Sample]) -> list[Batch]:
-        """The micro-batches of this rank's share of a global batch."""
-        shares = deal(samples, self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size)
-        first = self.ranks.rank * len(shares)
-        return [self.text.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
-
-    def _work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
-        seed = derived_seed(self.recipe.seed, step, batch.index)
-        return MicroBatch(partial(model_loss, self.model, **batch.inputs(self.device)), weight, seed)
-
-    def _evaluate(self) -> float:
-        """The mean loss over the held-out windows, of all ranks together."""
-        assert self.text.held_out is not None
-        windows = self.text.held_out.num_windows(self.recipe.train.seq_len)
-        size = self.recipe.train.micro_batch_size
-        per_pass = max(self.ranks.world_size, self.plan.per_sweep * size * self.ranks.world_size)
-        self.model.eval()
-        loss = targets = 0.0
-        for first in range(0, windows, per_pass):
-            samples = [Sample(window, window) for window in range(first, min(first + per_pass, windows))]
-            padding = max(0, self.ranks.world_size - len(samples))
-            mine = self._micro_batches(self.text.held_out, samples + [samples[0]] * padding)
-            losses = self.engine.evaluate([self._work(batch, 0.0, 0) for batch in mine])
-            real = [batch.num_targets if padding == 0 or self.ranks.rank < len(samples) else 0 for batch in mine]
-            loss += sum(value * n for value, n in zip(losses, real, strict=True) if n)
-            targets += sum(real)
-        self.model.train()
-        loss, targets = self._sum([loss, targets])
-        return loss / max(1.0, targets)
-
-    def _sum(self, values: list[float]) -> list[float]:
-        if self.ranks.world_size == 1:
-            return values
-        summed = self.ranks.sum(torch.tensor(values, dtype=torch.float64))
-        return [float(value) for value in summed]
-
     def _stop_requested(self) -> bool:
         asked = stop_requested() if self.ranks.rank == 0 else False
-        return self._sum([float(asked)])[0] > 0
+        return self.ranks.totals([asked])[0] > 0
+
+    def _gets_worse(self, step: int) -> bool:
+        """Whether the run ends after `step` since its held-out loss no longer falls."""
+        patience = self.recipe.train.early_stopping_patience
+        if patience is None or self._standing.since < patience:
+            return False
+        note(f"no lower held-out loss in {self._standing.since} evaluations: the run ends after step {step}")
+        return True
 
     def _traffic(self) -> tuple[int, int]:
         read, written = self._writer.traffic()

@@ -100,7 +100,7 @@ def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | 
     """A hash of all that the answer follows from."""
     software = [sys.version, *map(version_of, LIBRARIES)]
     machine = [socket.gethostname(), cores_here(), *map(os.environ.get, DEVICE_CHOICES)]
-    texts = find_texts([*recipe.dataset.paths, *(recipe.dataset.eval_path or ())])
+    texts = find_texts(recipe.dataset.all_paths)
     seen = [*_seen(recipe), *(file for text in texts for file in text.files)]
     files = [(str(file), *identity(file)) for file in seen]
     said = [text.line() for text in texts]

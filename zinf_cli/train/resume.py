@@ -21,6 +21,7 @@ from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
+from zinf_cli.train.evaluation import Standing
 from zinf_cli.train.model_files import CONFIG, config_of
 from zinf_cli.train.setup import Text, model_source
 
@@ -43,6 +44,8 @@ class Start:
     """Sequences that have been trained on."""
     loss_scale: tuple[float, int] | None = None
     """The loss scale and its finite steps, in fp16."""
+    held_out: Standing | None = None
+    """What the evaluations have come to. None if the checkpoint is of another run, or of none."""
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -140,7 +143,9 @@ def resume(
             before, now = _sequences(manifest), recipe.train.sequences_per_step(ranks.world_size)
             if before != now:
                 notice(f"resumed with {now} sequences a step, {before} before")
-            return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale)
+            own = folder.resolve().parent.parent == recipe.output_dir.resolve()
+            standing = Standing(**manifest.held_out) if own and manifest.held_out is not None else None
+            return Start(folder, manifest.step, manifest.sequences, manifest.loss_scale, standing)
         if problem is None:
             found = next((f"{v.name} is {v.problem}" for v in verify(folder) if v.problem), "no longer")
             problem = f"{folder}: {found} (found by rank {next(rank for rank, flag in enumerate(states) if flag)})"

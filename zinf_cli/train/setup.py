@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from zinf_cli.train.windows import pairs_of, windows_of
 
 @dataclass(frozen=True)
 class Text:
-    """Training text and held-out text as token streams, and the order of the training windows."""
+    """Training text and held-out texts as token streams, and the order of the training windows."""
 
     train: Stream
-    held_out: Stream | None
+    held_out: Mapping[str, Stream]
+    """By name; a single one has none, ""."""
     order: BatchOrder
     collator: Collator
     lines: tuple[str, ...] = ()
@@ -124,26 +125,29 @@ def open_text(
 
     weights = dataset.weights
     tokens = [opened(paths) for paths in ([(path,) for path in dataset.paths] if weights else [dataset.paths])]
-    tokens_held_out = None if dataset.eval_path is None else opened(dataset.eval_path)
+    tokens_held_out = {name: opened(paths) for name, paths in dataset.held_out.items()}
     stream, held_out, lines = (pairs_of if pairs else windows_of)(recipe, model, tokens, tokens_held_out)
-    for part in (stream, held_out):
-        if part is not None and part.max_token >= vocabulary_of(model):
+    for part in (stream, *held_out.values()):
+        if part.max_token >= vocabulary_of(model):
             raise DatasetError(
                 f"token {part.max_token} is outside the model's embedding of {vocabulary_of(model)} rows",
                 hint="set dataset.tokenizer to the tokenizer of this model",
             )
-    for part, name in ((stream, "text"), (held_out, "held-out text")):
-        if part is not None and not collator.has_targets(part):
+    named = [("text", dataset.paths, stream)]
+    named += [("held-out text", dataset.held_out.get(name, dataset.paths), part) for name, part in held_out.items()]
+    for what, paths, part in named:
+        if not collator.has_targets(part):
             raise DatasetError(
-                f"the {name} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
-                where=", ".join(map(str, (part is held_out and dataset.eval_path) or dataset.paths)),
+                f"the {what} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
+                where=", ".join(map(str, paths)),
                 hint=f"see what {dataset.messages_field or dataset.text_field!r} holds there, or give more text",
             )
-    if held_out is not None and held_out.num_windows(train.seq_len) == 0:
-        raise DatasetError(
-            f"the held-out text has {len(held_out)} tokens, less than one window of {train.seq_len}",
-            hint="give more held-out text, or lower train.seq_len",
-        )
+        if part is not stream and part.num_windows(train.seq_len) == 0:
+            raise DatasetError(
+                f"the held-out text has {len(part)} tokens, less than one window of {train.seq_len}",
+                where=", ".join(map(str, paths)),
+                hint="give more held-out text, or lower train.seq_len",
+            )
     sequences = train.sequences_per_step(world_size)
     order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
     if isinstance(stream, MixedStream):

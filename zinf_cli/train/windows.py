@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -15,11 +15,13 @@ from zinf_cli.train.packing import pack, split_packed
 from zinf_cli.train.pairs import PairStream
 from zinf_cli.train.token_stream import TokenStream, split_held_out
 
-Windows = tuple[Stream, Stream | None, tuple[str, ...]]
-"""A text for training, what is held out, and lines about how windows are made of it."""
+Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
+"""A text for training, what is held out by name, and lines about how windows are made of it."""
 
 
-def pairs_of(recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: TokenStream | None) -> Windows:
+def pairs_of(
+    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
+) -> Windows:
     """Pairs, each of which is a sequence of its own. `tokens` are those of each text that has a weight, or of all."""
     fraction, seq_len = recipe.dataset.eval_fraction, recipe.train.seq_len
     if recipe.dataset.packing != "auto":
@@ -30,20 +32,21 @@ def pairs_of(recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], he
         )
     pad = getattr(model.config, "pad_token_id", None) or 0
     train = [PairStream(part, pad) for part in tokens]
-    other = [] if held_out is None else [PairStream(held_out, pad)]
+    other: dict[str, Stream] = {name: PairStream(part, pad) for name, part in held_out.items()}
     if fraction is not None:
-        train, other = map(list, zip(*(part.split(fraction) for part in train), strict=True))
+        train, last = map(list, zip(*(part.split(fraction) for part in train), strict=True))
+        other = {"": _joined(recipe, last)}
     count = sum(part.num_cut(seq_len) for part in train)
     said = f"{count} pairs are longer than train.seq_len={seq_len} and are cut there"
-    return _joined(recipe, train), _joined(recipe, other) if other else None, (said,) if count else ()
+    return _joined(recipe, train), other, (said,) if count else ()
 
 
 def windows_of(
-    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: TokenStream | None
+    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
 ) -> Windows:
     """Documents packed into windows, or windows that cross them. An error if the recipe asks for what can't be."""
     dataset, seq_len = recipe.dataset, recipe.train.seq_len
-    ends = [part.ends for part in (*tokens, *([] if held_out is None else [held_out]))]
+    ends = [part.ends for part in (*tokens, *held_out.values())]
     known, why = all(found is not None for found in ends), why_not_apart(model)
     if dataset.packing == "documents" and why is not None:
         raise ModelError(
@@ -59,19 +62,22 @@ def windows_of(
         )
     several = known and any(part.ends is not None and len(part.ends) > 1 for part in tokens)
     apart = dataset.packing == "documents" or (dataset.packing == "auto" and several and why is None)
-    train, other = list(tokens), [] if held_out is None else [held_out]
+    train, other = list(tokens), {name: [part] for name, part in held_out.items()}
     if dataset.eval_fraction is not None:
         split = split_packed if apart else split_held_out
-        train, other = map(list, zip(*(split(part, dataset.eval_fraction) for part in tokens), strict=True))
+        train, last = map(list, zip(*(split(part, dataset.eval_fraction) for part in tokens), strict=True))
+        other = {"": last}
     if not apart:
         said = dataset.packing == "auto" and several
         crossed = (f"windows cross documents: {why}",) if said else ()
-        return _joined(recipe, train), _joined(recipe, other) if other else None, crossed
-    packed, packed_other = ([pack(part, seq_len) for part in parts] for parts in (train, other))
+        return _joined(recipe, train), {name: _joined(recipe, parts) for name, parts in other.items()}, crossed
+    packed = [pack(part, seq_len) for part in train]
+    packed_other = {name: _joined(recipe, [pack(part, seq_len) for part in parts]) for name, parts in other.items()}
     lines = tuple(line for part in packed for line in part.lines())
-    return _joined(recipe, packed), _joined(recipe, packed_other) if packed_other else None, lines
+    return _joined(recipe, packed), packed_other, lines
 
 
 def _joined(recipe: Recipe, parts: Sequence[Part]) -> Stream:
-    """The parts as one stream; of texts with weights always a mixture."""
-    return MixedStream(tuple(parts), recipe.dataset.weights) if recipe.dataset.weights else parts[0]
+    """The parts as one stream: a mixture, if they are those of texts with weights."""
+    weights = recipe.dataset.weights
+    return MixedStream(tuple(parts), weights) if weights and len(parts) == len(weights) else parts[0]

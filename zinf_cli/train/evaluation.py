@@ -1,0 +1,83 @@
+"""The held-out losses of a run, and what follows from them: when it ends early, and which checkpoint is the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from zinf_cli.engine.engine import Engine
+from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
+from zinf_cli.train.collator import Sample, Stream
+from zinf_cli.train.rank_batches import RankBatches
+from zinf_cli.train.token_stream import digest
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the evaluations of a run have come to. A manifest holds it, so that a resume goes on with it."""
+
+    texts: str
+    """The fingerprint of the held-out texts, without which their losses have no meaning."""
+    best: float | None = None
+    """The lowest held-out loss. None: there was none that is a number."""
+    since: int = 0
+    """Evaluations after that one."""
+    kept: float | None = None
+    """The lowest held-out loss of a step with a checkpoint."""
+    kept_step: int | None = None
+    """That step."""
+
+    def after(self, step: int, loss: float, *, saved: bool) -> Standing:
+        """The standing when `step` has the held-out `loss`, and a checkpoint if it is `saved`."""
+        now = replace(self, since=self.since + 1)
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
+            now = replace(now, best=loss, since=0)
+        if math.isfinite(loss) and saved and (self.kept is None or loss < self.kept):
+            now = replace(now, kept=loss, kept_step=step)
+        return now
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Evaluates the model on held-out texts, in sweeps of `per_sweep` micro-batches on each rank."""
+
+    engine: Engine
+    batches: RankBatches
+    per_sweep: int
+    texts: Mapping[str, Stream]
+    """By their names; a single one has none, ""."""
+
+    def begin(self, earlier: Standing | None) -> Standing:
+        """The standing of a run that goes on from `earlier`, unless that is one of other texts."""
+        texts = digest(" ".join(f"{name} {text.fingerprint}" for name, text in self.texts.items()))
+        return earlier if earlier is not None and earlier.texts == texts else Standing(texts)
+
+    def losses(self) -> dict[str, float]:
+        """The mean loss over all held-out windows, and that over those of each text with a name, by their keys.
+
+        All ranks together.
+        """
+        sums = {name: self._sum(text) for name, text in self.texts.items()}
+        total, targets = (sum(column) for column in zip(*sums.values(), strict=True))
+        of_each = {held_out_of(name): loss / max(1.0, count) for name, (loss, count) in sums.items() if name}
+        return {HELD_OUT: total / max(1.0, targets), **of_each}
+
+    def _sum(self, held_out: Stream) -> tuple[float, float]:
+        """(the sum of the loss over all targets of a text, their number), of all ranks together."""
+        model, ranks, train = self.batches.model, self.batches.ranks, self.batches.recipe.train
+        windows = held_out.num_windows(train.seq_len)
+        per_pass = max(ranks.world_size, self.per_sweep * train.micro_batch_size * ranks.world_size)
+        model.eval()
+        loss = targets = 0.0
+        for first in range(0, windows, per_pass):
+            samples = [Sample(window, window) for window in range(first, min(first + per_pass, windows))]
+            padding = max(0, ranks.world_size - len(samples))
+            mine = self.batches.of(held_out, samples + [samples[0]] * padding)
+            losses = self.engine.evaluate([self.batches.work(batch, 0.0, 0) for batch in mine])
+            real = [batch.num_targets if padding == 0 or ranks.rank < len(samples) else 0 for batch in mine]
+            loss += sum(value * n for value, n in zip(losses, real, strict=True) if n)
+            targets += sum(real)
+        model.train()
+        loss, targets = ranks.totals([loss, targets])
+        return loss, targets

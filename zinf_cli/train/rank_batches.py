@@ -1,0 +1,40 @@
+"""The micro-batches of one rank: its share of a batch, as the engine takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from zinf_cli.engine.compute.sweep_member import MicroBatch
+from zinf_cli.engine.ranks import Ranks
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.train.batches import deal
+from zinf_cli.train.collator import Batch, Collator, Sample, Stream
+from zinf_cli.train.seeds import derived_seed
+from zinf_cli.train.setup import model_loss
+
+
+@dataclass(frozen=True)
+class RankBatches:
+    """Makes this rank's micro-batches of a text."""
+
+    recipe: Recipe
+    model: nn.Module
+    collator: Collator
+    ranks: Ranks
+    device: torch.device
+
+    def of(self, stream: Stream, samples: Sequence[Sample]) -> list[Batch]:
+        """This rank's share of the `samples` of all ranks. Every rank gets as many micro-batches."""
+        shares = deal(samples, self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size)
+        first = self.ranks.rank * len(shares)
+        return [self.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
+
+    def work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
+        """A micro-batch of `step` for the engine; its loss counts with `weight`."""
+        seed = derived_seed(self.recipe.seed, step, batch.index)
+        return MicroBatch(partial(model_loss, self.model, **batch.inputs(self.device)), weight, seed)
