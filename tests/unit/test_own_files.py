@@ -16,7 +16,7 @@ import pytest
 from plain import engine_losses, open_engine
 from tiny_models import random_source
 from zinf_cli.checkpoint import folder as folders
-from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, Manifest
+from zinf_cli.checkpoint.manifest import MANIFEST, UNFINISHED, VERSION, Manifest
 from zinf_cli.checkpoint.own_files import remove
 from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.options import EngineOptions
@@ -274,6 +274,6 @@ def test_a_folder_that_can_not_be_looked_into_is_not_empty(run_dir: Path, monkey
 
 def test_a_manifest_of_another_version_is_not_damage(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zinf_cli.checkpoint.manifest.READABLE", (99,))
-    with pytest.raises(CheckpointError, match="version 2 is not known here") as caught:
+    with pytest.raises(CheckpointError, match=f"version {VERSION} is not known here") as caught:
         Manifest.load(step(run_dir, 6))
     assert not isinstance(caught.value, DamagedError)
