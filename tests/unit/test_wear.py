@@ -59,7 +59,8 @@ def test_the_line_of_a_plan(tmp_path: Path) -> None:
     ("endurance", "shown"), [(600e12, "2.5 TB, 0.42 % of their life"), (None, "2.5 TB"), (1.0, "")]
 )
 def test_the_line_of_a_summary(endurance: float | None, shown: str) -> None:
-    ends = {"status": "done", "sources": {}, "held_out": {}, "best_eval": None, "moments": "fp32", "steps": 1, "max_steps": 1, "skipped_steps": 0}
+    ends = {"status": "done", "moments": "fp32", "steps": 1, "max_steps": 1, "skipped_steps": 0}
+    ends |= {"sources": {}, "held_out": {}, "best_eval": None}
     losses = dict.fromkeys(("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
     written = {"drives_written": 2.5e12 if shown else 0}
     screen = StringIO()
