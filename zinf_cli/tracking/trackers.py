@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zinf_cli.durable import write_durably
+from zinf_cli.run_folder.metrics import held_out_of
 from zinf_cli.run_folder.names import tracker_id
 
 SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
@@ -48,7 +49,8 @@ class Tracking:
     def write(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl. What is not a finite number in it is left out."""
         if line["step"] % self._interval == 0 and not line.get("skipped"):
-            values = {name: line[name] for name in SCALARS if line.get(name) is not None}
+            of_texts = (name for name in line if name.startswith(held_out_of("")))
+            values = {name: line[name] for name in (*SCALARS, *of_texts) if line.get(name) is not None}
             for follower in self._followers:
                 follower.news.put((values, line["step"]))
 
