@@ -91,14 +91,16 @@ class SlurmLab(Lab):
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True).stdout
 
     def submit(self, *words: str) -> str:
-        """Submit the example of a batch script (hostfiles/slurm.sh). Returns the number of the job."""
+        """Submit the example of a batch script (hostfiles/slurm.sh), with `words` for its size. Returns its number."""
         zinf = self.home / "bin" / "zinf"
         zinf.write_text(f'#!/bin/sh\nexec {sys.executable} -m zinf_cli.cli "$@"\n')
         zinf.chmod(0o755)
-        example = str(ROOT / "hostfiles" / "slurm.sh")
+        lines = (ROOT / "hostfiles" / "slurm.sh").read_text().splitlines(keepends=True)
+        example = self.folder / "slurm.sh"
+        example.write_text("".join(line for line in lines if not re.match("#SBATCH --(nodes|ntasks|exclusive)", line)))
         options = [word for word in words if word.startswith("-")]
         rest = [word for word in words if not word.startswith("-")]
-        return self.slurm("sbatch", "--parsable", "-o", f"{self.folder}/job-%j", *options, example, *rest).strip()
+        return self.slurm("sbatch", "--parsable", "-o", f"{self.folder}/job-%j", *options, str(example), *rest).strip()
 
     def state(self, job: str) -> str:
         """As Slurm calls it: RUNNING, COMPLETED, ..."""

@@ -33,6 +33,10 @@ class Cluster(FarWorkshop):
         changes = (f"output_dir={self.run_dir}", "train.max_steps=100000")
         return self.lab.submit(*words, str(self.recipe), *changes)
 
+    def last_step(self) -> int:
+        *_, last = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(last)["step"])
+
     def stopped(self, job: str) -> int:
         """The step of the checkpoint of a run that was stopped. Nothing else may be left of it."""
         wait_until(lambda: self.lab.state(job) not in ("RUNNING", "COMPLETING"), 60)
@@ -47,7 +51,7 @@ class Cluster(FarWorkshop):
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     """Nodes that are not alike."""
-    with slurm_lab(tmp_path, [Node(cpus=1, gpus=2), Node(cpus=3, gpus=1)]) as lab:
+    with slurm_lab(tmp_path, [Node(cpus=2, gpus=2), Node(cpus=3, gpus=1)]) as lab:
         yield Cluster(tmp_path, lab)
 
 
@@ -85,31 +89,41 @@ def test_a_job_that_is_requeued_goes_on(cluster: Cluster) -> None:
     cluster.lab.slurm("scontrol", "requeue", job)
     wait_until(lambda: cluster.lab.state(job) == "PENDING", 30)
     first = Manifest.load(cluster.run_dir / "checkpoints" / "latest").step
-    wait_for_steps(cluster.run_dir, first + 2)
+    wait_until(lambda: cluster.last_step() >= first + 2, 60)
     cluster.lab.slurm("scancel", job)
     assert cluster.stopped(job) >= first + 2
     assert json.loads((cluster.run_dir / "summary.json").read_text())["resumed_from_step"] == first
 
 
 @LONG
-def test_a_time_limit_leaves_a_checkpoint(cluster: Cluster) -> None:
-    job = cluster.submit("--nodes=2", "--ntasks=2", "--time=1", "--signal=B:CONT@1")
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        (("--time=1", "--signal=B:CONT@1"), "TIMEOUT"),
+        (("--time=3",), "FAILED"),  # warned by USR1, two minutes before the limit; exit code 130 is none of success
+    ],
+)
+def test_a_time_limit_leaves_a_checkpoint(cluster: Cluster, words: tuple[str, ...], state: str) -> None:
+    job = cluster.submit("--nodes=2", "--ntasks=2", *words)
+    wait_for_steps(cluster.run_dir, 1)
     wait_until(lambda: cluster.lab.state(job) != "RUNNING", 150)
     assert cluster.stopped(job) >= 1
-    assert cluster.lab.state(job) == "TIMEOUT"
+    assert cluster.lab.state(job) == state
 
 
 @LONG
 def test_the_gpus_of_a_job_are_those_of_its_ranks(cluster: Cluster) -> None:
     """The GPUs are none, but Slurm does not know that."""
-    cluster.lab.slurm("sbatch", "--nodelist=node1", "--gres=gpu:1", "--wrap=sleep 600")
+    other = cluster.lab.slurm(
+        "sbatch", "--parsable", "--nodelist=node1", "--gres=gpu:1", "-o", "/dev/null", "--wrap=sleep 600"
+    ).strip()
     job = cluster.submit("--nodes=2", "--ntasks=2", "--gres=gpu:1")
     wait_for_steps(cluster.run_dir, 1)
     (first,) = cluster.lab.named("zinf rank 0")
     (second,) = cluster.lab.named("zinf rank 1")
     assert psutil.Process(first).environ()["CUDA_VISIBLE_DEVICES"] == "1"
     assert psutil.Process(second).environ()["CUDA_VISIBLE_DEVICES"] == "0"
-    cluster.lab.slurm("scancel", job)
+    cluster.lab.slurm("scancel", job, other)
     cluster.stopped(job)
 
 

@@ -35,12 +35,13 @@ class StopSignals:
             signal.signal(number, handler)
 
     def told_elsewhere(self) -> None:
-        """Count a SIGTERM that other processes of the run have got. It may have come to this one, too."""
-        self.received = max(1, self.received)
+        """Count a SIGTERM that other processes of the run have got. It comes to this one, too, or has come already."""
+        if self.received == 0:
+            self._count(signal.SIGTERM, None)
 
     def _count(self, number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGHUP, signal.SIGUSR1):
-            self.told_elsewhere()
+            self.received = max(1, self.received)
             return
         if number == signal.SIGTERM:
             before, self._last_term = self._last_term, time.monotonic()
