@@ -105,7 +105,7 @@ def markdown() -> str:
     lines = [
         "# The keys of a recipe",
         "",
-        "Made by `zinf recipe keys --markdown` from the docstrings of zinf_cli/recipe/recipe.py. Every key can be",
+        "Made by `zinf recipe keys --markdown` from the docstrings of zinf_cli/recipe. Every key can be",
         "given on the command line as well: `zinf launch my.yaml train.max_steps=20`. A size has a unit: 48GiB, 500MB.",
     ]
     for name, (what, keys) in sections().items():

@@ -5,8 +5,6 @@ recipe_file.py reads YAML and key=value overrides into it and words the errors.
 
 from __future__ import annotations
 
-import math
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,16 +12,14 @@ from pydantic import Field, field_validator, model_validator
 
 from zinf_cli.checkpoint.folder import checkpoints_of
 from zinf_cli.recipe.batch import sequences_per_step
+from zinf_cli.recipe.dataset import Dataset
 from zinf_cli.recipe.values import (
     AbsolutePath,
-    NamedPaths,
     Number,
     Paths,
     Section,
     Size,
     Switch,
-    Texts,
-    WeightedText,
     reachable,
 )
 
@@ -77,90 +73,6 @@ class Model(Section):
             raise ValueError("config needs a model_type, e.g. model_type: llama")
         if self.config is not None and self.init == "pretrained":
             raise ValueError("init: pretrained needs name_or_path; a config has no weights")
-        return self
-
-
-class Dataset(Section):
-    """What it is trained on."""
-
-    path: Texts
-    """A file, a folder or a list of them: .txt .jsonl (these also .gz) .parquet, or .npy (integers: tokens already).
-    With {path: PATH, weight: 0.3} for each, weights are shares of the sequences, and add up to 1."""
-    text_field: str = "text"
-    """The field of .jsonl and .parquet records that holds the text."""
-    messages_field: str | None = None
-    """Instead of text: a field with chat messages; loss on the turns of dataset.roles_to_train only."""
-    roles_to_train: Annotated[tuple[str, ...], Field(min_length=1)] = ("assistant",)
-    """Whose turns in chats are learned. A template that marks what the assistant says decides that itself."""
-    source_field: str = "source"
-    """For an encoder-decoder: the field that holds what the encoder reads."""
-    target_field: str = "target"
-    """And the one that holds what the decoder is to write; both are cut at train.seq_len tokens."""
-    packing: Literal["auto", "documents", "stream"] = "auto"
-    """documents: attention stays inside a document, chats are whole; stream: windows of consecutive tokens, which cross
-    documents; auto: documents, where the text has several and the model can keep them apart."""
-    tokenizer: AbsolutePath | None = None
-    """A directory with a tokenizer, where it is not the model's."""
-    eval_path: Paths | NamedPaths | None = None
-    """Held-out text, or several: {name: path}, each with a loss of its own beside that of all."""
-    eval_fraction: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Instead of eval_path: hold out this share at the end of the text."""
-    shuffle: bool = True
-    """false: consecutive windows in order, starting over at the end."""
-
-    @field_validator("roles_to_train", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Those of `path`, without weights."""
-        return tuple(text.path if isinstance(text, WeightedText) else text for text in self.path)
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Those of `path`; none, if it is one text after another."""
-        return tuple(text.weight for text in self.path if isinstance(text, WeightedText))
-
-    @field_validator("path")
-    @classmethod
-    def _adds_up(cls, texts: tuple[Path | WeightedText, ...]) -> tuple[Path | WeightedText, ...]:
-        weights = [text.weight for text in texts if isinstance(text, WeightedText)]
-        if weights and len(weights) < len(texts):
-            bare = next(text for text in texts if not isinstance(text, WeightedText))
-            raise ValueError(f"give every text a weight, or none: {bare} has none")
-        if weights and not math.isclose(sum(weights), 1, abs_tol=1e-3):
-            raise ValueError(f"weights are shares: {' + '.join(f'{w:g}' for w in weights)} is {sum(weights):g}, not 1")
-        return texts
-
-    @property
-    def held_out(self) -> dict[str, tuple[Path, ...]]:
-        """Paths of eval_path by the name of the text; a single text has none, ""."""
-        if self.eval_path is None:
-            return {}
-        return self.eval_path if isinstance(self.eval_path, dict) else {"": self.eval_path}
-
-    @property
-    def all_paths(self) -> tuple[Path, ...]:
-        """Those of all texts that a run reads."""
-        return (*self.paths, *chain(*self.held_out.values()))
-
-    @field_validator("path", "eval_path")
-    @classmethod
-    def _exists(cls, texts: Any) -> Any:
-        for text in chain(*texts.values()) if isinstance(texts, dict) else texts or ():
-            path = text.path if isinstance(text, WeightedText) else text
-            with reachable(path):
-                there = path.exists()
-            if not there:
-                raise ValueError(f"no such file or folder: {path}")
-        return texts
-
-    @model_validator(mode="after")
-    def _one_held_out(self) -> Dataset:
-        if self.eval_path is not None and self.eval_fraction is not None:
-            raise ValueError("give either eval_path or eval_fraction")
         return self
 
 
@@ -301,6 +213,20 @@ class Checkpoint(Section):
     """auto: from the newest in the run's folder, if there is one; or from a path, of a checkpoint or another run."""
 
 
+class Samples(Section):
+    """What the model writes while it learns: before the first step, and with each evaluation."""
+
+    prompts: tuple[str, ...] = ()
+    """Texts to go on with; of chats, what the user says. The likeliest token is taken each time."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens that are written at most; each is a forward pass, for all prompts together."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class Logging(Section):
     """What is shown."""
 
@@ -354,6 +280,8 @@ class Recipe(Section):
     activations; auto: keep as many as the memory holds."""
     checkpoint: Checkpoint = Checkpoint()
     """Checkpoints of a run."""
+    samples: Samples = Samples()
+    """What the model writes while it learns."""
     logging: Logging = Logging()
     """What is shown."""
     profiler: Profiler = Profiler()

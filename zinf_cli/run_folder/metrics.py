@@ -64,7 +64,7 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         """Write one line. `values` has "step". Numbers that are not finite become null: JSON has no word for them."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        finite = {name: value if _is_finite(value) else None for name, value in values.items()}
         self._pending += json.dumps(finite).encode() + b"\n"
         self._flush()
 
@@ -96,6 +96,10 @@ class Metrics:
             self._said = True
             return False
         return True
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def lines_in(run_dir: Path) -> list[dict[str, Any]]:

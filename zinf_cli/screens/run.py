@@ -63,11 +63,14 @@ class RunView:
             self._eval_loss = metrics["eval_loss"]
         if "loss" in metrics:
             self._latest = metrics
+        for sample in metrics.get("samples", ()):
+            self.say(f"after step {metrics['step']}: {sample['prompt']!r} → {sample['text']!r}")
         if self._live is not None:
             if self._latest:
                 self._live.update(self._panel())
         elif "loss" not in metrics:
-            self.say(f"before the first step: eval_loss {_number(metrics['eval_loss'], '.4f')}")
+            if "eval_loss" in metrics:
+                self.say(f"before the first step: eval_loss {_number(metrics['eval_loss'], '.4f')}")
         elif metrics["step"] % self._interval == 0 or metrics["step"] == self._plan.max_steps:
             slow = self._straggler(metrics)
             self.say(step_line(metrics, self._plan.max_steps) + (f"  waits for {slow}" if slow else ""))

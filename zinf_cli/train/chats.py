@@ -72,6 +72,11 @@ def render_chat(document: Document, template: Template, roles: Sequence[str]) ->
     return whole, said
 
 
+def render_prompt(document: Document, template: Template) -> str:
+    """A dialog that the assistant is to answer, as `template` writes it, with the prompt for the answer."""
+    return _renderer(document, template)(messages_of(document), prompt=True)
+
+
 def _renderer(document: Document, template: Template) -> Callable[..., str]:
     """A function that writes turns of the dialog: `render(messages, prompt=False)`."""
     tools = _tools(document)

@@ -59,6 +59,8 @@ class Evaluation:
         All ranks together.
         """
         sums = {name: self._sum(text) for name, text in self.texts.items()}
+        if not sums:
+            return {}
         total, targets = (sum(column) for column in zip(*sums.values(), strict=True))
         of_each = {held_out_of(name): loss / max(1.0, count) for name, (loss, count) in sums.items() if name}
         return {HELD_OUT: total / max(1.0, targets), **of_each}

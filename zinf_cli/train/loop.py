@@ -41,6 +41,7 @@ from zinf_cli.train.rank_batches import RankBatches
 from zinf_cli.train.rank_process import stop_requested
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.same_bits import keep_order
+from zinf_cli.train.samples import Writer
 from zinf_cli.train.schedule import learning_rate
 from zinf_cli.train.setup import (
     Text,
@@ -143,20 +144,22 @@ class Run:
         self._standing = evaluation.begin(self.start.held_out)
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
         saved = step = self.start.step
-        if evaluation.texts and not step:
-            self._write({"step": 0, **evaluation.losses()})
+        looks = bool(evaluation.texts) or self.text.prompts is not None
+        if looks and not step:
+            self._write({"step": 0, **evaluation.losses(), **self._samples()})
         while step < max_steps and not self._stop_requested() and not self._gets_worse(step):
             self.engine.trace.enabled = self.recipe.profiler.enabled and (
                 self.recipe.profiler.steps is None or step < self.recipe.profiler.steps
             )
             last = step + 1 == max_steps
-            evaluate = bool(evaluation.texts) and (last or _due(step + 1, interval))
+            evaluate = looks and (last or _due(step + 1, interval))
             save = _due(step + 1, save_interval) or (last and save_interval is not None)
             values = self._step(step, more=not (last or evaluate), save=save)
             step += 1
             if evaluate:
-                values |= evaluation.losses()
-                self._standing = self._standing.after(step, values[HELD_OUT], saved=save and self._writer.has_room)
+                values |= {**evaluation.losses(), **self._samples()}
+                saves = save and self._writer.has_room
+                self._standing = self._standing.after(step, values.get(HELD_OUT, math.nan), saved=saves)
             self._write(values)
             if save and values.get("skipped") and not self._blow_ups.skips:
                 written = self._writer.write(self._position(step), required=last)
@@ -267,6 +270,13 @@ class Run:
             **self._experts(),
             **self._memory(),
         }
+
+    def _samples(self) -> dict[str, list[dict[str, str]]]:
+        """What the model writes now, if the recipe has prompts."""
+        if (prompts := self.text.prompts) is None:
+            return {}
+        written = Writer(self.engine, self.model, self.ranks, self.device).write(prompts)
+        return {"samples": [{"prompt": one, "text": other} for one, other in zip(prompts.texts, written, strict=True)]}
 
     def _sources(self, step: int) -> dict[str, float]:
         """How many sequences of a step are from each text that has a weight."""

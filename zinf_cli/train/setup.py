@@ -20,6 +20,7 @@ from zinf_cli.train.mixture import MixedOrder, MixedStream
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
 from zinf_cli.train.packing import PackedStream
+from zinf_cli.train.samples import Prompts, open_prompts
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import TokenStream
 from zinf_cli.train.tokens import Tokenizer
@@ -37,6 +38,8 @@ class Text:
     collator: Collator
     lines: tuple[str, ...] = ()
     """How windows are made of it, for the plan."""
+    prompts: Prompts | None = None
+    """What the model goes on with, to show what it writes."""
 
     @property
     def is_packed(self) -> bool:
@@ -159,7 +162,7 @@ def open_text(
                 hint="give more of it, lower train.seq_len, or leave it out",
             )
         order = MixedOrder(counts, weights, sequences, recipe.seed, dataset.shuffle)
-    return Text(stream, held_out, order, collator, lines)
+    return Text(stream, held_out, order, collator, lines, open_prompts(recipe, model, vocabulary_of(model)))
 
 
 def _collator(recipe: Recipe, model: nn.Module) -> Collator:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.chats import ANSWERS, marked_tokens, marks_answers, render_chat
+from zinf_cli.train.chats import ANSWERS, Template, marked_tokens, marks_answers, render_chat, render_prompt
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document, refuse_halves
 from zinf_cli.train.masking import Masking
@@ -90,6 +90,27 @@ class Tokenizer:
         special = np.array(self._tokenizer.all_special_ids, dtype=np.int64)
         return Masking(self._tokenizer.mask_token_id, special, min(len(self._tokenizer), vocabulary), seed)
 
+    @property
+    def end(self) -> int | None:
+        """The end-of-text token."""
+        end: int | None = self._tokenizer.eos_token_id
+        return end
+
+    def encode_prompt(self, text: str, *, chat: bool) -> list[int]:
+        """The tokens of a text to go on with; of a `chat`, the user's turn and what the template puts before an answer.
+
+        DatasetError if the tokenizer fails, or has no chat template.
+        """
+        document = Document("samples.prompts", text)
+        if not chat:
+            return list(self._encode(text, document)["input_ids"])
+        turn = Document("samples.prompts", [{"role": "user", "content": text}])
+        return list(self._encode(render_prompt(turn, self._templated()), document)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def encode_texts(self, documents: Sequence[Document]) -> list[list[int]]:
         """The tokens of texts, without special tokens. Where a document ends, the end-of-text token is the last.
 
@@ -136,13 +157,7 @@ class Tokenizer:
                 where=str(self._directory),
                 hint="use a tokenizer with tokenizer.json, or dataset.text_field with rendered dialogs",
             )
-        if not self._tokenizer.chat_template:
-            raise DatasetError(
-                "this tokenizer has no chat template",
-                where=str(self._directory),
-                hint="use an instruct model's tokenizer, or dataset.text_field",
-            )
-        template = self._tokenizer.apply_chat_template
+        template = self._templated()
         marked = tuple(roles) == (ANSWERS,) and marks_answers(self._tokenizer.get_chat_template())
         masked, rendered = [], []
         for document in documents:
@@ -161,6 +176,17 @@ class Tokenizer:
             (ids, [any(first <= start < last for first, last in said) for start, _ in offsets])
             for ids, offsets, (_, said) in spans
         ]
+
+    def _templated(self) -> Template:
+        """The tokenizer's way to write a chat. DatasetError if it has none."""
+        if not self._tokenizer.chat_template:
+            raise DatasetError(
+                "this tokenizer has no chat template",
+                where=str(self._directory),
+                hint="use an instruct model's tokenizer, or dataset.text_field",
+            )
+        template: Template = self._tokenizer.apply_chat_template
+        return template
 
     def _encode_all(self, texts: Sequence[str], documents: Sequence[Document], **options: Any) -> Any:
         """What the tokenizer returns for the texts of `documents`. DatasetError if it fails for one."""
