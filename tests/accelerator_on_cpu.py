@@ -213,6 +213,7 @@ def _collectives(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
 
     def all_gather(flat: torch.Tensor, own: torch.Tensor, *, group: None, async_op: bool) -> _Work:
         def gather() -> None:
+            checker.gathers_beside_compute += checker.is_beside_compute(checker.communicator.actor)
             for part in flat.chunk(2):
                 if part.data_ptr() != own.data_ptr():
                     part.copy_(own)
@@ -226,13 +227,13 @@ def _collectives(checker: Checker) -> Iterator[tuple[Any, str, Any]]:
 
         return on_its_stream(reduce)
 
-    over = SimpleNamespace(wait=lambda: None, is_completed=lambda: True)
-
     def all_reduce(values: torch.Tensor, op: Any = None, *, group: None, async_op: bool = False) -> Any:
-        """Of numbers in CPU memory that nobody else uses."""
         if op is None:
             values.mul_(2)
-        return over
+        clock = checker.tell(values)
+        if not async_op:
+            checker.thread.join(clock)
+        return SimpleNamespace(wait=lambda: checker.wait(checker.thread, clock), is_completed=checker.says_over)
 
     yield ranks, "_all_gather", all_gather
     yield ranks, "_reduce_scatter", reduce_scatter

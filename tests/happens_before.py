@@ -31,7 +31,7 @@ from zinf_cli.model_state import PAGE
 
 DEVICE = torch.device("cpu", 0)
 _ROOT = str(Path(zinf_cli.__file__).parent)
-PASSING_ON = {"wait", "under_way", "_finish", "_settle", "time"}
+PASSING_ON = {"wait", "under_way", "_finish", "_settle", "time", "compute_so_far"}
 """Functions that wait for whoever calls them: the site of a wait is their caller."""
 Clock = dict[int, int]
 
@@ -72,6 +72,8 @@ class Checker:
         self.races: dict[tuple[str, str], str] = {}
         self.waits: set[str] = set()
         """Their sites in the engine and the tiers: "tiers/bounce.py:42 Moment.read"."""
+        self.gathers_beside_compute = 0
+        """How many gathers did not wait for all that compute had queued."""
         self._removed = removed
         self._coin = random.Random(0)
         self._chance = chance
@@ -79,10 +81,14 @@ class Checker:
         self._local = threading.local()
         self._actors = 0
         self._regions: list[tuple[int, int]] = []
+        self._told: dict[int, torch.Tensor] = {}
+        """Numbers that ranks have told each other, in CPU memory, by address of their storage."""
         self._bounce: set[int] = set()
         """Pages of memory that a drive's thread has taken for itself."""
         self._pages: dict[Any, tuple[tuple[Actor, int, str] | None, dict[int, tuple[Actor, int, str]]]] = {}
         self._compute = self.new(DEVICE)
+        self._computed = 0
+        """The moment of compute's newest launch."""
         self.communicator = self.new(DEVICE)
 
     # -- the seam: see zinf_cli/tiers/streams.py
@@ -165,6 +171,10 @@ class Checker:
                 self.waits.add(site)
         return site == self._removed
 
+    def is_beside_compute(self, actor: Actor) -> bool:
+        """Whether what comes next there does not wait for all that compute has queued."""
+        return actor.clock.get(self._compute.actor.number, 0) < self._computed
+
     def says_over(self) -> bool:
         return self._coin.random() < self._chance
 
@@ -192,9 +202,29 @@ class Checker:
             stream = self.current(DEVICE).actor
             stream.join(self.thread.clock)
             stream.before = self.thread.before
+            if stream is self._compute.actor:
+                self._computed = stream.clock[stream.number]
             for begin, end, writes in touched:
                 for page in range(begin // PAGE, (end - 1) // PAGE + 1):
                     self._touch(stream, page, name, writes=writes)
+
+    def tell(self, values: torch.Tensor) -> Clock:
+        """Numbers in CPU memory travel between ranks, beside all else. Returns the clock of what comes behind that."""
+        with self._lock:
+            key = values.untyped_storage().data_ptr()
+            self._told[key] = values  # so that no other gets its address
+            on_its_way = self.actor("control group")
+            on_its_way.join(self.send())
+            self._touch(on_its_way, ("told", key), "all-reduce", writes=True)
+            return on_its_way.release()
+
+    def read_told(self, values: torch.Tensor) -> bool:
+        """This thread reads such numbers. False if they are none."""
+        with self._lock:
+            key = values.untyped_storage().data_ptr()
+            if key in self._told:
+                self._touch(self.thread, ("told", key), "this thread", writes=False)
+            return key in self._told
 
     def touch_file(self, descriptor: int, begin: int, num_bytes: int, *, writes: bool) -> None:
         with self._lock:
@@ -297,7 +327,7 @@ class Touches(TorchDispatchMode):
                 touched.extend((*span, writes) for span in spans if span is not None)
             if touched:
                 self._checker.launch(schema.name, touched)
-            if schema.name == "aten::_local_scalar_dense":
+            if schema.name == "aten::_local_scalar_dense" and not self._checker.read_told(args[0]):
                 self._checker.thread.join(self._checker.current(DEVICE).reached())
         return func(*args, **(kwargs or {}))
 

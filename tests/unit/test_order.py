@@ -233,10 +233,32 @@ def begin_again(folder: Path) -> None:
     engine.close()
 
 
-def train_parts(name: str, tier: str, folder: Path) -> None:
+def complete_late(folder: Path) -> None:
+    """A gradient turns out to be complete: no further visit of the step comes to its unit."""
+    engine = open_way(Way("cccc", ranks=2), folder)
+    backward = Visit(0, Kind.BACKWARD)
+    engine._pipeline.acquire(backward)
+    engine._pipeline.release(backward)
+    engine._pipeline.complete([backward.unit], [])
+    engine.close()
+
+
+def begin_with_another(folder: Path) -> None:
+    """What was announced is dropped; from a drive comes a unit into the room of one that lies in CPU memory."""
+    engine = open_way(Way("nnnd", cached=True, ranks=2), folder)
+    pipeline = engine._pipeline
+    pipeline.expect([Visit(2, Kind.FORWARD)])
+    other = Visit(1, Kind.FORWARD)
+    pipeline.acquire(other)
+    pipeline.release(other)
+    engine.close()
+
+
+def train_parts(name: str, tier: str, folder: Path, ranks: Ranks | None = None, per_sweep: int | None = None) -> None:
     """A model in parts, whose layers' experts are units."""
     options = replace(everything_on(tier, folder), device=DEVICE, nvme_readers=1, nvme_writers=1)
-    engine_losses(open_engine(random_source(name), options, most=2000), 2)
+    options = replace(options, micro_batches_per_sweep=per_sweep)
+    engine_losses(open_engine(random_source(name), options, ranks, most=2000), 2)
 
 
 def drop_activations(tier: str, folder: Path) -> None:
@@ -263,8 +285,11 @@ CASES: dict[str, Doing] = {
     "checkpoints, speculative": partial(train, Way("nnnn", "speculative", chunk_numel=8192), save=True),
     "every step into regions, device": partial(train_into_regions, Way("dddd", chunk_numel=1024)),
     "a step begins again": begin_again,
+    "another unit than was announced": begin_with_another,
+    "a gradient is complete late": complete_late,
     "parts": partial(train_parts, "llama", "nvme"),
     "experts": partial(train_parts, "mixtral", "cpu"),
+    "experts, two ranks, a sweep a micro-batch": partial(train_parts, "mixtral", "cpu", ranks=Twin(), per_sweep=1),
 }
 
 
@@ -275,24 +300,13 @@ NAMED = {
     "tiers/streams.py _Cuda.synchronize: torch.cuda.synchronize": "it is the seam",
     "tiers/stopwatch.py EventStopwatch._recorded: event.record": "a time is taken, and nothing is ordered",
     "train/process_memory.py returning_free_memory.watch: over.wait": "a thread that looks now and then",
-    **dict.fromkeys(
-        (
-            "engine/compute/sweep.py Sweep._routed_experts: self._ranks.any([unit in called for unit in layer]).wait",
-            "engine/compute/sweep.py Sweep._backward_units: self._ranks.any(here).wait",
-            "engine/traffic/one_order.py OneOrder._agreed: offered.wait",
-            "engine/traffic/pipeline.py Pipeline.complete: "
-            "self.ranks.any([flag for number in late for flag in self.units[number].life.touched]).wait",
-            "engine/traffic/pipeline.py Pipeline._finish_gradient: reduction.touched.wait",
-        ),
-        "a few numbers of all ranks, in CPU memory of their own: the wait is the only way to have them",
-    ),
 }
 """Places that wait and touch no page, with the reason."""
 
 
-def run(case: str, removed: str | None = None) -> Checker:
+def run(case: str, removed: str | None = None, chance: float = 0.5) -> Checker:
     """What is found where the wait `removed` orders nothing."""
-    checker = Checker(removed, chance=CHANCES.get(case, 0.5))
+    checker = Checker(removed, chance=CHANCES.get(case, chance))
     with TemporaryDirectory() as folder, checking(checker):
         CASES[case](Path(folder))
     return checker
@@ -305,6 +319,12 @@ clean = cache(run)
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_nothing_races(case: str) -> None:
     assert list(clean(case).races.values()) == []
+
+
+@pytest.mark.parametrize("case", ["cpu, two ranks", "device, two ranks"])
+def test_gathers_run_beside_compute(case: str) -> None:
+    """They do not wait for all that compute has queued, nor this thread for their reads."""
+    assert run(case, chance=0.0).gathers_beside_compute
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -63,6 +63,21 @@ def test_an_arena_never_hands_out_a_byte_twice(steps: list[tuple[bool, int]]) ->
     assert arena.allocate(16 * PAGE) is not None
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["another buffer", "the other half"])
+def test_what_fills_a_buffer_is_no_change_of_another(half: bool) -> None:
+    """Autograd refuses a saved tensor if any view of its memory was changed in place."""
+    arena = Arena(2 * PAGE, CPU)
+    first, second = arena.allocate(PAGE * (1 + half)), arena.allocate(PAGE)
+    assert first is not None
+    if half:
+        first, second = first.split(PAGE)
+    assert second is not None
+    x = first.data.view(torch.float32).requires_grad_()
+    y = (x * x).sum()
+    second.data.fill_(1)
+    y.backward()
+
+
 def test_pages_of_an_arena_that_were_never_used_cost_nothing() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE

@@ -151,6 +151,11 @@ class Flags:
         """For each flag, whether it is set on any rank."""
         if self.work is not None:
             self.work.wait()
+        return self.told
+
+    @property
+    def told(self) -> list[bool]:
+        """What `wait` has given."""
         return [bool(value) for value in self.values]
 
 

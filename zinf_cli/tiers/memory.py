@@ -35,6 +35,7 @@ class MemoryTier:
     ) -> None:
         self.name = name
         self.in_place = device == compute_device
+        self.on_streams = True
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0

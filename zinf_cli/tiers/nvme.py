@@ -105,6 +105,7 @@ class NvmeTier:
         the thread that is about to write it. With `verify`, reads are compared with what was written."""
         self.name = "nvme"
         self.in_place = False
+        self.on_streams = False
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0

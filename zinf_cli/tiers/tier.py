@@ -61,6 +61,8 @@ class Tier(Protocol):
     name: str
     in_place: bool
     """Whether the compute device uses extents in place, without a copy."""
+    on_streams: bool
+    """Whether its transfers are queued on streams: to `wait` for one never holds up this thread."""
     used: int
     """Bytes in extents now."""
     peak: int

@@ -9,12 +9,14 @@ import torch
 
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import destination
+from zinf_cli.engine.traffic.gather_stream import GatherStream
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.update import SliceUpdate, Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.model_state import GRAD
 from zinf_cli.tiers.arena import Buffer
+from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
 
@@ -22,12 +24,15 @@ from zinf_cli.trace import Trace
 class Fetch:
     """One visit on its way: its buffers, the reads that fill them, the update, the gather."""
 
-    def __init__(self, visit: Visit, unit: Unit, memory: Memory, updates: Updates, trace: Trace) -> None:
+    def __init__(
+        self, visit: Visit, unit: Unit, memory: Memory, beside: GatherStream, updates: Updates, trace: Trace
+    ) -> None:
         self.visit = visit
         self.unit = unit
         self.open = visit.kind is Kind.OPEN
         self.gather = visit.kind is not Kind.FLUSH
         self._memory = memory
+        self._beside = beside
         self._updates = updates
         self._trace = trace
         self.flats: list[torch.Tensor] = []
@@ -39,6 +44,13 @@ class Fetch:
         self._grad_buffer: Buffer | None = None
         self._earlier_buffer: Buffer | None = None
         self._reads: list[Transfer] = []
+        """Of this rank's slices: compute waits for these, and this thread sees that they are over before it goes on."""
+        self._queued: list[Transfer] = []
+        """Those of them that the stream of gathers waits for, and not this thread."""
+        self._earlier: list[Transfer] = []
+        """Reads of the earlier gradient."""
+        self._ready: Event | None = None
+        """Compute that the gather comes behind, with several ranks: what used its room before, or its update."""
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
         self._kernel: Kernel | None = None
@@ -87,6 +99,8 @@ class Fetch:
             block = arena.allocate(sum(sizes))
             if block is None:
                 return False
+        if unit.ranks.world_size > 1:
+            self._ready = self._beside.compute_so_far()
         self._cut(block, sizes, unit.grads_in_place() if self._has_grads else None)
         if in_place is not None:
             self.flats = in_place
@@ -137,7 +151,7 @@ class Fetch:
             self.earlier_grads = list(values.split([flat.layout.slice_numel for flat in trained]))
             for flat, earlier in zip(trained, self.earlier_grads, strict=True):
                 assert flat.grad is not None
-                self._reads.append(flat.grad.read(0, earlier.view(torch.uint8)))
+                self._earlier.append(flat.grad.read(0, earlier.view(torch.uint8)))
         elif self.visit.accumulate and grads is not None:
             self.earlier_grads = grads
 
@@ -152,7 +166,8 @@ class Fetch:
             self.flats.append(values)
             if flat.slice.view() is None:
                 own = flat.layout.slice_of(values, flat.rank)
-                self._reads.append(flat.slice.read(0, own.view(torch.uint8)))
+                queued = self._ready is not None and flat.slice.tier.on_streams and not self.unit.life.update_due
+                (self._queued if queued else self._reads).append(flat.slice.read(0, own.view(torch.uint8)))
 
     def own_slices(self) -> list[torch.Tensor]:
         """This rank's slice of each flat (1-D): the update writes there, and the gather reads there."""
@@ -176,6 +191,10 @@ class Fetch:
         assert self._gathers is not None
         if not self._settle(self._gathers, wait):
             return False
+        if not self._settle(self._queued, wait):  # nothing is gathered that was dropped
+            return False
+        if not self._settle(self._earlier, wait):
+            return False
         # a forward that clamps would change bytes of the slot that are still being written
         return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
 
@@ -190,6 +209,8 @@ class Fetch:
             if kernel is None or not self._update.progress(kernel, partial(self._settle, wait=wait)):
                 return False
             self.unit.life.finish_update()
+            if self._ready is not None and not self.gathering:
+                self._ready = self._beside.compute_so_far()
         return True
 
     def start_gather(self) -> None:
@@ -199,12 +220,16 @@ class Fetch:
 
     def _start_gathers(self) -> list[Transfer]:
         ranks = self.unit.ranks
-        if ranks.world_size == 1 or not self.gather:
+        if self._ready is None or not self.gather:
             return []
-        return [
-            ranks.gather(flat, own, self._trace, self.unit.name)
-            for flat, own in zip(self.flats, self.own_slices(), strict=True)
-        ]
+        with self._beside.behind(self._ready):
+            for read in self._queued:
+                read.wait()
+            self._queued.clear()
+            return [
+                ranks.gather(flat, own, self._trace, self.unit.name)
+                for flat, own in zip(self.flats, self.own_slices(), strict=True)
+            ]
 
     @staticmethod
     def _settle(transfers: list[Transfer], wait: Callable[[Transfer], None] | None) -> bool:

@@ -21,6 +21,7 @@ from zinf_cli.engine.ranks import Flags, Ranks
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.eager import EagerUpdates
 from zinf_cli.engine.traffic.fetch import Fetch
+from zinf_cli.engine.traffic.gather_stream import GatherStream
 from zinf_cli.engine.traffic.narrow_grads import narrowed
 from zinf_cli.engine.traffic.one_order import OneOrder
 from zinf_cli.engine.traffic.update import Updates
@@ -79,6 +80,7 @@ class Pipeline:
         self._held: dict[int, Fetch] = {}
         self._reducing: deque[Reduction] = deque()
         self._order = OneOrder(ranks)
+        self._beside = GatherStream(memory.slots.device)
         self.eager = EagerUpdates(units, memory, self.wait)
         experts = [unit.layout.num_bytes for unit in units if unit.layout.on_demand]
         self._spare = 2 * max(experts, default=0)
@@ -137,6 +139,7 @@ class Pipeline:
         fetch = self._next(visit)
         self._complete(fetch)
         self._fetches.popleft()
+        self._issue_ahead()  # what has room is offered
         self._order.visited(self._fetches)
         self._hold(fetch)
 
@@ -258,7 +261,7 @@ class Pipeline:
             self._fetches.popleft()
 
     def _fetch(self, visit: Visit) -> Fetch:
-        return Fetch(visit, self.units[visit.unit], self.memory, self.updates, self.trace)
+        return Fetch(visit, self.units[visit.unit], self.memory, self._beside, self.updates, self.trace)
 
     def _next(self, visit: Visit) -> Fetch:
         """The fetch of `visit`: the one that was announced, or a new one where the prediction failed."""
@@ -362,7 +365,7 @@ class Pipeline:
             for home, values in zip(homes, own, strict=True):
                 home.copy_(values)
         if reduction.touched is not None:
-            unit.life.gradient_reduced(reduction.touched.wait())
+            unit.life.gradient_reduced(reduction.touched.told)
         else:
             unit.life.count_backward()
         self._note_norms(unit, own)  # of a visit that is not the last one, too: no other may come
