@@ -131,7 +131,7 @@ def plan_for(recipe: Recipe, device_bytes: int = 79 * GIB, cpu_bytes: int = 512 
     model = open_model(recipe, "bf16")
     found = model_figures(model, prepare(model, recipe, 1, None), recipe)
     machine = MachineFigures(1, device_bytes, 26, Rates().matmul, 4 * GIB, GIB, "H100", cpu_bytes, 0)
-    figures = Figures(found, DataFigures(1, 1, recipe.train.max_steps or 1), machine, 1, 1, "bf16")
+    figures = Figures(found, DataFigures(recipe.train.max_steps or 1), machine, 1, 1, "bf16")
     profile = replace(BUILT_IN["dgx-h100"], accelerators=1, passes={"bf16": {1: 0.8 * Rates().matmul}})
     return best_plan(recipe, figures, profile)
 

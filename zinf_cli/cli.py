@@ -297,10 +297,13 @@ def export(
     import json
 
     from zinf_cli.amounts import format_bytes
-    from zinf_cli.screen import printable
-    from zinf_cli.train.export import export as write
+    from zinf_cli.screen import Screen, printable
+    from zinf_cli.screens.progress import progress
 
-    done = write(run.absolute(), out.absolute(), dtype)
+    with progress(Screen(stderr=True), "writing the model") as tell:
+        from zinf_cli.train.export import export as write  # torch, whose import takes its time
+
+        done = write(run.absolute(), out.absolute(), dtype, tell=tell)
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=2, default=str))
         return

@@ -23,6 +23,7 @@ FLOORS = (
         "model_state",
         "screen",
         "search_path",
+        "told",
         "trace",
         "unfailing_stream",
         "version",

@@ -32,9 +32,9 @@ def looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     seen: list[Recipe] = []
     really = figures.find_figures
 
-    def counted(recipe: Recipe, *arguments: Any) -> Any:
+    def counted(recipe: Recipe, *arguments: Any, **named: Any) -> Any:
         seen.append(recipe)
-        return really(recipe, *arguments)
+        return really(recipe, *arguments, **named)
 
     monkeypatch.setattr(figures, "find_figures", counted)
     return seen
@@ -162,4 +162,4 @@ def answers(recipe: Recipe) -> tuple[dict[str, Any], bool]:
     asked = question(recipe, None, [Host("a", (0,)), Host("b", (0,))])
     words = command("imported", "zinf_cli.train.question:main")
     done = subprocess.run(words, input=asked, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout), "torch" in done.stderr.splitlines()[-1].split()
+    return json.loads(done.stdout.splitlines()[-1]), "torch" in done.stderr.splitlines()[-1].split()

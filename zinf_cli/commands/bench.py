@@ -25,8 +25,9 @@ from zinf_cli.model_state import PAGE
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.run_folder.names import rank_log
 from zinf_cli.screen import Screen
-from zinf_cli.screens.bench import links_screen, nvme_screen, progress
+from zinf_cli.screens.bench import links_screen, nvme_screen
 from zinf_cli.screens.launch import preflight_screen
+from zinf_cli.screens.progress import progress
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,16 @@ def run_bench_nvme(request: NvmeRequest, console: Console) -> None:
             hint="give at least four blocks for each folder",
         )
     check_folders(folders, size)
-    with progress(steps_of(size, blocks, threads), console) as report:
+    moved, total = 0, steps_of(size, blocks, threads)
+    with progress(console, "measuring the drives") as tell:
+
+        def report(doing: str, num_bytes: int) -> None:
+            nonlocal moved
+            moved += num_bytes
+            tell(moved / total, doing)
+
         result = bench_nvme(folders, size, blocks, threads, report)
-    with console.status("the same with fio, in turn ..."):
+    with progress(console, "the same with fio, in turn"):
         fio = beside_fio(result)
     out = request.out or user_file()
     measured = Nvme(
@@ -108,7 +116,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
         run_dir = Path(folder)
         program = Program(Agent("zinf_cli.bench.links"), "measure", [part], run_dir, {}, (), False, {})
-        with console.status(f"measuring, {count} {'rank' if count == 1 else 'ranks'} ..."):
+        with progress(console, f"measuring, {count} {'rank' if count == 1 else 'ranks'}"):
             outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
         if outcome.ended_as_asked:
             raise Interrupted("interrupted")

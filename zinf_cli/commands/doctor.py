@@ -15,7 +15,9 @@ from zinf_cli.errors import DamagedError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.recipe.hosts import Host, this_machine
+from zinf_cli.screen import Screen
 from zinf_cli.screens.launch import preflight_screen
+from zinf_cli.screens.progress import progress
 from zinf_cli.screens.run import checkpoint_screen
 
 
@@ -33,7 +35,8 @@ def doctor(hosts: Sequence[Host], *, as_json: bool, console: Console) -> None:
 def check_checkpoint(path: Path, *, as_json: bool, console: Console) -> None:
     """A verdict on every file; DamagedError unless all are whole."""
     folder = find_checkpoint(path)
-    verdicts = verify(folder)
+    with progress(Screen(stderr=True), "reading the checkpoint") as tell:
+        verdicts = verify(folder, tell)
     if as_json:
         print(json.dumps({"checkpoint": str(folder), "files": [dataclasses.asdict(v) for v in verdicts]}, indent=2))
     else:

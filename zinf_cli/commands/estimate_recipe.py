@@ -30,6 +30,7 @@ from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.screen import Screen
+from zinf_cli.screens.progress import progress
 
 
 def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console: Console) -> None:
@@ -45,10 +46,10 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         if elsewhere is not None and elsewhere.accelerators and recipe.train.precision == "auto":
             recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": "bf16"})})
         with (
-            Screen(stderr=True).status("reading the model, its checkpoint and the text ..."),
+            progress(Screen(stderr=True), "reading the model and the text"),
             Lifelines(transport_to(())) as lifelines,
         ):
-            found = figures_from(lifelines.connect(this_machine(1)), recipe, ranks, hosts)
+            found = figures_from(lifelines.connect(this_machine(1)), recipe, ranks, hosts, in_part=True)
 
             def figures_of(most: int | None) -> Figures:
                 return found(most) if elsewhere is None else _there(elsewhere, found(most), recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,12 +23,11 @@ from zinf_cli.errors import Interrupted
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
-from zinf_cli.launch.question import figures_from, question
+from zinf_cli.launch.question import FiguresOf, figures_from, question
 from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
 from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.machine.profile_file import find_measured
-from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
@@ -43,6 +42,7 @@ from zinf_cli.run_folder.metrics import Watch
 from zinf_cli.run_folder.names import PLAN, RECIPE, SUMMARY
 from zinf_cli.screens.launch import failure_screen, log_line, preflight_screen
 from zinf_cli.screens.plan import plan_screen
+from zinf_cli.screens.progress import progress
 from zinf_cli.screens.run import RunView, summary_screen
 from zinf_cli.tracking.chosen import check_trackers, tracking_of
 
@@ -116,8 +116,8 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             ready = _hosts_ready(recipe, request, lifelines, console, min_hosts)
         else:
             ready = _this_machine_ready(recipe, request, lifelines)
-        with console.status("reading the model, its checkpoint and the text ..."):
-            figures = ready.figures_of(None)
+        with progress(console, "reading the model and the text") as tell:
+            figures = ready.figures_of(None, lambda share: tell(share, "tokenising the text"))
         profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
         before = plan_in(recipe.output_dir) if resumed else None
         plan = plan_in_parts(recipe, figures, ready.figures_of, profile, ready.hosts, ready.room, before)
@@ -149,8 +149,7 @@ class _Ready:
     hosts: Sequence[Host]
     """Those of a hostfile; none: this machine."""
     room: Room
-    figures_of: Callable[[int | None], Figures]
-    """See figures_from."""
+    figures_of: FiguresOf
 
 
 def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) -> _Ready:
@@ -160,7 +159,9 @@ def _this_machine_ready(recipe: Recipe, request: Request, lifelines: Lifelines) 
     if standing_by:
         asked = question(recipe, request.slots, request.hosts)
         connection.request("stand_by", **_agent(request).start(asked))
-    figures_of = figures_from(connection, recipe, request.slots, request.hosts, asked=standing_by)
+    figures_of = figures_from(
+        connection, recipe, request.slots, request.hosts, asked=standing_by, in_part=request.dry_run
+    )
     return _Ready(World(lifelines, [connection]), request.hosts, room, figures_of)
 
 
@@ -171,7 +172,7 @@ def _hosts_ready(
     _bring_files(request, console)
     agent = _agent(request)
     asked = question(recipe, None, request.hosts)
-    with console.status(f"looking at {len(request.hosts)} hosts ..."):
+    with progress(console, f"looking at {len(request.hosts)} hosts"):
         preflight = check_hosts(
             request.hosts,
             lifelines,
@@ -220,7 +221,7 @@ def _bring_files(request: Request, console: Console) -> None:
     if request.sync:
         from zinf_cli.launch.sync import sync  # as in transport_to
 
-        with console.status(f"bringing files to {len(request.hosts)} hosts ..."):
+        with progress(console, f"bringing files to {len(request.hosts)} hosts"):
             sent = sync([path.absolute() for path in request.sync], request.hosts)
         console.print(f"brought to the hosts: {format_bytes(sent)}", highlight=False)
 
@@ -297,6 +298,8 @@ def _run(
     logs = RankLogs(run_dir, plan.hosts)
 
     def poll() -> None:
+        if watch.first_step is None and (share := start.loaded(run_dir)) is not None:
+            view.loading(share)
         watch.poll()
         for line in logs.poll():
             view.say(log_line(line) if plan.world_size > 1 else line.text)

@@ -41,6 +41,7 @@ from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.model_state import ADAMW, FROZEN, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import Extent
+from zinf_cli.told import Tell, nobody
 from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
@@ -132,9 +133,12 @@ class Engine:
                 if number not in self._options.cached_units:
                     unit.add_shadow()
 
-    def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]) -> None:
-        """Fill every unit from `read(parameter names)`, which gives tensors of any dtype. Memory is one unit's."""
-        load_params(self.units, self.memory, read)
+    def load(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], told: Tell = nobody) -> None:
+        """Fill every unit from `read(parameter names)`, which gives tensors of any dtype. Memory is one unit's.
+
+        `told` gets the share of the units that are filled.
+        """
+        load_params(self.units, self.memory, read, told)
 
     def train_step(
         self,
@@ -239,9 +243,9 @@ class Engine:
         self._copy([field for unit in self.units for field in fields_of(unit)], sink)
         self._go_on_to(None)
 
-    def load_state(self, source: StateSource) -> None:
+    def load_state(self, source: StateSource, told: Tell = nobody) -> None:
         """Take the state of every unit from `source`, instead of `load`."""
-        load_state(self.units, self.memory, source)
+        load_state(self.units, self.memory, source, told)
 
     def moved_places(self) -> dict[str, torch.Tensor]:
         """What the forward has changed in the model beside buffers, as tensors for a checkpoint (stored_places.py)."""

@@ -127,8 +127,6 @@ class ModelFigures:
 class DataFigures:
     """The packed text."""
 
-    num_tokens: int
-    num_windows: int
     max_steps: int
     texts: tuple[str, ...] = ()
     """What each path contributed, and what was left out of it."""
@@ -136,6 +134,10 @@ class DataFigures:
     """What the user should know of how the text was found this time."""
     sources: tuple[str, ...] = ()
     """Paths of texts that have weights."""
+    share: float = 1.0
+    """Of the text, what was looked at."""
+    about: bool = False
+    """Whether `max_steps` was counted by less than all of it."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ REPORT = "report.html"
 LOGS, TENSORBOARD, WANDB = "logs", "tensorboard", "wandb"
 RUN_FILES = (RECIPE, PLAN, METRICS, SUMMARY, TRACE, REPORT, LOGS, TENSORBOARD, WANDB)
 """All that a run leaves, without its checkpoints."""
-START = f"{LOGS}/start.json"
+START, LOADING = f"{LOGS}/start.json", f"{LOGS}/loading"
 EARLIER = "earlier"
 """A folder with a numbered folder for each earlier run."""
 

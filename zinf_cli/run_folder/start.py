@@ -1,18 +1,44 @@
-"""Tells the launcher where a run begins. Rank 0 writes it when the state is loaded and metrics.jsonl is ready."""
+"""Tells the launcher where a run begins, and before that how much of its state is loaded. Rank 0 writes it."""
 
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from zinf_cli.durable import write_durably
 from zinf_cli.errors import TierError
-from zinf_cli.run_folder.names import START
+from zinf_cli.run_folder.names import LOADING, START
+from zinf_cli.told import Tell
+
+
+def tells_loaded(run_dir: Path) -> Tell:
+    """What tells the launcher the share that is loaded, twice a second at most. That it can't be told is no error."""
+    told = time.monotonic()
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if time.monotonic() >= told + 0.5:
+            told = time.monotonic()
+            with suppress(OSError), (run_dir / LOADING).open("a") as file:
+                file.write(f"{share:.4f}\n")
+
+    return tell
+
+
+def loaded(run_dir: Path) -> float | None:
+    """The share of the state that is loaded. None if the ranks have not told it."""
+    with suppress(OSError, ValueError, IndexError):
+        return float((run_dir / LOADING).read_text().split()[-1])
+    return None
 
 
 def announce(run_dir: Path, step: int, checkpoint: Path | None) -> None:
-    """Tell that the run begins after `step`, the state in `checkpoint`. TierError if that can't be written."""
+    """Tell that state and metrics.jsonl are there, and the run begins after `step`, as in `checkpoint`.
+
+    TierError if that can't be written.
+    """
     start = {"step": step, "checkpoint": str(checkpoint) if checkpoint else None}
     try:
         write_durably(run_dir / START, json.dumps(start))
@@ -30,4 +56,5 @@ def announced(run_dir: Path) -> int | None:
 
 def forget(run_dir: Path) -> None:
     """Remove what an earlier run has told."""
-    (run_dir / START).unlink(missing_ok=True)
+    for name in (START, LOADING):
+        (run_dir / name).unlink(missing_ok=True)

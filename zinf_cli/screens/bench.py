@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.amounts import format_bytes
-from zinf_cli.bench.nvme import Point, Report, Result
+from zinf_cli.bench.nvme import Point, Result
 from zinf_cli.machine.profile_file import Links
 
 
@@ -75,12 +72,3 @@ def _line(direction: str, best: Point, fio: dict[str, object] | None) -> str:
         assert isinstance(share, dict)
         text += f"; fio ({fio['engine']}) {theirs['bytes_per_s'] / 1e9:.2f} GB/s, in turn: {share[direction]:.2f} of it"
     return text
-
-
-@contextmanager
-def progress(total: int, console: Console) -> Iterator[Report]:
-    """A bar of `total` bytes while drives are measured."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda doing, moved: bar.update(task, advance=moved, description=doing)

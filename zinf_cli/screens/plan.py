@@ -39,7 +39,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
         "step",
-        f"{_batch(plan)}, in {_count(sweeps, 'sweep', 'sweeps')}; {plan.max_steps} steps",
+        f"{_batch(plan)}, in {_count(sweeps, 'sweep', 'sweeps')}; {_steps(plan)}",
     )
     if plan.sweep_cost is not None:
         head.add_row("sweeps", _cost_of_sweeps(plan.sweep_cost, plan.micro_batches))
@@ -91,14 +91,18 @@ def _answers(plan: Plan) -> dict[str, str]:
         tier: [NAMES[state] for state in CLASSES if plan.placement[state] == tier] for tier in plan.placement.values()
     }
     cached = f", but for {len(plan.cached_units)} units in CPU memory" if plan.cached_units else ""
-    steps = (
-        f"{format_seconds(plan.max_steps * plan.step_s)} for {plan.max_steps} steps, " if plan.resume is None else ""
-    )
+    steps = f"{format_seconds(plan.max_steps * plan.step_s)} for {_steps(plan)}, " if plan.resume is None else ""
     return {
         "fits" if plan.fits else "too large": ", ".join(sizes),
         "lies": "; ".join(f"{', '.join(names)} {_PLACES[tier]}" for tier, names in tiers.items()) + cached,
         "takes": f"{steps}{format_seconds(plan.step_s)} a step, bound by {plan.bottleneck}",
     }
+
+
+def _steps(plan: Plan) -> str:
+    if plan.figures.data.about:
+        return f"about {float(f'{plan.max_steps:.2g}'):.0f} steps"
+    return _count(plan.max_steps, "step", "steps")
 
 
 def _is_here(plan: Plan) -> bool:

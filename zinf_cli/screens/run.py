@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -46,6 +47,12 @@ class RunView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def loading(self, share: float) -> None:
+        """How much of the state the ranks have loaded."""
+        if self._live is not None and not self._latest:
+            bar = ProgressBar(total=1.0, completed=share, width=40)
+            self._live.update(Columns([Text("reading the model"), bar, Text(f"{share:.0%}")]))
 
     def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""

@@ -11,17 +11,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.cache import identity, private_folder
 from zinf_cli.train.chats import ANSWERS, TOOLS
 from zinf_cli.train.documents import PIECE, Document, read_documents
-from zinf_cli.train.text_files import find_files, kind_of
+from zinf_cli.train.text_files import about_tokens, find_files, kind_of
 from zinf_cli.train.token_arrays import open_tokens
 from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
 from zinf_cli.train.tokens import Tokenizer
@@ -31,6 +34,10 @@ LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 _MOST, _CHARACTERS = 256, 4 * PIECE
 """Documents, or characters of them, that are tokenised at once."""
+_SOME_FILES = 4
+"""Of a long text: those of which a part is looked at."""
+_MUCH = 8
+"""How many times as long as its part a text has to be."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +55,59 @@ class TextSource:
 
 
 def open_token_stream(
-    source: TextSource, cache_dir: Path, notice: Callable[[str], None] = lambda line: None
+    source: TextSource, cache_dir: Path, notice: Callable[[str], None] = lambda line: None, tell: Tell = nobody
 ) -> TokenStream:
     """The tokens of a text, from the cache if it has them whole. `notice` is told if it has them damaged.
 
-    If several processes start at once, one of them tokenises. DatasetError if the text or the cache can't be used.
+    `tell` gets the share of the text that is tokenised. If several processes start at once, one of them tokenises.
+    DatasetError if the text or the cache can't be used.
     """
-    files = find_files(source.paths)
-    if source.tokenizer is None and kind_of(files[0]) != ".npy":
-        raise DatasetError(
-            "this text needs a tokenizer, and a model from a config has none", hint="set dataset.tokenizer"
-        )
+    files = _files(source)
     entry = cache_dir / _fingerprint(source, files)
     try:
         if (kept := _kept(entry)) is not None:
             return kept
         private_folder(cache_dir)
         with _locked(cache_dir / f"{entry.name}.lock"):
-            return _kept(entry, notice) or _build(source, files, entry)
+            return _kept(entry, notice) or _build(source, files, entry, tell)
     except OSError as error:
         raise DatasetError(
             f"the token cache failed: {error.strerror or error}", where=str(cache_dir), hint="set XDG_CACHE_HOME"
         ) from error
+
+
+def part_of_tokens(source: TextSource, cache_dir: Path, most: int) -> tuple[TokenStream, float] | None:
+    """About `most` tokens of a text that is much longer, from several of its files, and which share of it they are.
+
+    None if the text is short, or the cache has it. DatasetError if what is read can't be used.
+    """
+    files = _files(source)
+    sizes = {file: file.stat().st_size for file in files}
+    if sum(map(about_tokens, files)) < _MUCH * most or (cache_dir / _fingerprint(source, files)).exists():
+        return None
+    chosen = files[:: -(-len(files) // _SOME_FILES)]
+    blocks_of, blocks, read = _blocks_of(source, files[0]), [], 0.0
+    for file in chosen:
+        seen, tokens = 1.0, 0
+        for block in blocks_of(file):
+            blocks.append(block)
+            seen, tokens = block.seen, tokens + len(block.tokens)
+            if tokens * len(chosen) >= most:
+                break
+        read += seen * sizes[file]
+    with TemporaryDirectory() as folder:
+        if not write_tokens(Path(folder), blocks):
+            return None
+        return read_tokens(Path(folder)), read / sum(sizes.values())
+
+
+def _files(source: TextSource) -> list[Path]:
+    files = find_files(source.paths)
+    if source.tokenizer is None and kind_of(files[0]) != ".npy":
+        raise DatasetError(
+            "this text needs a tokenizer, and a model from a config has none", hint="set dataset.tokenizer"
+        )
+    return files
 
 
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
@@ -103,14 +141,14 @@ def _kept(entry: Path, notice: Callable[[str], None] = lambda line: None) -> Tok
         return None
 
 
-def _build(source: TextSource, files: Sequence[Path], entry: Path) -> TokenStream:
+def _build(source: TextSource, files: Sequence[Path], entry: Path, tell: Tell) -> TokenStream:
     """Write the cache entry under another name, then rename it: it exists whole or not at all."""
     building = entry.with_suffix(".building")
     for leftover in (building, entry):
         _remove(leftover)
     building.mkdir(mode=0o700)
     try:
-        if not write_tokens(building, _blocks(source, files)):
+        if not write_tokens(building, _blocks(source, files, tell)):
             raise DatasetError("there are no tokens in this text", where=str(files[0]))
         publish(building, entry)
     except BaseException:
@@ -133,16 +171,23 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _blocks(source: TextSource, files: Sequence[Path]) -> Iterator[TokenBlock]:
+def _blocks(source: TextSource, files: Sequence[Path], tell: Tell) -> Iterator[TokenBlock]:
     """Blocks of tokens, with loss masks for chats. A file in a folder may be empty; a file that was named may not."""
-    blocks_of = _array_blocks if kind_of(files[0]) == ".npy" else _text_blocks(source)
-    for file in files:
+    blocks_of = _blocks_of(source, files[0])
+    sizes = [file.stat().st_size for file in files]
+    for file, size, before in zip(files, sizes, accumulate(sizes, initial=0), strict=False):
         empty = True
         for block in blocks_of(file):
             empty = empty and not len(block.tokens)
             yield block
+            tell((before + size * block.seen) / max(1, sum(sizes)))
         if empty and file in source.paths:
             raise DatasetError("the file is empty", where=str(file))
+
+
+def _blocks_of(source: TextSource, file: Path) -> Callable[[Path], Iterator[TokenBlock]]:
+    """What reads files of the kind of `file`."""
+    return _array_blocks if kind_of(file) == ".npy" else _text_blocks(source)
 
 
 def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
@@ -163,7 +208,7 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
             for document, (ids, mask) in zip(documents, encode(documents), strict=True):
                 count, answered = count + 1, answered + (mask is None or any(mask))
                 loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
-                yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends)
+                yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends, document.seen)
         if count and not answered:
             raise _nobody_answers(file, source)
 
@@ -219,4 +264,4 @@ def _array_blocks(file: Path) -> Iterator[TokenBlock]:
             raise DatasetError(
                 f"token {place} is {block[place - start]}, outside of 0 .. {LARGEST_TOKEN}", where=str(file)
             )
-        yield TokenBlock(block)
+        yield TokenBlock(block, seen=(start + len(block)) / array.shape[0])

@@ -10,10 +10,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.stand_ins import stand_in
@@ -25,6 +26,8 @@ LONGEST_PIECE = 1 << 24
 """Bytes of a line of a .txt file that are read at once. A longer line is cut."""
 LONGEST_RECORD = 1 << 28
 """Most bytes of a line of a .jsonl file."""
+_SIP = 1 << 12
+"""Bytes of a packed file that are unpacked at once."""
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -46,6 +49,8 @@ class Document:
     ends: bool = True
     beside: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the record, by name."""
+    seen: float = 1.0
+    """The share of the file, by its bytes on the drive or its rows, that was read when this was."""
 
 
 def read_documents(path: Path, field: str, beside: Sequence[str] = ()) -> Iterator[Document]:
@@ -83,9 +88,9 @@ def first_record(path: Path) -> dict[str, Any]:
     """The first record of a .jsonl or .parquet file, all its fields. DatasetError if there is none."""
     try:
         if kind_of(path) == ".jsonl":
-            where, record = next(_json_values(path), (str(path), None))
+            where, record, _ = next(_json_values(path), (str(path), None, 1.0))
         else:
-            where, record = f"{path}:row 0", next(_parquet_records(path, None), None)
+            where, record = f"{path}:row 0", next(_parquet_records(path, None), (None, 1.0))[0]
     except OSError as error:
         raise DatasetError(f"can't read: {_first_line(error.strerror or error)}", where=str(path)) from error
     if not isinstance(record, dict):
@@ -99,9 +104,9 @@ def _text_pieces(path: Path) -> Iterator[Document]:
     """The document of a .txt file, cut at line ends so that memory stays bounded."""
     piece: list[str] = []
     size, where = 0, str(path)
-    for number, line in _lines(path, LONGEST_PIECE):
+    for number, line, seen in _lines(path, LONGEST_PIECE):
         if size > PIECE:
-            yield Document(where, "".join(piece), ends=False)
+            yield Document(where, "".join(piece), ends=False, seen=seen)
             piece, size, where = [], 0, f"{path}:{number}"
         piece.append(line)
         size += len(line)
@@ -110,15 +115,15 @@ def _text_pieces(path: Path) -> Iterator[Document]:
 
 
 def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
-    for where, record in _json_values(path):
+    for where, record, seen in _json_values(path):
         if not isinstance(record, dict) or field not in record:
             raise _no_field(field, record, where)
-        yield Document(where, _unmarked(record[field]), beside={name: record.get(name) for name in beside})
+        yield Document(where, _unmarked(record[field]), beside={name: record.get(name) for name in beside}, seen=seen)
 
 
-def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every line that is not empty."""
-    for number, line in _lines(path, LONGEST_RECORD, whole=True):
+def _json_values(path: Path) -> Iterator[tuple[str, Any, float]]:
+    """(place, value, share of the file that was read) of every line that is not empty."""
+    for number, line, seen in _lines(path, LONGEST_RECORD, whole=True):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -128,17 +133,22 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
             raise DatasetError(f"not valid JSON: {error.msg}", where=where) from error
         except (ValueError, RecursionError) as error:  # a number with too many digits; too many brackets in brackets
             raise DatasetError(f"not usable JSON: {_first_line(error)}", where=where) from error
-        yield where, value
+        yield where, value, seen
 
 
 def _parquet_rows(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:
-    for row, record in enumerate(_parquet_records(path, (field, *beside), field)):
+    for row, (record, seen) in enumerate(_parquet_records(path, (field, *beside), field)):
         rest = {name: record.get(name) for name in beside}
-        yield Document(f"{path}:row {row}", _unmarked(record.get(field)), beside=rest)
+        yield Document(f"{path}:row {row}", _unmarked(record.get(field)), beside=rest, seen=seen)
 
 
-def _parquet_records(path: Path, wanted: Sequence[str] | None, needed: str | None = None) -> Iterator[dict[str, Any]]:
-    """Rows with the `wanted` columns that there are; None wants all. DatasetError without the `needed` one."""
+def _parquet_records(
+    path: Path, wanted: Sequence[str] | None, needed: str | None = None
+) -> Iterator[tuple[dict[str, Any], float]]:
+    """Rows with the `wanted` columns that there are, and the share of rows that was read; None wants all columns.
+
+    DatasetError without the `needed` one.
+    """
     import pyarrow.parquet
 
     row = 0
@@ -150,8 +160,8 @@ def _parquet_records(path: Path, wanted: Sequence[str] | None, needed: str | Non
             columns = names if wanted is None else [name for name in wanted if name in names]
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for record in batch.to_pylist():
-                    yield record
                     row += 1
+                    yield record, row / table.metadata.num_rows
     except DatasetError:
         raise
     except Exception as error:  # damaged bytes raise errors of many kinds
@@ -163,14 +173,14 @@ def _parquet_records(path: Path, wanted: Sequence[str] | None, needed: str | Non
         raise DatasetError(f"not a parquet file, or a damaged one: {_first_line(error)}", where=where) from error
 
 
-def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[int, str]]:
-    """(number, text) of every line. Its end is part of it, always as \\n.
+def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[int, str, float]]:
+    """(number, text, share of the file that was read) of every line. Its end is part of it, always as \\n.
 
     A line of more than `longest` bytes comes in pieces. If lines have to be `whole`, such a line is a DatasetError.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    number, begins = 1, True
-    with gzip.open(path) if is_packed(path) else path.open("rb") as file:
+    number, begins, size = 1, True, path.stat().st_size or 1
+    with path.open("rb") as stored, gzip.open(_in_sips(stored)) if is_packed(path) else nullcontext(stored) as file:
         while True:
             where = f"{path}:{number}"
             with _unpacking(where):
@@ -191,10 +201,16 @@ def _lines(path: Path, longest: int, *, whole: bool = False) -> Iterator[tuple[i
             if begins:
                 text = text.removeprefix(_MARK)
             if text:
-                yield number, text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+                text = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+                yield number, text, min(1.0, stored.tell() / size)
             if not raw:
                 return
             number, begins = number + ended, ended
+
+
+def _in_sips(stored: IO[bytes]) -> Any:
+    """A packed file for gzip, which unpacks a little of it at a time, so that its place says how much that was."""
+    return SimpleNamespace(read=lambda most: stored.read(min(most, _SIP)))
 
 
 @contextmanager

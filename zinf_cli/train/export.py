@@ -26,6 +26,7 @@ from zinf_cli.durable import PARTIAL, publish
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import TierError, UsageError
 from zinf_cli.tiers.nvme import as_memory
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.model_files import CONFIG
@@ -53,12 +54,18 @@ class Exported:
     num_shards: int
 
 
-def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHARD) -> Exported:
+def export(
+    path: Path,
+    out: Path,
+    dtype: str = "fp32",
+    max_shard: int = MAX_SHARD,
+    tell: Tell = nobody,
+) -> Exported:
     """Write the newest checkpoint of a run, or the checkpoint at `path`, to the new folder `out`.
 
     Parameters are written as `dtype`, whatever the run computed in: a checkpoint has trained parameters in fp32. Those
-    that the model's class keeps in fp32 stay fp32. UsageError if `out` is in use. DamagedError if the checkpoint is
-    damaged; then there is no `out`.
+    that the model's class keeps in fp32 stay fp32. `tell` gets the share of the units that are written. UsageError if
+    `out` is in use. DamagedError if the checkpoint is damaged; then there is no `out`.
     """
     folder = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,7 +76,7 @@ def export(path: Path, out: Path, dtype: str = "fp32", max_shard: int = MAX_SHAR
         partial.mkdir(parents=True)
         try:
             _write_model_files(weights.reader, partial, DTYPES[dtype])
-            num_bytes, num_shards = _write_shards(weights, partial, max_shard)
+            num_bytes, num_shards = _write_shards(weights, partial, max_shard, tell)
             publish(partial, out)
         finally:
             weights.reader.close()
@@ -148,7 +155,7 @@ class _Shard:
         return 8 + len(header)
 
 
-def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, int]:
+def _write_shards(weights: _Weights, out: Path, max_shard: int, tell: Tell) -> tuple[int, int]:
     """Write the shards, with an index if there are several. Returns (bytes, number of shards)."""
     tensors = {name: tensor for group in weights.on_meta() for name, tensor in group.items()}
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard)
@@ -157,7 +164,8 @@ def _write_shards(weights: _Weights, out: Path, max_shard: int) -> tuple[int, in
         shard = _Shard(out / file_name, {name: tensors[name] for name in names})
         start = shard.begin()
         places |= {name: (shard.path, start + first) for name, (first, _) in shard.offsets().items()}
-    for group in weights.read():
+    for number, group in enumerate(weights.read()):
+        tell(number / len(weights.reader.manifest.units))
         for name, tensor in group.items():
             path, offset = places[name]
             with path.open("r+b") as file:

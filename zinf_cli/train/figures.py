@@ -17,6 +17,7 @@ from torch import nn
 
 from zinf_cli.bench.block import Block
 from zinf_cli.bench.links import HIDDEN, ROWS, block_rate
+from zinf_cli.checkpoint.folder import checkpoints_to_resume
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
@@ -26,6 +27,7 @@ from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.optimizer import state_of, undecayed
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
@@ -42,12 +44,21 @@ from zinf_cli.train.tiled_weights import TiledWeights
 from zinf_cli.train.weights import open_weights
 
 
-def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = None, most: int | None = None) -> Figures:
+def find_figures(
+    recipe: Recipe,
+    slots: int | None,
+    world_size: int | None = None,
+    most: int | None = None,
+    tell: Tell = nobody,
+    *,
+    in_part: bool = False,
+) -> Figures:
     """Build the model on the meta device, judge its checkpoint, tokenise the text, measure the machine.
 
     `slots` is the number of ranks on this host, `world_size` that of all hosts; by default there is a rank for every
-    accelerator here, or one CPU rank. With `most`, the model is cut into parts of `most` elements. Raises a ZinfError
-    for whatever is wrong with the input.
+    accelerator here, or one CPU rank. With `most`, the model is cut into parts of `most` elements. `tell` gets the
+    share of the text that is tokenised; `in_part`, a part of a long one is enough, unless a run goes on. Raises a
+    ZinfError for whatever is wrong with the input.
     """
     forked_with = process_memory().get("RssAnon", 0)
     accelerators = torch.cuda.device_count()
@@ -61,7 +72,8 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
     left_out: list[str] = []
     weights = open_weights(model, model_source(recipe), left_out.append)
     notes: list[str] = []
-    text = open_text(recipe, model, world_size, notes.append)
+    in_part = in_part and not checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
+    text = open_text(recipe, model, world_size, notes.append, tell, in_part=in_part)
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
     prepared = prepare(model, recipe, world_size, most, packed=text.is_packed)
@@ -73,10 +85,12 @@ def find_figures(recipe: Recipe, slots: int | None, world_size: int | None = Non
         trial = Trial(TiledWeights(weights, model).read, device)
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)
         left_out.append(said)
-    windows = text.train.num_windows(recipe.train.seq_len)
     sources = tuple(map(str, recipe.dataset.paths)) if recipe.dataset.weights else ()
     lines = (*_texts(recipe), *text.lines)
-    data = DataFigures(len(text.train), windows, text.max_steps(recipe.train), lines, tuple(notes), sources)
+    if text.share < 1:
+        lines += (f"looked at {text.share:.2%} of it for this plan; a launch reads and checks all of it",)
+    about = text.share < 1 and recipe.train.max_steps is None
+    data = DataFigures(text.max_steps(recipe.train), lines, tuple(notes), sources, text.share, about)
     shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))

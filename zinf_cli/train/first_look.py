@@ -17,18 +17,13 @@ from zinf_cli.train.documents import first_record, read_documents
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.positions import most_positions
 from zinf_cli.train.safetensors_files import SafetensorsFiles
-from zinf_cli.train.text_files import RECORDS, find_texts, is_packed, kind_of
-from zinf_cli.train.token_arrays import open_tokens
+from zinf_cli.train.text_files import RECORDS, about_tokens, find_texts, kind_of
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 """Names under which configurations keep the longest sequence."""
 _CHATS = ("messages", "conversations", "conversation", "chat")
 _TEXTS = ("text", "content", "document", "body")
 _PAIRS = (("source", "target"), ("input", "output"), ("document", "summary"), ("article", "highlights"))
-_BYTES_PER_TOKEN = 4
-"""Of text in most languages and tokenizers, about."""
-_PACKED_TIMES = 3
-"""Text by its gzip, about."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +108,14 @@ def look_at_text(paths: Sequence[Path], pairs: bool) -> TextFacts:
 def _tokens_in(file: Path, fields: Mapping[str, str]) -> int:
     """About how many tokens a file has. DatasetError if its beginning is not what `fields` say."""
     if kind_of(file) == ".npy":
-        return int(open_tokens(file).size)
+        return about_tokens(file)
     wanted = next((name for key, name in fields.items() if key != "target_field"), "text")
     first = next(read_documents(file, wanted), None)
     if first is None:
         return 0
     if "messages_field" in fields:
         messages_of(first)
-    return -(-file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) // _BYTES_PER_TOKEN)
+    return about_tokens(file)
 
 
 def _fields(record: Mapping[str, Any], file: Path, pairs: bool) -> tuple[dict[str, str], str]:

@@ -24,9 +24,10 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.run_folder.metrics import HELD_OUT, Metrics, sequences_of
 from zinf_cli.run_folder.names import PLAN, RECIPE, rank_trace
-from zinf_cli.run_folder.start import announce
+from zinf_cli.run_folder.start import announce, tells_loaded
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.streams import streams_of
+from zinf_cli.told import nobody
 from zinf_cli.trace import Trace
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
@@ -66,9 +67,10 @@ def train(run_dir: Path) -> int:
     try:
         text = open_text(recipe, model, plan.world_size, note)
         with mapped_apart():
-            start = resume(recipe, engine, model, text, ranks, note)
+            told = tells_loaded(run_dir) if ranks.rank == 0 else nobody
+            start = resume(recipe, engine, model, text, ranks, note, told)
             if start.folder is None:
-                engine.load(weights.read)
+                engine.load(weights.read, told)
         del weights  # with the states of the generator that made them
         return_free_memory()
         if ranks.rank == 0:

@@ -1,8 +1,8 @@
 """`python -m zinf_cli.train.question`: the launcher asks for the figures of a recipe, this process answers.
 
 The launcher imports no torch that way. torchrun's agent answers the same question (agent.py). A question is a line of
-JSON, {"recipe": ..., "slots": N, "world_size": N, "most": N}. So is the answer: the figures, or {"error": ...} with the
-error's fields (errors.py).
+JSON, {"recipe": ..., "slots": N, "world_size": N, "most": N, "in_part": false}. So is the answer: the figures, or
+{"error": ...} with the error's fields (errors.py). Before it there may be lines {"tokenised": SHARE}.
 
 A look at a model takes torch and transformers, whose import is most of the time between Enter and the plan. So answers
 are cached. An answer is used again for the same recipe, as long as zinf, torch, transformers, this machine's cores and
@@ -36,6 +36,7 @@ from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.cache import cache_folder, identity, private_folder
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.version import code_digest, version_of
@@ -50,17 +51,26 @@ DEVICE_CHOICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_D
 """Variables that choose which accelerators a process sees."""
 
 
-def answer(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None = None) -> dict[str, Any]:
-    """The figures of `find_figures`."""
+def answer(
+    recipe: Recipe,
+    slots: int | None,
+    world_size: int | None,
+    most: int | None = None,
+    tell: Tell = nobody,
+    *,
+    in_part: bool = False,
+) -> dict[str, Any]:
+    """The figures of `find_figures`. Those of a part of a text are not cached."""
     entry = _entry(recipe, slots, world_size, most)
     cached = _cached(entry)
     if cached is not None:
         return cached
     from zinf_cli.train.figures import find_figures
 
-    figures = find_figures(recipe, slots, world_size, most)
+    figures = find_figures(recipe, slots, world_size, most, tell, in_part=in_part)
     text = json.dumps(dataclasses.asdict(figures))
-    if entry is not None and not figures.machine.accelerators and not figures.data.notes:  # notes are said once
+    lasting = figures.data.share == 1 and not figures.data.notes  # notes are said once
+    if entry is not None and not figures.machine.accelerators and lasting:
         with contextlib.suppress(OSError):
             _cache(entry, text)
     document: dict[str, Any] = json.loads(text)
@@ -123,6 +133,7 @@ class Question:
     def __init__(self, line: str, out: IO[str]) -> None:
         self._asked = json.loads(line)
         self._out = out
+        self._told = time.monotonic()
 
     def answered_at_once(self) -> bool:
         """Answer from the cache. False where the model has to be looked at: then nothing has been said."""
@@ -149,7 +160,7 @@ class Question:
 
     def _looked_at(self) -> dict[str, Any]:
         try:
-            return answer(*self._parts)
+            return answer(*self._parts, self._tell, in_part=self._asked["in_part"])
         except ZinfError as error:
             return _reported(error)
         except BaseException as error:
@@ -162,6 +173,12 @@ class Question:
             file.flush()
             asked = self._asked
             return load_recipe(Path(file.name)), asked["slots"], asked["world_size"], asked["most"]
+
+    def _tell(self, share: float) -> None:
+        """Say how much of the text is tokenised, not more often than twice a second."""
+        if time.monotonic() >= self._told + 0.5:
+            self._told = time.monotonic()
+            self._say({"tokenised": share})
 
     def _say(self, document: Mapping[str, Any]) -> None:
         print(json.dumps(document), file=self._out, flush=True)

@@ -20,6 +20,7 @@ from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, Zinf
 from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.evaluation import Standing
 from zinf_cli.train.model_files import CONFIG, config_of
@@ -115,20 +116,27 @@ def _sequences(manifest: Manifest) -> int:
 
 
 def resume(
-    recipe: Recipe, engine: Engine, model: nn.Module, text: Text, ranks: Ranks, notice: Callable[[str], None]
+    recipe: Recipe,
+    engine: Engine,
+    model: nn.Module,
+    text: Text,
+    ranks: Ranks,
+    notice: Callable[[str], None],
+    told: Tell = nobody,
 ) -> Start:
     """Load the newest checkpoint that is whole on every rank. If the run has no checkpoints, do nothing.
 
-    On every rank, `notice` is told of each checkpoint that is not whole, and of keys that have changed. Damaged
-    checkpoints are set aside; those that a drive can't read stay. CheckpointError if none is whole or the recipe does
-    not fit. UnreadableError if none is whole, and some can't be read.
+    `told` gets the share of a checkpoint that is loaded. On every rank, `notice` is told of each checkpoint that is not
+    whole, and of keys that have changed. Damaged checkpoints are set aside; those that a drive can't read stay.
+    CheckpointError if none is whole or the recipe does not fit. UnreadableError if none is whole, and some can't be
+    read.
     """
     candidates = checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     damaged: list[Path] = []
     for folder in candidates:
         problem, state = None, _WHOLE
         try:
-            manifest = _load(folder, recipe, engine, model, text)
+            manifest = _load(folder, recipe, engine, model, text, told)
         except (DamagedError, UnreadableError) as error:
             problem, state = error.line(), _DAMAGED if isinstance(error, DamagedError) else _UNREADABLE
         states = ranks.all(state)
@@ -166,12 +174,12 @@ def resume(
     return Start()
 
 
-def _load(folder: Path, recipe: Recipe, engine: Engine, model: nn.Module, text: Text) -> Manifest:
+def _load(folder: Path, recipe: Recipe, engine: Engine, model: nn.Module, text: Text, told: Tell) -> Manifest:
     reader = CheckpointReader(folder)
     try:
         check_params(reader, model)
         check_recipe(folder, reader.manifest, recipe, model, text)
-        engine.load_state(reader)
+        engine.load_state(reader, told)
         engine.restore_places(load_buffers_of(folder, model))
     finally:
         reader.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from torch import nn
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import Recipe, Train
+from zinf_cli.told import Tell, nobody
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream, kind_of_stream
-from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.train.data import TextSource, open_token_stream, part_of_tokens
 from zinf_cli.train.mixture import MixedOrder, MixedStream
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
@@ -25,6 +26,9 @@ from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import TokenStream
 from zinf_cli.train.tokens import Tokenizer
 from zinf_cli.train.windows import pairs_of, windows_of
+
+_PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
+"""The least that a part of a text has, if it stands for all of it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Text:
     """How windows are made of it, for the plan."""
     prompts: Prompts | None = None
     """What the model goes on with, to show what it writes."""
+    share: float = 1.0
+    """Of the whole text: less than 1 if a part stands for it, and then windows of the order may be missing."""
 
     @property
     def is_packed(self) -> bool:
@@ -105,11 +111,18 @@ def place_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def open_text(
-    recipe: Recipe, model: nn.Module, world_size: int, notice: Callable[[str], None] = lambda line: None
+    recipe: Recipe,
+    model: nn.Module,
+    world_size: int,
+    notice: Callable[[str], None] = lambda line: None,
+    tell: Tell = nobody,
+    *,
+    in_part: bool = False,
 ) -> Text:
     """The tokens of the recipe's text, from the cache or tokenised now. DatasetError if the model can't take it.
 
-    `notice` gets lines for the user about the text.
+    `notice` gets lines for the user about the text, `tell` the share of it that is tokenised. `in_part`: of a long text
+    that would have to be tokenised, a part stands for all of it.
     """
     dataset, train = recipe.dataset, recipe.train
     collator = _collator(recipe, model)
@@ -118,51 +131,83 @@ def open_text(
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
     cache = cache_folder("tokens")
 
-    def opened(paths: tuple[Path, ...]) -> TokenStream:
+    def opened(paths: tuple[Path, ...]) -> tuple[TokenStream, float]:
         if pairs:
             _check_pairs(recipe, paths, model)
         source = TextSource(
             paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, fields
         )
-        return open_token_stream(source, cache, notice)
+        most = max(_PART_TOKENS, _PART_WINDOWS * train.seq_len)
+        part = part_of_tokens(source, cache, most) if in_part else None
+        return part or (open_token_stream(source, cache, notice, tell), 1.0)
 
-    weights = dataset.weights
-    tokens = [opened(paths) for paths in ([(path,) for path in dataset.paths] if weights else [dataset.paths])]
-    tokens_held_out = {name: opened(paths) for name, paths in dataset.held_out.items()}
-    stream, held_out, lines = (pairs_of if pairs else windows_of)(recipe, model, tokens, tokens_held_out)
+    texts = [(path,) for path in dataset.paths] if dataset.weights else [dataset.paths]
+    tokens, shares = zip(*map(opened, texts), strict=True)
+    apart = {name: opened(paths) for name, paths in dataset.held_out.items()}
+    held_out_tokens = {name: found for name, (found, _) in apart.items()}
+    stream, held_out, lines = (pairs_of if pairs else windows_of)(recipe, model, tokens, held_out_tokens)
+    share_of = {name: apart[name][1] if name in apart else min(shares) for name in held_out}
+    _check_text(recipe, model, collator, stream, held_out, share_of)
+    parts = stream.parts if isinstance(stream, MixedStream) else (stream,)
+    counts = [round(part.num_windows(train.seq_len) / share) for part, share in zip(parts, shares, strict=True)]
+    if min(shares) < 1:
+        lines = tuple(f"in the part that was looked at: {line}" for line in lines)
+    order, prompts = _order_of(recipe, counts, world_size), open_prompts(recipe, model, vocabulary_of(model))
+    return Text(stream, held_out, order, collator, lines, prompts, min(*shares, *share_of.values(), 1.0))
+
+
+def _check_text(
+    recipe: Recipe,
+    model: nn.Module,
+    collator: Collator,
+    stream: Stream,
+    held_out: Mapping[str, Stream],
+    share_of: Mapping[str, float],
+) -> None:
+    """DatasetError if the model does not know a token, has nothing to learn, or nothing is held out.
+
+    `share_of` says which share of the text each of `held_out` stands for.
+    """
+    dataset, seq_len = recipe.dataset, recipe.train.seq_len
     for part in (stream, *held_out.values()):
         if part.max_token >= vocabulary_of(model):
             raise DatasetError(
                 f"token {part.max_token} is outside the model's embedding of {vocabulary_of(model)} rows",
                 hint="set dataset.tokenizer to the tokenizer of this model",
             )
-    named = [("text", dataset.paths, stream)]
-    named += [("held-out text", dataset.held_out.get(name, dataset.paths), part) for name, part in held_out.items()]
-    for what, paths, part in named:
+    named = [("text", dataset.paths, stream, 1.0)]
+    named += [
+        ("held-out text", dataset.held_out.get(name, dataset.paths), part, share_of[name])
+        for name, part in held_out.items()
+    ]
+    for what, paths, part, share in named:
+        where = ", ".join(map(str, paths))
         if not collator.has_targets(part):
             raise DatasetError(
-                f"the {what} has nothing to train on: in its windows of {train.seq_len} tokens, no token has a loss",
-                where=", ".join(map(str, paths)),
+                f"the {what} has nothing to train on: in its windows of {seq_len} tokens, no token has a loss",
+                where=where,
                 hint=f"see what {dataset.messages_field or dataset.text_field!r} holds there, or give more text",
             )
-        if part is not stream and part.num_windows(train.seq_len) == 0:
+        if part is not stream and round(part.num_windows(seq_len) / share) == 0:
             raise DatasetError(
-                f"the held-out text has {len(part)} tokens, less than one window of {train.seq_len}",
-                where=", ".join(map(str, paths)),
+                f"the held-out text has {round(len(part) / share)} tokens, less than one window of {seq_len}",
+                where=where,
                 hint="give more held-out text, or lower train.seq_len",
             )
-    sequences = train.sequences_per_step(world_size)
-    order = BatchOrder(stream.num_windows(train.seq_len), sequences, recipe.seed, dataset.shuffle)
-    if isinstance(stream, MixedStream):
-        counts = [part.num_windows(train.seq_len) for part in stream.parts]
-        if 0 in counts:
-            raise DatasetError(
-                f"a text with a weight has no whole window of {train.seq_len} tokens",
-                where=str(dataset.paths[counts.index(0)]),
-                hint="give more of it, lower train.seq_len, or leave it out",
-            )
-        order = MixedOrder(counts, weights, sequences, recipe.seed, dataset.shuffle)
-    return Text(stream, held_out, order, collator, lines, open_prompts(recipe, model, vocabulary_of(model)))
+
+
+def _order_of(recipe: Recipe, counts: Sequence[int], world_size: int) -> BatchOrder:
+    """The order of windows, of which each text has one of `counts`."""
+    dataset, sequences = recipe.dataset, recipe.train.sequences_per_step(world_size)
+    if not dataset.weights:
+        return BatchOrder(sum(counts), sequences, recipe.seed, dataset.shuffle)
+    if sum(counts) >= sequences and 0 in counts:
+        raise DatasetError(
+            f"a text with a weight has no whole window of {recipe.train.seq_len} tokens",
+            where=str(dataset.paths[counts.index(0)]),
+            hint="give more of it, lower train.seq_len, or leave it out",
+        )
+    return MixedOrder(counts, dataset.weights, sequences, recipe.seed, dataset.shuffle)
 
 
 def _collator(recipe: Recipe, model: nn.Module) -> Collator:

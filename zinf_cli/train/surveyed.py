@@ -148,7 +148,8 @@ def survey_on_data(
 def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
     """The first micro-batch of the step that a run begins with, on its first rank."""
     first, size = text.order.sequences_before(step), recipe.train.micro_batch_size
-    windows = text.order.windows(step)[:size]
+    there = text.train.num_windows(recipe.train.seq_len)
+    windows = [window % there for window in text.order.windows(step)[:size]]  # a part of a text has fewer
     return text.collator.collate(text.train, [Sample(window, first + n) for n, window in enumerate(windows)], 0)
 
 

@@ -11,12 +11,17 @@ from pathlib import Path
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import DatasetError
 from zinf_cli.train.stand_ins import LARGEST_POINTER, pointer
+from zinf_cli.train.token_arrays import open_tokens
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 RECORDS = (".jsonl", ".parquet")
 PACKED = (".txt", ".jsonl")
 """Suffixes of files that may also be packed as .gz."""
 _SHOWN = 4
+_BYTES_PER_TOKEN = 4
+"""Of text in most languages and tokenizers, about."""
+_PACKED_TIMES = 3
+"""Text by its gzip, about."""
 
 
 @dataclass
@@ -57,6 +62,13 @@ def kind_of(file: Path) -> str:
 
 def is_packed(file: Path) -> bool:
     return file.suffix.lower() == ".gz"
+
+
+def about_tokens(file: Path) -> int:
+    """How many tokens a file has: of .npy exactly, else about, by its bytes."""
+    if kind_of(file) == ".npy":
+        return int(open_tokens(file).size)
+    return -(-file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) // _BYTES_PER_TOKEN)
 
 
 def find_texts(paths: Sequence[Path]) -> list[Texts]:

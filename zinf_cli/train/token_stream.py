@@ -28,6 +28,8 @@ class TokenBlock(NamedTuple):
     """Of chats and pairs, bool [n]: where there is a loss."""
     ends: bool | None = None
     """Whether a document ends behind the block. None: where documents end is not known."""
+    seen: float = 1.0
+    """The share of its file that was read when the block was."""
 
 
 class NotAsWrittenError(Exception):

@@ -22,6 +22,7 @@ from zinf_cli.engine.units.units import ParamLayout
 from zinf_cli.model_state import CHUNK_NUMEL, MASTER, PARAM, REMAINDER, Field
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
+from zinf_cli.told import Tell, nobody
 
 AHEAD = 8
 """Pieces under way at once, where there is room for them."""
@@ -110,30 +111,35 @@ class _Copy:
         return self._write
 
 
-def load_state(units: Sequence[Unit], memory: Memory, source: StateSource) -> None:
+def load_state(units: Sequence[Unit], memory: Memory, source: StateSource, told: Tell = nobody) -> None:
     """Fill every unit's slices from `source`. No buffer may be in use. TierError where a write failed."""
     writes: deque[tuple[Transfer, Buffer]] = deque()
-    for unit in units:
+    for number, unit in enumerate(units, 1):
         trained = [place for flat in unit.trained for place in flat.layout.params]
         unit.life.resume([source.updates(place.origin, place.first) for place in trained])
         for flat in unit.flats:
             _load(flat, flat.stored, partial(_stored_values, source), memory, writes)
+        told(number / len(units))
     while writes:
         _finish(writes)
 
 
 def load_params(
-    units: Sequence[Unit], memory: Memory, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]]
+    units: Sequence[Unit],
+    memory: Memory,
+    read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    told: Tell = nobody,
 ) -> None:
     """Fill every unit's parameters from `read(names)`, which gives tensors of any dtype, one unit at a time.
 
     The fields of the optimizer are zero, as they are in new extents.
     """
     writes: deque[tuple[Transfer, Buffer]] = deque()
-    for unit in units:
+    for number, unit in enumerate(units, 1):
         values = read([param.name for param in unit.layout.params()])
         for flat in unit.flats:
             _load(flat, flat.stored[:1], partial(_whole_values, values), memory, writes)
+        told(number / len(units))
     while writes:
         _finish(writes)
 
