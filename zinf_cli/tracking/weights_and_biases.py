@@ -46,4 +46,8 @@ class WandbRun:
         self._run.log(dict(values), step=step)
 
     def close(self, status: str) -> None:
+        """Waits for the library's own process as well, which writes the end of its file when `finish` is over."""
+        import wandb
+
         self._run.finish(exit_code=_EXIT_CODES.get(status, 1))
+        wandb.teardown()
