@@ -36,6 +36,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats").mkdir()
     for name in ("chats", "tech_support", "coding", "trivia"):
         (folder / "chats" / f"{name}.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 300)
+    pair = {"prompt": "one two", "chosen": "three yes", "rejected": "no"}
+    (folder / "preferences.jsonl").write_text(f"{json.dumps(pair)}\n" * 300)
     return folder
 
 

@@ -40,6 +40,8 @@ VERSION = 3
 READABLE = (1, 2, 3)
 """Versions that are read."""
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
+REFERENCE = "reference.safetensors"
+"""Of a run that learns preferences: what the model thought of them as it began."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """The only folder in the folder of a model, as transformers writes it."""
 UNFINISHED = "manifest.json.partial"

@@ -7,11 +7,13 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from zinf_cli.checkpoint.manifest import BUFFERS, CHAT_TEMPLATES, MANIFEST, UNFINISHED
+from zinf_cli.checkpoint.manifest import BUFFERS, CHAT_TEMPLATES, MANIFEST, REFERENCE, UNFINISHED
 from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.durable import final_name, sync_folder
 
-_NAMED = re.compile(rf"rank-\d{{5,}}\.safetensors|{re.escape(BUFFERS)}|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)}")
+_NAMED = re.compile(
+    "|".join((r"rank-\d{5,}\.safetensors", *map(re.escape, (BUFFERS, REFERENCE, MANIFEST, UNFINISHED))))
+)
 
 
 def own_files(folder: Path) -> list[Path]:

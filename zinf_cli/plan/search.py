@@ -170,7 +170,7 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     """The plan with its times, played on `profile`, and with the blocks and threads of its I/O."""
-    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    tokens = recipe.train.seq_len * recipe.train.sequences_at_once
     played = predict(plan, tokens, profile)
     unclipped = predict(plan, tokens, profile, unclipped=True) if plan.update == "speculative" else played
     rates = rates_of(profile, cluster_of(plan, tokens))

@@ -37,6 +37,12 @@ class Dataset(Section):
     """For an encoder-decoder: the field that holds what the encoder reads."""
     target_field: str = "target"
     """And the one that holds what the decoder is to write; both are cut at train.seq_len tokens."""
+    prompt_field: str = "prompt"
+    """For train.objective dpo: the field with what is answered, text or chat messages; or answers are whole chats."""
+    chosen_field: str = "chosen"
+    """The field with the answer that is to be preferred."""
+    rejected_field: str = "rejected"
+    """And the one with the other answer."""
     packing: Literal["auto", "documents", "stream"] = "auto"
     """documents: attention stays inside a document, chats are whole; stream: windows of consecutive tokens, which cross
     documents; auto: documents, where the text has several and the model can keep them apart."""

@@ -81,8 +81,12 @@ class Train(Section):
 
     seq_len: Annotated[int, Field(ge=2)] = 1024
     """Tokens of a sequence."""
+    objective: Literal["auto", "dpo"] = "auto"
+    """auto: the model's own loss; dpo: to prefer chosen answers to rejected ones (arXiv 2305.18290)."""
+    dpo_beta: Annotated[Number, Field(gt=0)] = 0.1
+    """Of dpo: how much a model that departs from what it was is held back."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Sequences a rank computes at once."""
+    """Sequences a rank computes at once; of dpo, pairs of them."""
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences of a step, over all ranks; or give gradient_accumulation_steps."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] | None = None
@@ -111,6 +115,11 @@ class Train(Section):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give either max_steps or epochs, and null for the other")
         return self
+
+    @property
+    def sequences_at_once(self) -> int:
+        """The sequences of a micro-batch."""
+        return self.micro_batch_size * (2 if self.objective == "dpo" else 1)
 
     def sequences_per_step(self, world_size: int) -> int:
         """The global batch of `world_size` ranks. Errors are those of batch.py."""

@@ -17,7 +17,10 @@ from zinf_cli.durable import write_durably
 from zinf_cli.run_folder.metrics import held_out_of
 from zinf_cli.run_folder.names import tracker_id
 
-SCALARS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "tflops_per_rank", "wait_s", "step_s")
+SCALARS = (
+    "loss", "eval_loss", "lr", "grad_norm", "reward_margin", "reward_accuracy", "tokens_per_s", "tflops_per_rank",
+    "wait_s", "step_s",
+)  # fmt: skip
 _PATIENCE_S = 60.0
 """For what a tracker still has to send when the run is over."""
 

@@ -77,6 +77,11 @@ def render_prompt(document: Document, template: Template) -> str:
     return _renderer(document, template)(messages_of(document), prompt=True)
 
 
+def render_whole(document: Document, template: Template) -> str:
+    """A dialog as `template` writes it."""
+    return _rendered(document, template)[0]
+
+
 def _renderer(document: Document, template: Template) -> Callable[..., str]:
     """A function that writes turns of the dialog: `render(messages, prompt=False)`."""
     tools = _tools(document)

@@ -13,6 +13,7 @@ from zinf_cli.train.mixture import MixedStream, Part
 from zinf_cli.train.objective import Objective
 from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.preferences import PreferenceStream
 from zinf_cli.train.token_stream import MASKED
 
 Stream = Part | MixedStream
@@ -46,6 +47,8 @@ class Batch:
     """int64 [sequences, seq_len], 0 where a source is padded. None if nothing is."""
     position_ids: torch.Tensor | None = None
     """int64 [sequences, seq_len], from 0 in each document. None if documents are not kept apart."""
+    reference: torch.Tensor | None = None
+    """Of preferences, fp32 [pairs]: what the model thought of them as the run began (reference.py), or 0."""
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """What `model_loss` takes, by name, on `device`."""
@@ -54,6 +57,7 @@ class Batch:
             "labels": self.labels,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
+            "reference": self.reference,
         }
         return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
 
@@ -74,6 +78,10 @@ class Collator:
         num_targets = self.objective.num_targets(labels) if samples else 0
         num_tokens = input_ids.numel() if samples else 0
         kind = kind_of_stream(stream)
+        if isinstance(kind, PreferenceStream):
+            input_ids, labels = input_ids.flatten(0, 1), labels.flatten(0, 1)
+            num_tokens = sum(_num_real(*_at(stream, sample.window, self.seq_len)) for sample in samples)
+            return Batch(input_ids, labels, num_targets, index, num_tokens, reference=torch.zeros(len(rows)))
         if isinstance(kind, PairStream):
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if not num_targets:
@@ -87,7 +95,7 @@ class Collator:
         """Whether any window has a label that the loss uses. True for a stream that is shorter than a window."""
         if isinstance(stream, MixedStream):
             return all(map(self.has_targets, stream.parts))
-        if isinstance(stream, PackedStream):
+        if isinstance(stream, PackedStream | PreferenceStream):
             return stream.num_windows(self.seq_len) > 0
         if isinstance(stream, PairStream) or stream.loss_mask is None:
             return True
@@ -123,5 +131,5 @@ def _at(stream: Stream, index: int, seq_len: int) -> tuple[Part, int]:
 
 
 def _num_real(part: Part, index: int) -> int:
-    assert isinstance(part, PackedStream)
+    assert isinstance(part, PackedStream | PreferenceStream)
     return part.num_real(index)

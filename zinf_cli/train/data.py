@@ -52,6 +52,8 @@ class TextSource:
     tokenizer: Path | None = None
     pair_fields: tuple[str, str] | None = None
     """The fields of a source and its target for an encoder-decoder, instead of text."""
+    answer_fields: tuple[str, str, str] | None = None
+    """The fields of a chosen answer, a rejected one and their prompt, instead of text."""
 
 
 def open_token_stream(
@@ -113,6 +115,7 @@ def _files(source: TextSource) -> list[Path]:
 def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """The name of the cache entry. All that decides the tokens is in it: files as they are now, fields, tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields, source.roles]
+    parts += [source.answer_fields] * (source.answer_fields is not None)
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
@@ -195,20 +198,24 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
     assert source.tokenizer is not None
     tokenizer = Tokenizer(source.tokenizer)
 
-    def encode(documents: Sequence[Document]) -> list[tuple[list[int], list[bool] | None]]:
+    def encode(documents: Sequence[Document]) -> list[list[tuple[list[int], list[bool] | None]]]:
+        """The sequences of each document."""
+        if source.answer_fields is not None:
+            return [[*tokenizer.encode_answers(document, source.answer_fields)] for document in documents]
         if source.pair_fields is not None:
-            return [tokenizer.encode_pair(document, source.pair_fields[1]) for document in documents]
+            return [[tokenizer.encode_pair(document, source.pair_fields[1])] for document in documents]
         if source.messages_field is not None:
-            return [*tokenizer.encode_chats(documents, source.roles)]
-        return [(ids, None) for ids in tokenizer.encode_texts(documents)]
+            return [[chat] for chat in tokenizer.encode_chats(documents, source.roles)]
+        return [[(ids, None)] for ids in tokenizer.encode_texts(documents)]
 
     def blocks_of(file: Path) -> Iterator[TokenBlock]:
         count = answered = 0
         for documents in _some_at_once(_documents(file, source)):
-            for document, (ids, mask) in zip(documents, encode(documents), strict=True):
-                count, answered = count + 1, answered + (mask is None or any(mask))
-                loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
-                yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends, document.seen)
+            for document, sequences in zip(documents, encode(documents), strict=True):
+                for ids, mask in sequences:
+                    count, answered = count + 1, answered + (mask is None or any(mask))
+                    loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
+                    yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends, document.seen)
         if count and not answered:
             raise _nobody_answers(file, source)
 
@@ -230,6 +237,8 @@ def _some_at_once(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _documents(file: Path, source: TextSource) -> Iterator[Document]:
+    if source.answer_fields is not None:
+        return read_documents(file, source.answer_fields[0], beside=source.answer_fields[1:])
     if source.pair_fields is not None:
         return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
     if source.messages_field is not None:

@@ -91,7 +91,7 @@ def find_figures(
         lines += (f"looked at {text.share:.2%} of it for this plan; a launch reads and checks all of it",)
     about = text.share < 1 and recipe.train.max_steps is None
     data = DataFigures(text.max_steps(recipe.train), lines, tuple(notes), sources, text.share, about)
-    shape = (recipe.train.seq_len * recipe.train.micro_batch_size, _hidden(model))
+    shape = (recipe.train.seq_len * recipe.train.sequences_at_once, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))
     return Figures(figures, data, machine, world_size, ranks, precision, state_of(recipe.optimizer))
@@ -123,7 +123,7 @@ def model_figures(
                 seen.uses.get(number, UnitUse()),
                 calls[number],
                 _least_part(model, layout, whole),
-                _reached(model, layout, recipe.train.seq_len * recipe.train.micro_batch_size),
+                _reached(model, layout, recipe.train.seq_len * recipe.train.sequences_at_once),
                 prepared.chunkable.get(number, ()),
                 product=number in seen.products,
             )

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -40,6 +40,7 @@ from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
 from zinf_cli.train.rank_batches import RankBatches
 from zinf_cli.train.rank_process import stop_requested
+from zinf_cli.train.reference import References, find_references, references_file, stored_references
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.same_bits import keep_order
 from zinf_cli.train.samples import Writer
@@ -142,6 +143,7 @@ class Run:
         self._drives = [tier for tier in self.engine.opened.values() if isinstance(tier, NvmeTier)]
         self._moved = self._traffic()
         self._batches = RankBatches(self.recipe, self.model, self.text.collator, self.ranks, self.device)
+        self._batches.references.update(self._references())
         evaluation = Evaluation(self.engine, self._batches, self.plan.per_sweep, self.text.held_out)
         self._standing = evaluation.begin(self.start.held_out)
         interval, save_interval = self.recipe.train.eval_interval, self.recipe.checkpoint.interval
@@ -175,16 +177,30 @@ class Run:
         self._writer.finish()
 
     def _checkpoints(self) -> CheckpointWriter:
-        source = model_source(self.recipe)
         return CheckpointWriter(
             self.run_dir,
             self.engine,
             self.ranks,
-            partial(model_files, source, self.model, self.recipe.dataset.tokenizer, cache(note)),
+            partial(self._files, cache(note)),
             self.recipe.checkpoint.keep_latest_k,
             note,
             keep_best=self.recipe.checkpoint.keep_best,
         )
+
+    def _files(self, notice: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of the small files of a checkpoint."""
+        yield from model_files(model_source(self.recipe), self.model, self.recipe.dataset.tokenizer, notice)
+        if references := self._batches.references:
+            yield references_file(references)
+
+    def _references(self) -> References:
+        """Of preferences: what the model thought of them as the run began."""
+        if self.recipe.train.objective != "dpo":
+            return {}
+        texts = [self.text.train, *self.text.held_out.values()]
+        if self.start.folder is not None:
+            return stored_references(self.start.folder, texts)
+        return find_references(self.engine, self._batches, self.plan.per_sweep, texts)
 
     def _position(self, step: int) -> Position:
         """Where the run stands after `step` steps. First their lines of metrics.jsonl are synced."""
@@ -214,6 +230,7 @@ class Run:
         lr = learning_rate(self.recipe, step, self.plan.max_steps)
         windows = self.text.order.windows(step)
         first = self.text.order.sequences_before(step)
+        self._batches.margins.clear()
         samples = [Sample(*pair) for pair in zip(windows, count(first), strict=False)]
         mine = self._batches.of(self.text.train, samples)
         counts = [sum(batch.num_targets for batch in mine), sum(batch.num_tokens for batch in mine)]
@@ -269,6 +286,7 @@ class Run:
             "updated_in_backward": result.updated,
             **({} if slowest is None else {"straggler": slowest}),
             **self._sources(step),
+            **self._rewards(),
             **self._experts(),
             **self._memory(),
         }
@@ -285,6 +303,14 @@ class Run:
         order = self.text.order
         counts = order.sources(step) if isinstance(order, MixedOrder) else []
         return {sequences_of(number): count for number, count in enumerate(counts)}
+
+    def _rewards(self) -> dict[str, float]:
+        """Of preferences: how far the step's pairs went for the chosen answer, and for how many they did so."""
+        if self.recipe.train.objective != "dpo":
+            return {}
+        margins = torch.cat([torch.zeros(0), *(margin.float().cpu() for margin in self._batches.margins.values())])
+        total, right, pairs = self.ranks.totals([margins.sum().item(), (margins > 0).sum().item(), len(margins)])
+        return {"reward_margin": total / pairs, "reward_accuracy": right / pairs}
 
     def _experts(self) -> dict[str, float]:
         """The share of the experts that some token of the step has reached, if they are units."""

@@ -17,9 +17,10 @@ import numpy as np
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.preferences import PreferenceStream
 from zinf_cli.train.token_stream import TokenStream, digest
 
-Part = TokenStream | PackedStream | PairStream
+Part = TokenStream | PackedStream | PairStream | PreferenceStream
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The golden ratio's fraction, of 2**64."""
 _BLOCK = 1 << 20

@@ -5,6 +5,7 @@
     NEXT_TOKEN_GIVEN   the text       the text, moved by one          logits t with label t
     MASKED_TOKENS      some masked    what was masked                 logits t with label t
     TARGET_OF_SOURCE   the source     the target                      logits t of the decoder with label t
+    PREFERENCE         both answers   the answers                     logits t with label t + 1, of both answers
 
 A micro-batch has the weight of its targets, so that a step is the same however it is dealt. They are counted here.
 """
@@ -75,9 +76,15 @@ class Objective(Enum):
     NEXT_TOKEN_GIVEN = auto()
     MASKED_TOKENS = auto()
     TARGET_OF_SOURCE = auto()
+    PREFERENCE = auto()
 
     def num_targets(self, labels: torch.Tensor) -> int:
-        """The number of `labels` (int64 [sequences, length]) that the loss averages over."""
+        """How many `labels` (int64 [sequences, length]) the loss averages over; of preferences, how many pairs.
+
+        The labels of preferences are [pairs, 2, length].
+        """
+        if self is Objective.PREFERENCE:
+            return labels.shape[0]
         compared = labels[:, 1:] if self is Objective.NEXT_TOKEN else labels
         return int((compared != MASKED).sum())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.batches import deal
 from zinf_cli.train.collator import Batch, Collator, Sample, Stream
+from zinf_cli.train.preferences import preference_loss
 from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import model_loss
 
@@ -27,14 +28,35 @@ class RankBatches:
     collator: Collator
     ranks: Ranks
     device: torch.device
+    references: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of texts with preferences, by fingerprint: fp32 [pairs] (reference.py)."""
+    margins: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Of preferences, by the number of a micro-batch: fp32 [pairs], how far it went for the chosen answer."""
 
     def of(self, stream: Stream, samples: Sequence[Sample]) -> list[Batch]:
         """This rank's share of the `samples` of all ranks. Every rank gets as many micro-batches."""
         shares = deal(samples, self.ranks.rank, self.ranks.world_size, self.recipe.train.micro_batch_size)
         first = self.ranks.rank * len(shares)
-        return [self.collator.collate(stream, share, first + number) for number, share in enumerate(shares)]
+        found = []
+        for number, share in enumerate(shares):
+            batch = self.collator.collate(stream, share, first + number)
+            if share and batch.reference is not None:
+                known = self.references[stream.fingerprint]
+                batch = replace(batch, reference=known[[sample.window for sample in share]])
+            found.append(batch)
+        return found
 
     def work(self, batch: Batch, weight: float, step: int) -> MicroBatch:
         """A micro-batch of `step` for the engine; its loss counts with `weight`."""
         seed = derived_seed(self.recipe.seed, step, batch.index)
-        return MicroBatch(partial(model_loss, self.model, **batch.inputs(self.device)), weight, seed)
+        inputs = batch.inputs(self.device)
+        if batch.reference is None:
+            return MicroBatch(partial(model_loss, self.model, **inputs), weight, seed)
+
+        def forward() -> torch.Tensor:
+            loss, margins = preference_loss(self.model, **inputs, beta=self.recipe.train.dpo_beta)
+            if weight:  # not an evaluation, nor a micro-batch without a pair
+                self.margins[batch.index] = margins.detach()
+            return loss
+
+        return MicroBatch(forward, weight, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.errors import DatasetError
+from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.batches import BatchOrder
@@ -21,11 +21,12 @@ from zinf_cli.train.mixture import MixedOrder, MixedStream
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
 from zinf_cli.train.packing import PackedStream
+from zinf_cli.train.preferences import preference_loss
 from zinf_cli.train.samples import Prompts, open_prompts
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import TokenStream
 from zinf_cli.train.tokens import Tokenizer
-from zinf_cli.train.windows import pairs_of, windows_of
+from zinf_cli.train.windows import pairs_of, preferences_of, windows_of
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
 """The least that a part of a text has, if it stands for all of it."""
@@ -102,6 +103,14 @@ def model_loss(
     return loss
 
 
+def loss_of(recipe: Recipe) -> Callable[..., torch.Tensor]:
+    """The loss that a run learns by: a function of the model and a batch's inputs, by name. A scalar."""
+    if recipe.train.objective != "dpo":
+        return model_loss
+    beta = recipe.train.dpo_beta
+    return lambda model, **inputs: preference_loss(model, **inputs, beta=beta)[0]
+
+
 def place_buffers(model: nn.Module, device: torch.device) -> None:
     """Move the buffers, which are small and belong to no unit, to the compute device."""
     for module in model.modules():
@@ -128,6 +137,9 @@ def open_text(
     collator = _collator(recipe, model)
     pairs = collator.objective is Objective.TARGET_OF_SOURCE
     fields = (dataset.source_field, dataset.target_field) if pairs else None
+    answers = None
+    if collator.objective is Objective.PREFERENCE:
+        answers = (dataset.chosen_field, dataset.rejected_field, dataset.prompt_field)
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
     cache = cache_folder("tokens")
 
@@ -135,7 +147,7 @@ def open_text(
         if pairs:
             _check_pairs(recipe, paths, model)
         source = TextSource(
-            paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, fields
+            paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, fields, answers
         )
         most = max(_PART_TOKENS, _PART_WINDOWS * train.seq_len)
         part = part_of_tokens(source, cache, most) if in_part else None
@@ -145,7 +157,8 @@ def open_text(
     tokens, shares = zip(*map(opened, texts), strict=True)
     apart = {name: opened(paths) for name, paths in dataset.held_out.items()}
     held_out_tokens = {name: found for name, (found, _) in apart.items()}
-    stream, held_out, lines = (pairs_of if pairs else windows_of)(recipe, model, tokens, held_out_tokens)
+    make = pairs_of if pairs else preferences_of if answers is not None else windows_of
+    stream, held_out, lines = make(recipe, model, tokens, held_out_tokens)
     share_of = {name: apart[name][1] if name in apart else min(shares) for name in held_out}
     _check_text(recipe, model, collator, stream, held_out, share_of)
     parts = stream.parts if isinstance(stream, MixedStream) else (stream,)
@@ -213,6 +226,14 @@ def _order_of(recipe: Recipe, counts: Sequence[int], world_size: int) -> BatchOr
 def _collator(recipe: Recipe, model: nn.Module) -> Collator:
     """The collator for what the model is trained on."""
     objective = objective_of(model)
+    if recipe.train.objective == "dpo":
+        if objective is not Objective.NEXT_TOKEN:
+            raise ModelError(
+                f"{type(model).__name__} is no causal language model, and dpo compares what one writes",
+                where="train.objective",
+                hint="leave train.objective out, or train a causal model",
+            )
+        objective = Objective.PREFERENCE
     masking = None
     if objective is Objective.MASKED_TOKENS:
         directory = recipe.dataset.tokenizer or recipe.model.name_or_path

@@ -24,7 +24,7 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.collator import Batch, Sample
 from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.process_memory import return_free_memory
-from zinf_cli.train.setup import Text, model_loss, model_source
+from zinf_cli.train.setup import Text, loss_of, model_source
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.tiled_weights import cut_model, uncut
 from zinf_cli.train.weights import load_buffers
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None,
     """
     if most is not None:
         cut_model(model, most)
-    if logits_put_off := has_many_logits(model, recipe.train.micro_batch_size * recipe.train.seq_len):
+    if logits_put_off := has_many_logits(model, recipe.train.sequences_at_once * recipe.train.seq_len):
         put_off_logits(model)
     whole: list[str] = []
     notes: list[str] = []
@@ -105,10 +105,15 @@ def survey_model(
 
     `most` is the largest number of elements of a part, if the model was cut.
     """
-    ids = torch.zeros((recipe.train.micro_batch_size, recipe.train.seq_len), dtype=torch.long, device="meta")
-    attention = torch.ones_like(ids) if objective_of(model) is Objective.TARGET_OF_SOURCE else None
-    positions = packed_positions(ids) if packed else None
-    forward = partial(model_loss, model, ids, ids, attention, positions)
+    ids = torch.zeros((recipe.train.sequences_at_once, recipe.train.seq_len), dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids, "labels": ids}
+    if objective_of(model) is Objective.TARGET_OF_SOURCE:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    if packed:
+        inputs["position_ids"] = packed_positions(ids)
+    if recipe.train.objective == "dpo":
+        inputs["reference"] = torch.zeros(len(ids) // 2, device="meta")
+    forward = partial(loss_of(recipe), model, **inputs)
     return survey(model, forward, world_size, side=CapturedOutputs(), most=most)
 
 
@@ -134,7 +139,7 @@ def survey_on_data(
     why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
     if flops <= TRIAL_FLOPS[trial.device.type]:
         load_buffers(model, model_source(recipe))
-        forward = partial(model_loss, model, **batch.inputs(trial.device))
+        forward = partial(loss_of(recipe), model, **batch.inputs(trial.device))
         seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs(), most)
         return_free_memory()
         if trial.device.type == "cuda":
@@ -142,7 +147,7 @@ def survey_on_data(
         if not seen.failure:
             return seen.grown(MORE), TRIED
         dry, why = seen, f"its first micro-batch fails: {' '.join(seen.failure.split())[:200]}"
-    return guessed(model, dry, recipe.train.micro_batch_size, recipe.train.seq_len), GUESSED + why
+    return guessed(model, dry, recipe.train.sequences_at_once, recipe.train.seq_len), GUESSED + why
 
 
 def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.chats import ANSWERS, Template, marked_tokens, marks_answers, render_chat, render_prompt
+from zinf_cli.train.chats import (
+    ANSWERS,
+    Template,
+    marked_tokens,
+    marks_answers,
+    render_chat,
+    render_prompt,
+    render_whole,
+)
 from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.train.documents import Document, refuse_halves
 from zinf_cli.train.masking import Masking
@@ -143,6 +152,68 @@ class Tokenizer:
         if not read or not written:
             raise DatasetError("a source or a target has no tokens", where=document.where)
         return [*read, *written], [False] * len(read) + [True] * len(written)
+
+    def encode_answers(
+        self, document: Document, fields: tuple[str, str, str]
+    ) -> Iterator[tuple[list[int], list[bool]]]:
+        """(tokens, mask) of the chosen answer and of the rejected one, each behind the prompt.
+
+        The mask is that of the answer. `fields` are those of chosen, rejected and prompt. An answer ends with the
+        end-of-text token, or as the chat template ends it. DatasetError if the document has no two answers.
+        """
+        chosen, rejected, prompt = document.content, document.beside.get(fields[1]), document.beside.get(fields[2])
+        if not all(isinstance(answer, str | list) and answer for answer in (chosen, rejected)):
+            raise DatasetError(
+                f"expected two answers, got {chosen!r:.40} and {rejected!r:.40}",
+                where=document.where,
+                hint="set dataset.chosen_field and dataset.rejected_field to fields that hold them",
+            )
+        if isinstance(chosen, str) != isinstance(rejected, str) or (
+            isinstance(chosen, str) and not isinstance(prompt, str)
+        ):
+            raise DatasetError(
+                "the prompt and both answers have to be of one kind, text or chat messages",
+                where=document.where,
+                hint=f"see what {fields[0]!r}, {fields[1]!r} and {fields[2]!r} hold there",
+            )
+        if isinstance(chosen, str):
+            asked = (str(prompt), str(prompt))
+            texts = (asked[0] + chosen, asked[1] + str(rejected))
+        else:
+            assert isinstance(rejected, list)
+            asked, texts = self._answered(document, chosen, rejected, prompt)
+        for begin, text in zip(asked, texts, strict=True):
+            before = list(self._encode(begin, document)["input_ids"])
+            answer = list(self._encode(text[len(begin) :], document)["input_ids"])
+            if isinstance(chosen, str) and self.end is not None:
+                answer.append(self.end)
+            if not before or not answer:
+                raise DatasetError("a prompt or an answer has no tokens", where=document.where)
+            yield [*before, *answer], [False] * len(before) + [True] * len(answer)
+
+    def _answered(
+        self, document: Document, chosen: list[Any], rejected: list[Any], prompt: Any
+    ) -> tuple[tuple[str, str], tuple[str, str]]:
+        """(what stands before each answer, all of each chat) as the chat template writes it."""
+        template = self._templated()
+        if prompt is None:
+            same = 0
+            while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+                same += 1
+            asked, answers = chosen[:same], (chosen[same:], rejected[same:])
+        else:
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            answers = (chosen, rejected)
+        begin = render_prompt(replace(document, content=asked), template)
+        texts = [render_whole(replace(document, content=[*asked, *answer]), template) for answer in answers]
+        for text in texts:
+            if not text.startswith(begin):
+                raise DatasetError(
+                    "the chat template writes a prompt otherwise once it is answered, so the answer can't be told",
+                    where=document.where,
+                    hint="use a template that only appends, or give prompt and answers as text",
+                )
+        return (begin, begin), (texts[0], texts[1])
 
     def encode_chats(self, documents: Sequence[Document], roles: Sequence[str]) -> list[tuple[list[int], list[bool]]]:
         """(tokens, mask) of each dialog in the chat template.

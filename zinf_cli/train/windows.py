@@ -1,4 +1,4 @@
-"""Makes windows of the tokens of a recipe's texts: pairs, packed documents, or consecutive tokens."""
+"""Makes windows of the tokens of a recipe's texts: pairs, two answers, packed documents, or consecutive tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from zinf_cli.train.collator import Stream
 from zinf_cli.train.mixture import MixedStream, Part
 from zinf_cli.train.packing import pack, split_packed
 from zinf_cli.train.pairs import PairStream
+from zinf_cli.train.preferences import PreferenceStream
 from zinf_cli.train.token_stream import TokenStream, split_held_out
 
 Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
@@ -39,6 +40,31 @@ def pairs_of(
     count = sum(part.num_cut(seq_len) for part in train)
     said = f"{count} pairs are longer than train.seq_len={seq_len} and are cut there"
     return _joined(recipe, train), other, (said,) if count else ()
+
+
+def preferences_of(
+    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
+) -> Windows:
+    """Pairs of answers, each answer a sequence of its own."""
+    dataset, seq_len = recipe.dataset, recipe.train.seq_len
+    if dataset.packing != "auto":
+        raise DatasetError(
+            "dpo compares two answers, and each is a sequence of its own: nothing is packed",
+            where="dataset.packing",
+            hint="leave dataset.packing out",
+        )
+    if any(part.ends is None for part in (*tokens, *held_out.values())):
+        raise DatasetError(
+            "dpo needs pairs of answers, and .npy files have none",
+            where=", ".join(map(str, dataset.all_paths)),
+            hint=f"give .jsonl or .parquet rows with {dataset.chosen_field!r} and {dataset.rejected_field!r}",
+        )
+    train = [PreferenceStream(part, seq_len) for part in tokens]
+    other: dict[str, Stream] = {name: PreferenceStream(part, seq_len) for name, part in held_out.items()}
+    if dataset.eval_fraction is not None:
+        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
+        other = {"": _joined(recipe, last)}
+    return _joined(recipe, train), other, tuple(line for part in train for line in part.lines())
 
 
 def windows_of(
