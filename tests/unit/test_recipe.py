@@ -260,6 +260,7 @@ def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "data/chats").mkdir()
     for name in ("coding", "tech_support", "trivia"):
         (tmp_path / f"data/chats/{name}.jsonl").write_text("{}")
+    (tmp_path / "data/preferences.jsonl").write_text("{}")
     copy = tmp_path / path.name
     copy.write_text(content)
     assert isinstance(load_recipe(copy), Recipe)
