@@ -84,9 +84,9 @@ class PreferenceStream:
 
     @cached_property
     def _bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Where the sequences begin, and the end of the last one."""
+        """Where the sequences begin, and the end of the last one. A part of a text may end between two answers."""
         assert self.stream.ends is not None
-        return np.concatenate((np.zeros(1, dtype=np.int64), self.stream.ends))
+        return np.concatenate((np.zeros(1, dtype=np.int64), self.stream.ends[: len(self.stream.ends) // 2 * 2]))
 
     @cached_property
     def _kept(self) -> np.ndarray[Any, np.dtype[np.int64]]:
