@@ -100,7 +100,10 @@ def launch(
     sync: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="A file or folder to bring to every host first.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan and stop.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the whole plan first: bytes by tier, and every default.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the summary on stdout, as JSON.")] = False,
 ) -> None:
     """Plan a run, show the plan, train."""
@@ -114,7 +117,9 @@ def launch(
     if sync and world[0].job is not None:
         raise UsageError("--sync brings files by SSH", hint="add --ssh, or see sbcast for the nodes of a job")
     variables = _environment(env or ())
-    request = Request(recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, as_json)
+    request = Request(
+        recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, explain, as_json
+    )
     run(request, Screen(stderr=True))
 
 

@@ -71,7 +71,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         from zinf_cli.screens.estimate import time_screen
         from zinf_cli.screens.plan import plan_screen
 
-        console.print(plan_screen(plan, path.stem, ()))
+        console.print(plan_screen(plan, path.stem))
         known = elsewhere is not None or (profile.measured and profile.drives.measured)
         console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
     if not plan.fits:

@@ -123,7 +123,7 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
         tokens = f"{'' if text.kind == 'tokens' else 'about '}{format_count(text.num_tokens)} tokens"
         yield Choice("train.epochs", 1, f"{tokens}, so about {steps} steps")
     if held_out:
-        yield Choice("train.eval_interval", max(1, steps // 10), "ten times in the run")
+        yield Choice("train.eval_interval", every := max(1, steps // 10), f"about {steps // every} times in the run")
     yield Choice("train.precision", "auto", "bf16 on an accelerator, fp32 on a CPU")
     small = model.num_parameters < _LARGE_MODEL
     why = (

@@ -61,6 +61,8 @@ class Request:
     """Files and folders to bring to the hosts first."""
     slots: int | None = None
     dry_run: bool = False
+    explain: bool = False
+    """Show the plan with its tables and defaults before a run as well."""
     as_json: bool = False
 
 
@@ -125,7 +127,10 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             raise refusal(plan, recipe, ready.hosts, ready.room)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
-        console.print(plan_screen(plan, request.recipe.stem, filled_in(request.recipe, request.overrides)))
+        rest = f"bytes by tier, and every default: --explain, or {PLAN} and {RECIPE} in {recipe.output_dir}"
+        whole = request.dry_run or request.explain
+        defaults = filled_in(request.recipe, request.overrides) if whole else ()
+        console.print(plan_screen(plan, request.recipe.stem, defaults, rest=None if whole else rest))
         if request.dry_run:
             if request.as_json:
                 print(json.dumps(plan.to_json(), indent=2))

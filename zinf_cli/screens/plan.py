@@ -21,10 +21,11 @@ _TIERS = {"device": "accelerator", "cpu": "CPU memory", "nvme": "NVMe"}
 _PLACES = {"device": "on the accelerator", "cpu": "in CPU memory", "nvme": "on NVMe"}
 
 
-def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableType:
+def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: str | None = None) -> RenderableType:
     """The plan. Its first three lines say whether it fits, where it lies and how long it takes; the rest says why.
 
-    The tables at the end: where the bytes lie per rank, and what that leaves on this machine.
+    The tables at the end: where the bytes lie per rank, and what that leaves on this machine; then the `defaults` that
+    were filled in. Where `rest` is given, it says where these are, instead of them.
     """
     model = plan.figures.model
     streamed = [unit for unit in model.units if not unit.resident]
@@ -71,14 +72,13 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str]) -> RenderableTyp
         head.add_row("checkpoint", _checkpoint(plan.checkpoint))
     for line in (*model.notes, *plan.figures.data.notes):
         head.add_row("note", outside(line))
-    parts: list[RenderableType] = [head, Text(), _bytes_table(plan), Text(), _limits_table(plan)]
-    if defaults:
-        parts += [Text(), outside(f"defaults: {', '.join(defaults)}", "dim")]
-    return Panel(
-        Group(*parts),
-        title=outside(f"zinf · {name}"),
-        expand=False,
-    )
+    below = _tables(plan, defaults) if rest is None else [outside(rest, "dim")]
+    return Panel(Group(head, Text(), *below), title=outside(f"zinf · {name}"), expand=False)
+
+
+def _tables(plan: Plan, defaults: Sequence[str]) -> list[RenderableType]:
+    parts: list[RenderableType] = [_bytes_table(plan), Text(), _limits_table(plan)]
+    return [*parts, Text(), outside(f"defaults: {', '.join(defaults)}", "dim")] if defaults else parts
 
 
 def _answers(plan: Plan) -> dict[str, str]:

@@ -104,8 +104,10 @@ class RunView:
             "speed",
             f"{values['tokens_per_s']:.0f} tokens/s   {values['tflops_per_rank']:.3g} TFLOP/s per rank",
         )
-        table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}   nvme {format_bytes(values['nvme_bytes'])}")
-        table.add_row("drive", _drive(values))
+        on_drives = f"   nvme {format_bytes(values['nvme_bytes'])}" if _uses_drives(values) else ""
+        table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}{on_drives}")
+        if on_drives:
+            table.add_row("drive", _drive(values))
         table.add_row("waiting", f"{100 * values['wait_s'] / values['step_s']:.0f} % of the step")
         parts: list[RenderableType] = [table]
         if len(self._plan.hosts) > 1:
@@ -137,9 +139,13 @@ def step_line(values: dict[str, Any], max_steps: int) -> str:
     return (
         f"step {values['step']}/{max_steps}  {loss}{held_out}  "
         f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
-        f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}  "
-        f"nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}"
+        f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}"
+        + (f"  nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}" if _uses_drives(values) else "")
     )
+
+
+def _uses_drives(values: dict[str, Any]) -> bool:
+    return any(values[key] for key in ("nvme_bytes", "nvme_read_bytes", "nvme_write_bytes"))
 
 
 def _number(value: float | None, form: str) -> str:
