@@ -51,6 +51,14 @@ def test_a_trillion_parameters_on_one_dgx2(capsys: pytest.CaptureFixture[str]) -
     assert found["step_s_with_bottleneck_doubled"] < found["step_s"]
 
 
+def test_a_machine_with_one_pool_has_its_memory_once(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, params="30B", hardware="dgx-spark")
+    device, cpu = found["tiers"]["device"], found["tiers"]["cpu"]
+    assert cpu["terms"]["device"] == pytest.approx(device["need_bytes"], abs=10)
+    assert cpu["need_bytes"] > device["need_bytes"]
+    assert "cpu with device" in screen(capsys, params="30B", hardware="dgx-spark")
+
+
 def test_the_answer_needs_nothing_heavy() -> None:
     words = command("imported", "zinf_cli.cli:main", "estimate", "--params", "1T", "--hardware", "dgx2")
     done = subprocess.run(words, capture_output=True, text=True, check=True)

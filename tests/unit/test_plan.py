@@ -66,6 +66,22 @@ def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
         plan_screen(plan, "tiny", [])
 
 
+def test_what_lies_on_a_device_takes_from_the_memory_that_it_shares(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama", "device")
+    figures = find_figures(recipe, 1)
+    machine = replace(figures.machine, accelerators=1, device_bytes=1 << 34)
+    plans = [
+        best_plan(recipe, replace(figures, machine=replace(machine, one_pool=shared)), room=Room(1 << 34, 1 << 34))
+        for shared in (False, True)
+    ]
+    apart, pool = ({limit.tier: limit.needed for limit in plan.limits} for plan in plans)
+    assert pool["device"] == apart["device"] > 0
+    assert pool["cpu"] == apart["cpu"] + apart["device"]
+    screen = StringIO()
+    Console(width=200, file=screen).print(plan_screen(plans[1], "tiny", []))
+    assert "cpu with device" in screen.getvalue()
+
+
 def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", max_grad_norm=None)
     plan = best_plan(recipe, find_figures(recipe, 1))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zinf_cli.errors import UsageError
-from zinf_cli.machine.hardware import accelerators_here
+from zinf_cli.machine.hardware import accelerators_here, huge_pages
 from zinf_cli.machine.profile_file import (
     Best,
     Links,
@@ -159,3 +159,12 @@ def test_either_sign_of_an_accelerator_counts(sign: str, tmp_path: Path) -> None
     assert accelerators_here(tmp_path) == 0
     (tmp_path / sign).mkdir(parents=True)
     assert accelerators_here(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("says", "told"), [("always [madvise] never\n", "madvise"), (None, "unknown")])
+def test_whether_there_are_huge_pages(says: str | None, told: str, tmp_path: Path) -> None:
+    if says is not None:
+        file = tmp_path / "sys/kernel/mm/transparent_hugepage/enabled"
+        file.parent.mkdir(parents=True)
+        file.write_text(says)
+    assert huge_pages(tmp_path) == told

@@ -147,5 +147,6 @@ def _there(elsewhere: Profile, figures: Figures, recipe: Recipe) -> Figures:
         flops=profile.flops(figures.precision, tokens),
         cpu_bytes=profile.cpu_memory,
         nvme_bytes=profile.drives.may_use,
+        one_pool=profile.one_pool,
     )
     return replace(figures, machine=machine)

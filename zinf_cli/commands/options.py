@@ -56,7 +56,7 @@ Hardware = Annotated[
     str | None,
     typer.Option(
         metavar="PROFILE",
-        help="dgx2, dgx-h100, h200, rtx4090-workstation, or a hardware.yaml of zinf bench "
+        help="dgx2, dgx-h100, h200, gh200, rtx4090-workstation, dgx-spark, or a hardware.yaml of zinf bench "
         "(default: this machine's, where it was measured, or dgx2).",
         rich_help_panel=MACHINE,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import psutil
 from zinf_cli.errors import PreflightError
 from zinf_cli.machine.control_groups import memory_left
 from zinf_cli.machine.drive_files import file_system_of, open_nameless
+from zinf_cli.machine.nodes import memory_without_cores
 from zinf_cli.machine.profiles import DRIVE_SHARE
 
 
@@ -67,8 +69,23 @@ def accelerators_here(root: Path = Path("/")) -> int:
 
 def available_memory() -> int:
     """Bytes of CPU memory a new process could use: the kernel's estimate, or what the control groups leave."""
-    available = int(psutil.virtual_memory().available)
+    available = int(psutil.virtual_memory().available) - memory_of_accelerators()
     return min([available, *(left for left in memory_left() if left >= 0)])
+
+
+def huge_pages(root: Path = Path("/")) -> str:
+    """Whether memory that asks for huge pages gets them: "always", "madvise" or "never", or "unknown"."""
+    try:
+        modes = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    chosen = re.search(r"\[(\w+)\]", modes)  # always [madvise] never
+    return chosen[1] if chosen is not None else "unknown"
+
+
+def memory_of_accelerators(root: Path = Path("/")) -> int:
+    """Free bytes that the kernel counts as its own and that are an accelerator's (GH200): on nodes without cores."""
+    return memory_without_cores(root) if accelerators_here(root) else 0
 
 
 def drive_space(folder: Path, key: str = "offload.nvme_path") -> Space:

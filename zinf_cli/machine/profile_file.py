@@ -131,6 +131,13 @@ class Measured(Section):
     """Terabytes that a host's drives together may be written in their life, as their makers rate them. The user adds
     it: no bench knows."""
 
+    host_mtbf_hours: Annotated[Number, Field(ge=1, le=1e9)] | None = None
+    """Hours from one failure of a host to the next, in the mean. The user adds it, too."""
+
+    @property
+    def host_mtbf_s(self) -> float | None:
+        return None if self.host_mtbf_hours is None else self.host_mtbf_hours * 3600
+
     @property
     def endurance_bytes(self) -> float | None:
         return None if self.endurance_tbw is None else self.endurance_tbw * 1e12
@@ -222,11 +229,11 @@ def to_profile(measured: Measured) -> Profile:
     return Profile(
         name=measured.name, accelerators=links.accelerators, device_memory=links.device_memory,
         cpu_memory=links.cpu_memory, drives=drives, matmul=links.best_matmul, passes=links.block, measured=True,
-        **rates_between(links, links.accelerators),
+        host_mtbf_s=measured.host_mtbf_s, **rates_between(links, links.accelerators),
     )  # fmt: skip
 
 
-def rates_between(links: Links | None, accelerators: int) -> dict[str, float]:
+def rates_between(links: Links | None, accelerators: int) -> dict[str, Any]:
     """The rates of a Profile for memory, links and AdamW: as they were measured, assumed where nothing was."""
 
     def measured(field: str, assumed: float) -> float:

@@ -91,6 +91,10 @@ class Profile:
     collective_across: float
     """The same across hosts."""
     measured: bool = False
+    one_pool: bool = False
+    """Whether the accelerators use the memory of the CPU, so that what lies there takes from both."""
+    host_mtbf_s: float | None = None
+    """Mean time between failures of one host."""
 
     def peak(self, precision: str) -> float:
         """The best matmul rate, FLOP/s; 16-bit formats stand in for each other."""
@@ -195,4 +199,39 @@ _RTX4090 = Profile(
     collective_inside=20 * GB,  # more than one: over PCIe
     collective_across=ASSUMED_NETWORK,
 )
-BUILT_IN: Mapping[str, Profile] = {profile.name: profile for profile in (_DGX2, _DGX_H100, _H200, _RTX4090)}
+_GH200 = replace(
+    _DGX_H100,
+    name="gh200",
+    accelerators=1,  # GH200 datasheet. Its two memories are apart, each with its own size and speed: two tiers
+    device_memory=96 * GB,  # datasheet, with HBM3
+    device_bandwidth=4000 * GB,  # datasheet
+    cpu_memory=480 * GB,  # datasheet
+    drives=replace(_DGX_H100.drives, space=4 * TB, read=6.8 * GB, write=4.0 * GB, both=6.8 * GB),  # assumed: one drive
+    adamw=8.5e9,  # 30 bytes a parameter at half of 512 GB/s (datasheet: LPDDR5X)
+    copy_host=360 * GB,  # NVLink-C2C: 450 GB/s a direction (datasheet), 80 % reached
+    copy_alone=360 * GB,
+)
+_SPARK = Profile(
+    name="dgx-spark",
+    accelerators=1,
+    device_memory=128 * GB,  # DGX Spark datasheet: 128 GB, which CPU and GPU share
+    device_bandwidth=273 * GB,  # datasheet
+    cpu_memory=128 * GB,
+    one_pool=True,
+    drives=Drives(
+        space=4 * TB,  # datasheet
+        read=6.8 * GB,  # assumed: a PCIe 4 drive
+        write=4.0 * GB,
+        both=6.8 * GB,
+    ),
+    # Datasheet: 1 PFLOP/s of sparse FP4, of which dense bf16 is an eighth. Sustained: assumed
+    **_sustained(0.4, bf16=125e12, fp32=31e12),
+    adamw=4.5e9,  # 30 bytes a parameter at half of 273 GB/s
+    copy_host=100 * GB,  # inside the one memory, read and written: assumed
+    copy_alone=100 * GB,
+    collective_inside=100 * GB,
+    collective_across=20 * GB,  # ConnectX-7 of 200 Gb/s (datasheet), 80 % reached
+)
+BUILT_IN: Mapping[str, Profile] = {
+    profile.name: profile for profile in (_DGX2, _DGX_H100, _H200, _GH200, _RTX4090, _SPARK)
+}

@@ -159,6 +159,8 @@ class MachineFigures:
     """CPU memory of a machine that is not this one; 0 stands for what this one has when the plan is made."""
     nvme_bytes: int = 0
     """Space on drives, likewise."""
+    one_pool: bool = False
+    """Whether the accelerators use the memory of the CPU: what lies on the device takes from both."""
 
 
 @dataclass(frozen=True)

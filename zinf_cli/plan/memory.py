@@ -53,6 +53,7 @@ NAMES = {
     "buffers": "buffers",
     "compute": "compute, at its peak",
     "framework": "Python and torch",
+    "device": "what lies on the device",
     "context": "context",
     "staging": "staging",
     "matrix": "largest matrix",

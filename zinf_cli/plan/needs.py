@@ -160,6 +160,8 @@ def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -
         left = (may_use[compute] - sum(held[compute].values())) / ranks / BYTES_PER_PARAM["optimizer"]
         chunk_params = max(min(2 * slice_params, left), slice_params / 64)
         held[compute]["update_buffers"] = ranks * chunk_params * BYTES_PER_PARAM["optimizer"]
+    if scenario.profile.one_pool:
+        held["cpu"]["device"] = sum(held["device"].values())
     return Needs(held, may_use, tiles, chunk_params or 2 * slice_params)
 
 

@@ -120,6 +120,8 @@ class Plan:
     """Whether the drives' speed was measured on this machine."""
     endurance_bytes: float | None = None
     """What a host's drives may be written in their life, if the user gives it."""
+    host_mtbf_s: float | None = None
+    """Mean time between failures of a host, if the user gives it."""
     checkpoint: CheckpointStep | None = None
     """None where the run will write none."""
     sweep_cost: SweepCost | None = None

@@ -38,7 +38,8 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
         accelerators=machine.accelerators, device_memory=machine.device_bytes, cpu_memory=0, drives=drives,
         matmul=links.best_matmul if links is not None else {figures.precision: flops},
         passes=links.block if links is not None else {figures.precision: {1: flops}},
-        measured=links is not None, **rates_between(links, machine.accelerators),
+        measured=links is not None, host_mtbf_s=measured.host_mtbf_s if measured is not None else None,
+        **rates_between(links, machine.accelerators),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -196,6 +196,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
         busy=dict(played.busy),
         drives_measured=profile.drives.measured,
         endurance_bytes=profile.drives.endurance_bytes,
+        host_mtbf_s=profile.host_mtbf_s,
     )
 
 
@@ -243,20 +244,13 @@ def _plan(
     sweeps = -(-micro_batches // choice.per_sweep)
     states, working = state_bytes(figures, choice), working_buffers(figures, choice, sweeps)
     budgets = _budgets(recipe, figures, room)
-    over = _needed(figures, choice, states, working, room)[choice.compute_tier] - budgets[choice.compute_tier][0]
-    if over > 0:
-        working = working.shrunk(-(-over // figures.ranks_per_host))
+    tight = (choice.compute_tier, *(["cpu"] if figures.machine.one_pool else []))
     needed = _needed(figures, choice, states, working, room)
+    if (over := max(needed[tier] - budgets[tier][0] for tier in tight)) > 0:
+        working = working.shrunk(-(-over // figures.ranks_per_host))
+        needed = _needed(figures, choice, states, working, room)
     folders = nvme_folders(recipe)
     lines = tuple(_lines(figures, choice, states, working, room))
-    limits = [
-        Limit(tier, needed[tier], allowed, origin)
-        for tier, (allowed, origin) in budgets.items()
-        if needed[tier] or tier == choice.compute_tier
-    ]
-    if drive is not None:
-        needed_there = drive.to_come * checkpoint_bytes(figures)
-        limits.append(Limit(CHECKPOINTS, needed_there, drive.left(needed["nvme"]), "this machine"))
     traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
     waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
     most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches).total
@@ -280,7 +274,7 @@ def _plan(
         nvme_bytes=sum(line.num_bytes for line in lines if line.tier == "nvme"),
         nvme_folders=tuple(str(folder) for folder in folders) if "nvme" in choice.placement.values() else (),
         lines=lines,
-        limits=tuple(limits),
+        limits=tuple(_limits(figures, choice, needed, budgets, drive)),
         compute_s=figures.model.flops_per_token * _recompute(figures, choice) * tokens / figures.machine.flops,
         nvme_s=most_traffic * figures.ranks_per_host / (ASSUMED_DRIVE_BANDWIDTH * max(1, len(folders))),
         nvme_traffic=traffic.total,
@@ -289,6 +283,21 @@ def _plan(
         figures=figures,
         checkpoint=_checkpoint_step(recipe, figures, choice, drive),
     )
+
+
+def _limits(
+    figures: Figures,
+    choice: Choice,
+    needed: Mapping[str, int],
+    budgets: Mapping[str, tuple[int, str]],
+    drive: CheckpointDrive | None,
+) -> Iterator[Limit]:
+    for tier, (allowed, origin) in budgets.items():
+        if needed[tier] or tier == choice.compute_tier:
+            yield Limit(tier, needed[tier], allowed, origin)
+    if drive is not None:
+        needed_there = drive.to_come * checkpoint_bytes(figures)
+        yield Limit(CHECKPOINTS, needed_there, drive.left(needed["nvme"]), "this machine")
 
 
 def _checkpoint_step(
@@ -345,6 +354,8 @@ def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: W
         needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
     if needed["nvme"]:
         needed["nvme"] += GROWTH * figures.ranks_per_host  # the sizes of some activations depend on data
+    if figures.machine.one_pool:
+        needed["cpu"] += needed["device"]
     return needed
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.plan.estimate import BAND, Estimate
+from zinf_cli.plan.failures import expected_failures
 from zinf_cli.plan.memory import NAMES
 from zinf_cli.plan.needs import capacity
 from zinf_cli.plan.placement import TIERS
@@ -69,8 +70,9 @@ def _tiers(answer: Estimate) -> Table:
         if have[tier]:
             need, allowed = answer.needs.total(tier), answer.needs.may_use[tier]
             fits = tier not in answer.needs.missing
+            shared = " with device" if tier == "cpu" and answer.scenario.profile.one_pool else ""
             table.add_row(
-                tier,
+                f"{tier}{shared}",
                 format_bytes(need),
                 format_bytes(allowed),
                 format_bytes(have[tier]),
@@ -121,6 +123,8 @@ def _verdict(answer: Estimate) -> Table:
     table.add_row("bound by", f"{played.bottleneck}; {_what_would_move_it(answer)}")
     busy = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in played.busy.items() if share >= 0.005)
     table.add_row("busy", busy)
+    if (failures := expected_failures(answer)) is not None:
+        table.add_row("failures", failures)
     if answer.needs.tiles:
         table.add_row(
             "parts",

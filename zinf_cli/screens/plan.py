@@ -11,6 +11,7 @@ from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.model_state import STATES
+from zinf_cli.plan.failures import failures_line
 from zinf_cli.plan.memory import CLASSES, NAMES
 from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
 from zinf_cli.plan.wear import wear_line
@@ -66,8 +67,9 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: st
         io = plan.io
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
-    if (wear := wear_line(plan)) is not None:
-        head.add_row("wear", wear)
+    for name, told in (("wear", wear_line(plan)), ("failures", failures_line(plan))):
+        if told is not None:
+            head.add_row(name, told)
     if plan.checkpoint is not None:
         head.add_row("checkpoint", _checkpoint(plan.checkpoint))
     for line in (*model.notes, *plan.figures.data.notes):
@@ -201,5 +203,6 @@ def _limits_table(plan: Plan) -> Table:
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")
     for limit in plan.limits:
-        table.add_row(limit.tier, format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
+        shared = " with device" if limit.tier == "cpu" and plan.figures.machine.one_pool else ""
+        table.add_row(f"{limit.tier}{shared}", format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
     return table

@@ -256,8 +256,9 @@ def _machine(
 ) -> MachineFigures:
     """This host as the plan sees it. `shape` is that of a micro-batch between units: tokens by hidden."""
     cores = cores_here()
-    free = 0
+    free, one_pool = 0, False
     if device.type == "cuda":
+        one_pool = bool(torch.cuda.get_device_properties(device).is_integrated)
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     with _threads(max(1, cores // ranks)):
         a = torch.randn(1024, 1024, dtype=DTYPES[precision], device=device)
@@ -266,7 +267,7 @@ def _machine(
         memory = process_memory()
         shared = forked_with + memory.get("RssFile", 0) + memory.get("RssShmem", 0)
         flops = _flops(device, precision, shape)
-    return MachineFigures(torch.cuda.device_count(), free, cores, flops, memory["VmRSS"], shared)
+    return MachineFigures(torch.cuda.device_count(), free, cores, flops, memory["VmRSS"], shared, one_pool=one_pool)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from zinf_cli.train.collator import Sample
 from zinf_cli.train.evaluation import Evaluation
 from zinf_cli.train.mixture import MixedOrder
 from zinf_cli.train.model_files import model_files
+from zinf_cli.train.near import stay_near
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
@@ -97,6 +98,7 @@ def _device(plan: Plan) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     streams_of(device).set_device(device)
+    stay_near(device, plan.threads_per_rank)
     return device
 
 
