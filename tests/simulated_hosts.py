@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import queue
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from typing import Any
 
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
+from zinf_cli.launch.program import Agent, Program
+from zinf_cli.launch.runner import Outcome, World, run_ranks
 from zinf_cli.launch.transport import Channel
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.version import code_digest
@@ -22,7 +23,7 @@ AGENT = Agent("ranks")
 HOSTS = tuple(Host(f"node{number:03d}", tuple(range(8))) for number in range(100))
 FACTS = {
     "code": code_digest(), "torch": "2.13.0", "accelerators": 8, "memory": 2**40,
-    "drives": {}, "paths": {}, "memlock": -1, "cores": 64,
+    "drives": {}, "paths": {}, "memlock": -1, "huge_pages": "madvise", "cores": 64,
 }  # fmt: skip
 
 Answer = Callable[[Host, dict[str, Any]], list[dict[str, Any]]]
@@ -70,14 +71,24 @@ class Simulated:
 
 class SimulatedChannel:
     silence_s = math.inf
+    first = b""
 
     def __init__(self, transport: Simulated, host: Host) -> None:
         self._transport, self._host = transport, host
-        self._said: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._here, self._there = socket.socketpair()
         self._say({"event": "hello", "python": "3.11.2", "visible": ""})
 
     def _say(self, message: dict[str, Any]) -> None:
-        self._said.put(json.dumps(message).encode() + b"\n")
+        self._there.sendall(json.dumps(message).encode() + b"\n")
+
+    def fileno(self) -> int:
+        return self._here.fileno()
+
+    def receive(self) -> bytes:
+        return self._here.recv(1 << 16)
+
+    def has_room(self) -> bool:
+        return True
 
     def send(self, data: bytes) -> None:
         for line in filter(None, data.split(b"\n")):
@@ -86,16 +97,16 @@ class SimulatedChannel:
             for message in self._transport.answer(self._host, request):
                 self._say(message)
 
-    def receive(self) -> bytes:
-        return self._said.get()
+    def hang_up(self) -> None:
+        self._there.close()
 
-    def close(self) -> None:
-        self._said.put(b"")
-
-    abort = close
+    abort = hang_up
 
     def last_words(self) -> str:
         return ""
+
+    def close(self) -> None:
+        self._here.close()
 
 
 def launch(transport: Simulated, run_dir: Path) -> Outcome:

@@ -42,16 +42,15 @@ def _home() -> str:
 
 
 def _run() -> None:
-    """MODULE, with the arguments that follow. A zinf that is not installed is found beside this file all the same."""
+    """MODULE, with the arguments that follow. zinf is the one that this file is of, installed or not."""
     if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # noqa: PTH100, PTH120
         del sys.path[0]
     leave_out_working_directory()
     home = _home()
-    if home not in sys.path:
-        sys.path.insert(0, home)
-        import zinf_cli  # noqa: F401 (its modules are found by it from here on)
+    sys.path.insert(0, home)
+    import zinf_cli  # noqa: F401 (its modules are found by it from here on)
 
-        sys.path.remove(home)
+    sys.path.remove(home)
     import runpy
 
     del sys.argv[0]

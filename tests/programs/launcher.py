@@ -11,7 +11,8 @@ from typing import Any
 from zinf_cli.errors import ZinfError
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.launch.runner import Agent, Program, World, run_ranks
+from zinf_cli.launch.program import Agent, Program
+from zinf_cli.launch.runner import World, run_ranks
 from zinf_cli.recipe.hosts import this_machine
 
 

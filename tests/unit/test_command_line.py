@@ -16,7 +16,7 @@ from programs import command
 from zinf_cli.command_line import without_values
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.launch.runner import Agent
+from zinf_cli.launch.program import Agent
 from zinf_cli.recipe.hosts import this_machine
 
 SECRET = "s3cret-of-the-test"
@@ -50,7 +50,7 @@ def test_no_process_of_a_host_is_started_with_one() -> None:
         connection = lifelines.connect(this_machine(1))
         told = Agent("zinf_cli.train.loop", {"LAB_SECRET": secret}).start()
         connection.request("stand_by", **{**told, "command": [sys.executable, "-c", says]})
-        assert connection.hear(20) == {"event": "said", "line": secret}  # it runs, and has it
+        assert connection.hear_event(20) == {"event": "said", "line": secret}  # it runs, and has it
         assert secret not in " ".join(told["command"])
         for process in Path("/proc").iterdir():
             with suppress(OSError):

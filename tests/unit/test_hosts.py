@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -124,7 +126,27 @@ def test_filters_that_make_no_sense(hostfile: str, filters: dict[str, Any], said
         load_hosts(hostfile, **filters)
 
 
-@pytest.mark.parametrize("file", [path for path in (ROOT / "hostfiles").iterdir() if path.suffix != ".sh"])
+def test_the_hostfile_of_the_example_for_kubernetes(tmp_path: Path) -> None:
+    service, pods = yaml.safe_load_all((ROOT / "hostfiles" / "kubernetes.yaml").read_text())
+    spec = pods["spec"]["template"]["spec"]
+    *shell, script = spec["initContainers"][0]["command"]
+    script = script.replace("/etc/zinf", str(tmp_path))
+    subprocess.run([*shell, script], check=True)
+    gpus = spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    names = [f"{pods['metadata']['name']}-{n}.{service['metadata']['name']}" for n in range(pods["spec"]["replicas"])]
+    assert load_hosts(str(tmp_path / "hosts")) == tuple(host(name, gpus) for name in names)
+
+
+def test_the_hostfile_of_the_mpi_operator() -> None:
+    """As mpi-operator v2 writes it: of Open MPI, and of Intel MPI, whose numbers of slots look like ports."""
+    text = "pi-worker-0.pi.default.svc slots=8\npi-worker-1.pi.default.svc slots=8\n"
+    assert parse_hostfile(text, "hosts") == tuple(host(f"pi-worker-{n}.pi.default.svc", 8) for n in (0, 1))
+    assert problems_of("pi-worker-0.pi.default.svc:8") == [
+        "hosts:1: expected slots=N after pi-worker-0.pi.default.svc:8"
+    ]
+
+
+@pytest.mark.parametrize("file", [path for path in (ROOT / "hostfiles").iterdir() if not path.suffix])
 def test_the_examples_are_hostfiles(file: Path) -> None:
     assert sum(len(host.slots) for host in load_hosts(str(file))) == 16
 

@@ -109,7 +109,7 @@ def test_a_silent_host_is_given_up_but_not_at_the_other_end_of_a_pipe() -> None:
     with Lifelines(Impatient(2.0, math.inf)) as lifelines:
         connection = lifelines.connect(this_machine(1))
         os.kill(connection._channel._process.pid, signal.SIGSTOP)  # type: ignore[attr-defined]
-        assert connection.hear(20) is None
+        assert connection.hear_event(20) is None
         assert connection.lost == "gave no sign of life for 2 s"
 
 
@@ -117,15 +117,15 @@ def test_what_came_before_a_loss_is_read_before_it() -> None:
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
         connection.request("run", command=[sys.executable, "-c", "print('done')"])
-        while connection.events.empty():
+        while not connection._events.num_bytes:
             time.sleep(0.01)
         os.kill(connection._channel._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         while connection.lost is None:
             time.sleep(0.01)
-        event = connection.hear(20)
+        event = connection.hear_event(20)
         assert event is not None
         assert event["output"] == "done\n"
-        assert connection.hear(20) is None
+        assert connection.hear_event(20) is None
 
 
 def test_a_host_that_takes_nothing_does_not_silence_the_launcher_towards_others() -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from zinf_cli.errors import PreflightError
 from zinf_cli.launch.connection import Lifelines
+from zinf_cli.launch.mirrored_files import MirroredFiles
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.launch.runner import Agent, Program, World, _Part, run_ranks
-from zinf_cli.recipe.hosts import this_machine
+from zinf_cli.launch.program import Agent, Program
+from zinf_cli.launch.runner import World, run_ranks
 
 
 def program(run_dir: Path) -> Program:
@@ -41,18 +42,24 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 
 def test_what_a_full_drive_does_not_take_of_a_hosts_files_is_written_later(tmp_path: Path) -> None:
-    with Lifelines(Pipes()) as lifelines:
-        connection = lifelines.connect(this_machine(1))
-        part = _Part(connection, 0, tmp_path / "log", program(tmp_path), lambda vitals: None)
+    files = MirroredFiles(tmp_path, most_late=1 << 20)
 
-        def host_says(offset: int, text: str) -> None:
-            part._late.append(("logs/rank-00000.log", offset, text.encode()))
-            part._write_late()
+    def host_says(offset: int, text: str) -> None:
+        files.write("logs/rank-00000.log", offset, text.encode())
 
-        with no_file_beyond(6):
-            host_says(0, "abcd")
-            host_says(4, "efgh")
-            host_says(8, "ijkl")
-        assert (tmp_path / "logs" / "rank-00000.log").read_text() == "abcdef"
-        host_says(12, "mnop")
-        assert (tmp_path / "logs" / "rank-00000.log").read_text() == "abcdefghijklmnop"
+    with no_file_beyond(6):
+        host_says(0, "abcd")
+        host_says(4, "efgh")
+        host_says(8, "ijkl")
+    assert (tmp_path / "logs" / "rank-00000.log").read_text() == "abcdef"
+    host_says(12, "mnop")
+    assert (tmp_path / "logs" / "rank-00000.log").read_text() == "abcdefghijklmnop"
+
+
+def test_no_host_writes_outside_of_the_runs_folder(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    files = MirroredFiles(run_dir, most_late=1 << 20)
+    for name in ("../outside", str(tmp_path / "outside")):
+        files.write(name, 0, b"a")
+    assert list(tmp_path.iterdir()) == [run_dir]

@@ -7,14 +7,15 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from programs import command
 from zinf_cli.launch.connection import Connection, Lifelines
+from zinf_cli.launch.part import visible_accelerators
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.launch.runner import visible_accelerators
 from zinf_cli.recipe.hosts import Host, this_machine
 
 
@@ -58,12 +59,18 @@ def test_it_ends_with_the_lifeline(tmp_path: Path) -> None:
         assert not Path(f"/proc/{pid}/cmdline").read_bytes()  # a zombie has none
 
 
+def heard(connection: Connection) -> dict[str, Any]:
+    event = connection.hear_event(20)
+    assert event is not None
+    return event
+
+
 def test_it_reads_its_opening_at_once_and_what_it_says_is_heard() -> None:
     words = command("speaks")
     with Lifelines(Pipes()) as lifelines:
         connection = lifelines.connect(this_machine(1))
         connection.request("stand_by", command=words, environment={}, defaults={}, opening="this\n")
-        assert connection.events.get(timeout=20) == {"event": "said", "line": "I have read this"}
+        assert heard(connection) == {"event": "said", "line": "I have read this"}
         told = connection.capture(words, within=20, text="go")
         assert told["output"] == "I have read this\ntold go\n"
         anew = connection.capture(words, within=20, opening="that\n", text="go")
@@ -78,8 +85,8 @@ def test_that_it_has_ended_is_heard() -> None:
         (supervisor,) = set(psutil.Process().children()) - others
         held = supervisor.num_fds()
         connection.request("stand_by", command=words, environment={}, defaults={}, opening="")
-        assert connection.events.get(timeout=20) == {"event": "said", "line": "half"}
-        assert connection.events.get(timeout=20) == {"event": "fell", "code": 1, "errors": "for a reason\n"}
+        assert heard(connection) == {"event": "said", "line": "half"}
+        assert heard(connection) == {"event": "fell", "code": 1, "errors": "for a reason\n"}
         connection.request("own_address")  # answered after the supervisor has let go of it
         assert supervisor.num_fds() == held
 
@@ -95,7 +102,7 @@ def test_its_environment_is_this_hosts_and_what_was_asked_for(monkeypatch: pytes
         connection = lifelines.connect(this_machine(1))
         defaults = {"LAB_HERE": "default", "LAB_MORE": "more"}
         connection.request("run", command=words, environment={"LAB_TOLD": "told"}, defaults=defaults)
-        assert connection.events.get(timeout=20)["output"] == "['here', 'more', 'told']\n"
+        assert heard(connection)["output"] == "['here', 'more', 'told']\n"
 
 
 def test_a_wish_to_stop_is_heard_without_a_file() -> None:
@@ -103,9 +110,9 @@ def test_a_wish_to_stop_is_heard_without_a_file() -> None:
         connection = lifelines.connect(this_machine(1))
         connection.request("run", command=command("stops_when_asked"))
         time.sleep(0.2)
-        assert connection.events.empty()
+        assert connection.event() is None
         connection.request("stop")
-        assert connection.events.get(timeout=20)["output"] == "asked\n"
+        assert heard(connection)["output"] == "asked\n"
 
 
 def test_sigterm_is_left_to_the_launcher() -> None:
@@ -117,9 +124,9 @@ def test_sigterm_is_left_to_the_launcher() -> None:
         connection.request("run", command=command("stops_when_asked"))
         for process in (supervisor, *supervisor.children(recursive=True)):
             process.terminate()
-        assert connection.events.get(timeout=20) == {"event": "told to end"}
+        assert heard(connection) == {"event": "told to end"}
         connection.request("stop")
-        assert connection.events.get(timeout=20)["output"] == "asked\n"
+        assert heard(connection)["output"] == "asked\n"
 
 
 def test_slots_of_a_job_are_positions_among_its_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:

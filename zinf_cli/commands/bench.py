@@ -18,7 +18,8 @@ from zinf_cli.bench.nvme import BLOCK_SIZES, THREADS, Point, bench_nvme, check_f
 from zinf_cli.errors import Interrupted, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.preflight import check_hosts
-from zinf_cli.launch.runner import Agent, Program, World, run_ranks
+from zinf_cli.launch.program import Agent, Program
+from zinf_cli.launch.runner import World, run_ranks
 from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.profile_file import Beside, Best, Links, Nvme, save_measured, user_file
 from zinf_cli.model_state import PAGE

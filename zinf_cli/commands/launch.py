@@ -23,8 +23,9 @@ from zinf_cli.errors import Interrupted
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.logs import RankLogs
 from zinf_cli.launch.preflight import Preflight, check_hosts, drives_of
+from zinf_cli.launch.program import Agent, Program
 from zinf_cli.launch.question import FiguresOf, figures_from, question
-from zinf_cli.launch.runner import Agent, Outcome, Program, World, run_ranks
+from zinf_cli.launch.runner import Outcome, World, run_ranks
 from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.machine.profile_file import find_measured

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from zinf_cli.errors import HostError
-from zinf_cli.launch.pipes import write_all
+from zinf_cli.launch.pipes import has_room, write_all
 from zinf_cli.launch.said import Said
 from zinf_cli.launch.transport import SILENCE_S, Greeting
 
@@ -40,11 +40,12 @@ class ClientChannel(ABC):
         self, command: Sequence[str], program: bytes, greeting: Greeting, environment: Mapping[str, str] | None = None
     ) -> None:
         """Start `command`, send `program` to the supervisor and wait for its greeting. HostError if none comes."""
+        self._said = Said()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said.file,
             start_new_session=True,  # so that the terminal's Ctrl-C reaches the launcher alone, and nobody is asked
             bufsize=0,
             env=environment,
@@ -52,12 +53,12 @@ class ClientChannel(ABC):
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
-        self._said = Said(self._process.stderr)
         self._ending = threading.Lock()
         try:
-            self._first = self._greeted(program, greeting)  # may be empty
+            self.first = self._greeted(program, greeting)
         except BaseException:
             self.abort()
+            self.close()
             raise
 
     def _greeted(self, program: bytes, greeting: Greeting) -> bytes:
@@ -93,16 +94,19 @@ class ClientChannel(ABC):
     def _why_ended(self, code: int, greeting: Greeting) -> HostError:
         """Why the program has ended, with exit code `code`, before the greeting came."""
 
+    def fileno(self) -> int:
+        return self._out.fileno()
+
+    def receive(self) -> bytes:
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def has_room(self) -> bool:
+        return has_room(self._in)
+
     def send(self, data: bytes) -> None:
         write_all(self._in, data)
 
-    def receive(self) -> bytes:
-        if self._first:
-            first, self._first = self._first, b""
-            return first
-        return os.read(self._out.fileno(), 1 << 16)
-
-    def close(self) -> None:
+    def hang_up(self) -> None:
         with suppress(OSError):
             self._in.close()
         is_over(self._process, SILENCE_S)  # the supervisor ends its descendants first, then itself
@@ -111,11 +115,15 @@ class ClientChannel(ABC):
     def abort(self) -> None:
         with self._ending:
             end_group(self._process)
-        with suppress(OSError):
-            self._in.close()
 
     def last_words(self) -> str:
         return "\n".join(self._said.lines)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._in.close()
+        self._out.close()
+        self._said.close()
 
 
 def is_over(process: subprocess.Popen[bytes], within: float) -> bool:

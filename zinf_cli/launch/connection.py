@@ -20,17 +20,21 @@ from zinf_cli.errors import HostError, ZinfError, inside
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.ssh import Ssh
+from zinf_cli.launch.switchboard import Switchboard
 from zinf_cli.launch.transport import Channel, Transport
 from zinf_cli.recipe.hosts import Host
 
-_HEARTBEAT_S = 1.0
+_LOOK_S = 0.1
+"""Seconds between two looks at what else there is to do while an answer is waited for."""
 _FALTERS_S = 3.0
 _HELLO_S = 20.0
 _ANSWER_S = 60.0
 _HOLD_S = 0.5
 """How long Ctrl-Z waits for a message that is being sent to a host: only then the host can be told."""
-_MOST_AT_ONCE = 32
+_MOST_AT_ONCE = 128
 """How many hosts are connected to, or asked something, at the same time."""
+_MOST_UNTAKEN = 1 << 16
+"""Bytes of a host's events that wait to be taken in. With more, the host has to wait."""
 
 T = TypeVar("T")
 
@@ -65,30 +69,53 @@ def find_ssh() -> Ssh:
     return FabricSsh(sys.executable)
 
 
+class _Events:
+    """Events of a host that nobody has taken yet. Threads may use it at once."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[tuple[dict[str, Any], int]] = queue.SimpleQueue()
+        self._changing = threading.Lock()
+        self.num_bytes = 0
+
+    def put(self, event: dict[str, Any], num_bytes: int) -> None:
+        with self._changing:
+            self.num_bytes += num_bytes
+        self._waiting.put((event, num_bytes))
+
+    def get(self, timeout: float) -> dict[str, Any]:
+        """The first one. queue.Empty if there is none in time."""
+        event, num_bytes = self._waiting.get(timeout=timeout)
+        with self._changing:
+            self.num_bytes -= num_bytes
+        return event
+
+
 class Connection:
     """A connection to the supervisor of `host`. `lost` says why the host is gone; None while it is there."""
 
-    def __init__(self, host: Host, channel: Channel) -> None:
+    def __init__(self, host: Host, channel: Channel, switchboard: Switchboard) -> None:
         self.host = host
         self.python = ""
         """The version of the host's Python."""
         self.visible: tuple[str, ...] = ()
         """The accelerators that its CUDA_VISIBLE_DEVICES names."""
-        self.events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        """Messages that are no answers. The queue is thread-safe."""
         self._channel = channel
+        self._switchboard = switchboard
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._events = _Events()
         self._one_request = threading.Lock()
         self._sending = threading.Lock()
         self._patience = Patience(channel.silence_s)
+        self._parts: list[bytes] = []
+        """Of a message whose end has not come yet."""
+        self._paused = False
         self._ended: str | None = None
-        self._over = threading.Event()
-        for action in (self._read, self._beat):  # each may wait for this host, and for no other
-            threading.Thread(target=action, name=f"{action.__name__} {host.name}", daemon=True).start()
+        self._take_in(channel.first)
+        switchboard.join(self)
 
     def greet(self) -> None:
         """Wait for the supervisor's first message. HostError if none comes."""
-        hello = self._next(self._answers, _HELLO_S if self._patience.has_end else math.inf)
+        hello = self._next(self._answers.get, _HELLO_S if self._patience.has_end else math.inf)
         if hello is None and self.lost is None:
             raise HostError(f"no answer within {_HELLO_S:.0f} s of login", where=self.host.name)
         if hello is None:
@@ -106,22 +133,20 @@ class Connection:
         """Whether the host is silent, and may be lost. `judge` decides that soon."""
         return self._ended is None and self._patience.has_end and self._patience.waited_s > _FALTERS_S
 
-    def judge(self) -> None:
-        """Give the host up if it has been silent for too long. Has to be called about once a second."""
-        if self._ended is None and self._patience.is_over:
-            self._give_up(f"gave no sign of life for {self._channel.silence_s:.0f} s")
-
-    def request(self, do: str, *, within: float = _ANSWER_S, **arguments: Any) -> Any:
+    def request(
+        self, do: str, *, within: float = _ANSWER_S, meanwhile: Callable[[], None] = lambda: None, **arguments: Any
+    ) -> Any:
         """Have the supervisor do something, and return its answer.
 
-        HostError if it can't, is gone, or takes more than `within` seconds.
+        An answer comes after the events before it, so if there may be many, `meanwhile` has to take them. HostError if
+        it can't do that, is gone, or takes more than `within` seconds.
         """
         with self._one_request:
             try:
                 self._send(json.dumps({"do": do, **arguments}).encode() + b"\n")
             except OSError as error:
                 raise HostError(self._ended or f"connection lost: {error}", where=self.host.name) from error
-            answer = self._next(self._answers, within)
+            answer = self._next(self._answers.get, within, meanwhile)
             if answer is None:  # a late answer would be taken for the next one's
                 if self.lost is None:
                     self._give_up(f"no answer to {do} within {within:.0f} s")
@@ -131,20 +156,42 @@ class Connection:
             raise HostError(told["message"], where=inside(self.host.name, told["where"]))
         return answer["answer"]
 
-    def hear(self, within: float) -> dict[str, Any] | None:
+    def hear_event(self, within: float) -> dict[str, Any] | None:
         """The next event. None if there is none within `within` seconds, or the host is lost and has left none."""
-        return self._next(self.events, within)
+        return self._next(self._take_event, within)
 
-    def _next(self, waiting: queue.SimpleQueue[Any], within: float) -> dict[str, Any] | None:
+    def event(self) -> dict[str, Any] | None:
+        """The next event, if there is one by now."""
+        with suppress(queue.Empty):
+            return self._take_event(timeout=0.0)
+        return None
+
+    def _take_event(self, timeout: float) -> dict[str, Any]:
+        try:
+            return self._events.get(timeout)
+        finally:
+            if self._paused and self._events.num_bytes <= _MOST_UNTAKEN:
+                self._paused = False
+                self._patience.renew()
+                self._switchboard.resume(self)
+
+    def _next(
+        self,
+        get: Callable[..., dict[str, Any] | None],
+        within: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> dict[str, Any] | None:
         patience = Patience(within)
         while True:
             over = self.lost is not None or patience.is_over  # and then a last look: it may have come by now
             with suppress(queue.Empty):
-                message: dict[str, Any] | None = waiting.get(timeout=0 if over else 0.5)
+                message = get(timeout=0.0 if over else _LOOK_S)
                 if message is not None:
                     return message
             if over:
                 return None
+            if meanwhile is not None:
+                meanwhile()
 
     def capture(self, command: Sequence[str], *, within: float, text: str = "", opening: str = "") -> dict[str, Any]:
         """Run a command on the host to its end. Returns its "code", "output" and "errors".
@@ -152,7 +199,7 @@ class Connection:
         It reads `opening`, unless it stands by and has read its opening before, and then `text`.
         """
         self.request("run", command=command, text=text, opening=opening)
-        while (event := self.hear(within)) is not None:
+        while (event := self.hear_event(within)) is not None:
             if event["event"] == "ended":
                 return event
         raise HostError(self.lost or f"{command[2]} took more than {within:.0f} s", where=self.host.name)
@@ -160,61 +207,99 @@ class Connection:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Tell the supervisor of another machine that this process will be stopped. Inside, nothing else is sent."""
-        if not self._patience.has_end or self.lost is not None or not self._sending.acquire(timeout=_HOLD_S):
+        with self._silent() as silent:
+            if silent and self._patience.has_end and self.lost is None:
+                with suppress(OSError):
+                    self._channel.send(b'{"event": "stopping"}\n')
             yield
-            return
+
+    @contextmanager
+    def _silent(self) -> Iterator[bool]:
+        """Let nothing be sent, by others, inside. False if something is being sent, and does not come to its end."""
+        silent = self._sending.acquire(timeout=_HOLD_S)
         try:
-            with suppress(OSError):
-                self._channel.send(b'{"event": "stopping"}\n')
-            yield
+            yield silent
         finally:
-            self._sending.release()
+            if silent:
+                self._sending.release()
 
     def close(self) -> None:
         """Close the lifeline. The supervisor then ends what still runs."""
-        self._over.set()
         if self._ended is None:
-            self._ended = "closed"
-            self._channel.close()
+            with self._silent():
+                self._ended = "closed"
+                self._switchboard.resume(self)  # what still comes is dropped
+                self._channel.hang_up()
         else:
             self._channel.abort()
+        self._switchboard.leave(self)
+        self._channel.close()
 
     def _give_up(self, why: str) -> None:
         self._ended = why
-        self._over.set()
         threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
 
     def _send(self, data: bytes) -> None:
         with self._sending:
             self._channel.send(data)
 
-    def _beat(self) -> None:
-        while not self._over.wait(_HEARTBEAT_S):
-            with suppress(OSError):
-                self._send(b"\n")
+    def fileno(self) -> int:
+        return self._channel.fileno()
 
-    def _read(self) -> None:
-        rest = b""
-        with suppress(OSError):
-            while data := self._channel.receive():
-                self._patience.renew()
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
-                    self._take(line)
-        self._ended = self._ended or "the connection was lost, or its supervisor killed"
-        self._over.set()
-        self._answers.put(None)  # wakes whoever waits for an answer
+    def beat(self) -> None:
+        """Send a heartbeat, unless something else is being sent."""
+        if self._ended is None and self._sending.acquire(blocking=False):
+            try:
+                if self._channel.has_room():
+                    self._channel.send(b"\n")
+            except OSError:
+                pass  # its end will be heard
+            finally:
+                self._sending.release()
+
+    def judge(self) -> None:
+        """Give the host up if it has been silent for too long."""
+        if self._ended is None and not self._paused and self._patience.is_over:
+            self._give_up(f"gave no sign of life for {self._channel.silence_s:.0f} s")
+
+    def hear(self) -> bool:
+        """Take in what has come. False if that was the end."""
+        try:
+            data = self._channel.receive()
+        except OSError:
+            data = b""
+        if not data:
+            self._ended = self._ended or "the connection was lost, or its supervisor killed"
+            self._answers.put(None)  # wakes whoever waits for an answer
+            return False
+        if self._ended != "closed":
+            self._patience.renew()
+            self._take_in(data)
+        return True
+
+    def _take_in(self, data: bytes) -> None:
+        *lines, rest = data.split(b"\n")
+        if lines:
+            lines[0] = b"".join((*self._parts, lines[0]))
+            self._parts = []
+        if rest:
+            self._parts.append(rest)
+        for line in lines:
+            self._take(line)
+        if self._events.num_bytes > _MOST_UNTAKEN and not self._paused:
+            self._paused = True
+            self._switchboard.pause(self)
 
     def _take(self, line: bytes) -> None:
         """Take one message. What others on the host print in between is dropped."""
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if isinstance(message, dict) and ("answer" in message or "error" in message or message.get("event") == "hello"):
             self._answers.put(message)
         elif isinstance(message, dict) and "event" in message:
-            self.events.put(message)
+            self._events.put(message, len(line))
 
 
 def at_all(action: Callable[[T], Any], to: Sequence[T]) -> list[Any]:
@@ -239,12 +324,11 @@ class Lifelines:
         self.launch_id = uuid.uuid4().hex
         self._transport = transport
         self._connections: list[Connection] = []
-        self._over = threading.Event()
         self._obeys_terminal = False
-        self._watch = threading.Thread(target=self._judge, name="watches hosts", daemon=True)
+        self._switchboard = Switchboard()
 
     def __enter__(self) -> Lifelines:
-        self._watch.start()
+        self._switchboard.start()
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
             signal.signal(signal.SIGTSTP, self._be_stopped)
             self._obeys_terminal = True
@@ -253,11 +337,10 @@ class Lifelines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._over.set()
-        self._watch.join()
         if self._obeys_terminal:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         at_all(Connection.close, self._connections)
+        self._switchboard.close()
         self._transport.close()
 
     @property
@@ -267,7 +350,7 @@ class Lifelines:
 
     def connect(self, host: Host) -> Connection:
         """Start the supervisor of `host`; HostError says why that is not possible. Threads may call it at once."""
-        connection = Connection(host, self._transport.open(host, self.launch_id))
+        connection = Connection(host, self._transport.open(host, self.launch_id), self._switchboard)
         self._connections.append(connection)
         connection.greet()
         return connection
@@ -278,8 +361,3 @@ class Lifelines:
             for connection in tuple(self._connections):
                 held.enter_context(connection.held())
             os.kill(os.getpid(), signal.SIGSTOP)
-
-    def _judge(self) -> None:
-        while not self._over.wait(_HEARTBEAT_S):
-            for connection in tuple(self._connections):
-                connection.judge()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -168,32 +169,48 @@ def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
 
 
 class _SshChannel:
+    """paramiko's channels can be polled only together with their stderr, so a thread passes on what comes."""
+
     silence_s = SILENCE_S
+    first = b""
 
     def __init__(self, session: paramiko.Channel, connection: Any, greeting: Greeting) -> None:
         self._session = session
         self._connection = connection
         self._greeting = greeting
-        self._greeted = False
+        self._out, self._passed_on = socket.socketpair()
+        self._passes_on = threading.Thread(target=self._pass_on, name="passes on", daemon=True)
+        self._passes_on.start()
 
-    def send(self, data: bytes) -> None:
-        self._session.sendall(data)
+    def _pass_on(self) -> None:
+        greeted = False
+        with self._passed_on, suppress(OSError):
+            while data := bytes(self._session.recv(1 << 16)):
+                if greeted:
+                    self._passed_on.sendall(data)
+                elif (rest := self._greeting.after(data)) is not None:
+                    greeted = True
+                    self._passed_on.sendall(rest)
+
+    def fileno(self) -> int:
+        return self._out.fileno()
 
     def receive(self) -> bytes:
-        while data := bytes(self._session.recv(1 << 16)):
-            if self._greeted:
-                return data
-            if (rest := self._greeting.after(data)) is not None:
-                self._greeted = True
-                return rest or b"\n"
-        return b""
+        return self._out.recv(1 << 16)
 
-    def close(self) -> None:
+    def has_room(self) -> bool:
+        return bool(self._session.send_ready())
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._session.sendall(data)
+        except (SSHException, EOFError) as error:
+            raise OSError(f"SSH: {error}") from error
+
+    def hang_up(self) -> None:
         with suppress(Exception):
             self._session.shutdown_write()
-            self._session.settimeout(SILENCE_S)
-            while self._session.recv(1 << 16):  # the supervisor ends its descendants first, then itself
-                pass
+        self._passes_on.join(SILENCE_S)  # the supervisor ends its descendants first, then itself
         self.abort()
 
     def abort(self) -> None:
@@ -208,6 +225,9 @@ class _SshChannel:
                 words += data
             return (words if words.strip() else self._greeting.dropped).decode(errors="replace")
         return ""
+
+    def close(self) -> None:
+        self._out.close()
 
 
 class _UnknownHostKey(SSHException):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from typing import Any
 
 from zinf_cli.errors import PreflightError
 from zinf_cli.machine.control_groups import cores_here
-from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space
+from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space, huge_pages
 from zinf_cli.version import code_digest, version_of
 
 
@@ -31,6 +31,7 @@ def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
         "memory": available_memory(),
         "drives": {folder: _drive(Path(folder)) for folder in nvme},
         "paths": {path: _contents(Path(path)) for path in paths},
+        "huge_pages": huge_pages(),
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "time": time.time(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from zinf_cli.launch import hop_keeper
 from zinf_cli.launch.openssh_errors import refusal
@@ -60,19 +61,19 @@ class _Passage:
 def _keep(way: Route) -> _Passage:
     """Connect to a jump host. Refusal says why not."""
     command = way.command("-o", "ControlMaster=yes", "-S", hop_keeper.SOCKET, "-N")
-    keeper = subprocess.Popen(
-        [sys.executable, "-I", str(hop_keeper.__file__), *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # as for ssh itself (openssh.py)
-    )
-    said = Said(keeper.stderr)
-    assert keeper.stdout is not None
-    socket = keeper.stdout.readline().decode().strip()
-    if not keeper.stdout.readline():
-        keeper.wait()
-        raise refusal(said, way).of_hop(way.destination)
+    with closing(Said()) as said:
+        keeper = subprocess.Popen(
+            [sys.executable, "-I", str(hop_keeper.__file__), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said.file,
+            start_new_session=True,  # as for ssh itself (openssh.py)
+        )
+        assert keeper.stdout is not None
+        socket = keeper.stdout.readline().decode().strip()
+        if not keeper.stdout.readline():
+            keeper.wait()
+            raise refusal(said, way).of_hop(way.destination)
     # Without the socket it must not connect by itself: it would do so by the configuration, and to another name.
     words = [way.ssh, "-F", "none", "-S", socket, "-o", "ProxyCommand=false", "-o", "BatchMode=yes"]
     return _Passage(way, keeper, proxy_command([*words, "--", way.destination.host]))

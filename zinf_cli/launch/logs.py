@@ -22,6 +22,8 @@ _MOST_BYTES = 1 << 20
 """Bytes of all logs that one poll reads. Of a rank that has written more than its share, it reads the end."""
 _LEAST_BYTES = 1 << 13
 """The least share of a rank, in bytes."""
+_MOST_LOOKS = 512
+"""Logs that one poll looks at, beside that of rank 0. With more, each is looked at now and then."""
 _MOST_LINES = 40
 """Lines that one poll shows."""
 _MOST_SAID = 10_000
@@ -51,11 +53,14 @@ class RankLogs:
         self._said: dict[str, None] = {}
         self._failed: set[int] = set()
         self._left_out = 0
+        self._next = 1
+        """The rank whose log the next poll looks at first."""
 
     def poll(self) -> Iterator[LogLine]:
         """The new lines, as many as the limits allow. A line without its end comes later."""
         shown = 0
-        for rank, (host, path) in self._places.items():
+        for rank in self._ranks_to_look_at():
+            host, path = self._places[rank]
             for text in self._new_lines(rank, path):
                 if text == _TRACEBACK:
                     self._failed.add(rank)
@@ -71,6 +76,14 @@ class RankLogs:
             note = f"note: {format_bytes(self._left_out)} of the ranks' output are not shown here; logs/ has all of it"
             yield LogLine(self._places[0][0], 0, note)
             self._left_out = 0
+
+    def _ranks_to_look_at(self) -> Iterator[int]:
+        """Rank 0, and others in turn."""
+        others = len(self._places) - 1
+        yield 0
+        for number in range(min(others, _MOST_LOOKS)):
+            yield 1 + (self._next - 1 + number) % others
+        self._next = 1 + (self._next - 1 + _MOST_LOOKS) % max(1, others)
 
     def _remember(self, text: str) -> None:
         self._said[text] = None

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import closing
 from typing import Any
 
 from zinf_cli.errors import HostError
@@ -84,17 +85,17 @@ class _Files:
         return patiently(lambda: self._run(line) == 0)
 
     def _run(self, line: str) -> int:
-        process = subprocess.Popen(
-            [*self._way.command(), line],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        said = Said(process.stderr)
-        code = process.wait()
-        if code == _NO_WAY_IN and said.logged_in is None:
-            raise refusal(said, self._way)
+        with closing(Said()) as said:
+            code = subprocess.run(
+                [*self._way.command(), line],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said.file,
+                start_new_session=True,
+                check=False,
+            ).returncode
+            if code == _NO_WAY_IN and said.logged_in is None:
+                raise refusal(said, self._way)
         return code
 
     def sftp(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,13 +34,26 @@ def write_all(pipe: IO[bytes], data: bytes) -> None:
     """Write to an unbuffered pipe, which takes as much at a time as it has room for; another thread may close it."""
     left = memoryview(data)
     while left:
-        if pipe.closed:
-            raise BrokenPipeError("given up")
-        left = left[os.write(pipe.fileno(), left) :]
+        left = left[os.write(_descriptor(pipe), left) :]
+
+
+def has_room(pipe: IO[bytes]) -> bool:
+    """Whether a pipe takes a few bytes at once. OSError where it is closed."""
+    poll = select.poll()
+    poll.register(_descriptor(pipe), select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _descriptor(pipe: IO[bytes]) -> int:
+    try:
+        return pipe.fileno()
+    except ValueError:
+        raise BrokenPipeError("given up") from None
 
 
 class _PipeChannel:
     silence_s = math.inf
+    first = b""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -53,16 +67,19 @@ class _PipeChannel:
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
 
+    def fileno(self) -> int:
+        return self._out.fileno()
+
+    def receive(self) -> bytes:
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def has_room(self) -> bool:
+        return has_room(self._in)
+
     def send(self, data: bytes) -> None:
         write_all(self._in, data)
 
-    def receive(self) -> bytes:
-        data = os.read(self._out.fileno(), 1 << 16)
-        if not data:
-            self._out.close()
-        return data
-
-    def close(self) -> None:
+    def hang_up(self) -> None:
         with suppress(OSError):
             self._in.close()
         self._process.wait()
@@ -70,7 +87,11 @@ class _PipeChannel:
     def abort(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._in.close()
 
     def last_words(self) -> str:
         return ""  # its stderr is the launcher's
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._in.close()
+        self._out.close()

@@ -15,11 +15,13 @@ from zinf_cli.errors import HostError, PreflightError, ReportedError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
 from zinf_cli.launch.rendezvous import Rendezvous, find_rendezvous
 from zinf_cli.machine.hardware import Space, room_of
-from zinf_cli.recipe.hosts import Host
+from zinf_cli.recipe.hosts import Host, first_names
 from zinf_cli.search_path import module_command
 from zinf_cli.version import code_digest
 
-COLUMNS = ("by", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "rendezvous")
+COLUMNS = (
+    "by", "python", "zinf", "torch", "slots", "memory", "nvme", "files", "clock", "memlock", "huge pages", "rendezvous",
+)  # fmt: skip
 
 _FACTS_S = 120.0
 _MOST_SKEW_S = 5.0
@@ -55,7 +57,7 @@ class Preflight:
     @property
     def problems(self) -> list[str]:
         """All problems of all hosts, as "host: problem"."""
-        return [f"{row.host.name}: {problem}" for row in self.rows for problem in row.problems.values()]
+        return problems_of(self.rows)
 
     @property
     def connections(self) -> list[Connection]:
@@ -73,6 +75,15 @@ class Preflight:
             {"host": row.host.name, "checks": row.cells, "problems": row.problems, "facts": row.facts}
             for row in self.rows
         ]
+
+
+def problems_of(rows: Sequence[Row], before: str = "") -> list[str]:
+    """Each problem, after the hosts that have it and `before`."""
+    hosts: dict[str, list[str]] = {}
+    for row in rows:
+        for problem in row.problems.values():
+            hosts.setdefault(problem, []).append(row.host.name)
+    return [f"{first_names(names)}: {before}{problem}" for problem, names in hosts.items()]
 
 
 def check_hosts(
@@ -97,8 +108,10 @@ def check_hosts(
     else:
         absent = []
     answered = [row for row in rows if row.facts]
+    here, accelerated = code_digest(), any(row.facts["accelerators"] for row in answered)
     for row in answered:
-        _judge(row, answered)
+        _judge(row, answered[0], here)
+        _judge_slots(row, accelerated)
     for path in paths:
         _compare(path, answered)
     ready = [row for row in rows if row.connection is not None]
@@ -136,21 +149,20 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
     row.facts["skew"] = there - min(max(there, asked), time.time())
 
 
-def _judge(row: Row, answered: Sequence[Row]) -> None:
-    """Fill the row of a host from its facts, and compare these with the launcher's."""
-    facts, here = row.facts, code_digest()
+def _judge(row: Row, first: Row, here: str) -> None:
+    """Fill the row of a host from its facts, and compare these with those of the first host and of the launcher."""
+    facts = row.facts
     row.note(
         "zinf",
         facts["code"],
         None if facts["code"] == here else f"zinf {facts['code']} is not the launcher's {here}: install the same there",
     )
-    torch = answered[0].facts["torch"]
+    torch = first.facts["torch"]
     row.note(
         "torch",
         facts["torch"],
-        None if facts["torch"] == torch else f"torch {facts['torch']}, but {torch} on {answered[0].host.name}",
+        None if facts["torch"] == torch else f"torch {facts['torch']}, but {torch} on {first.host.name}",
     )
-    _judge_slots(row, any(other.facts["accelerators"] for other in answered))
     row.note("memory", format_bytes(facts["memory"]))
     for drive in facts["drives"].values():
         _judge_drive(row, drive)
@@ -164,6 +176,7 @@ def _judge(row: Row, answered: Sequence[Row]) -> None:
     )
     limit = facts["memlock"]
     row.note("memlock", "unlimited" if limit < 0 else format_bytes(limit))
+    row.note("huge pages", facts["huge_pages"])
 
 
 def _judge_slots(row: Row, accelerated: bool) -> None:

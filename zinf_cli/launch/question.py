@@ -84,7 +84,7 @@ def _overheard(connection: Connection, tell: Tell) -> Figures:
 
     Errors are those of `_ask`; HostError where the host is lost.
     """
-    while (event := connection.hear(_MOST_S)) is not None:
+    while (event := connection.hear_event(_MOST_S)) is not None:
         if event["event"] == "said":
             if (share := _tokenised(event["line"])) is None:
                 return _figures(event["line"], "", 0)

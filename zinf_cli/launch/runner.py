@@ -7,47 +7,35 @@ failure, and make sure that nothing is left running.
 
 from __future__ import annotations
 
-import base64
-import json
-import os
-import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, count
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.errors import HostError, Interrupted, PreflightError
 from zinf_cli.launch.connection import Connection, Lifelines, at_all
-from zinf_cli.launch.failure import Ending, Failure, first_failure, report_in
-from zinf_cli.launch.patience import Patience
+from zinf_cli.launch.failure import Failure, first_failure
+from zinf_cli.launch.part import Part
+from zinf_cli.launch.program import Program
 from zinf_cli.launch.rendezvous import Rendezvous
 from zinf_cli.launch.stop_signals import StopSignals
 from zinf_cli.launch.vitals import Vitals
+from zinf_cli.recipe.hosts import first_names
 from zinf_cli.run_folder.error_records import any_recorded, forget_errors
 from zinf_cli.run_folder.names import LOGS
-from zinf_cli.search_path import module_command
 
 _POLL_S = 0.1
 
 _MOST_LATE = 64 << 20
-"""Most bytes of a host's files that wait in memory for room on the launcher's drive."""
-
-_MOST_EVENTS = 32
-"""Messages of a host that one poll takes in."""
+"""Most bytes of all hosts' files that wait in memory for room on the launcher's drive."""
 
 _TEARDOWN_S = 4.0
 """Seconds from the first sign of a failure until all that still runs is killed. torchrun alone would wait for 30 s."""
-
-_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-"""For ranks of a single host, whatever the host has set: no other machine may reach what they listen on."""
-
-_KILL_S = 12.0
-"""Seconds that a host has to end its processes and to report that, before it counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +45,6 @@ class World:
     lifelines: Lifelines
     connections: Sequence[Connection]
     rendezvous: Rendezvous | None = None
-
-
-@dataclass(frozen=True)
-class Agent:
-    """The agent that runs on each host (train/agent.py). It imports `module`, which has the function that ranks run.
-
-    An agent may stand by before it gets its order (supervisor.py). This is all that has to be known by then.
-    """
-
-    module: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, str] = field(default_factory=dict)
-    """Variables that count only where the host's own environment does not set them."""
-
-    def start(self, question: str = "null\n") -> dict[str, Any]:
-        """The arguments of a supervisor's request to start the agent, which answers `question` first (question.py)."""
-        return {
-            "command": module_command("zinf_cli.train.agent", self.module),
-            "environment": dict(self.environment),
-            "defaults": dict(self.defaults),
-            "opening": question,
-        }
-
-
-@dataclass(frozen=True)
-class Program:
-    """What every rank runs: `function(run_dir, *arguments)` of the agent's module, which returns an exit code."""
-
-    agent: Agent
-    function: str
-    arguments: Sequence[str]
-    run_dir: Path
-    """The run's folder, which has the same path on every host."""
-    files: Mapping[str, str]
-    """The files that ranks need in it: text by name."""
-    nvme_folders: Sequence[str]
-    writes_checkpoints: bool
-    """Whether it writes or reads a checkpoint. Then every host has to see the launcher's own run_dir."""
-    environment: Mapping[str, str]
-    """Variables beside those of the agent."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +91,10 @@ def run_ranks(
         mark.touch()
     except OSError as error:
         raise PreflightError(f"can't be written: {error.strerror}", where=str(error.filename)) from error
+    most_late = _MOST_LATE // max(1, len(world.connections))
     firsts = accumulate((len(connection.host.slots) for connection in world.connections), initial=0)
     parts = [
-        _Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals)
+        Part(connection, first, logs / f"torchrun-{number:05d}.log", program, on_vitals, most_late)
         for number, (connection, first) in enumerate(zip(world.connections, firsts, strict=False))
     ]
     with StopSignals() as stop_signals, _marked(mark):
@@ -158,162 +107,9 @@ def run_ranks(
             on_poll()
 
 
-class _Part:
-    """One host's part of the run."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        first_rank: int,
-        log: Path,
-        program: Program,
-        on_vitals: Callable[[Vitals], None],
-    ) -> None:
-        self.connection = connection
-        self.host = connection.host
-        self._first_rank = first_rank
-        self._log = log
-        self._program = program
-        self._on_vitals = on_vitals
-        self._started = False
-        self.code: int | None = None
-        self.lost: str | None = None
-        """Why the host is gone, if it is gone and has not said how its part ended."""
-        self._report: dict[str, Any] = {}
-        self.told_to_end = False
-        """Whether the processes there have got a SIGTERM."""
-        self.peak_memory = 0
-        self._late: list[tuple[str, int, bytes]] = []
-        """Parts of mirrored files that the launcher's drive has not taken yet."""
-
-    @property
-    def over(self) -> bool:
-        return self.code is not None or self.lost is not None
-
-    @property
-    def in_trouble(self) -> bool:
-        return self.lost is not None or bool(self.code)
-
-    def prepare(self) -> None:
-        """Open the run's folder on the host."""
-        program = self._program
-        shared = self.connection.request(
-            "open_folder", path=str(program.run_dir), nvme=program.nvme_folders, files=program.files
-        )
-        if program.writes_checkpoints and not shared:
-            raise HostError(
-                f"{program.run_dir} is not the launcher's there, and a checkpoint is written by all hosts together",
-                where=self.host.name,
-                hint="set output_dir to a folder that all hosts share, or checkpoint.interval=null",
-            )
-
-    def start(self, number: int, num_hosts: int, meeting: Mapping[str, Any] | None, way: str | None) -> None:
-        """Start torchrun's agent on the host. `way` is the network interface that leads to the other hosts."""
-        interface = {"GLOO_SOCKET_IFNAME": way, "NCCL_SOCKET_IFNAME": way} if way is not None else {}
-        own = _LOOPBACK if meeting is None else {}
-        order = {
-            "part": {"ranks": len(self.host.slots), "number": number, "hosts": num_hosts, "meeting": meeting},
-            "function": self._program.function,
-            "run_dir": str(self._program.run_dir),
-            "arguments": list(self._program.arguments),
-            "environment": {**visible_accelerators(self.connection), **own, **self._program.environment},
-            "defaults": interface,
-            "log": str(self._log),
-        }
-        self.connection.request("run", **self._program.agent.start(), text=json.dumps(order) + "\n")
-        self._started = True
-
-    def listen(self) -> None:
-        """Take in what the host has said. Then look whether it is gone."""
-        lost = self.connection.lost
-        self._take_in(most=_MOST_EVENTS if lost is None else None)
-        self.lost = lost if self.code is None else None
-
-    def _take_in(self, most: int | None) -> None:
-        """Take in messages: bytes of mirrored files, what the processes take, the end of the agent.
-
-        It takes no more than `most`, so that hosts with many messages don't make the launcher deaf to its user.
-        """
-        with suppress(queue.Empty):
-            for _ in count() if most is None else range(most):
-                event = self.connection.events.get_nowait()
-                if event["event"] == "ended":
-                    self.code = event["code"]
-                    self._report = report_in(event["output"])
-                    with suppress(OSError):
-                        if not self._log.exists():  # the agent did not come to know its log
-                            self._log.write_text(event["errors"])
-                elif event["event"] == "told to end":
-                    self.told_to_end = True
-                elif event["event"] == "vitals":
-                    self.peak_memory = max(self.peak_memory, event["memory"])
-                    self._on_vitals(Vitals(self.host.name, event["memory"], event["read"], event["written"]))
-                elif event["event"] == "file":
-                    self._late.append((event["path"], event["offset"], base64.b64decode(event["data"])))
-                    self._write_late()
-
-    def _write_late(self) -> None:
-        """Write as much as the launcher's drive takes, and keep the rest for later. A full drive here ends no run."""
-        with suppress(OSError):
-            while self._late:
-                self._write(*self._late[0])
-                del self._late[0]
-        while sum(len(data) for _, _, data in self._late) > _MOST_LATE:
-            del self._late[0]
-
-    def _write(self, name: str, offset: int, data: bytes) -> None:
-        path = (self._program.run_dir / name).resolve()
-        if not path.is_relative_to(self._program.run_dir.resolve()):
-            return  # no host may write outside of the run's folder
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if offset == 0 else 0), 0o644)
-        try:
-            while data:  # a drive that is nearly full takes a part
-                taken = os.pwrite(descriptor, data, offset)
-                data, offset = data[taken:], offset + taken
-        finally:
-            os.close(descriptor)
-
-    def ask_to_stop(self) -> None:
-        self.connection.request("stop")
-
-    def ending(self) -> Ending:
-        return Ending(self.host, self._first_rank, self._log, self.code, self.lost, self._report)
-
-    def kill(self) -> None:
-        """End what still runs on the host, and wait for its last messages."""
-        if self._started and not self.over:
-            self.connection.request("kill")
-            patience = Patience(_KILL_S)
-            while not self.over and not patience.is_over:
-                time.sleep(0.02)
-                self.listen()
-
-    def leave(self, lifelines: Lifelines) -> None:
-        """Give the folder up. If the host was lost, try a new connection and clean up by that."""
-        if self.connection.lost is not None:
-            self.connection = lifelines.connect(self.host)
-            self.connection.request("sweep")
-            self.prepare()
-        self.connection.request("close_folder")
-        self._take_in(most=None)
-
-
-def visible_accelerators(connection: Connection) -> dict[str, str]:
-    """The variable that chooses the accelerators of a filter's slots. Without a filter the host's own choice stays.
-
-    In a Slurm job that choice has the job's accelerators, and slots are positions in it.
-    """
-    host, own = connection.host, connection.visible
-    if host.slots == tuple(range(len(host.slots))):
-        return {}
-    names = own if 0 < host.gpus == len(own) else [str(slot) for slot in range(host.slots[-1] + 1)]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in host.slots)}
-
-
-def _start(parts: Sequence[_Part], rendezvous: Rendezvous | None) -> None:
+def _start(parts: Sequence[Part], rendezvous: Rendezvous | None) -> None:
     """Start all parts, or none."""
-    _all_or_none(at_all(_Part.prepare, parts))
+    _all_or_none(at_all(Part.prepare, parts))
     if rendezvous is None:
         (part,) = parts
         part.start(0, 1, None, None)
@@ -335,7 +131,7 @@ def _all_or_none(results: Sequence[Any]) -> None:
 
 
 def _watch(
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     stop_signals: StopSignals,
     run_dir: Path,
     on_poll: Callable[[], None],
@@ -355,13 +151,13 @@ def _watch(
         if stop_signals.received and not asked_to_stop:
             asked_to_stop = True
             # not waited for: a second Ctrl-C has to be heard, even if a host does not answer
-            threading.Thread(target=at_all, args=(_Part.ask_to_stop, parts), daemon=True).start()
+            threading.Thread(target=at_all, args=(Part.ask_to_stop, parts), daemon=True).start()
             notify("stopping after this step; press Ctrl-C again to kill the ranks now")
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
             teardown_due = time.monotonic() + _TEARDOWN_S
-            for part in parts:
-                if part.lost is not None:
-                    notify(f"{part.host.name}: {part.lost}; ending the run")
+            lost = [part for part in parts if part.lost is not None]
+            if lost:
+                notify(f"{first_names([part.host.name for part in lost])}: {lost[0].lost}; ending the run")
         falters = any(part.connection.falters for part in parts)  # what others tell may be the loss of this one
         if teardown_due is not None and time.monotonic() > teardown_due and not falters:
             break
@@ -371,19 +167,19 @@ def _watch(
     return Outcome(Interrupted.exit_code if asked_to_stop else 0, None, interrupted=asked_to_stop)
 
 
-def _fate_of_others(parts: Sequence[_Part], failure: Failure) -> str:
+def _fate_of_others(parts: Sequence[Part], failure: Failure) -> str:
     """What became of the other hosts. Those to look at come first."""
     others = [part for part in parts if part.host.name != failure.host]
     lost = [part.host.name for part in others if part.lost is not None]
     ended = [part.host.name for part in others if part.lost is None]
-    words = [f"{', '.join(lost)} lost as well"] if lost else []
-    words += [f"ended on {', '.join(ended[:8])}{', ...' if len(ended) > 8 else ''}"] if ended else []
+    words = [f"{first_names(lost)} lost as well"] if lost else []
+    words += [f"ended on {first_names(ended)}"] if ended else []
     return "; ".join(words)
 
 
-def _end(parts: Sequence[_Part], lifelines: Lifelines) -> None:
+def _end(parts: Sequence[Part], lifelines: Lifelines) -> None:
     """Leave nothing of the run on any host that answers, and fetch what the ranks wrote."""
-    at_all(_Part.kill, parts)
+    at_all(Part.kill, parts)
     at_all(lambda part: part.leave(lifelines), parts)
 
 

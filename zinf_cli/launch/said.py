@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
+import fcntl
+import os
 import time
-from collections import deque
-from typing import IO
 
 _MOST_LINES = 200
+_MOST_BYTES = 1 << 18
 _LOGGED_IN = "Authenticated to "
 _IDLE_TALK = (
     _LOGGED_IN, "Transferred: ", "Bytes per second: ", "debug", "Warning: Permanently added",
@@ -16,27 +16,33 @@ _IDLE_TALK = (
 
 
 class Said:
-    """Collects it in a thread until the program ends: `lines`, and when the login of an ssh was done."""
+    """Keeps the first of it in memory that takes no more, `file`: so nobody has to listen to each of many hosts."""
 
-    def __init__(self, stderr: IO[bytes] | None) -> None:
-        assert stderr is not None
-        self._stderr = stderr
-        self._lines: deque[str] = deque(maxlen=_MOST_LINES)
-        self.logged_in: float | None = None
-        """time.monotonic() of it. None before, and always for a session in a connection of the user's own."""
-        self._listener = threading.Thread(target=self._listen, name="hears stderr", daemon=True)
-        self._listener.start()
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("zinf-said", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+        self.file.truncate(_MOST_BYTES)
+        fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)  # what comes then is lost, and disturbs nobody
+        self._logged_in: float | None = None
 
-    def _listen(self) -> None:
-        for line in self._stderr:
-            text = line.decode(errors="replace").strip()
-            if text.startswith(_LOGGED_IN):
-                self.logged_in = time.monotonic()
-            if text and not text.startswith(_IDLE_TALK):
-                self._lines.append(text)
+    @property
+    def logged_in(self) -> float | None:
+        """time.monotonic() of when an ssh was first seen to have logged in.
+
+        None before, and always for a session in a connection of the user's own.
+        """
+        if self._logged_in is None and any(line.startswith(_LOGGED_IN) for line in self._all()):
+            self._logged_in = time.monotonic()
+        return self._logged_in
 
     @property
     def lines(self) -> list[str]:
-        """All of it but idle talk. To be asked once the program is over; what it has started may still write."""
-        self._listener.join(1.0)
-        return list(self._lines)
+        """The last lines that were kept, but idle talk. What the program has started may still write."""
+        return [line for line in self._all() if line and not line.startswith(_IDLE_TALK)][-_MOST_LINES:]
+
+    def close(self) -> None:
+        self.file.close()
+
+    def _all(self) -> list[str]:
+        descriptor = self.file.fileno()
+        text = os.pread(descriptor, os.lseek(descriptor, 0, os.SEEK_CUR), 0)
+        return [line.strip() for line in text.decode(errors="replace").splitlines()]

@@ -28,6 +28,7 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -205,9 +206,12 @@ class Supervisor:
             raise OSError(0, f"can't reach {address} port {port}: {error.strerror or error}") from error
 
     def do_open_folder(self, path: str, nvme: Sequence[str], files: Mapping[str, str]) -> bool:
-        """Take the run's folder. True if it is the launcher's own."""
+        """Take the run's folder, and write `files` into it: for each name the packed text (program.py).
+
+        True if it is the launcher's own.
+        """
         folder = RunFolder(path, nvme, self._launch_id)
-        folder.open(files)
+        folder.open({name: zlib.decompress(base64.b64decode(packed)).decode() for name, packed in files.items()})
         self._folder = folder
         return not folder.mirrored
 

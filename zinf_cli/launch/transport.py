@@ -34,21 +34,32 @@ class Channel(Protocol):
 
     silence_s: float
     """How long both ends may be silent. Infinite if the kernel itself tells an end that the other is gone."""
+    first: bytes
+    """What the supervisor has sent already."""
 
-    def send(self, data: bytes) -> None:
-        """Send all of `data`. OSError once the supervisor is gone."""
+    def fileno(self) -> int:
+        """What can be polled: `receive` does not wait once it can be read."""
 
     def receive(self) -> bytes:
         """Wait for bytes, and return those that have come. b"" once the supervisor is gone."""
 
-    def close(self) -> None:
-        """Close the lifeline, and wait until the supervisor has ended the run and itself."""
+    def has_room(self) -> bool:
+        """Whether a few bytes can be sent without waiting for the supervisor."""
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`. OSError once the supervisor is gone."""
+
+    def hang_up(self) -> None:
+        """Close the lifeline, and wait until the supervisor has ended the run and itself. Others go on to receive."""
 
     def abort(self) -> None:
         """Give up a supervisor that does not answer, without waiting for it."""
 
     def last_words(self) -> str:
         """What the supervisor's side has printed to stderr. To be called once it is gone."""
+
+    def close(self) -> None:
+        """Close what is left of the channel, after `hang_up` or `abort`."""
 
 
 class Transport(Protocol):

@@ -23,6 +23,7 @@ _V6 = re.compile(r"[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[A-Za-z0-9_.-]+)?")
 _ADDRESS = re.compile(r"(?:(?P<user>[^@]*)@)?(?:\[(?P<v6>[^\]]*)\]|(?P<name>[^:\[\]]*))(?::(?P<port>[^:]*))?")
 _NODE_SPEC = re.compile(r"(?:\[(?P<v6>[^\]]*)\]|(?P<name>[^:\[\]]+))(?::(?P<slots>.*))?")
 _MOST_SLOTS = 1024
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Host:
         """As messages call it: the host, and the port where one was given."""
         host = f"[{self.host}]" if ":" in self.host and self.port is not None else self.host
         return host if self.port is None else f"{host}:{self.port}"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Names of hosts as a message has them: the first ones, if there are many."""
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def this_machine(slots: int) -> Host:
@@ -164,7 +171,7 @@ def _filter(option: str, hosts: Sequence[Host], text: str, source: str) -> dict[
         name = match["name"] or match["v6"]
         named = [host for host in hosts if host.host == name]
         if not named:
-            there = ", ".join(host.name for host in hosts[:8]) + (", ..." if len(hosts) > 8 else "")
+            there = first_names([host.name for host in hosts])
             raise UsageError(f'{option} "{text}": no host {name} in {source}', hint=f"it has {there}")
         for host in named:
             chosen.setdefault(host, set()).update(_filter_slots(option, host, match["slots"], text))

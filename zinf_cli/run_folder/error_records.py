@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import time
 from contextlib import suppress
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.durable import reserve, write_durably, write_reserved
-from zinf_cli.run_folder.names import error_file, files_of_ranks
+from zinf_cli.run_folder.names import LOGS, error_file, files_of_ranks
 
+_RECORD = re.compile(r"error-\d{5}\.json")
 _RECORD_BYTES = 2**16
 _MOST_SAID = 2**12
 """Characters of a traceback that a record on a full drive has. In JSON, each takes at most 6 bytes."""
@@ -66,8 +69,10 @@ def errors_in(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def any_recorded(run_dir: Path) -> bool:
-    """Whether a rank has recorded an error yet."""
-    return bool(files_of_ranks(run_dir, "error"))
+    """Whether a rank has recorded an error yet. It looks at names alone: there may be tens of thousands of files."""
+    with suppress(OSError), os.scandir(run_dir / LOGS) as entries:
+        return any(_RECORD.fullmatch(entry.name) for entry in entries)
+    return False  # somebody has moved the folder
 
 
 def forget_errors(run_dir: Path) -> None:

@@ -9,32 +9,32 @@ from rich.text import Text
 
 from zinf_cli.launch.failure import Failure
 from zinf_cli.launch.logs import LogLine
-from zinf_cli.launch.preflight import COLUMNS, Preflight
+from zinf_cli.launch.preflight import COLUMNS, Preflight, problems_of
 from zinf_cli.run_folder.log_end import last_lines
 from zinf_cli.screen import outside, printable
 
 _LAST_LINES = 12
+_MOST_ROWS = 64
 _COLOURS = ("cyan", "magenta", "green", "blue", "yellow", "bright_cyan", "bright_magenta", "bright_green")
 
 
 def preflight_screen(preflight: Preflight) -> RenderableType:
-    """A row for each host, and below it everything that is wrong."""
+    """A row for each host, and below it everything that is wrong. Of very many hosts, those to look at come first."""
     rows = [*preflight.rows, *preflight.absent]
+    shown = rows if len(rows) <= _MOST_ROWS else sorted(rows, key=lambda row: not row.problems)[:_MOST_ROWS]
     columns = [column for column in COLUMNS if any(column in row.cells for row in rows)]
     table = Table(box=None, pad_edge=False)
     table.add_column("host")
     for column in columns:
         table.add_column(column)
-    for row in rows:
+    for row in shown:
         cells = [outside(row.cells.get(column, ""), "bold red" if column in row.problems else "") for column in columns]
         table.add_row(row.host.name, *cells)
+    hidden = len(rows) - len(shown)
+    more = [Text(f"... and {hidden} more hosts")] if hidden else []
     problems = [outside(f"✗ {problem}", "red") for problem in preflight.problems]
-    problems += [
-        outside(f"- {row.host.name}: left out: {problem}", "yellow")
-        for row in preflight.absent
-        for problem in row.problems.values()
-    ]
-    return Group(table, *([Text(), *problems] if problems else []))
+    problems += [outside(f"- {problem}", "yellow") for problem in problems_of(preflight.absent, "left out: ")]
+    return Group(table, *more, *([Text(), *problems] if problems else []))
 
 
 def log_line(line: LogLine) -> Text:

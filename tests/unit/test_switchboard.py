@@ -1,0 +1,85 @@
+"""One thread for all hosts: no more of them than that, and no more of what a host says than somebody takes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from simulated_hosts import HOSTS, Simulated, SimulatedChannel
+from zinf_cli.launch.connection import _MOST_UNTAKEN, Lifelines, at_all
+from zinf_cli.launch.transport import Channel
+from zinf_cli.recipe.hosts import Host
+
+EVENTS = 4000
+SIZE = 1000
+
+
+class Talkative(Simulated):
+    """Its hosts say something all the time, as fast as they are heard."""
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        channel = SimulatedChannel(self, host)
+
+        def talk() -> None:
+            with suppress(OSError):  # somebody has left it
+                for number in range(EVENTS):
+                    channel._say({"event": "file", "number": number, "data": "x" * SIZE})
+
+        threading.Thread(target=talk, daemon=True).start()
+        return channel
+
+
+def test_a_host_waits_until_what_it_has_said_is_taken() -> None:
+    with Lifelines(Talkative()) as lifelines:
+        connection = lifelines.connect(HOSTS[0])
+        numbers = []
+        for _ in range(EVENTS):
+            event = connection.hear_event(20)
+            assert event is not None
+            numbers.append(event["number"])
+            assert connection._events.num_bytes < _MOST_UNTAKEN + (1 << 17)  # and what one look reads
+        assert numbers == list(range(EVENTS))
+
+
+def test_an_answer_comes_through_behind_many_events() -> None:
+    heard: list[dict[str, Any]] = []
+    with Lifelines(Talkative()) as lifelines:
+        connection = lifelines.connect(HOSTS[0])
+
+        def take() -> None:
+            while (event := connection.event()) is not None:
+                heard.append(event)
+
+        connection.request("own_address", meanwhile=take)
+        while len(heard) < EVENTS:
+            take()
+
+
+def test_a_host_that_nobody_listens_to_can_be_left() -> None:
+    with Lifelines(Talkative()) as lifelines:
+        lifelines.connect(HOSTS[0])
+
+
+def test_a_hundred_hosts_take_one_thread() -> None:
+    before = threading.active_count()
+    with Lifelines(Simulated()) as lifelines:
+        at_all(lifelines.connect, HOSTS)
+        assert threading.active_count() == before + 1
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_a_message_may_come_in_pieces(pieces: int) -> None:
+    with Lifelines(Simulated()) as lifelines:
+        connection = lifelines.connect(HOSTS[0])
+        line = json.dumps({"event": "file", "data": "é" * 50_000}).encode() + b"\n"
+        channel = connection._channel
+        assert isinstance(channel, SimulatedChannel)
+        for start in range(0, len(line), -(-len(line) // pieces)):
+            channel._there.sendall(line[start : start + -(-len(line) // pieces)])
+        event = connection.hear_event(20)
+        assert event is not None
+        assert len(event["data"]) == 50_000
