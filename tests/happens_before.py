@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import zinf_cli
 from zinf_cli.model_state import PAGE
@@ -81,6 +82,8 @@ class Checker:
         self._local = threading.local()
         self._actors = 0
         self._regions: list[tuple[int, int]] = []
+        self._beside: dict[int, CheckedStream] = {}
+        """Memory of the allocator that a stream beside compute has taken, by address."""
         self._told: dict[int, torch.Tensor] = {}
         """Numbers that ranks have told each other, in CPU memory, by address of their storage."""
         self._bounce: set[int] = set()
@@ -226,6 +229,28 @@ class Checker:
                 self._touch(self.thread, ("told", key), "this thread", writes=False)
             return key in self._told
 
+    def may_use_allocated(self) -> bool:
+        """Whether `uses_allocated` may find something, or has to know what is used now."""
+        return bool(self._beside) or self.current(DEVICE) is not self._compute
+
+    def uses_allocated(self, name: str, used: set[int], results: set[int]) -> None:
+        """An operation on the current stream uses memory of the allocator, at these addresses, and gives results there.
+
+        As soon as that is freed, the allocator has it for what is queued next on the stream that had taken it. So no
+        other stream may use it.
+        """
+        with self._lock:
+            stream, site = self.current(DEVICE), _site()
+            own = None if stream is self._compute else stream
+            for address in used:
+                if self._beside.get(address) is not own:
+                    what = f"{name} at {site}"
+                    self.races.setdefault(("memory of the allocator", what), f"{what}: another stream has allocated it")
+            for address in results - used:
+                self._beside.pop(address, None)
+                if own is not None:
+                    self._beside[address] = own
+
     def touch_file(self, descriptor: int, begin: int, num_bytes: int, *, writes: bool) -> None:
         with self._lock:
             file = os.fstat(descriptor).st_ino
@@ -329,7 +354,16 @@ class Touches(TorchDispatchMode):
                 self._checker.launch(schema.name, touched)
             if schema.name == "aten::_local_scalar_dense" and not self._checker.read_told(args[0]):
                 self._checker.thread.join(self._checker.current(DEVICE).reached())
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self._checker.may_use_allocated():
+            self._checker.uses_allocated(schema.name, *map(self._allocated, ((args, kwargs), result)))
+        return result
+
+    def _allocated(self, tree: Any) -> set[int]:
+        """The addresses of the storages of all tensors in a tree that lie in no arena."""
+        tensors = [leaf for leaf in tree_leaves(tree) if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
+        begins = {leaf.untyped_storage().data_ptr() for leaf in tensors if leaf.device.type == "cpu"}
+        return {begin for begin in begins if begin and not self._checker.in_arena(begin)}
 
     def _span(self, tensor: torch.Tensor) -> tuple[int, int] | None:
         """The addresses [begin, end) of a tensor in an arena."""

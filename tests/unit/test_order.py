@@ -31,6 +31,7 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier
+from zinf_cli.tiers.streams import streams_of
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
 from zinf_cli.train.checkpoint_reader import CheckpointReader
@@ -319,6 +320,23 @@ clean = cache(run)
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_nothing_races(case: str) -> None:
     assert list(clean(case).races.values()) == []
+
+
+def test_memory_of_the_allocator_is_used_on_the_stream_that_has_taken_it() -> None:
+    """What is freed there may be taken again at once, while another stream still uses it."""
+    checker = Checker()
+    with checking(checker):
+        streams = streams_of(DEVICE)
+        beside = streams.new(DEVICE)
+        of_compute = torch.ones(4)
+        with streams.use(beside):
+            taken_there = torch.ones(4).add_(1)
+        of_compute.add_(1)
+        assert not checker.races
+        taken_there.add_(of_compute)
+        with streams.use(beside):
+            of_compute.sub_(1)
+        assert {what.split()[0] for _, what in checker.races} == {"aten::add_", "aten::sub_"}
 
 
 @pytest.mark.parametrize("case", ["cpu, two ranks", "device, two ranks"])

@@ -23,6 +23,7 @@ from zinf_cli.tiers.memory import MemoryTier, StreamCopy
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Tier
 from zinf_cli.trace import Trace
+from zinf_cli.train.collator import Batch
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")
 REFUSED = 304
@@ -143,6 +144,44 @@ def test_a_micro_batch_computes_on_the_device_of_its_rank(runtime: Runtime) -> N
     thread.start(forward, grad=False)
     thread.close()
     assert not runtime.strays
+
+
+def test_inputs_come_from_locked_memory_and_nobody_waits_for_them(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From other memory, CUDA would first wait for all that is queued."""
+    locked, queued = list[torch.Tensor](), list[bool]()
+    moved = torch.Tensor.to
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        locked.append(tensor.clone())
+        return locked[-1]
+
+    def to(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool) -> torch.Tensor:
+        queued.append(non_blocking and any(tensor is each for each in locked))
+        return moved(tensor, device, copy=True)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    ids = torch.arange(6).reshape(2, 3)
+    inputs = Batch(ids, ids + 1, 6, 0, 6).inputs(DEVICE)
+    assert queued == [True, True]
+    assert torch.equal(inputs["input_ids"], ids)
+    assert torch.equal(inputs["labels"], ids + 1)
+
+
+def test_a_thread_that_waits_for_a_stream_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's other way to wait keeps a core busy, and a drive has several threads."""
+    calls: list[Any] = []
+
+    def event(*, blocking: bool) -> Any:
+        calls.append(blocking)
+        return SimpleNamespace(record=calls.append, synchronize=lambda: calls.append("synchronize"))
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    stream: Any = object()
+    streams._CudaStream.synchronize(stream)
+    assert calls == [True, stream, "synchronize"]
 
 
 class Slow:

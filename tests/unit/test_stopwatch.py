@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.tiers import stopwatch
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.stopwatch import EventStopwatch
+from zinf_cli.tiers.stopwatch import EventStopwatch, Span
 from zinf_cli.trace import Trace, summarise_trace
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ class Event:
     def elapsed_time(self, other: Event) -> float:
         assert self.at is not None
         assert other.at is not None
-        return 1e3 * (other.at - self.at)
+        return float(np.float32(1e3 * (other.at - self.at)))  # CUDA tells so many bits
 
 
 class Copy:
@@ -89,3 +90,18 @@ def test_a_stream_is_timed_where_it_waits(tmp_path: Path, monkeypatch: pytest.Mo
     assert rank["longest_waits"][0]["at"] == pytest.approx(3.25)
     pipeline.begin_step()
     assert pipeline.waited() == 0
+
+
+def test_a_wait_of_the_second_day_has_its_place() -> None:
+    stream = Stream()
+    watch = EventStopwatch(lambda: Event(stream))
+    watch.time("first", lambda: None)
+    spans = list[Span]()
+    for _ in range(1000):
+        stream.queued.append(111.1)
+        watch.time("copy in", lambda: stream.queued.append(0.25))
+        stream.run()
+        spans += watch.over()
+    (_, first, _), (_, start, end) = spans[0], spans[-1]
+    assert end - start == pytest.approx(0.25)
+    assert start - first == pytest.approx(1000 * 111.1 + 999 * 0.25, abs=0.001)

@@ -67,7 +67,10 @@ class EventStopwatch:
         while self._waits and self._waits[0][2].query():
             what, before, after = self._waits.popleft()
             start = self._origin_s + self._origin.elapsed_time(before) / 1e3
-            yield what, start, start + before.elapsed_time(after) / 1e3
+            end = start + before.elapsed_time(after) / 1e3
+            # from there on: CUDA tells a difference with 24 bits, which is to 8 ms after a day
+            self._origin, self._origin_s = after, end
+            yield what, start, end
 
     def _recorded(self) -> Any:
         event = self._event()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from zinf_cli.tiers.streams import streams_of
 from zinf_cli.train.masking import Masking
 from zinf_cli.train.mixture import MixedStream, Part
 from zinf_cli.train.objective import Objective
@@ -51,7 +52,10 @@ class Batch:
     """Of preferences, fp32 [pairs]: what the model thought of them as the run began (reference.py), or 0."""
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """What `model_loss` takes, by name, on `device`."""
+        """What `model_loss` takes, by name, on `device`. On an accelerator it is on its way when this returns.
+
+        A copy from memory that is not page-locked would wait for all that compute has queued.
+        """
         given = {
             "input_ids": self.input_ids,
             "labels": self.labels,
@@ -59,7 +63,10 @@ class Batch:
             "position_ids": self.position_ids,
             "reference": self.reference,
         }
-        return {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
+        there = {name: tensor for name, tensor in given.items() if tensor is not None}
+        if streams_of(device).on_cpu:
+            return {name: tensor.to(device) for name, tensor in there.items()}
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in there.items()}
 
 
 @dataclass(frozen=True)
