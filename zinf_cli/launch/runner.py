@@ -138,6 +138,7 @@ def _watch(
     notify: Callable[[str], None],
 ) -> Outcome:
     asked_to_stop = False
+    told: set[Part] = set()
     teardown_due: float | None = None
     while not all(part.over for part in parts):
         time.sleep(_POLL_S)
@@ -155,9 +156,10 @@ def _watch(
             notify("stopping after this step; press Ctrl-C again to kill the ranks now")
         if teardown_due is None and (any_recorded(run_dir) or any(part.in_trouble for part in parts)):
             teardown_due = time.monotonic() + _TEARDOWN_S
-            lost = [part for part in parts if part.lost is not None]
-            if lost:
-                notify(f"{first_names([part.host.name for part in lost])}: {lost[0].lost}; ending the run")
+        lost = [part for part in parts if part.lost is not None and part not in told]
+        if lost:
+            told.update(lost)
+            notify(f"{first_names([part.host.name for part in lost])}: {lost[0].lost}; ending the run")
         falters = any(part.connection.falters for part in parts)  # what others tell may be the loss of this one
         if teardown_due is not None and time.monotonic() > teardown_due and not falters:
             break
