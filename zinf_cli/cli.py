@@ -292,11 +292,15 @@ def trace(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A new folder.")],
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, as they are trained, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: fp32, as they are trained, bf16 or fp16; merged ones are as the model is."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into its model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="What was written, as JSON on stdout.")] = False,
 ) -> None:
-    """Write an ordinary Hugging Face checkpoint, unit by unit."""
-    if dtype not in ("fp32", "bf16", "fp16"):
+    """Write an ordinary Hugging Face checkpoint, unit by unit; of an adapter, the folder that peft loads."""
+    if dtype not in (None, "fp32", "bf16", "fp16"):
         raise UsageError(f"--dtype is fp32, bf16 or fp16, not {dtype}")
     import dataclasses
     import json
@@ -308,12 +312,12 @@ def export(
     with progress(Screen(stderr=True), "writing the model") as tell:
         from zinf_cli.train.export import export as write  # torch, whose import takes its time
 
-        done = write(run.absolute(), out.absolute(), dtype, tell=tell)
+        done = write(run.absolute(), out.absolute(), dtype, merge=merge, tell=tell)
     if as_json:
         print(json.dumps(dataclasses.asdict(done), indent=2, default=str))
         return
     files = "1 file" if done.num_shards == 1 else f"{done.num_shards} files"
-    print(printable(f"{done.folder}: step {done.step}, {format_bytes(done.num_bytes)} of {dtype} in {files}"))
+    print(printable(f"{done.folder}: step {done.step}, {format_bytes(done.num_bytes)} of {done.dtype} in {files}"))
 
 
 @app.command()

@@ -76,6 +76,23 @@ class OptimizerState:
 
     name: str
     fields: tuple[Field, ...]
+    adapts: bool = False
+    """Whether an adapter of a frozen model is trained. Its parameters then lie with what the optimizer keeps of them,
+    and a checkpoint has no others."""
+
+    @property
+    def param_class(self) -> str:
+        """The class of the trained parameters themselves."""
+        return "optimizer" if self.adapts else PARAM.state
+
+    @property
+    def frozen(self) -> tuple[Field, ...]:
+        """What a checkpoint has of a parameter that is not trained."""
+        return () if self.adapts else (FROZEN,)
+
+    def class_of(self, field: Field) -> str:
+        """The class of a field of a trained parameter."""
+        return self.param_class if field == PARAM else field.state
 
     def stored_as(self, dtype: str) -> OptimizerState:
         """The same with fields of `dtype`: each update rounds them to it."""

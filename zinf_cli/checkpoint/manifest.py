@@ -2,6 +2,7 @@
 
     step-00000100/
       rank-00000.safetensors    per flat, rank 0's slice of each field that is state between two steps
+                                (of an adapter's flats alone, if one is trained)
       buffers.safetensors       the module's buffers
       config.json, tokenizer... what makes the folder a model for `model.name_or_path`, chat templates in a folder
       manifest.json             written last: without it there is no checkpoint
@@ -205,6 +206,9 @@ class Manifest:
     micro-batch."""
     held_out: Mapping[str, Any] | None = None
     """What the run's evaluations have come to (train/evaluation.py)."""
+    base: str | None = None
+    """If an adapter is trained: the hash of the model that it is trained on (train/base_digest.py), which is not here.
+    A manifest leaves it out otherwise."""
     version: int = field(default=VERSION, kw_only=True)
 
     @cached_property
@@ -224,6 +228,8 @@ class Manifest:
 
     def dump(self) -> bytes:
         document = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
+        if self.base is None:
+            del document["base"]
         document["units"] = [dataclasses.asdict(unit) for unit in self.units]
         for flat in (flat for unit in document["units"] for flat in unit["flats"]):
             if flat["fields"] == _usual_fields(flat):

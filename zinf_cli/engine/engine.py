@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -79,14 +80,15 @@ class Engine:
         *,
         optimizer: OptimizerState = ADAMW,
         order: Sequence[int] | None = None,
+        learned: Sequence[int] | None = None,
         written: Collection[str] = (),
         side_outputs: SideOutputs | None = None,
         notice: Callable[[str], None] = log.warning,
     ) -> None:
         """`optimizer` declares the state that the kernel of every step updates. `order` is the expected order of units
-        in a forward, by index; without it the first sweep finds out. `written` names parameters that the forward writes
-        to: a write that changes one raises ModelError. CapacityError where a tier does not fit, TierError where a drive
-        fails."""
+        in a forward, by index, and `learned` those of them that have a backward; without it the first sweep finds out.
+        `written` names parameters that the forward writes to: a write that changes one raises ModelError. CapacityError
+        where a tier does not fit, TierError where a drive fails."""
         self.model = model
         self._options = options
         self._optimizer = optimizer
@@ -112,6 +114,7 @@ class Engine:
             activations,
             options.device,
             order,
+            learned,
             options.kept_units,
             options.staying_units,
             self._state,
@@ -128,7 +131,8 @@ class Engine:
         self._add_shadows()
 
     def _add_shadows(self) -> None:
-        if self._options.speculate and not (self.tiers.params.in_place or self.tiers.optimizer.in_place):
+        places = (getattr(self.tiers, self._optimizer.param_class), self.tiers.optimizer)
+        if self._options.speculate and not any(tier.in_place for tier in places):
             for number, unit in enumerate(self.units):
                 if number not in self._options.cached_units:
                     unit.add_shadow()
@@ -138,7 +142,7 @@ class Engine:
 
         `told` gets the share of the units that are filled.
         """
-        load_params(self.units, self.memory, read, told)
+        load_params(self.units, self.memory, read, attrgetter("flats"), told)
 
     def train_step(
         self,
@@ -247,6 +251,10 @@ class Engine:
         """Take the state of every unit from `source`, instead of `load`."""
         load_state(self.units, self.memory, source, told)
 
+    def load_unstored(self, read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]], told: Tell = nobody) -> None:
+        """After `load_state`, take from `read` what no checkpoint holds: the model that an adapter is trained on."""
+        load_params([unit for unit in self.units if unit.unstored], self.memory, read, attrgetter("unstored"), told)
+
     def moved_places(self) -> dict[str, torch.Tensor]:
         """What the forward has changed in the model beside buffers, as tensors for a checkpoint (stored_places.py)."""
         tensors, left_out = store(self.model, self._state)
@@ -321,7 +329,7 @@ class Engine:
             (flat, field, extent)
             for unit in self.units
             for flat, field, extent in fields_of(unit)
-            if field == FROZEN or unit.name not in updated
+            if field == FROZEN or unit.name not in updated  # of an adapted model there is no FROZEN field
         ]
         if stays:
             self._pipeline.drop_coming()

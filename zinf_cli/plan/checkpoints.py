@@ -53,10 +53,10 @@ def stored_bytes(figures: Figures, unit: UnitFigures) -> dict[str, int]:
 
     Frozen parameters are a class of their own, "frozen": no update writes them.
     """
-    stored = Counter({"frozen": unit.frozen_bytes})
+    stored = Counter({"frozen": unit.frozen_bytes if figures.optimizer.frozen else 0})
     for dtype, numel in figures.trained(unit):
         for field in figures.optimizer.stored(dtype):
-            stored[field.state] += numel * ITEM_BYTES[field.dtype or dtype]
+            stored[figures.optimizer.class_of(field)] += numel * ITEM_BYTES[field.dtype or dtype]
     return stored
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,12 @@ class UnitFigures:
     master_numel: int
     """Elements of trainable 16-bit parameters: these have an fp32 master."""
     largest_param_numel: int
+    largest_trained_numel: int
+    """Of the trained parameters alone."""
     resident: bool
     calls: int
+    learned: int
+    """Of its calls, those that have a backward."""
     input_bytes: int
     """Differentiable inputs of all its calls, which the tape keeps."""
     call_bytes: int
@@ -71,10 +76,20 @@ class UnitFigures:
 
     def inside_bytes(self, per_sweep: int) -> int:
         """Of compute in one call, or in those of several of `per_sweep` micro-batches (engine/compute/joined.py)."""
-        gradient = GRAD.item_bytes * self.largest_param_numel
+        gradient = GRAD.item_bytes * self.largest_trained_numel
         each = 2 * self.call_bytes + self.output_bytes
         joined = min(gradient, per_sweep * each) if self.product and per_sweep > 1 else 0
         return self.saved_bytes // max(1, self.calls) + 2 * self.output_bytes + gradient + joined
+
+    @property
+    def turn_bytes(self) -> int:
+        """Of compute where a sweep turns in this unit, without the loss."""
+        return self.saved_bytes + 3 * self.output_bytes + GRAD.item_bytes * self.largest_trained_numel
+
+    @property
+    def passes(self) -> float:
+        """Forward and backward take so many times what forward takes: 3, or 2 where nothing is trained."""
+        return 2 + self.trainable_numel / max(1, self.numel)
 
     @property
     def param_bytes(self) -> int:
@@ -88,8 +103,12 @@ class ModelFigures:
 
     architecture: str
     num_params: int
+    num_trained: int
+    """Of these, those that are not frozen."""
     units: tuple[UnitFigures, ...]
     order: tuple[int, ...]
+    learned: tuple[int, ...]
+    """Of `order`, the calls that have a backward."""
     glue_bytes: int
     loss_bytes: int
     live_bytes: int
@@ -185,9 +204,15 @@ class Figures:
         """The unit's trainable parameters: how many of each dtype."""
         return (("F32", unit.trainable_numel - unit.master_numel), (self.dtype, unit.master_numel))
 
-    def optimizer_bytes(self, unit: UnitFigures) -> int:
-        """Bytes of the unit's class "optimizer", the slices of all ranks together."""
+    def moments_bytes(self, unit: UnitFigures) -> int:
+        """Bytes of what an update reads and writes beside the unit's parameters, the slices of all ranks together."""
         return sum(numel * self.optimizer.bytes_per_param(dtype) for dtype, numel in self.trained(unit))
+
+    def param_bytes(self, unit: UnitFigures) -> Counter[str]:
+        """Bytes of the unit's parameters, by the class that they belong to."""
+        found = Counter({"params": unit.frozen_bytes})
+        found[self.optimizer.param_class] += unit.trainable_bytes
+        return found
 
     @classmethod
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]

@@ -7,6 +7,7 @@ CHURN_BYTES and the like were measured on Linux with torch 2.13.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -186,10 +187,11 @@ def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 
 def _model_states(units: Sequence[UnitFigures], figures: Figures) -> dict[str, int]:
     """Bytes of the model states of `units` on one rank, by class."""
+    params = sum(map(figures.param_bytes, units), Counter[str]())
     return {
-        "params": sum(unit.param_bytes for unit in units) // figures.world_size,
+        "params": params["params"] // figures.world_size,
         "grads": sum(unit.trainable_numel for unit in units) // figures.world_size * GRAD.item_bytes,
-        "optimizer": sum(map(figures.optimizer_bytes, units)) // figures.world_size,
+        "optimizer": (params["optimizer"] + sum(map(figures.moments_bytes, units))) // figures.world_size,
     }
 
 
@@ -315,7 +317,7 @@ def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
     """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
     alone = figures.world_size == 1
-    size = 0 if alone and choice.in_place("params") else unit.param_bytes
+    size = sum(n for state, n in figures.param_bytes(unit).items() if not (alone and choice.in_place(state)))
     again = sweeps > 1 or unit.calls > 1
     if not (alone and choice.in_place("grads")) or again:
         size += unit.trainable_numel * GRAD.item_bytes
@@ -353,10 +355,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     widest = max(unit.trainable_numel // figures.world_size for unit in units)
     most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
     chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
-    streamed = {"params": 1, "grads": 1, "optimizer": len(figures.optimizer.beside(figures.dtype))}
-    away = {state: count for state, count in streamed.items() if not choice.in_place(state)}
-    least_chunks = sum(away.values())
-    fields = least_chunks - away.get("params", 0) - (away.get("grads", 0) if choice.update == "eager" else 0)
+    dtype = figures.dtype if any(unit.master_numel for unit in units) else "F32"
+    beside = len(figures.optimizer.beside(dtype)) * (not choice.in_place("optimizer"))
+    gradient, param = (int(not choice.in_place(state)) for state in ("grads", figures.optimizer.param_class))
+    least_chunks, fields = beside + gradient + param, beside + gradient * (choice.update != "eager")
     staging = 0
     if not choice.in_place("activations"):
         staging = max(
@@ -382,13 +384,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 
 def compute_bytes(figures: Figures, choice: Choice) -> int:
     """Bytes of compute at its peak, on the compute device: one unit of one micro-batch, and the glue between units."""
-    model, grad = figures.model, GRAD.item_bytes
+    model = figures.model
     joined = [choice.per_sweep if number != model.turn else 1 for number in range(len(model.units))]  # none at the turn
     inside = max((unit.inside_bytes(count) for unit, count in zip(model.units, joined, strict=True)), default=0)
-    last = None if model.turn is None else model.units[model.turn]
-    turn = 0
-    if last is not None:
-        turn = last.saved_bytes + 3 * last.output_bytes + model.loss_bytes + grad * last.largest_param_numel
+    turn = 0 if model.turn is None else model.units[model.turn].turn_bytes + model.loss_bytes
     waiting = max(model.live_bytes, *(unit.call_bytes for unit in model.units), 0)
     if glue_leaves(figures, choice):
         inside += max((unit.before_bytes for unit in model.units), default=0)

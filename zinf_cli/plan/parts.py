@@ -117,8 +117,11 @@ def in_parts(figures: Figures, most: int) -> Figures:
         count = 1 if unit.resident else -(-unit.numel // max(most, unit.least.numel))
         places.append(range(len(units), len(units) + count))
         units += [_part(unit, count)] * count
-    order = tuple(part for number in figures.model.order for part in places[number])
-    return replace(figures, model=replace(figures.model, units=tuple(units), order=order, most=most))
+    order, learned = (
+        tuple(part for number in calls for part in places[number])
+        for calls in (figures.model.order, figures.model.learned)
+    )
+    return replace(figures, model=replace(figures.model, units=tuple(units), order=order, learned=learned, most=most))
 
 
 def _part(unit: UnitFigures, count: int) -> UnitFigures:
@@ -139,4 +142,6 @@ def _part(unit: UnitFigures, count: int) -> UnitFigures:
             "output_bytes",
         )
     }
-    return replace(unit, **shared, largest_param_numel=min(unit.largest_param_numel, max(1, unit.numel // count)))
+    part = max(1, unit.numel // count)
+    largest, trained = min(unit.largest_param_numel, part), min(unit.largest_trained_numel, part)
+    return replace(unit, **shared, largest_param_numel=largest, largest_trained_numel=trained)

@@ -99,7 +99,8 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
     model = figures.model
     moved = list(activations_moved(figures, choice))
     weights = [_weight(model, place) for place in range(len(model.order))]
-    forward = model.flops_per_token / 3 * tokens
+    passes = sum(weight * model.units[number].passes for weight, number in zip(weights, model.order, strict=True))
+    forward = model.flops_per_token * tokens / max(1.0, passes)
     loads = []
     for place, number in enumerate(model.order):
         unit = model.units[number]
@@ -109,7 +110,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 unit.name,
                 unit.numel,
                 unit.trainable_numel if first else 0,
-                forward * weights[place] / max(1, sum(weights)),
+                forward * weights[place],
                 moved[number][0] / max(1, unit.calls),
                 recomputed=number not in choice.kept and not unit.product,
                 again=unit.chunkable_numel / max(1, unit.numel) if model.tokens_in_chunks else 0.0,
@@ -117,6 +118,8 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 share=sweeps_share(unit, figures, choice),
                 cached=choice.cached_states if number in choice.cached else frozenset(),
                 back_bytes=moved[number][1] / max(1, unit.calls),
+                passes=unit.passes,
+                learns=model.order[place:].count(number) <= unit.learned,
             )
         )
     return loads

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zinf_cli.model_state import ADAMW, GRAD, ITEM_BYTES, OptimizerState
+from zinf_cli.model_state import ADAMW, FP32_BYTES, GRAD, ITEM_BYTES, OptimizerState
 
 LANES = ("compute", "update", "network", "copy in", "copy out", "nvme read", "nvme write")
 """zinf's updates run on the compute lane. The lane "update" is the CPU in the paper's schedule."""
@@ -66,6 +66,10 @@ class UnitLoad:
     """Classes of its state that lie in CPU memory, whatever their placement."""
     back_bytes: float | None = None
     """Bytes that its backward brings back from the tier of activations; None for `kept_bytes`."""
+    passes: float = 3.0
+    """What forward and backward take, as a multiple of forward: the gradients of its parameters are one."""
+    learns: bool = True
+    """Whether it has a backward."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class _Sweeps:
             for number in range(last):
                 self._visit(number, batches, "forward", update=first)
             self._visit(last, batches, "turn", update=first, first=first, final=left == 0)
-            for number in reversed(range(last)):
+            for number in (n for n in reversed(range(last)) if step.units[n].learns):
                 self._visit(number, batches, "backward", first=first, final=left == 0)
             first = False
         return self._released[-1]
@@ -183,8 +187,7 @@ class _Sweeps:
         room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
         updated = update and self._update_of(unit) == "deferred"
         share = 1.0 if updated else unit.share  # an update reads what it changes, visit or not
-        own = unit.params / step.world_size * step.param_bytes * share
-        ready = ops.bring("params", unit, own, [*room, *self._params[number]])
+        ready = self._bring_params(unit, share, [*room, *self._params[number]])
         if updated:
             ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
         ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes * unit.share, ready)
@@ -196,7 +199,8 @@ class _Sweeps:
         glue = unit.glue_bytes * batches * GLUE[step.accelerator]
         if kind != "backward" and glue:
             ready = [ops.handle(f"before {unit.name}", glue, ready)]
-        passes = {"forward": 1, "turn": 3 + unit.again, "backward": (3 if unit.recomputed else 2) + unit.again}[kind]
+        backward = unit.passes - (0 if unit.recomputed else 1)
+        passes = {"forward": 1, "turn": unit.passes + unit.again, "backward": backward + unit.again}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):
             flops = unit.flops * passes * batches / pieces
@@ -208,6 +212,15 @@ class _Sweeps:
             self._kept[number] = ops.send("activations", unit, unit.kept_bytes * batches, ready)
         elif unit.trainable:
             self._gradient(number, ready, room, first=first, final=final)
+
+    def _bring_params(self, unit: UnitLoad, share: float, after: list[int]) -> list[int]:
+        """Bring this rank's slice of the parameters; of an adapter (fp32) from the tier where its moments lie."""
+        step, ops = self.step, self.ops
+        own = 1 / step.world_size * share
+        if not step.optimizer.adapts:
+            return ops.bring("params", unit, unit.params * own * step.param_bytes, after)
+        ready = ops.bring("params", unit, (unit.params - unit.trainable) * own * step.param_bytes, after)
+        return ops.bring(step.optimizer.param_class, unit, unit.trainable * own * FP32_BYTES, ready)
 
     def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
@@ -247,7 +260,7 @@ class _Sweeps:
                 reads = reads + ops.bring("grads", unit, piece * unit.share * step.grad_bytes, [*after, *buffers])
             done = [ops.add("compute", f"{unit.name} update", piece * cost, [*reads, *ready], "adamw")]
             self._pieces += ops.send("optimizer", unit, piece * states, done)
-            writes += ops.send("params", unit, piece * step.param_bytes, done)
+            writes += ops.send(step.optimizer.param_class, unit, piece * step.param_bytes, done)
             ready = done
         self._params[number] = writes
         return ready

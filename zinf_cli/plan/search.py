@@ -157,7 +157,8 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
             yield second
 
     auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
-    streamed = not (plan.choice.in_place("params") or plan.choice.in_place("optimizer"))
+    trained = {plan.figures.optimizer.param_class, "optimizer"}
+    streamed = not any(map(plan.choice.in_place, trained))
     if streamed and plan.update == "deferred" and plan.precision != "fp16":
         speculative = judge(replace(plan.choice, update="speculative"))
         if speculative.fits:
@@ -311,17 +312,18 @@ def _checkpoint_step(
 
 
 def _recompute(figures: Figures, choice: Choice) -> float:
-    """FLOPs with recomputation, divided by those without: computing a unit's forward again is a third more.
+    """FLOPs with recomputation, divided by those without: where all is trained, a unit's forward again is a third more.
 
     MLPs in chunks of tokens are computed once more than that.
     """
     units = dict(enumerate(figures.model.units))
     called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
+    passes = sum(numel * units[number].passes for number, numel in called.items())
     spared = {n for n, unit in units.items() if unit.product} | choice.kept | {figures.model.turn}
     again = sum(numel for n, numel in called.items() if n not in spared)
     if figures.model.tokens_in_chunks:
         again += sum(units[n].chunkable_numel for n in called)
-    return 1 + again / max(1, sum(called.values())) / 3
+    return 1 + again / max(1.0, passes)
 
 
 def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> Iterator[Line]:

@@ -25,9 +25,10 @@ class Traffic(NamedTuple):
 def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: int) -> Traffic:
     """What a step moves.
 
-    A call of a unit takes one visit in forward and one in backward; a call of the last unit takes one for both. Every
-    visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that an earlier visit
-    left. A deferred update reads the gradient once more. The gradient of a single micro-batch may be 16-bit.
+    A call of a unit takes one visit in forward and, if it has a backward, one there; a call of the last unit takes one
+    for both. Every visit reads the unit's parameters. Every backward visit writes the gradient, and reads the one that
+    an earlier visit left. A deferred update reads the gradient once more. The gradient of a single micro-batch may be
+    16-bit.
 
     Only a share of the sweeps visits an expert. If none does, its gradient is zeros, which nothing writes or reads. The
     update reads parameters by itself if no visit brings them.
@@ -40,24 +41,27 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
         away = {state for state in CLASSES if choice.tier(state, number) == "nvme"}
         share = sweeps_share(unit, figures, choice)
         calls = 1 if unit.resident else sweeps * unit.calls * share
-        turns = calls if unit.resident else sweeps if number == model.turn else 0
+        back = 0 if unit.resident else sweeps * unit.learned * share
+        turns = sweeps if number == model.turn else 0
         update = choice.update_of(number)  # in backward, it follows a visit of the last sweep
-        if "params" in away:
-            due = 1.0 if update == "deferred" else 1 - share  # in the next forward
-            alone = due * (1 - share) if unit.trainable_numel else 0
-            read += unit.param_bytes * (2 * calls - turns + alone) // ranks
+        due = 1.0 if update == "deferred" else 1 - share  # in the next forward
+        alone = due * (1 - share) if unit.trainable_numel else 0
+        params = figures.param_bytes(unit).items()
+        held = sum(num_bytes for state, num_bytes in params if state in away)
+        read += held * (calls + back - turns + alone) // ranks
+        if figures.optimizer.param_class in away:
             written += unit.trainable_bytes // ranks
         if "grads" in away:
             moved = grad_bytes(figures, choice, number, micro_batches) // ranks
             read += moved * (calls - (share if update != "deferred" else 0))
             written += moved * (calls - (share if update == "eager" else 0))
         if "optimizer" in away:
-            read += figures.optimizer_bytes(unit) // ranks
-            written += figures.optimizer_bytes(unit) // ranks
+            read += figures.moments_bytes(unit) // ranks
+            written += figures.moments_bytes(unit) // ranks
     if choice.placement["activations"] == "nvme":
-        sent, back = zip(*activations_moved(figures, choice), strict=True)
+        sent, brought = zip(*activations_moved(figures, choice), strict=True)
         written += micro_batches * sum(sent)
-        read += micro_batches * sum(back)
+        read += micro_batches * sum(brought)
     return Traffic(int(read), int(written))
 
 

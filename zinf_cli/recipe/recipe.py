@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from zinf_cli.checkpoint.folder import checkpoints_of
+from zinf_cli.recipe.adapter import Adapter
 from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.dataset import Dataset
 from zinf_cli.recipe.values import (
@@ -64,6 +65,12 @@ class Model(Section):
         if isinstance(values, dict) and values.get("init") is None:
             return {**values, "init": "pretrained" if values.get("name_or_path") else "random"}
         return values
+
+    @property
+    def folder(self) -> Path:
+        """`name_or_path`, where weights are not random."""
+        assert self.name_or_path is not None
+        return self.name_or_path
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -274,6 +281,8 @@ class Recipe(Section):
 
     model: Model
     """What is trained."""
+    adapter: Adapter = Adapter()
+    """An adapter that is trained in the model's place."""
     dataset: Dataset
     """What it is trained on."""
     train: Train = Train()
@@ -317,4 +326,10 @@ class Recipe(Section):
                 "checkpoint.keep_best needs a checkpoint.interval that is a multiple of "
                 f"train.eval_interval={interval}, got {'null' if saved is None else saved}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_what_has_learned(self) -> Recipe:
+        if self.adapter.type is not None and self.model.init == "random":
+            raise ValueError("an adapter is for a model that has learned: model.name_or_path, with init: pretrained")
         return self

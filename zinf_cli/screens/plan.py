@@ -12,6 +12,7 @@ from rich.text import Text
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.failures import failures_line
+from zinf_cli.plan.layout import ModelFigures
 from zinf_cli.plan.memory import CLASSES, NAMES
 from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
 from zinf_cli.plan.wear import wear_line
@@ -36,7 +37,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: st
     for word, answer in _answers(plan).items():
         head.add_row(word, Text(answer, "bold"))
     head.add_row()
-    head.add_row("model", f"{model.architecture}, {format_count(model.num_params)} parameters, {len(streamed)} units")
+    head.add_row("model", f"{model.architecture}, {_parameters(model)}, {len(streamed)} units")
     head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}{_moments(plan)}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
@@ -122,6 +123,11 @@ def _batch(plan: Plan) -> str:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
+
+
+def _parameters(model: ModelFigures) -> str:
+    trained = f", {format_count(model.num_trained)} of them trained" if model.num_trained < model.num_params else ""
+    return f"{format_count(model.num_params)} parameters{trained}"
 
 
 def _places(plan: Plan) -> str:

@@ -192,6 +192,12 @@ class StoredWeights:
 
     def __init__(self, folder: Path, model: nn.Module) -> None:
         self._reader = CheckpointReader(folder)
+        if self._reader.manifest.base is not None:
+            raise CheckpointError(
+                "holds an adapter, and not the model that it is for",
+                where=str(folder),
+                hint=f"make a model of both: zinf export --merge {folder} DIRECTORY",
+            )
         check_params(self._reader, model)
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -208,8 +214,11 @@ class StoredWeights:
 
 
 def check_params(reader: CheckpointReader, model: nn.Module) -> None:
-    """CheckpointError if a checkpoint's parameters differ from those of `model` in name or shape."""
-    stored, wanted = reader.shapes, shapes_of(model)
+    """CheckpointError if a checkpoint's parameters differ from those of `model` in name or shape.
+
+    Of a model with an adapter, that are the adapter's.
+    """
+    stored, wanted = reader.shapes, shapes_of(model, trained=reader.manifest.base is not None)
     different = [name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)]
     if different:
         name = min(different)

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Position:
     loss_scale: tuple[float, int] | None
     recipe: Mapping[str, Any]
     held_out: Mapping[str, Any] | None = None
+    base: str | None = None
 
 
 class CheckpointWriter:
@@ -226,7 +228,8 @@ class CheckpointWriter:
         return moved
 
     def _layout(self) -> Layout:
-        return Layout(tuple(map(stored_unit, self._engine.units)), self._ranks.world_size)
+        units = map(stored_unit, self._engine.units)
+        return Layout(tuple(unit for unit in units if unit.flats), self._ranks.world_size)
 
     def _wait_for_all(self) -> None:
         while self._coming:
@@ -337,9 +340,9 @@ class _Coming:
 
 
 def stored_unit(unit: Unit) -> StoredUnit:
-    """A unit of the engine, in the words of the manifest."""
+    """A unit of the engine, in the words of the manifest: the flats that a checkpoint holds."""
     flats = []
-    for flat in unit.flats:
+    for flat in filter(attrgetter("stored"), unit.flats):
         layout = flat.layout
         params = tuple(_stored_param(place, count) for place, count in zip(layout.params, flat.steps, strict=True))
         fields = {field.stored: STORED_NAMES[flat.dtype_of(field)] for field in flat.stored}

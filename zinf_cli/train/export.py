@@ -1,4 +1,5 @@
 """Exports a checkpoint as an ordinary Hugging Face checkpoint: config, tokenizer, sharded safetensors with an index.
+An adapter alone is exported as peft saves it (adapter_export.py).
 
 Weights are exported one unit at a time. They are read and cast; transformers' own conversions give them the names and
 shapes in which they are published (weights.py goes the other way); then they are written to their place in a shard. So
@@ -10,13 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from zinf_cli.checkpoint.folder import find_checkpoint
@@ -27,6 +30,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import TierError, UsageError
 from zinf_cli.tiers.nvme import as_memory
 from zinf_cli.told import Tell, nobody
+from zinf_cli.train.adapter_export import Merged, write_adapter
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.model_files import CONFIG
@@ -57,45 +61,94 @@ class Exported:
 def export(
     path: Path,
     out: Path,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     max_shard: int = MAX_SHARD,
     tell: Tell = nobody,
+    *,
+    merge: bool = False,
 ) -> Exported:
     """Write the newest checkpoint of a run, or the checkpoint at `path`, to the new folder `out`.
 
-    Parameters are written as `dtype`, whatever the run computed in: a checkpoint has trained parameters in fp32. Those
-    that the model's class keeps in fp32 stay fp32. `tell` gets the share of the units that are written. UsageError if
-    `out` is in use. DamagedError if the checkpoint is damaged; then there is no `out`.
+    Parameters are written as `dtype`, whatever the run computed in: a checkpoint has trained parameters in fp32, which
+    is the default. Those that the model's class keeps in fp32 stay fp32. An adapter is written as peft has it; with
+    `merge`, a model that it is merged into, by default in that model's own dtype. `tell` gets the share of the units
+    that are written. UsageError if `out` is in use. DamagedError if the checkpoint is damaged; then there is no `out`.
     """
     folder = find_checkpoint(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError("the folder of an export has to be new or empty", where=str(out))
-    weights = _Weights(folder, DTYPES[dtype])
+    reader = CheckpointReader(folder)
+    adapted = reader.manifest.base is not None
+    if merge and not adapted:
+        raise UsageError("there is no adapter to merge: the model itself was trained", where=str(folder))
     partial = out.with_name(f"{out.name}.{os.getpid()}{PARTIAL}")
     try:
         partial.mkdir(parents=True)
         try:
-            _write_model_files(weights.reader, partial, DTYPES[dtype])
-            num_bytes, num_shards = _write_shards(weights, partial, max_shard, tell)
+            written_as = DTYPES[dtype or "fp32"]
+            if adapted and not merge:
+                num_bytes, num_shards = write_adapter(reader, partial, written_as), 1
+            else:
+                merged = Merged(reader, DTYPES[dtype] if dtype else None) if merge else None
+                written_as = written_as if merged is None else merged.dtype
+                weights = _Weights(_Trained(reader, written_as) if merged is None else merged)
+                _write_model_files(reader, partial, written_as)
+                num_bytes, num_shards = _write_shards(weights, partial, max_shard, tell)
             publish(partial, out)
         finally:
-            weights.reader.close()
+            reader.close()
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise TierError(f"can't write the export: {error.strerror}", where=str(out)) from error
-    return Exported(folder, out, weights.reader.manifest.step, dtype, num_bytes, num_shards)
+    named = next(name for name, known in DTYPES.items() if known == written_as)
+    return Exported(folder, out, reader.manifest.step, named, num_bytes, num_shards)
+
+
+class _Source(Protocol):
+    """Weights that are exported, by their names in a model whose parameters are on the meta device."""
+
+    model: PreTrainedModel
+
+    def groups(self) -> list[list[str]]:
+        """The names of each unit's parameters."""
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The parameters of one unit, each in its dtype."""
+
+
+class _Trained:
+    """The weights of a checkpoint that holds a model."""
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
+        self._reader = reader
+        model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0), dtype)
+        self.model: PreTrainedModel = model
+        self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        check_params(reader, model)
+        load_buffers_of(reader.folder, model)
+
+    def groups(self) -> list[list[str]]:
+        """See _Source."""
+        seen: dict[str, None] = {}
+        groups = []
+        for unit in self._reader.manifest.units:  # several may hold tiles of one parameter
+            groups.append([param.name for flat in unit.flats for param in flat.params if param.name not in seen])
+            seen.update(dict.fromkeys(groups[-1]))
+        return groups
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """See _Source."""
+        return {name: self._reader.param(name).to(self._dtypes[name]) for name in names}
 
 
 class _Weights:
-    """The weights of a checkpoint, with names and shapes as they are published, one unit at a time."""
+    """Weights with names and shapes as they are published, one unit at a time."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.reader = CheckpointReader(folder)
-        model = build_model(ModelSource(folder, None, "pretrained", 0), dtype)
-        self._model: Any = model
-        self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
-        check_params(self.reader, model)
-        load_buffers_of(folder, model)
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self.num_units = len(source.groups())
+        self._model: Any = source.model
+        model: nn.Module = source.model
         tied_to = cast("dict[str, str]", self._model.all_tied_weights_keys)
         self._stored_as = {
             names[0]: next((name for name in names if name not in tied_to), names[0]) for names in tied_names(model)
@@ -103,20 +156,17 @@ class _Weights:
 
     def on_meta(self) -> Iterator[_Tensors]:
         """All tensors on the meta device: their names, shapes and dtypes."""
-        shapes = self.reader.shapes
-        return self._groups(lambda name: torch.empty(shapes[name], dtype=self._dtypes[name], device="meta"))
+        params = dict(self._model.named_parameters())
+        return self._groups(lambda names: {name: torch.empty_like(params[name], device="meta") for name in names})
 
     def read(self) -> Iterator[_Tensors]:
         """All tensors. Those of a unit are freed before the next unit is read."""
-        return self._groups(lambda name: self.reader.param(name).to(self._dtypes[name]))
+        return self._groups(self._source.read)
 
-    def _groups(self, value_of: Callable[[str], torch.Tensor]) -> Iterator[_Tensors]:
-        """The published tensors of each unit, then those of the buffers. `value_of` gives a parameter by its name."""
-        seen: set[str] = set()
-        for unit in self.reader.manifest.units:  # several may hold tiles of one parameter
-            names = [param.name for flat in unit.flats for param in flat.params if param.name not in seen]
-            seen.update(names)
-            yield self._published({self._stored_as[name]: value_of(name) for name in names})
+    def _groups(self, values_of: Callable[[Sequence[str]], _Tensors]) -> Iterator[_Tensors]:
+        """The published tensors of each unit, then those of the buffers. `values_of` gives parameters by name."""
+        for names in self._source.groups():
+            yield self._published({self._stored_as[name]: value for name, value in values_of(names).items()})
         persistent = self._model.state_dict().keys()
         yield self._published({name: value for name, value in self._model.named_buffers() if name in persistent})
 
@@ -165,7 +215,7 @@ def _write_shards(weights: _Weights, out: Path, max_shard: int, tell: Tell) -> t
         start = shard.begin()
         places |= {name: (shard.path, start + first) for name, (first, _) in shard.offsets().items()}
     for number, group in enumerate(weights.read()):
-        tell(number / len(weights.reader.manifest.units))
+        tell(number / weights.num_units)
         for name, tensor in group.items():
             path, offset = places[name]
             with path.open("r+b") as file:

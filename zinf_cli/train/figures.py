@@ -33,7 +33,7 @@ from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
-    model_source,
+    first_weights,
     open_model,
     open_text,
     resolve_precision,
@@ -41,7 +41,6 @@ from zinf_cli.train.setup import (
 from zinf_cli.train.surveyed import Prepared, first_micro_batch, prepare, survey_on_data
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.train.tiled_weights import TiledWeights
-from zinf_cli.train.weights import open_weights
 
 
 def find_figures(
@@ -70,7 +69,7 @@ def find_figures(
     check_seq_len(model, recipe.train.seq_len)
     undecayed(model, recipe.optimizer.no_decay)  # finds a pattern that matches nothing
     left_out: list[str] = []
-    weights = open_weights(model, model_source(recipe), left_out.append)
+    weights = first_weights(recipe, precision, model, left_out.append)
     notes: list[str] = []
     in_part = in_part and not checkpoints_to_resume(recipe.output_dir, recipe.checkpoint.resume)
     text = open_text(recipe, model, world_size, notes.append, tell, in_part=in_part)
@@ -94,7 +93,7 @@ def find_figures(
     shape = (recipe.train.seq_len * recipe.train.sequences_at_once, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))
-    return Figures(figures, data, machine, world_size, ranks, precision, state_of(recipe.optimizer))
+    return Figures(figures, data, machine, world_size, ranks, precision, state_of(recipe))
 
 
 def _texts(recipe: Recipe) -> tuple[str, ...]:
@@ -113,15 +112,17 @@ def model_figures(
 ) -> ModelFigures:
     """What the plan needs to know of `model`. `seen` is a survey on data, where that of `prepared` has failed."""
     seen = seen or prepared.seen
-    calls, whole = Counter(seen.order), prepared.whole
+    calls, learned, whole = Counter(seen.order), Counter(seen.learned), prepared.whole
     return ModelFigures(
         architecture=type(model).__name__,
         num_params=sum(p.numel() for p in model.parameters()),
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         units=tuple(
             _unit_figures(
                 layout,
                 seen.uses.get(number, UnitUse()),
                 calls[number],
+                learned[number],
                 _least_part(model, layout, whole),
                 _reached(model, layout, recipe.train.seq_len * recipe.train.sequences_at_once),
                 prepared.chunkable.get(number, ()),
@@ -130,6 +131,7 @@ def model_figures(
             for number, layout in enumerate(seen.units)
         ),
         order=seen.order,
+        learned=seen.learned,
         glue_bytes=seen.glue_bytes,
         loss_bytes=seen.loss_bytes,
         live_bytes=seen.live_bytes,
@@ -189,6 +191,7 @@ def _unit_figures(
     layout: UnitLayout,
     use: UnitUse,
     calls: int,
+    learned: int,
     least: LeastPart,
     reached: float,
     chunkable: Sequence[Chunkable],
@@ -203,8 +206,10 @@ def _unit_figures(
         frozen_bytes=sum(flat.num_bytes for flat in layout.flats if not flat.trainable),
         master_numel=sum(flat.numel for flat in layout.trainable if flat.dtype != torch.float32),
         largest_param_numel=max((param.numel for param in layout.params()), default=0),
+        largest_trained_numel=max((param.numel for flat in layout.trainable for param in flat.params), default=0),
         resident=layout.resident,
         calls=calls,
+        learned=learned,
         input_bytes=use.input_bytes,
         call_bytes=use.call_bytes,
         saved_bytes=use.saved_bytes,
@@ -222,27 +227,30 @@ def _unit_figures(
 
 
 def _flops_per_token(model: nn.Module, seq_len: int) -> float:
-    """6 per weight that multiplies a token, and 6·seq_len·hidden per layer for causal attention."""
+    """6 per weight that multiplies a token, or 4 if it is frozen; 6·seq_len·hidden per layer for causal attention."""
     causal: Any = model
     output = causal.get_output_embeddings()
     tied = id(output.weight) if output is not None else 0
-    looked_up = {
-        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    weights = sum(p.numel() for p in model.parameters() if p.dim() >= 2) - _idle_numel(model)
-    weights -= sum(numel for key, numel in looked_up.items() if key != tied)
+    looked_up = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = sum(_weight_flops(p) for p in model.parameters() if p.dim() >= 2) - _idle_flops(model)
+    weights -= sum(_weight_flops(weight) for key, weight in looked_up.items() if key != tied)
     layers = getattr(causal.config, "num_hidden_layers", 0)
-    return 6.0 * weights + 6.0 * layers * _hidden(model) * seq_len
+    return weights + 6.0 * layers * _hidden(model) * seq_len
 
 
-def _idle_numel(model: nn.Module) -> float:
-    """How many weights of experts a token is not multiplied with."""
+def _weight_flops(weight: torch.Tensor) -> float:
+    """Of each token that it multiplies: forward, the gradient of the input and, if it is trained, its own gradient."""
+    return (6.0 if weight.requires_grad else 4.0) * weight.numel()
+
+
+def _idle_flops(model: nn.Module) -> float:
+    """Those of weights of experts that a token is not multiplied with."""
     taken, parts = _experts_per_token(model), parts_of(model)
     modules = (m._parameters if isinstance(m, Tile) else cut_together(m) for m in model.modules())
     packed = [weight for weights in modules for weight in weights.values() if weight is not None and weight.dim() == 3]
     counts = [parts[id(weight)].shape[0] if id(weight) in parts else len(weight) for weight in packed]
     shares = [1.0 if taken is None else min(1.0, taken / count) for count in counts]
-    return sum(weight.numel() * (1 - share) for weight, share in zip(packed, shares, strict=True))
+    return sum(_weight_flops(weight) * (1 - share) for weight, share in zip(packed, shares, strict=True))
 
 
 def _hidden(model: nn.Module) -> int:

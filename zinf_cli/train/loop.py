@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.told import nobody
 from zinf_cli.trace import Trace
+from zinf_cli.train.base_digest import base_digest
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.collator import Sample
@@ -71,8 +72,7 @@ def train(run_dir: Path) -> int:
         with mapped_apart():
             told = tells_loaded(run_dir) if ranks.rank == 0 else nobody
             start = resume(recipe, engine, model, text, ranks, note, told)
-            if start.folder is None:
-                engine.load(weights.read, told)
+            (engine.load if start.folder is None else engine.load_unstored)(weights.read, told)
         del weights  # with the states of the generator that made them
         return_free_memory()
         if ranks.rank == 0:
@@ -204,6 +204,11 @@ class Run:
             return stored_references(self.start.folder, texts)
         return find_references(self.engine, self._batches, self.plan.per_sweep, texts)
 
+    @cached_property
+    def _base(self) -> str | None:
+        """The hash of the model that an adapter is trained on."""
+        return base_digest(self.recipe.model.folder) if self.recipe.adapter.type is not None else None
+
     def _position(self, step: int) -> Position:
         """Where the run stands after `step` steps. First their lines of metrics.jsonl are synced."""
         if self.metrics is not None:
@@ -217,6 +222,7 @@ class Run:
             loss_scale=(scale.scale, scale.finite_steps) if scale is not None else None,
             recipe=plain(self.recipe),
             held_out=asdict(self._standing),
+            base=self._base,
         )
 
     def _step(self, step: int, *, more: bool, save: bool) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.trace import Trace
-from zinf_cli.train.setup import model_source, open_model, place_buffers
+from zinf_cli.train.setup import first_weights, model_source, open_model, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.surveyed import units_of
 from zinf_cli.train.tiled_weights import TiledWeights
-from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
+from zinf_cli.train.weights import WeightSource, load_buffers
 
 
 def open_engine(
@@ -25,7 +25,7 @@ def open_engine(
 ) -> tuple[Engine, torch.nn.Module, WeightSource]:
     """The model with room for its state on the plan's tiers, and the source of its first weights."""
     model = open_model(recipe, plan.precision)
-    weights = TiledWeights(open_weights(model, model_source(recipe)), model)
+    weights = TiledWeights(first_weights(recipe, plan.precision, model), model)
     load_buffers(model, model_source(recipe))
     found = plan.figures.model
     place_buffers(model, device)
@@ -59,6 +59,7 @@ def open_engine(
         ranks,
         trace,
         order=found.order if found.surveyed else None,
+        learned=found.learned if found.surveyed else None,
         written=found.written,
         optimizer=plan.figures.optimizer,
         side_outputs=CapturedOutputs(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.engine.units.tiles import parts_of
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import PRECISIONS, OptimizerState
-from zinf_cli.recipe.recipe import Optimizer
+from zinf_cli.recipe.recipe import Optimizer, Recipe
 
 
 def kernel_of(settings: Optimizer, lr: float) -> Kernel:
@@ -22,9 +23,11 @@ def kernel_of(settings: Optimizer, lr: float) -> Kernel:
     return KERNELS[settings.name](settings, lr)
 
 
-def state_of(settings: Optimizer) -> OptimizerState:
-    """What is stored of a trained parameter."""
-    return kernel_of(settings, settings.lr).state.stored_as(PRECISIONS[settings.state_dtype])
+def state_of(recipe: Recipe) -> OptimizerState:
+    """What is stored of a parameter."""
+    settings = recipe.optimizer
+    state = kernel_of(settings, settings.lr).state.stored_as(PRECISIONS[settings.state_dtype])
+    return replace(state, adapts=recipe.adapter.type is not None)
 
 
 def undecayed(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:

@@ -108,7 +108,7 @@ def _cache(entry: Path, text: str) -> None:
 
 def _key(recipe: Recipe, slots: int | None, world_size: int | None, most: int | None) -> str:
     """A hash of all that the answer follows from."""
-    software = [sys.version, *map(version_of, LIBRARIES)]
+    software = [sys.version, *map(version_of, (*LIBRARIES, "peft"))]
     machine = [socket.gethostname(), cores_here(), *map(os.environ.get, DEVICE_CHOICES)]
     texts = find_texts(recipe.dataset.all_paths)
     seen = [*_seen(recipe), *(file for text in texts for file in text.files)]

@@ -21,6 +21,7 @@ from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.told import Tell, nobody
+from zinf_cli.train.base_digest import base_digest
 from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.evaluation import Standing
 from zinf_cli.train.model_files import CONFIG, config_of
@@ -28,6 +29,8 @@ from zinf_cli.train.setup import Text, model_source
 
 _FIXED = ("seed", "train.seq_len", "dataset.shuffle")
 """Keys that decide a step's place in the text and its random numbers."""
+_ADAPTER = tuple(f"adapter.{key}" for key in ("type", "r", "target_modules", "target_parameters", "modules_to_save"))
+"""Keys that decide which parameters an adapter has."""
 _OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 """Entries of a config.json that do not change what a model computes here."""
 
@@ -81,7 +84,11 @@ def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Mod
     These may change: the length of the run, batch sizes, the optimizer's settings, placement, precision and ranks.
     """
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
-    problems = [f"{key} was {before.get(key)}, is {now[key]}" for key in _FIXED if before.get(key) != now[key]]
+    adapted = recipe.adapter.type is not None
+    fixed = (*_FIXED, *(_ADAPTER if adapted or manifest.base is not None else ()))
+    problems = [f"{key} was {before.get(key)}, is {now[key]}" for key in fixed if before.get(key) != now[key]]
+    if adapted and manifest.base is not None and manifest.base != base_digest(recipe.model.folder):
+        problems.append(f"the weights in {recipe.model.name_or_path} are not those that the adapter was trained on")
     stored, wanted = json.loads(read_file(folder, manifest, CONFIG)), json.loads(config_of(model_source(recipe), model))
     problems += [
         f"model.config.{key} was {stored.get(key)}, is {wanted.get(key)}"
@@ -102,7 +109,7 @@ def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Mod
 def changed_keys(manifest: Manifest, recipe: Recipe) -> list[str]:
     """Keys of the recipe that have changed since the checkpoint and may change the run's numbers."""
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
-    sections = ("train", "optimizer", "lr_scheduler")
+    sections = ("train", "optimizer", "lr_scheduler", "adapter")
     return [key for key in now if key.split(".")[0] in sections and before.get(key) != now[key]]
 
 
@@ -177,8 +184,8 @@ def resume(
 def _load(folder: Path, recipe: Recipe, engine: Engine, model: nn.Module, text: Text, told: Tell) -> Manifest:
     reader = CheckpointReader(folder)
     try:
-        check_params(reader, model)
         check_recipe(folder, reader.manifest, recipe, model, text)
+        check_params(reader, model)
         engine.load_state(reader, told)
         engine.restore_places(load_buffers_of(folder, model))
     finally:

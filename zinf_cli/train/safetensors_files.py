@@ -25,7 +25,7 @@ class SafetensorsFiles:
         self.directory = directory
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
-        for path in _tensor_files(directory):
+        for path in tensor_files(directory):
             with _errors_of(path), safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     self._file_of[key] = path
@@ -64,7 +64,8 @@ class SafetensorsFiles:
             yield fetch
 
 
-def _tensor_files(directory: Path) -> list[Path]:
+def tensor_files(directory: Path) -> list[Path]:
+    """The files that hold the tensors. CheckpointError if there is none, or one is missing."""
     if (directory / _SINGLE).is_file():
         return [directory / _SINGLE]
     index = directory / _INDEX

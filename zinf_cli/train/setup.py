@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.told import Tell, nobody
+from zinf_cli.train.adapters import AdaptedWeights, adapt
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream, kind_of_stream
@@ -26,6 +28,7 @@ from zinf_cli.train.samples import Prompts, open_prompts
 from zinf_cli.train.text_files import RECORDS, find_files, kind_of
 from zinf_cli.train.token_stream import TokenStream
 from zinf_cli.train.tokens import Tokenizer
+from zinf_cli.train.weights import RangedWeights, open_weights
 from zinf_cli.train.windows import pairs_of, preferences_of, windows_of
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
@@ -70,8 +73,22 @@ def model_source(recipe: Recipe) -> ModelSource:
 
 
 def open_model(recipe: Recipe, precision: str) -> nn.Module:
-    """The model with its parameters on the meta device, in training mode."""
-    return build_model(model_source(recipe), DTYPES[precision])
+    """The model with its parameters on the meta device, in training mode; with the recipe's adapter in it."""
+    model: Any = build_model(model_source(recipe), DTYPES[precision])
+    if recipe.adapter.type is not None:
+        adapt(model, recipe.adapter, recipe.model.folder)
+    opened: nn.Module = model
+    return opened
+
+
+def first_weights(
+    recipe: Recipe, precision: str, model: nn.Module, notice: Callable[[str], None] = lambda line: None
+) -> RangedWeights:
+    """Where a model from `open_model` has its weights from, when a run begins. Errors are those of open_weights()."""
+    source = model_source(recipe)
+    if recipe.adapter.type is None:
+        return open_weights(model, source, notice)
+    return AdaptedWeights(source, recipe.adapter, DTYPES[precision], notice)
 
 
 def model_loss(

@@ -29,8 +29,14 @@ class Route:
     """The layers whose experts come before a unit of `forward`, by its place."""
 
     @classmethod
-    def of(cls, called: Sequence[int], backward: Sequence[int] | None, layers: Mapping[int, Experts]) -> Route:
-        """The route of a forward that has `called` these units. Without `backward` that is the same in reverse."""
+    def expected(cls, called: Sequence[int], learned: Sequence[int] | None, layers: Mapping[int, Experts]) -> Route:
+        """The route of a forward that calls these units. Those `learned` have a backward; without it all have one."""
+        back = list(called if learned is None else learned)
+        return cls.of(called, back[-2::-1] if back[-1:] == list(called[-1:]) else back[::-1], layers)
+
+    @classmethod
+    def of(cls, called: Sequence[int], backward: Sequence[int], layers: Mapping[int, Experts]) -> Route:
+        """The route of a forward that has `called` these units. `backward` has those behind the turn, newest first."""
         forward: list[int] = []
         experts: dict[int, list[Experts]] = {}
         for unit in called:
@@ -38,8 +44,6 @@ class Route:
                 forward.append(unit)
             elif layer not in experts.setdefault(len(forward), []):
                 experts[len(forward)].append(layer)
-        if backward is None:
-            return cls(forward, forward[-2::-1], experts)
         return cls(forward, [unit for unit in backward if unit not in layers], experts)
 
     def forward_visits(self, *, turn: bool) -> Iterator[Visit]:

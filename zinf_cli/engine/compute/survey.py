@@ -64,6 +64,9 @@ class Survey:
     units: tuple[UnitLayout, ...]
     order: tuple[int, ...]
     """Indices of units in the order of their calls."""
+    learned: tuple[int, ...]
+    """The same, of the calls that have a backward: those of units that train something, and those whose input needs a
+    gradient."""
     uses: dict[int, UnitUse] = field(default_factory=dict)
     glue_bytes: int = 0
     """Bytes that autograd saves between units, without those after the last unit."""
@@ -133,10 +136,11 @@ def survey(
         units, written = watch.writes.bounds_in(units), watch.writes.names
         if failure:
             order = tuple(n for n, unit in enumerate(units) if not unit.resident)
-            return Survey(units, order, written=written, demoted=demoted, failure=failure)
+            return Survey(units, order, order, written=written, demoted=demoted, failure=failure)
         watch.calls.check(loss)
-        sizes = watch.glue_bytes, watch.tail_bytes, watch.live_bytes
-        return Survey(units, tuple(watch.order), watch.uses, *sizes, written, demoted, frozenset(watch.products))
+        order, learned = tuple(watch.order), tuple(watch.learned)
+        sizes, products = (watch.glue_bytes, watch.tail_bytes, watch.live_bytes), frozenset(watch.products)
+        return Survey(units, order, learned, watch.uses, *sizes, written, demoted, products)
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -157,6 +161,7 @@ class _Watch(TorchFunctionMode):
         self.calls = Calls()
         self._side = side
         self.order: list[int] = []
+        self.learned: list[int] = []
         self.uses: dict[int, UnitUse] = {}
         self.misused, self.products = set[str](), set[int]()
         self.glue_bytes = 0
@@ -267,25 +272,26 @@ class _Watch(TorchFunctionMode):
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
         use.taken_bytes += sum(sizes.values())
-        if not on_demand or self.order[-1:] != [number]:  # one visit has all calls of an expert
-            self.order.append(number)
+        learns = bool(self._units[number].trainable or inputs)
+        for calls in (self.order, self.learned) if learns else (self.order,):
+            if not on_demand or calls[-1:] != [number]:  # one visit has all calls of an expert
+                calls.append(number)
+        if not learns:
+            with self._active_in(number), torch.no_grad():
+                return forward(*args, **kwargs)
         use.before_bytes = max(use.before_bytes, self.tail_bytes + sum(self._tail_again.values()))
         use.sent_bytes += self.tail_bytes
         use.again_bytes += sum(self._tail_again.values())
         self.glue_bytes += self.tail_bytes
         self.tail_bytes, self._tail, self._tail_again = 0, set(), {}
         self._count_live()
-        self._active.append(number)
-        try:
-            with self._bound(number), self.calls.of(self._units[number].name):
-                entered = {key: through_door(tensor) for key, tensor in inputs.items()}
-                reach.put(lambda value: entered.get(id(value), value))
-                flat = [entered.get(id(leaf), leaf) for leaf in flat]
-                before = Reach(flat)
-                args, kwargs = pytree.tree_unflatten(flat, spec)
-                outputs = forward(*args, **kwargs)
-        finally:
-            self._active.pop()
+        with self._active_in(number), self.calls.of(self._units[number].name):
+            entered = {key: through_door(tensor) for key, tensor in inputs.items()}
+            reach.put(lambda value: entered.get(id(value), value))
+            flat = [entered.get(id(leaf), leaf) for leaf in flat]
+            before = Reach(flat)
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            outputs = forward(*args, **kwargs)
         left = before.after(outputs)
         added = left.added_since(before)
         leaves = [t for t in (*pytree.tree_leaves(outputs), *added) if isinstance(t, torch.Tensor)]
@@ -295,6 +301,16 @@ class _Watch(TorchFunctionMode):
         back |= {id(tensor): _as_emitted(tensor) for tensor in added}
         left.put(lambda value: back.get(id(value), value))
         return pytree.tree_map(_as_emitted, outputs)
+
+    @contextmanager
+    def _active_in(self, number: int) -> Iterator[None]:
+        """A context for the call of a unit."""
+        self._active.append(number)
+        try:
+            with self._bound(number):
+                yield
+        finally:
+            self._active.pop()
 
     @contextmanager
     def _bound(self, number: int) -> Iterator[None]:

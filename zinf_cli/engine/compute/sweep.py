@@ -49,23 +49,23 @@ class Sweep:
         activations: Activations,
         device: torch.device,
         order: Sequence[int] | None,
+        learned: Sequence[int] | None,
         kept: frozenset[int],
         staying: frozenset[int],
         state: MovingState,
         glue_leaves: Sequence[torch.Tensor] | None,
         trace: Trace,
     ) -> None:
-        """`order`: the units that a forward calls, if known. `kept`: those whose activations are kept, and not
-        recomputed. `staying`: those whose inputs, and what glue saves before them, stay in memory. `glue_leaves`: what
-        glue saves goes to the tier of activations, except these tensors; with None all of it stays in memory."""
+        """`order`: the units that a forward calls, if known. `learned`: those of them that have a backward, or else
+        all. `kept`: those whose activations are kept, and not recomputed. `staying`: those whose inputs, and what glue
+        saves before them, stay in memory. `glue_leaves`: what glue saves goes to the tier of activations, except these
+        tensors; with None all of it stays in memory."""
         self._pipeline = pipeline
-        self._ranks = pipeline.ranks
-        self._units = pipeline.units
+        self._ranks, self._units = pipeline.ranks, pipeline.units
         self._activations = activations
         self._device = device
         self._kept, self._stay = kept, staying
-        self._state = state
-        self._trace = trace
+        self._state, self._trace = state, trace
         self._staying = glue_leaves
         self._members: list[SweepMember] = []
         self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
@@ -84,7 +84,7 @@ class Sweep:
         self._disagreed = False
         if order is None:
             order = [number for number, unit in enumerate(self._units) if not unit.layout.resident]
-        self._route = Route.of(order, None, self._experts)
+        self._route = Route.expected(order, learned, self._experts)
         self.moved_in_backward = False
         """Whether the first step's backward has changed the model where no forward did."""
         self._backwards: Counter[int] = Counter()

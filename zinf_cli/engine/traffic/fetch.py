@@ -92,7 +92,6 @@ class Fetch:
         False where there is no room now.
         """
         unit, sizes = self.unit, self._sizes()
-        in_place = unit.in_place()
         block = None
         if any(sizes):
             arena = self._memory.resident if unit.layout.resident else self._memory.slots
@@ -102,8 +101,6 @@ class Fetch:
         if unit.ranks.world_size > 1:
             self._ready = self._beside.compute_so_far()
         self._cut(block, sizes, unit.grads_in_place() if self._has_grads else None)
-        if in_place is not None:
-            self.flats = in_place
         self._read_params()
         if unit.life.update_due:
             unit.life.start_update(self._start_update(None, speculative=False))
@@ -123,8 +120,9 @@ class Fetch:
         """Bytes of slot, gradient and earlier gradient, as far as these do not lie in memory."""
         unit, layout = self.unit, self.unit.layout
         sizes = [0, 0, 0]
-        if unit.in_place() is None and self.visit.kind is not Kind.FLUSH:
-            sizes[0] = layout.num_bytes
+        if self.visit.kind is not Kind.FLUSH:
+            away = zip(layout.flats, unit.in_place(), strict=True)
+            sizes[0] = sum(flat.num_bytes for flat, there in away if there is None)
         if self._has_grads:
             grads = unit.grads_in_place()
             if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
@@ -156,11 +154,15 @@ class Fetch:
             self.earlier_grads = grads
 
     def _read_params(self) -> None:
-        """Start reading this rank's slices into the slot. Those in memory are gathered from where they lie."""
-        if self._slot is None:
+        """Start reading this rank's slices into the slot. Those in memory are used, or gathered, where they lie."""
+        if self.visit.kind is Kind.FLUSH:
             return
         start = 0
-        for flat in self.unit.flats:
+        for flat, there in zip(self.unit.flats, self.unit.in_place(), strict=True):
+            if there is not None:
+                self.flats.append(there)
+                continue
+            assert self._slot is not None
             values = self._slot.data[start : start + flat.layout.num_bytes].view(flat.dtype)
             start += flat.layout.num_bytes
             self.flats.append(values)

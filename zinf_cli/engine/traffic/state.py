@@ -19,7 +19,7 @@ from zinf_cli.engine.split_masters import split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.units.store import Flat, Unit, overlap
 from zinf_cli.engine.units.units import ParamLayout
-from zinf_cli.model_state import CHUNK_NUMEL, MASTER, PARAM, REMAINDER, Field
+from zinf_cli.model_state import CHUNK_NUMEL, FROZEN, MASTER, PARAM, REMAINDER, Field
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 from zinf_cli.told import Tell, nobody
@@ -128,17 +128,19 @@ def load_params(
     units: Sequence[Unit],
     memory: Memory,
     read: Callable[[Sequence[str]], Mapping[str, torch.Tensor]],
+    flats_of: Callable[[Unit], Sequence[Flat]],
     told: Tell = nobody,
 ) -> None:
-    """Fill every unit's parameters from `read(names)`, which gives tensors of any dtype, one unit at a time.
+    """Fill parameters of every unit from `read(names)`, which gives tensors of any dtype, one unit at a time.
 
-    The fields of the optimizer are zero, as they are in new extents.
+    `flats_of` says which of a unit's flats. The fields of the optimizer are zero, as they are in new extents.
     """
     writes: deque[tuple[Transfer, Buffer]] = deque()
     for number, unit in enumerate(units, 1):
-        values = read([param.name for param in unit.layout.params()])
-        for flat in unit.flats:
-            _load(flat, flat.stored[:1], partial(_whole_values, values), memory, writes)
+        flats = flats_of(unit)
+        values = read([param.name for flat in flats for param in flat.layout.params])
+        for flat in flats:
+            _load(flat, flat.stored[:1] or (FROZEN,), partial(_whole_values, values), memory, writes)
         told(number / len(units))
     while writes:
         _finish(writes)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.life import FlatLife, Life
 from zinf_cli.engine.units.tiles import move_tiled
 from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
-from zinf_cli.model_state import FROZEN, GRAD, PARAM, REMAINDER, Field, OptimizerState
+from zinf_cli.model_state import GRAD, PARAM, REMAINDER, Field, OptimizerState
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
@@ -59,13 +60,14 @@ class Flat:
         dtype = STORED_NAMES.get(layout.dtype, "F32")  # what is not a real number has no master either
         self.beside = optimizer.beside(dtype) if layout.trainable else ()
         """The fields of the optimizer."""
-        self.stored = optimizer.stored(dtype) if layout.trainable else (FROZEN,)
+        self.stored = optimizer.stored(dtype) if layout.trainable else optimizer.frozen
         """The fields that are state between two steps, in a checkpoint's order."""
         self.moments = optimizer.fields if layout.trainable else ()
         """What the optimizer keeps, in the order of its kernel."""
         self.carrier = optimizer.carrier if REMAINDER in self.beside else None
         """The field whose sign is that of masters which are split (split_masters.py)."""
         self._tiers = tiers
+        self._class_of = optimizer.class_of if layout.trainable else attrgetter("state")
         by_name = dict(model.named_parameters())
         self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
         self._placeholders = [placeholder(p.shape, self.dtype, p.device) for p in self.params]
@@ -87,7 +89,7 @@ class Flat:
         self.homes.append({field.name: self._allocate(field) for field in (PARAM, *self.beside)})
 
     def _allocate(self, field: Field) -> Extent:
-        tier: Tier = getattr(self._tiers, field.state)
+        tier: Tier = getattr(self._tiers, self._class_of(field))
         item_bytes = self.dtype.itemsize if field.dtype is None else field.item_bytes
         return tier.allocate(self.layout.slice_numel * item_bytes, f"{self.unit} {field.name}")
 
@@ -175,6 +177,8 @@ class Unit:
         ]
         self.trained = [flat for flat in self.flats if flat.layout.trainable]
         """The trainable ones, which come first in `flats`."""
+        self.unstored = [flat for flat in self.flats if not flat.stored]
+        """Those that no checkpoint holds."""
         self.life = Life(layout.name, [flat.life for flat in self.trained])
         self.buffers = [buffer for path in layout.modules for buffer in model.get_submodule(path).buffers()]
         self.unbind()
@@ -194,17 +198,12 @@ class Unit:
         """Whether some flat has a shadow, so that the unit may be updated speculatively."""
         return any(len(flat.homes) > 1 for flat in self.trained)
 
-    def in_place(self) -> list[torch.Tensor] | None:
+    def in_place(self) -> list[torch.Tensor | None]:
         """The flats (1-D, each of its dtype) where they lie, if that is whole in memory of the compute device.
 
-        None elsewhere, and with more than one rank.
+        None for one that lies elsewhere, and for all with more than one rank.
         """
-        if self.ranks.world_size > 1:
-            return None
-        views = [flat.slice.view() for flat in self.flats]
-        if any(view is None for view in views):
-            return None
-        return [view.view(flat.dtype) for flat, view in zip(self.flats, views, strict=True) if view is not None]
+        return [flat.slice_in_place() if self.ranks.world_size == 1 else None for flat in self.flats]
 
     def grads_in_place(self) -> list[torch.Tensor] | None:
         """This rank's slices of the gradient (fp32, 1-D), if they lie in memory of the compute device; else None."""

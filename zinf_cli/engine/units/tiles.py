@@ -234,10 +234,11 @@ def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
     module.add_module(TILES + name, nn.ModuleList(tiles))
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of a model, by name, as it was before the model was cut."""
+def shapes_of(model: nn.Module, *, trained: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a model, by name, as it was before the model was cut; or of the trained alone."""
     parts = parts_of(model)
-    named = ((parts.get(id(param)), name, param) for name, param in model.named_parameters())
+    params = [(name, param) for name, param in model.named_parameters() if param.requires_grad or not trained]
+    named = ((parts.get(id(param)), name, param) for name, param in params)
     return {part.name if part else name: tuple(part.shape if part else param.shape) for part, name, param in named}
 
 
