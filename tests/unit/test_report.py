@@ -21,7 +21,7 @@ from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.report.curves import _thinned
 from zinf_cli.report.run import read_run, read_runs
 from zinf_cli.run_folder.error_records import ErrorRecord
-from zinf_cli.run_folder.metrics import Metrics
+from zinf_cli.run_folder.metrics import Metrics, held_out_of
 from zinf_cli.train.figures import find_figures
 
 EVIL = "<script>alert(1)</script>&\u202e\x1b[31m$x_1$"
@@ -105,6 +105,35 @@ def test_several_runs_share_their_figures(tmp_path: Path, plan: Plan) -> None:
     assert "optimizer.lr 0.001 0.01" in words
     with pytest.raises(UsageError, match="8 runs, not for 9"):
         command.report([runs[0]] * 9)
+
+
+def test_a_run_without_steps_lies_beside_others(tmp_path: Path, plan: Plan) -> None:
+    begun, run = write_run(tmp_path / "begun", plan, steps=0), write_run(tmp_path / "run", plan)
+    (begun / "metrics.jsonl").write_text("")
+    words = " ".join(page_of(begun, run).shown.split())
+    assert "2 runs, side by side" in words
+    assert "loss 0.6667 from 4.0000" in words
+    assert {"curve-loss-0", "curve-loss-1"} <= set(page_of(begun, run).ids)
+
+
+def test_each_held_out_text_has_its_curve(tmp_path: Path, plan: Plan) -> None:
+    run = write_run(tmp_path / "run", plan)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [{**line, held_out_of("books"): 3.0, held_out_of("code"): 1.0 / (1 + line["step"])} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in evaluated))
+    page = page_of(run)
+    assert {"curve-eval_loss-0", "curve-eval_loss-0-1", "curve-eval_loss-0-2"} <= set(page.ids)
+    words = " ".join(page.shown.split())
+    assert "held-out, books" in words
+    assert "held-out loss, code 0.1429 from 1.0000" in words
+
+
+def test_a_step_that_takes_no_time_waits_no_share(tmp_path: Path, plan: Plan) -> None:
+    run = write_run(tmp_path / "run", plan)
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"step_s": 0.5', '"step_s": 0'))
+    assert "curve-waiting-0" in page_of(run).ids
+    assert np.isnan(read_run(run).curve("wait_s", "step_s")[1]).all()
 
 
 def test_texts_from_outside_stay_texts(tmp_path: Path, plan: Plan) -> None:

@@ -23,6 +23,7 @@ from zinf_cli.report.ink import (
     steps_below,
 )
 from zinf_cli.report.run import Run
+from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
 
 _MOST_POINTS = 300
 """Points of a curve. Of more steps, each point is the mean of some, in a band from the least of them to the most."""
@@ -109,12 +110,13 @@ def _loss(runs: Sequence[Run]) -> Picture:
     for number, (run, role, name) in enumerate(_pens(runs)):
         _draw(axes, f"loss-{number}", role, *run.curve("loss"))
         legend.append(Mark(role, "line", f"{name}loss"))
-        steps, held_out = run.curve("eval_loss")
-        if len(steps):
-            second = _second(runs, role)
-            (line,) = axes.plot(steps, held_out, color=colour(second), linestyle=(0, (3, 2)), marker="o", markersize=4)
-            line.set_gid(f"curve-eval_loss-{number}")
-            legend.append(Mark(second, "dots", f"{name}held-out"))
+        for place, text in enumerate(run.held_out):
+            mark = role if len(runs) > 1 else PALETTE[1 + place % (len(PALETTE) - 1)]
+            key = held_out_of(text) if text else HELD_OUT
+            steps, held_out = run.curve(key)
+            (line,) = axes.plot(steps, held_out, color=colour(mark), linestyle=(0, (3, 2)), marker="o", markersize=4)
+            line.set_gid(f"curve-eval_loss-{number}" + (f"-{place}" if text else ""))
+            legend.append(Mark(mark, "dots", f"{name}held-out{f', {text}' if text else ''}"))
         gone, _ = _not_finite(run, "loss")
         if len(gone):
             axes.plot(gone, np.full(len(gone), 0.02), "x", color=colour("bad"), transform=axes.get_xaxis_transform())
@@ -173,12 +175,12 @@ def _seconds(runs: Sequence[Run]) -> Picture:
         _draw(axes, f"step_s-{number}", role, *run.curve("step_s"))
         legend.append(Mark(role, "line", f"{name}measured"))
         if run.plan is not None:
-            planned = {"planned": run.plan.step_s, "where nothing is clipped": run.plan.calm_step_s}
-            for text, seconds in planned.items():
-                if text == "planned" or run.plan.update == "speculative":
-                    legend.append(
-                        _level(axes, _second(runs, role), seconds, top, f"{name}{text}", format_seconds(seconds))
-                    )
+            planned, calm = run.plan.step_s, run.plan.calm_step_s
+            levels = {"planned": planned}
+            if run.plan.update == "speculative" and format_seconds(calm) != format_seconds(planned):
+                levels["where nothing is clipped"] = calm
+            for text, seconds in levels.items():
+                legend.append(_level(axes, _second(runs, role), seconds, top, f"{name}{text}", format_seconds(seconds)))
     axes.set_ylim(0, top * 1.15)
     numbers_beside(axes, lambda value: f"{value:.3g} s")
     return Picture("step_s", "Seconds a step", drawn(axes), tuple(legend))

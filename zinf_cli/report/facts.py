@@ -10,6 +10,7 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.report.run import Run
+from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def described(run: Run) -> str:
 def facts(run: Run) -> Iterator[Fact]:
     """The numbers of a run that are known, in one order for all runs."""
     predicted = run.summary.get("predicted") or {}
-    for label, key in (("loss", "loss"), ("held-out loss", "eval_loss")):
+    texts = {
+        f"held-out loss{f', {text}' if text else ''}": held_out_of(text) if text else HELD_OUT for text in run.held_out
+    }
+    for label, key in {"loss": "loss", **texts}.items():
         values = [line[key] for line in run.lines if line.get(key) is not None]
         if values:
             yield Fact(label, f"{values[-1]:.4f}", f"from {values[0]:.4f}" if len(values) > 1 else "")

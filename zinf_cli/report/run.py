@@ -19,7 +19,7 @@ from zinf_cli.plan.plan import Plan
 from zinf_cli.run_folder.error_records import errors_in
 from zinf_cli.run_folder.folder import plan_in
 from zinf_cli.run_folder.log_end import last_lines
-from zinf_cli.run_folder.metrics import lines_in
+from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of, lines_in
 from zinf_cli.run_folder.names import LOGS, RECIPE, SUMMARY, TRACE, rank_log
 from zinf_cli.trace import summarise_trace
 
@@ -65,15 +65,23 @@ class Run:
         """The lines of steps."""
         return [line for line in self.lines if "loss" in line]
 
+    @property
+    def held_out(self) -> list[str]:
+        """The names of held-out texts, as their losses come; "" is all of them together, or the only one."""
+        before = held_out_of("")
+        keys = dict.fromkeys(key for line in self.lines for key in line if key == HELD_OUT or key.startswith(before))
+        return ["" if key == HELD_OUT else key.removeprefix(before) for key in keys]
+
     def curve(self, key: str, per: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a key of metrics.jsonl where it is, both float64; NaN where a value is not finite.
 
-        With `per`, values are divided by those of that key.
+        With `per`, values are divided by those of that key; NaN where that is 0.
         """
         lines = [line for line in self.lines if key in line]
         values = np.array([_number(line[key]) for line in lines], dtype=np.float64)
         if per is not None:
-            values = values / np.array([_number(line.get(per)) for line in lines], dtype=np.float64)
+            whole = np.array([_number(line.get(per)) for line in lines], dtype=np.float64)
+            values = np.divide(values, whole, out=np.full_like(values, np.nan), where=whole != 0)
         return np.array([line["step"] for line in lines], dtype=np.float64), values
 
     @property
