@@ -130,8 +130,9 @@ def test_models_without_labels_are_refused() -> None:
     ],
 )
 def test_the_reason_is_the_objective_and_not_the_configuration(model_type: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
-        build_model(ModelSource(None, next(configs(model_type)), "random", 0))
+    for changes in ({}, {"text_encoder": 1}):  # transformers 5.17 takes no configuration of musicgen without one
+        with pytest.raises(ModelError, match=said):
+            build_model(ModelSource(None, {**next(configs(model_type)), **changes}, "random", 0))
 
 
 @pytest.mark.parametrize(

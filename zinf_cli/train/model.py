@@ -238,6 +238,8 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:
+        for named in _named_classes(settings.get("architectures")):
+            check_language_model(named, "model.config")  # if it is none, that is the reason
         raise ModelError(_one_line(error), where="model.config") from error
     # transformers keeps unknown keys as attributes, so that a typo would train another model.
     known = _settings_of(type(config))
@@ -262,11 +264,9 @@ def _settings_of(config_class: type[PreTrainedConfig]) -> set[str]:
 
 
 def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
-    for name in config.architectures or []:
-        named = getattr(transformers, name, None)
+    for named in _named_classes(config.architectures):
         # A bare backbone has no loss; the language model built on it has.
-        is_backbone = type(config) in MODEL_MAPPING and named is MODEL_MAPPING[type(config)]
-        if isinstance(named, type) and issubclass(named, PreTrainedModel) and not is_backbone:
+        if type(config) not in MODEL_MAPPING or named is not MODEL_MAPPING[type(config)]:
             check_language_model(named, where)
             return named
     causal, source_to_target, masked = _TRAINABLE
@@ -282,6 +282,14 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
         f"transformers has no language model of type {config.model_type!r}: causal, seq2seq or masked",
         where=where,
     )
+
+
+def _named_classes(architectures: Sequence[str] | None) -> Iterator[type[PreTrainedModel]]:
+    """Those of the classes with these names that transformers has."""
+    for name in architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            yield named
 
 
 def _language_models_beside(config: PreTrainedConfig) -> Iterator[type[PreTrainedModel]]:
