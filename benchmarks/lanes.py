@@ -2,8 +2,9 @@
 
 The engine queues work through the seam of tiers/streams.py. Here a queue is a list of operations with a length in
 seconds, and the host has a clock that goes on by what a launch costs it. A lane (the kernels, each direction of the
-link) does one operation at a time: of those whose stream has come to them, the one that can begin first. So all that
-has begun by the host's clock is known when the host asks for an event, and nothing later can change it.
+link) does one operation at a time: of those whose stream has come to them, the one that can begin first, and of several
+the one that has waited longest. So all that has begun by the host's clock is known when the host asks for an event, and
+nothing later can change it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Operation:
     end: float | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Queue:
     """A stream: operations that begin one after the other."""
 
@@ -185,28 +186,29 @@ class Lanes:
 
     def _begin_next(self, until: float) -> bool:
         """Begin the operation that can begin first; False if it can't by `until`."""
-        first, chosen = until, None
+        first, chosen = (until, until), None
         for queue in self._queues:
             if queue.coming:
-                begin = self._could_begin(queue)
-                if begin is not None and begin <= first and (chosen is None or begin < first):
-                    first, chosen = begin, queue
+                could = self._could_begin(queue)
+                if could is not None and could[0] <= until and (chosen is None or could < first):
+                    first, chosen = could, queue
         if chosen is None:
             return False
         operation = chosen.coming.popleft()
-        operation.end = chosen.free_at = self._free[operation.lane] = first + operation.seconds
+        operation.end = chosen.free_at = self._free[operation.lane] = first[0] + operation.seconds
         operation.after = ()
         self.busy[operation.lane] += operation.seconds
         return True
 
-    def _could_begin(self, queue: Queue) -> float | None:
+    def _could_begin(self, queue: Queue) -> tuple[float, float] | None:
+        """When the next operation of a stream could begin, and since when it could if its lane were free."""
         operation = queue.coming[0]
-        begin = max(operation.issued, queue.free_at, self._free[operation.lane])
+        ready = max(operation.issued, queue.free_at)
         for other in operation.after:
             if other.end is None:
                 return None
-            begin = max(begin, other.end)
-        return begin
+            ready = max(ready, other.end)
+        return max(ready, self._free[operation.lane]), ready
 
 
 def _waiting() -> str:

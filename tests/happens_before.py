@@ -32,7 +32,7 @@ from zinf_cli.model_state import PAGE
 
 DEVICE = torch.device("cpu", 0)
 _ROOT = str(Path(zinf_cli.__file__).parent)
-PASSING_ON = {"wait", "under_way", "_finish", "_settle", "time", "compute_so_far"}
+PASSING_ON = {"wait", "wait_for", "wait_if_done", "wait_if_queued", "now", "under_way", "_finish", "_settle", "time"}
 """Functions that wait for whoever calls them: the site of a wait is their caller."""
 Clock = dict[int, int]
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from zinf_cli.tiers import nvme
+from zinf_cli.tiers.bounce import Moment
 from zinf_cli.tiers.tier import Extent
 
 
@@ -36,14 +37,14 @@ def late_writes(label: str = "") -> Iterator[None]:
     """Writes to extents whose label contains `label` are late."""
     start = nvme.NvmeTier._start
 
-    def late(self: Any, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> nvme._Job:
+    def late(self: Any, extent: Extent, offset: int, data: torch.Tensor, moment: Moment, *, write: bool) -> nvme._Job:
         if not write or label not in extent.label:
-            return start(self, extent, offset, data, write=write)
+            return start(self, extent, offset, data, moment, write=write)
         moves: list[Callable[[], None]] = []
         queues = self._queues
         self._queues = (queues[0], SimpleNamespace(put=moves.append))
         try:
-            job = start(self, extent, offset, data, write=True)
+            job = start(self, extent, offset, data, moment, write=True)
         finally:
             self._queues = queues
         job.__class__ = _LateJob

@@ -27,6 +27,10 @@ CHUNK_NUMEL = PIECE // FP32_BYTES
 """Elements of an update's chunk: a piece of each fp32 field."""
 DEVICE_CHUNK_NUMEL = 16 * CHUNK_NUMEL
 """The same where an accelerator computes: a launch takes as long there as the update of a million elements."""
+DEVICE_BLOCK_NUMEL = 4 * CHUNK_NUMEL
+"""Elements whose masters an accelerator joins at once: its launches have their price, and so has the memory for it."""
+DEVICE_LOGITS = 1 << 28
+"""Logits whose gradients an accelerator multiplies at once (engine/units/chunked_loss.py)."""
 
 STATES = ("params", "grads", "optimizer")
 """The classes of state; each has a tier."""

@@ -21,6 +21,7 @@ class Late:
     """A reduction that is done when somebody waits for it."""
 
     what = "reduce"
+    event = None
 
     def __init__(self) -> None:
         self._waited = False

@@ -77,6 +77,8 @@ class Way:
     few: bool = False
     cached: bool = False
     narrow: bool = False
+    frozen: bool = False
+    """Whether its first block is not trained."""
     kind: type[Block] = Wide
     """Of the model's blocks."""
     ranks: int = 1
@@ -121,6 +123,7 @@ WAYS = {
     "nvme, a sweep a micro-batch": Way("nnnn", per_sweep=1, few=True),
     "optimizer on nvme": Way("dcnc"),
     "parameters on nvme": Way("ndcn"),
+    "parameters on the device, few buffers": Way("dccc", few=True),
     "cpu, two ranks": Way("cccc", ranks=2),
     "nvme, two ranks, speculative": Way("nnnn", "speculative", ranks=2, narrow=True),
     "device, two ranks": Way("dddd", ranks=2, per_sweep=1),
@@ -134,6 +137,7 @@ def open_way(way: Way, folder: Path) -> Engine:
     torch.manual_seed(5)
     dtype = torch.bfloat16 if way.narrow else torch.float32
     model = on_meta(Blocks(way.kind, 5).to(dtype))
+    model.get_submodule("layers.0").requires_grad_(not way.frozen)
     ranks = way.joined()
     seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta", dtype=dtype)), ranks.world_size)
     shapes = {name: param.shape for name, param in model.named_parameters()}
@@ -219,6 +223,15 @@ def train_into_regions(way: Way, folder: Path) -> None:
     engine.close()
 
 
+def save_behind_updates(way: Way, folder: Path) -> None:
+    """What is not trained is copied through buffers that updates of the rest still use."""
+    engine, sink = open_way(way, folder), Regions(folder)
+    engine.train_step(work_of(way, engine, 0), AdamW(1e-3), max_grad_norm=None, eager=True, more=False)
+    engine.save(sink)
+    engine.close()
+    sink.tier.close()
+
+
 def begin_again(folder: Path) -> None:
     """A step is given up while a gradient is reduced, whose memory the next visits take."""
     engine = open_way(Way("cccc", ranks=2), folder)
@@ -285,6 +298,7 @@ CASES: dict[str, Doing] = {
     "checkpoints, nvme": partial(train, Way("nnnn", few=True, narrow=True, chunk_numel=8192), save=True),
     "checkpoints, speculative": partial(train, Way("nnnn", "speculative", chunk_numel=8192), save=True),
     "every step into regions, device": partial(train_into_regions, Way("dddd", chunk_numel=1024)),
+    "copied behind updates": partial(save_behind_updates, Way("cccc", "eager", frozen=True)),
     "a step begins again": begin_again,
     "another unit than was announced": begin_with_another,
     "a gradient is complete late": complete_late,

@@ -188,6 +188,7 @@ class Slow:
     """A transfer that is done when it is told. It counts how often it is asked."""
 
     what = "slow"
+    event = None
 
     def __init__(self) -> None:
         self.over = False

@@ -14,6 +14,7 @@ from tiny_models import CONFIGS
 from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.plan import memory, search
+from zinf_cli.plan.filling import stayable
 from zinf_cli.plan.placement import placements
 from zinf_cli.plan.search import best_plan
 from zinf_cli.plan.traffic import experts_reached
@@ -50,16 +51,22 @@ def test_each_byte_that_parts_save_is_in_the_plan(
     room = {"nothing": 0, "some": 3 << 17, "all": 1 << 40}[stays]
     plan = best_plan(recipe, figures)
     assert not plan.staying_units, "activations are pinned to the drive"
-    plan = replace(plan, staying_units=tuple(sorted(memory.stayable(figures, plan.choice, room))))
+    plan = replace(plan, staying_units=tuple(sorted(stayable(figures, plan.choice, room))))
     moved = {"read": 0, "write": 0}
     for way in moved:
         move = getattr(NvmeTier, way)
 
         def count(
-            tier: NvmeTier, extent: Extent, offset: int, data: torch.Tensor, way: str = way, move: Any = move
+            tier: NvmeTier,
+            extent: Extent,
+            offset: int,
+            data: torch.Tensor,
+            *after: Any,
+            way: str = way,
+            move: Any = move,
         ) -> Transfer:
             moved[way] += data.numel() if extent.label.endswith("activations") else 0
-            transfer: Transfer = move(tier, extent, offset, data)
+            transfer: Transfer = move(tier, extent, offset, data, *after)
             return transfer
 
         monkeypatch.setattr(NvmeTier, way, count)

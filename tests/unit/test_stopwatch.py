@@ -59,6 +59,7 @@ class Copy:
     """A copy that the stream waits `seconds` for, when it comes there."""
 
     what = "copy in weights"
+    event = None
 
     def __init__(self, stream: Stream, seconds: float) -> None:
         self._stream = stream

@@ -14,9 +14,8 @@ from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
 from benchmarks.priced import DEVICE
 from benchmarks.virtual import Played, plan_for, play, recipe_of
 from zinf_cli.engine.traffic.adamw import AdamW
-from zinf_cli.engine.traffic.update import DEVICE_BLOCK
 from zinf_cli.engine.units.store import to_placeholders
-from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_CHUNK_NUMEL
+from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_BLOCK_NUMEL, DEVICE_CHUNK_NUMEL
 from zinf_cli.plan.plan import Plan
 from zinf_cli.tiers import streams
 
@@ -62,10 +61,20 @@ def test_a_lane_does_one_operation_at_a_time() -> None:
     assert last.end == 21.0
 
 
+def test_a_lane_takes_what_has_waited_longest() -> None:
+    """Kernels of an update come between those of compute, though compute always has some that can begin."""
+    lanes = Lanes(Rates(launch=0.0, event=0.0))
+    compute = [lanes.launch("compute", KERNELS, 2.0) for _ in range(3)]
+    with lanes.use(lanes.new(DEVICE)):
+        update = lanes.launch("update", KERNELS, 1.0)
+    lanes.synchronize(DEVICE)
+    assert [compute[0].end, update.end, compute[1].end] == [2.0, 3.0, 5.0]
+
+
 def test_an_update_is_one_kernel_for_each_block_of_a_chunk(planned: Plan, played: Played) -> None:
     numels, most = [unit.trainable_numel for unit in planned.figures.model.units], planned.working.chunk_numel
     chunks = [min(most, numel - begin) for numel in numels for begin in range(0, numel, most)]
-    assert played.launches["_fused_adamw_"] == sum(-(-chunk // DEVICE_BLOCK) for chunk in chunks)
+    assert played.launches["_fused_adamw_"] == sum(-(-chunk // DEVICE_BLOCK_NUMEL) for chunk in chunks)
 
 
 def test_the_links_carry_what_the_step_moves(planned: Plan, played: Played) -> None:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from zinf_cli.engine import meeting
+from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import DONE, Transfer
 from zinf_cli.trace import Trace
 
@@ -173,6 +174,8 @@ class Least:
 
 class Collective:
     """A collective under way, as one or several of torch's."""
+
+    event: Event | None = None
 
     def __init__(self, works: Sequence[Any], trace: Trace, lane: str, label: str, num_bytes: int) -> None:
         self.what = f"{lane} {label}"

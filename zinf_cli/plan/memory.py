@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 
 from zinf_cli.model_state import (
     CHUNK_NUMEL,
+    DEVICE_BLOCK_NUMEL,
     DEVICE_CHUNK_NUMEL,
+    DEVICE_LOGITS,
     FP32_BYTES,
     GRAD,
+    ITEM_BYTES,
     PAGE,
     PIECE,
     SLICE_MULTIPLE,
@@ -33,6 +36,8 @@ LANE_BYTES = 11 * MIB
 WORKSPACE_BYTES = 32 * MIB
 """What each thread that multiplies matrices on an accelerator has of it: cuBLAS's workspace, the largest of torch's
 defaults. Threads are those of the micro-batches, the one that computes and that of autograd."""
+UPDATE_TEMPORARIES = 5
+"""Tensors of an update's block that are there at once while masters are joined and split, and one of the kernel's."""
 LAUNCHER_BYTES = 122 * MIB
 """Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
@@ -61,8 +66,6 @@ NAMES = {
     "update_buffers": "update buffers",
 }
 """What bytes are for, in words for the user: in plans, estimates and errors."""
-GOLDEN = 0.618034
-"""The golden ratio. Its multiples, modulo 1, are spread evenly, however many there are."""
 DEPTH = 2
 """How many typical blocks should fit beside the largest one."""
 
@@ -267,53 +270,6 @@ def sweeps_share(unit: UnitFigures, figures: Figures, choice: Choice) -> float:
     return 1 - (1 - unit.reached) ** (choice.per_sweep * figures.world_size)
 
 
-def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first."""
-    kept = []
-    model = figures.model
-    costs = {
-        number: max(1, choice.per_sweep * (int(unit.saved_bytes * KEPT_MORE) - unit.input_bytes))
-        for number, unit in enumerate(model.units)
-        if number in model.order and number != model.turn
-    }
-    for number in sorted(costs, key=lambda number: costs[number] / max(1, model.units[number].numel)):
-        if costs[number] <= room:
-            kept.append(number)
-            room -= costs[number]
-    return frozenset(kept)
-
-
-def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units whose activations may stay in `room` bytes, though their tier is another; spread over the sweep.
-
-    Of a model in parts a tier takes much more than of whole blocks: each part's inputs, and what is saved between them.
-    Of a whole block the latter is in memory for as long as the block is computed.
-    """
-    if not glue_leaves(figures, choice) or not figures.model.surveyed:
-        return frozenset()
-    units = range(len(figures.model.units))
-    cost = {number: staying_bytes(figures, replace(choice, staying=frozenset([number]))) for number in units}
-    if sum(cost.values()) <= room:  # then those without a cost find all that they need in memory
-        return frozenset(units)
-    staying = []
-    for number in sorted(units, key=lambda number: number * GOLDEN % 1):
-        if 0 < cost[number] <= room:
-            staying.append(number)
-            room -= cost[number]
-    return frozenset(staying)
-
-
-def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units to cache in `room` bytes, spread over the sweep: while one is computed, the drive brings others."""
-    cached = []
-    for number in sorted(range(len(figures.model.units)), key=lambda number: number * GOLDEN % 1):
-        cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
-        if 0 < cost <= room and figures.model.units[number].calls:
-            cached.append(number)
-            room -= cost
-    return frozenset(cached)
-
-
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
     """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
     alone = figures.world_size == 1
@@ -388,10 +344,16 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
     joined = [choice.per_sweep if number != model.turn else 1 for number in range(len(model.units))]  # none at the turn
     inside = max((unit.inside_bytes(count) for unit, count in zip(model.units, joined, strict=True)), default=0)
     turn = 0 if model.turn is None else model.units[model.turn].turn_bytes + model.loss_bytes
+    if model.loss_in_chunks and choice.compute_tier == "device":
+        turn += 2 * DEVICE_LOGITS * ITEM_BYTES[figures.dtype]
     waiting = max(model.live_bytes, *(unit.call_bytes for unit in model.units), 0)
     if glue_leaves(figures, choice):
         inside += max((unit.before_bytes for unit in model.units), default=0)
     else:
         waiting += model.glue_bytes
-    workspaces = WORKSPACE_BYTES * (choice.per_sweep + 2) if choice.compute_tier == "device" else 0
+    workspaces = 0
+    if choice.compute_tier == "device":
+        workspaces = WORKSPACE_BYTES * (choice.per_sweep + 2)
+        if choice.update != "deferred":  # beside compute, so in memory of its own
+            workspaces += UPDATE_TEMPORARIES * DEVICE_BLOCK_NUMEL * FP32_BYTES
     return int(max(inside, turn) * TEMPORARIES_MORE) + waiting * choice.per_sweep + workspaces

@@ -18,21 +18,19 @@ from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes, checkpoint_drive
+from zinf_cli.plan.filling import cacheable, keepable, stayable
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
     Choice,
     Working,
-    cacheable,
     cached_bytes,
     compute_bytes,
     framework_bytes,
     host_bytes,
-    keepable,
     shadow_bytes,
     state_bytes,
-    stayable,
     staying_bytes,
     working_buffers,
 )

@@ -8,12 +8,12 @@ thread. The compute thread takes no part. A drive's thread waits for the device 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.streams import Stream, streams_of
+from zinf_cli.tiers.streams import Event, Stream, now, streams_of
 
 
 class _Own(threading.local):
@@ -24,15 +24,15 @@ _own = _Own()
 
 
 class Moment:
-    """The moment at which a transfer was asked for: it waits for what the compute stream had queued by then.
+    """The moment from which on a transfer may touch the device: that of the events `after` or, without them, of all
+    that the current stream has queued so far.
 
     On the CPU nothing is ever queued.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, after: Sequence[Event] | None = None) -> None:
         self._streams = streams_of(device)
-        self._event = self._streams.event()
-        self._event.record(self._streams.current(device))
+        self._events = [now(device)] if after is None else after
 
     def read(self, data: torch.Tensor, read: Callable[[torch.Tensor], None]) -> None:
         """Fill `data` with what `read` puts into CPU memory, once the kernels that use `data` are done."""
@@ -41,7 +41,8 @@ class Moment:
             return
         bounce, stream = _buffer_and_stream(data)
         read(bounce)
-        stream.wait_event(self._event)
+        for event in self._events:
+            stream.wait_event(event)
         with self._streams.use(stream):
             data.copy_(bounce, non_blocking=True)
         stream.synchronize()
@@ -52,7 +53,8 @@ class Moment:
             write(data)
             return
         bounce, stream = _buffer_and_stream(data)
-        stream.wait_event(self._event)
+        for event in self._events:
+            stream.wait_event(event)
         with self._streams.use(stream):
             bounce.copy_(data, non_blocking=True)
         stream.synchronize()

@@ -10,7 +10,7 @@ import torch
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.arena import Arena
-from zinf_cli.tiers.streams import Event, Stream, streams_of
+from zinf_cli.tiers.streams import Event, Stream, now, streams_of, wait_for
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 from zinf_cli.trace import Trace
 
@@ -19,8 +19,8 @@ class MemoryTier:
     """Extents in the memory of `device`, for compute on `compute_device`.
 
     If both are the same, `view` gives the memory itself and nothing is copied. Between CPU memory and an accelerator,
-    copies run on two streams, one for each direction. With `pin` the CPU memory is page-locked. If the system refuses
-    that, `notice` is called once with a line for the user.
+    copies run on two streams, one for each direction; what another stream than compute's asks for, on two others. With
+    `pin` the CPU memory is page-locked. If the system refuses that, `notice` is called once with a line for the user.
     """
 
     def __init__(
@@ -35,7 +35,6 @@ class MemoryTier:
     ) -> None:
         self.name = name
         self.in_place = device == compute_device
-        self.on_streams = True
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
@@ -46,8 +45,8 @@ class MemoryTier:
         self._arenas: list[Arena] = []
         self._freed: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._compute_device = compute_device
-        streams = streams_of(compute_device)
-        self._in, self._out = streams.new(compute_device), streams.new(compute_device)
+        self._beside: dict[Stream, tuple[Stream, Stream]] = {}
+        """(in, out) of the copies that a stream asks for: these come one after another, and hold up no others."""
 
     def allocate(self, num_bytes: int, label: str) -> Extent:
         try:
@@ -83,15 +82,22 @@ class MemoryTier:
     def view(self, extent: Extent) -> torch.Tensor | None:
         return extent.memory if self.in_place else None
 
-    def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer:
+    def read(self, extent: Extent, offset: int, into: torch.Tensor, after: Sequence[Event] | None = None) -> Transfer:
         assert extent.memory is not None
         self.read_bytes += into.numel()
         with self._trace.span("copy in", extent.label, into.numel()):
             source = extent.memory[offset : offset + into.numel()]
             if self.in_place:
+                assert not after, "what lies in memory of the device is used there"
                 into.copy_(source)
                 return DONE
-            return self._copy(f"copy in {extent.label}", self._in, into, source, after=extent.writes)
+            written = [write.event for write in extent.writes if write.event is not None]
+            stream, _ = self._streams()
+            if after is None:
+                stream.wait_stream(streams_of(self._compute_device).current(self._compute_device))
+            return StreamCopy(
+                f"copy in {extent.label}", stream, self._compute_device, into, source, [*(after or ()), *written]
+            )
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         assert extent.memory is not None
@@ -101,25 +107,31 @@ class MemoryTier:
             if self.in_place:
                 memory.copy_(source)
                 return DONE
-            copy = self._copy(f"copy out {extent.label}", self._out, memory, source)
+            _, stream = self._streams()
+            stream.wait_stream(streams_of(self._compute_device).current(self._compute_device))
+            copy = StreamCopy(f"copy out {extent.label}", stream, self._compute_device, memory, source, [])
             extent.writes = [copy]  # the stream makes it behind all that were asked for before
             return copy
 
-    def _copy(
-        self, what: str, stream: Stream, into: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer] = ()
-    ) -> StreamCopy:
-        return StreamCopy(what, stream, self._compute_device, into, source, after)
+    def _streams(self) -> tuple[Stream, Stream]:
+        """For copies in and out that the current stream asks for."""
+        streams = streams_of(self._compute_device)
+        asks = streams.current(self._compute_device)
+        if asks not in self._beside:
+            self._beside[asks] = streams.new(self._compute_device), streams.new(self._compute_device)
+        return self._beside[asks]
 
     def close(self) -> None:
-        for stream in (self._in, self._out):
-            stream.synchronize()  # its copies use memory that is unlocked and freed now
+        for pair in self._beside.values():
+            for stream in pair:
+                stream.synchronize()  # its copies use memory that is unlocked and freed now
         self._freed.clear()
         for arena in self._arenas:
             arena.unpin()
 
 
 class StreamCopy:
-    """One copy on `stream`. It starts after what the compute stream has queued so far, and after the copies `after`."""
+    """One copy on `stream`, behind the events `after`."""
 
     def __init__(
         self,
@@ -128,24 +140,21 @@ class StreamCopy:
         device: torch.device,
         into: torch.Tensor,
         source: torch.Tensor,
-        after: Sequence[Transfer],
+        after: Sequence[Event],
     ) -> None:
         """`device` computes."""
         self.what = what
         self._device = device
         streams = streams_of(device)
-        stream.wait_stream(streams.current(device))
-        for copy in after:
-            assert isinstance(copy, StreamCopy)
-            stream.wait_event(copy._event)
+        for event in after:
+            stream.wait_event(event)
         with streams.use(stream):
             into.copy_(source, non_blocking=True)
-        self._event: Event = streams.event()
-        self._event.record(stream)
+            self.event = now(device)
 
     def done(self) -> bool:
-        return self._event.query()
+        return self.event.query()
 
     def wait(self) -> None:
-        """Let the compute stream wait, and not the CPU: kernels that are queued from now on see the bytes."""
-        streams_of(self._device).current(self._device).wait_event(self._event)
+        """Let the current stream wait, and not the CPU: kernels that are queued there from now on see the bytes."""
+        wait_for([self.event], self._device)

@@ -30,6 +30,7 @@ from zinf_cli.errors import CapacityError, TierError
 from zinf_cli.machine.drive_files import FULL, GROWTH, file_system_of, open_nameless, what_is_left, why_buffered
 from zinf_cli.model_state import PIECE, round_up
 from zinf_cli.tiers.bounce import Moment, close_own
+from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
 
@@ -44,6 +45,8 @@ def as_memory(data: torch.Tensor) -> memoryview:
 
 class _Job:
     """A Transfer: one read or write, split into blocks that several threads move."""
+
+    event: Event | None = None
 
     def __init__(self, what: str, span: tuple[int, int], blocks: int, after: Sequence[Transfer]) -> None:
         self.what = what
@@ -105,7 +108,6 @@ class NvmeTier:
         the thread that is about to write it. With `verify`, reads are compared with what was written."""
         self.name = "nvme"
         self.in_place = False
-        self.on_streams = False
         self.used = self.peak = 0
         self.read_bytes = 0
         self.write_bytes = 0
@@ -186,13 +188,13 @@ class NvmeTier:
     def view(self, extent: Extent) -> None:
         return None
 
-    def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer:
+    def read(self, extent: Extent, offset: int, into: torch.Tensor, after: Sequence[Event] | None = None) -> Transfer:
         self.read_bytes += into.numel()
-        return self._start(extent, offset, into, write=False)
+        return self._start(extent, offset, into, Moment(into.device, after), write=False)
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer:
         self.write_bytes += source.numel()
-        job = self._start(extent, offset, source, write=True)
+        job = self._start(extent, offset, source, Moment(source.device), write=True)
         extent.writes = [*under_way(extent.writes), job]
         return job
 
@@ -207,7 +209,7 @@ class NvmeTier:
             os.close(descriptor)
         self._files.clear()
 
-    def _start(self, extent: Extent, offset: int, data: torch.Tensor, *, write: bool) -> _Job:
+    def _start(self, extent: Extent, offset: int, data: torch.Tensor, moment: Moment, *, write: bool) -> _Job:
         if offset + data.numel() > extent.num_bytes:
             raise ValueError(f"{extent.label}: {offset}+{data.numel()} bytes is past its {extent.num_bytes}")
         blocks = list(self._blocks(extent, offset, data.numel()))
@@ -215,7 +217,6 @@ class NvmeTier:
         span = (offset, offset + data.numel())
         job = _Job(what, span, len(blocks), [earlier for earlier in extent.writes if _overlap(earlier, span)])
         jobs = self._queues[1 if write else 0]
-        moment = Moment(data.device)
         for file, position, begin, end in blocks:
             place = _Place(extent, offset + begin, file, position)
             jobs.put(self._block(job, place, data[begin:end], moment, write=write))

@@ -9,6 +9,7 @@ the CPU nothing is queued: an operation is over when it returns, so there is not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -107,20 +108,23 @@ class _Nothing:
     def synchronize(self) -> None: ...
 
 
+_NOTHING = _Nothing()
+
+
 class _Cpu:
     on_cpu = True
 
     def new(self, device: torch.device) -> Stream:
-        return _Nothing()
+        return _NOTHING
 
     def current(self, device: torch.device) -> Stream:
-        return _Nothing()
+        return _NOTHING
 
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def event(self) -> Event:
-        return _Nothing()
+        return _NOTHING
 
     def set_device(self, device: torch.device) -> None: ...
 
@@ -134,3 +138,18 @@ implementations: dict[str, Streams] = {"cpu": _Cpu(), "cuda": _Cuda()}
 def streams_of(device: torch.device) -> Streams:
     """The streams of the kind of device that `device` is."""
     return implementations[device.type]
+
+
+def now(device: torch.device) -> Event:
+    """The moment at which all is over that the current stream of `device` has queued so far."""
+    streams = streams_of(device)
+    event = streams.event()
+    event.record(streams.current(device))
+    return event
+
+
+def wait_for(events: Iterable[Event], device: torch.device) -> None:
+    """Let the current stream of `device` wait for `events`, and not the CPU."""
+    current = streams_of(device).current(device)
+    for event in events:
+        current.wait_event(event)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from zinf_cli.tiers.checksums import Checksums
+from zinf_cli.tiers.streams import Event
 
 
 class Transfer(Protocol):
@@ -17,6 +18,10 @@ class Transfer(Protocol):
     @property
     def what(self) -> str:
         """What is moved, for traces: "read model.layers.3 exp_avg"."""
+
+    @property
+    def event(self) -> Event | None:
+        """Its end, if a stream makes it: then `wait` is queued, and holds up no thread."""
 
     def done(self) -> bool:
         """Whether `wait` would return at once. It orders nothing: who goes on because of it calls `wait`."""
@@ -42,9 +47,12 @@ class Extent:
     checksums: Checksums = field(default_factory=Checksums, repr=False)
     """Checksums of what was written, if the tier keeps them."""
 
-    def read(self, offset: int, into: torch.Tensor) -> Transfer:
-        """Start to fill `into` (contiguous uint8 on the compute device) from byte `offset` of the extent on."""
-        return self.tier.read(self, offset, into)
+    def read(self, offset: int, into: torch.Tensor, after: Sequence[Event] | None = None) -> Transfer:
+        """Start to fill `into` (contiguous uint8 on the compute device) from byte `offset` of the extent on.
+
+        It begins behind all that the current stream has queued so far or, if they are given, behind the events `after`.
+        """
+        return self.tier.read(self, offset, into, after)
 
     def write(self, offset: int, source: torch.Tensor) -> Transfer:
         """Start to write `source` at byte `offset`. `source` must not change until the transfer is done."""
@@ -61,8 +69,6 @@ class Tier(Protocol):
     name: str
     in_place: bool
     """Whether the compute device uses extents in place, without a copy."""
-    on_streams: bool
-    """Whether its transfers are queued on streams: to `wait` for one never holds up this thread."""
     used: int
     """Bytes in extents now."""
     peak: int
@@ -75,7 +81,9 @@ class Tier(Protocol):
 
     def free(self, extent: Extent) -> None: ...
 
-    def read(self, extent: Extent, offset: int, into: torch.Tensor) -> Transfer: ...
+    def read(
+        self, extent: Extent, offset: int, into: torch.Tensor, after: Sequence[Event] | None = None
+    ) -> Transfer: ...
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> Transfer: ...
 
@@ -98,10 +106,31 @@ def under_way(transfers: Iterable[Transfer]) -> list[Transfer]:
     return left
 
 
+Wait = Callable[[Transfer], bool]
+"""Waits for a transfer, or returns False where it would have to wait too long."""
+
+
+def wait_if_done(transfer: Transfer) -> bool:
+    """Wait for what would return at once."""
+    if not transfer.done():
+        return False
+    transfer.wait()
+    return True
+
+
+def wait_if_queued(transfer: Transfer) -> bool:
+    """Wait for what holds up no thread: it is done, or a stream waits for it."""
+    if transfer.event is None:
+        return wait_if_done(transfer)
+    transfer.wait()
+    return True
+
+
 class Done:
     """A transfer that is done from the start."""
 
     what = "nothing"
+    event: Event | None = None
 
     def done(self) -> bool:
         return True

@@ -66,7 +66,7 @@ class Kept:
 class Activations:
     """Saves tensors on `tier` through `staging`, an arena of the compute device. Without one they stay in memory."""
 
-    def __init__(self, tier: Tier, staging: Arena | None, wait: Callable[[Transfer], None]) -> None:
+    def __init__(self, tier: Tier, staging: Arena | None, wait: Callable[[Transfer], object]) -> None:
         self._tier = tier
         self._staging = staging
         self.wait = wait

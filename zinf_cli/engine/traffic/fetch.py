@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,8 +16,8 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.model_state import GRAD
 from zinf_cli.tiers.arena import Buffer
-from zinf_cli.tiers.streams import Event
-from zinf_cli.tiers.tier import Extent, Transfer, under_way
+from zinf_cli.tiers.streams import Event, now, wait_for
+from zinf_cli.tiers.tier import Extent, Transfer, Wait, under_way, wait_if_done
 from zinf_cli.trace import Trace
 
 
@@ -40,6 +40,8 @@ class Fetch:
         """The whole gradient of each trainable flat (fp32, 1-D), as this visit computes it; empty in a forward."""
         self.earlier_grads: list[torch.Tensor] = []
         """This rank's slices of the gradient that earlier visits of the step left; empty where there were none."""
+        self._before: list[Event] = []
+        """The ends of what used its memory before: reads wait for these, and so do the gather and compute."""
         self._slot: Buffer | None = None
         self._grad_buffer: Buffer | None = None
         self._earlier_buffer: Buffer | None = None
@@ -50,7 +52,7 @@ class Fetch:
         self._earlier: list[Transfer] = []
         """Reads of the earlier gradient."""
         self._ready: Event | None = None
-        """Compute that the gather comes behind, with several ranks: what used its room before, or its update."""
+        """Compute that the gather comes behind, with several ranks: its update, or that of slices in memory."""
         self._gathers: list[Transfer] | None = None
         self._update: SliceUpdate | None = None
         self._kernel: Kernel | None = None
@@ -95,11 +97,12 @@ class Fetch:
         block = None
         if any(sizes):
             arena = self._memory.resident if unit.layout.resident else self._memory.slots
-            block = arena.allocate(sum(sizes))
-            if block is None:
+            found = arena.allocate_ahead(sum(sizes))
+            if found is None:
                 return False
+            block, self._before = found
         if unit.ranks.world_size > 1:
-            self._ready = self._beside.compute_so_far()
+            self._ready = now(self._memory.slots.device)
         self._cut(block, sizes, unit.grads_in_place() if self._has_grads else None)
         self._read_params()
         if unit.life.update_due:
@@ -149,7 +152,7 @@ class Fetch:
             self.earlier_grads = list(values.split([flat.layout.slice_numel for flat in trained]))
             for flat, earlier in zip(trained, self.earlier_grads, strict=True):
                 assert flat.grad is not None
-                self._earlier.append(flat.grad.read(0, earlier.view(torch.uint8)))
+                self._earlier.append(flat.grad.read(0, earlier.view(torch.uint8), self._before))
         elif self.visit.accumulate and grads is not None:
             self.earlier_grads = grads
 
@@ -168,8 +171,9 @@ class Fetch:
             self.flats.append(values)
             if flat.slice.view() is None:
                 own = flat.layout.slice_of(values, flat.rank)
-                queued = self._ready is not None and flat.slice.tier.on_streams and not self.unit.life.update_due
-                (self._queued if queued else self._reads).append(flat.slice.read(0, own.view(torch.uint8)))
+                read = flat.slice.read(0, own.view(torch.uint8), self._before)
+                queued = self._ready is not None and read.event is not None and not self.unit.life.update_due
+                (self._queued if queued else self._reads).append(read)
 
     def own_slices(self) -> list[torch.Tensor]:
         """This rank's slice of each flat (1-D): the update writes there, and the gather reads there."""
@@ -179,16 +183,16 @@ class Fetch:
             own.append(flat.layout.slice_of(values, flat.rank) if there is None else there)
         return own
 
-    def progress(self, wait: Callable[[Transfer], None] | None = None) -> bool:
+    def progress(self, wait: Wait = wait_if_done) -> bool:
         """Go on as far as the bytes that have arrived allow. True when the unit can be bound.
 
-        With `wait`, wait for the transfers that come next. TierError where one of them failed.
+        `wait` may wait for the transfers that come next. TierError where one of them failed.
         """
         if not self._complete:
             self._complete = self.prepare(wait) and self._gathered(wait)
         return self._complete
 
-    def _gathered(self, wait: Callable[[Transfer], None] | None) -> bool:
+    def _gathered(self, wait: Wait) -> bool:
         self.start_gather()
         assert self._gathers is not None
         if not self._settle(self._gathers, wait):
@@ -200,7 +204,7 @@ class Fetch:
         # a forward that clamps would change bytes of the slot that are still being written
         return self._update is None or not self.unit.clamped or self._settle(self._update.writes, wait)
 
-    def prepare(self, wait: Callable[[Transfer], None] | None = None) -> bool:
+    def prepare(self, wait: Wait = wait_if_done) -> bool:
         """The part of `progress` that comes before the gather: reads and update."""
         if not self.placed:
             return False
@@ -212,7 +216,7 @@ class Fetch:
                 return False
             self.unit.life.finish_update()
             if self._ready is not None and not self.gathering:
-                self._ready = self._beside.compute_so_far()
+                self._ready = now(self._memory.slots.device)
         return True
 
     def start_gather(self) -> None:
@@ -224,7 +228,7 @@ class Fetch:
         ranks = self.unit.ranks
         if self._ready is None or not self.gather:
             return []
-        with self._beside.behind(self._ready):
+        with self._beside.behind([self._ready, *self._before]):
             for read in self._queued:
                 read.wait()
             self._queued.clear()
@@ -234,11 +238,9 @@ class Fetch:
             ]
 
     @staticmethod
-    def _settle(transfers: list[Transfer], wait: Callable[[Transfer], None] | None) -> bool:
-        for transfer in transfers:
-            if not transfer.done() and wait is None:
-                return False
-            (wait or _finish)(transfer)
+    def _settle(transfers: list[Transfer], wait: Wait) -> bool:
+        if not all(map(wait, transfers)):
+            return False
         transfers.clear()
         return True
 
@@ -270,6 +272,7 @@ class Fetch:
 
     def bind(self) -> None:
         """Let the model compute on the buffers of this visit. Gradients begin with zeros."""
+        self._come_behind()
         self.unit.bind(self.flats)
         if self.visit.kind is Kind.BACKWARD:
             self.unit.hold_to_bounds()
@@ -280,9 +283,15 @@ class Fetch:
                 grad.zero_()
             self.unit.bind_grads(self.grads)
 
+    def _come_behind(self) -> None:
+        """Let the current stream wait for what used this memory before."""
+        wait_for(self._before, self._memory.slots.device)
+        self._before = []
+
     def free(self) -> None:
         """Free all buffers; no visit follows."""
         if self.placed:
+            self._come_behind()
             self.free_slot()
             self.free_grad([])
 
@@ -301,7 +310,3 @@ class Fetch:
     def grad_in_buffer(self) -> bool:
         """Whether the gradient lies in a buffer of this visit, and not in place on its tier."""
         return self._grad_buffer is not None
-
-
-def _finish(transfer: Transfer) -> None:
-    transfer.wait()

@@ -2,18 +2,18 @@
 
 NCCL begins a collective when the current stream comes to where it was asked for. On the stream of compute that would be
 behind all that this thread has queued there, and the thread is far ahead. So a gather is asked for on a stream of its
-own. That waits for what compute had queued when the unit got its room, or when it was updated, and for the copies of
-this rank's slices. This thread waits for neither.
+own. That waits for what used the unit's room before, for what compute had queued when the unit got its room, or when it
+was updated, and for the copies of this rank's slices. This thread waits for none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from zinf_cli.tiers.streams import Event, streams_of
+from zinf_cli.tiers.streams import Event, streams_of, wait_for
 
 
 class GatherStream:
@@ -25,15 +25,9 @@ class GatherStream:
         self._streams = streams_of(device)
         self._stream = self._streams.new(device)
 
-    def compute_so_far(self) -> Event:
-        """What compute has queued so far."""
-        event = self._streams.event()
-        event.record(self._streams.current(self._device))
-        return event
-
     @contextmanager
-    def behind(self, moment: Event) -> Iterator[None]:
-        """A context in which all that is queued, and waits that are queued, come on this stream, behind `moment`."""
-        self._stream.wait_event(moment)
+    def behind(self, moments: Sequence[Event]) -> Iterator[None]:
+        """A context in which all that is queued, and waits that are queued, come on this stream, behind `moments`."""
         with self._streams.use(self._stream):
+            wait_for(moments, self._device)
             yield

@@ -29,6 +29,7 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.store import Unit
 from zinf_cli.errors import CapacityError
 from zinf_cli.tiers.stopwatch import stopwatch_of
+from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Transfer
 from zinf_cli.trace import Trace
 
@@ -42,6 +43,7 @@ class Reduction:
     """A transfer for each trainable flat."""
     touched: Flags | None
     """Which parameters have a gradient on any rank. None before the last visit of a step, which tells."""
+    event: Event | None = None
 
     @property
     def what(self) -> str:
@@ -339,12 +341,13 @@ class Pipeline:
                 return True
         return False
 
-    def wait(self, transfer: Transfer) -> None:
+    def wait(self, transfer: Transfer) -> bool:
         """Wait for a transfer. The seconds in which compute stands still count as waiting (`waited`)."""
         if transfer.done():
             transfer.wait()
         else:
             self._stopwatch.time(transfer.what, transfer.wait)
+        return True
 
     def waited(self) -> float:
         """Seconds of this step in which compute stood still for data. On an accelerator, those that are over by now."""

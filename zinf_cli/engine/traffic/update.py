@@ -19,13 +19,11 @@ from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import Destination, StateSink
 from zinf_cli.engine.traffic.kernel import BLOCK, Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
-from zinf_cli.model_state import CHUNK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, Field
+from zinf_cli.model_state import DEVICE_BLOCK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, Field
 from zinf_cli.tiers.arena import Arena, Buffer
+from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
 from zinf_cli.trace import Trace
-
-DEVICE_BLOCK = 4 * CHUNK_NUMEL
-"""Elements that an accelerator joins at once: its launches have their price, and so has the memory that this takes."""
 
 
 @dataclass
@@ -71,31 +69,36 @@ class ChunkUpdate:
     def read(self, chunks: Arena) -> bool:
         """Start reading what does not lie in memory of the compute device. False where chunk buffers are lacking."""
         begin, end = self._begin, self._end
-        away = [field for field, extent in self._sources.items() if extent.view() is None]
-        buffers: list[Buffer] = []
-        for field in away:
-            buffer = chunks.allocate((end - begin) * self._flat.dtype_of(field).itemsize)
-            if buffer is None:
-                for taken in buffers:
-                    taken.free()
-                return False
-            buffers.append(buffer)
-        self._buffers = buffers
-        where = dict(zip(away, buffers, strict=True))
+        where: dict[Field, tuple[Buffer, list[Event]]] = {}
+        for field, extent in self._sources.items():
+            if extent.view() is None:
+                num_bytes = (end - begin) * self._flat.dtype_of(field).itemsize
+                found = chunks.allocate_ahead(num_bytes) if self._is_read(field) else _room(chunks, num_bytes)
+                if found is None:
+                    for buffer, events in where.values():
+                        buffer.free(events)
+                    return False
+                where[field] = found
+        self._buffers = [buffer for buffer, _ in where.values()]
         for field, extent in self._sources.items():
             memory, dtype = extent.view(), self._flat.dtype_of(field)
-            if memory is None:
-                self._fields[field] = where[field].data.view(dtype)
-            else:
+            if memory is not None:
                 self._fields[field] = memory.view(dtype)[begin:end]
+            else:
+                buffer, events = where[field]
+                self._fields[field] = buffer.data.view(dtype)
+                if self._is_read(field):
+                    self.reads.append(extent.read(begin * dtype.itemsize, buffer.data, events))
             if self._zeros and field is GRAD:
                 self._fields[field].zero_()
-            elif memory is None and not (field is PARAM and MASTER in self._sources):  # its master is rounded anew
-                self.reads.append(extent.read(begin * dtype.itemsize, where[field].data))
         for extent in self._goes.into.values():
             if extent.view() is not None:  # a checkpoint may still be copying the version before
                 self.reads.extend(extent.writes)
         return True
+
+    def _is_read(self, field: Field) -> bool:
+        """Whether the values of a field that lies elsewhere are needed. A parameter is its master, rounded anew."""
+        return not (self._zeros and field is GRAD) and not (field is PARAM and MASTER in self._sources)
 
     def apply(self, kernel: Kernel) -> list[Transfer]:
         """Compute, and start to write back. Returns the writes that read the slot: it is held until these are done."""
@@ -119,7 +122,7 @@ class ChunkUpdate:
         """Let the kernel update elements [start, end) of the chunk."""
         carrier, stored = self._flat.carrier, self._flat.moments
         as_they_are = carrier is None and all(self._fields[field].dtype == torch.float32 for field in (GRAD, *stored))
-        most = end - start if as_they_are else DEVICE_BLOCK if kernel.fused else BLOCK
+        most = end - start if as_they_are else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK
         for begin in range(start, end, most):
             block = {field: values[begin : min(end, begin + most)] for field, values in self._fields.items()}
             moments = {field: block[field].float() for field in stored}
@@ -173,6 +176,12 @@ class ChunkUpdate:
             first, last = overlap(place, base, base + self._end - self._begin)
             if touched and first < last:
                 yield first - base, last - base, step, kernel.undecayed() if place.name in free else kernel
+
+
+def _room(chunks: Arena, num_bytes: int) -> tuple[Buffer, list[Event]] | None:
+    """A chunk buffer that is used at once."""
+    buffer = chunks.allocate(num_bytes)
+    return None if buffer is None else (buffer, [])
 
 
 class SliceUpdate:

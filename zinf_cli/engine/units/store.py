@@ -205,6 +205,12 @@ class Unit:
         """
         return [flat.slice_in_place() if self.ranks.world_size == 1 else None for flat in self.flats]
 
+    @property
+    def changes_in_place(self) -> bool:
+        """Whether an update changes, or a backward clears, something in memory of the compute device."""
+        extents = (extent for flat in self.trained for extent in (*flat.at.values(), flat.grad))
+        return any(extent is not None and extent.view() is not None for extent in extents)
+
     def grads_in_place(self) -> list[torch.Tensor] | None:
         """This rank's slices of the gradient (fp32, 1-D), if they lie in memory of the compute device; else None."""
         views = [flat.grad.view() for flat in self.trained if flat.grad is not None]

@@ -1,0 +1,58 @@
+"""Which units fill the memory that a placement leaves: with activations, or with all of their state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import KEPT_MORE, Choice, cached_bytes, glue_leaves, staying_bytes
+
+GOLDEN = 0.618034
+"""The golden ratio. Its multiples, modulo 1, are spread evenly, however many there are."""
+
+
+def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first."""
+    kept = []
+    model = figures.model
+    costs = {
+        number: max(1, choice.per_sweep * (int(unit.saved_bytes * KEPT_MORE) - unit.input_bytes))
+        for number, unit in enumerate(model.units)
+        if number in model.order and number != model.turn
+    }
+    for number in sorted(costs, key=lambda number: costs[number] / max(1, model.units[number].numel)):
+        if costs[number] <= room:
+            kept.append(number)
+            room -= costs[number]
+    return frozenset(kept)
+
+
+def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units whose activations may stay in `room` bytes, though their tier is another; spread over the sweep.
+
+    Of a model in parts a tier takes much more than of whole blocks: each part's inputs, and what is saved between them.
+    Of a whole block the latter is in memory for as long as the block is computed.
+    """
+    if not glue_leaves(figures, choice) or not figures.model.surveyed:
+        return frozenset()
+    units = range(len(figures.model.units))
+    cost = {number: staying_bytes(figures, replace(choice, staying=frozenset([number]))) for number in units}
+    if sum(cost.values()) <= room:  # then those without a cost find all that they need in memory
+        return frozenset(units)
+    staying = []
+    for number in sorted(units, key=lambda number: number * GOLDEN % 1):
+        if 0 < cost[number] <= room:
+            staying.append(number)
+            room -= cost[number]
+    return frozenset(staying)
+
+
+def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
+    """The units to cache in `room` bytes, spread over the sweep: while one is computed, the drive brings others."""
+    cached = []
+    for number in sorted(range(len(figures.model.units)), key=lambda number: number * GOLDEN % 1):
+        cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
+        if 0 < cost <= room and figures.model.units[number].calls:
+            cached.append(number)
+            room -= cost
+    return frozenset(cached)
