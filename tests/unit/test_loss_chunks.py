@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -299,3 +300,41 @@ def test_memory_of_the_loss_does_not_follow_the_batch(tmp_path: Path) -> None:
     assert found.peak < found.planned
     assert found.peak - (found.planned - found.compute) < taken_by_all / 8
     assert found.compute < found.whole / 8
+
+
+@pytest.mark.parametrize(("most", "products"), [(0, 4), (14 * 96, 2), (24 * 96, 1)])
+def test_an_accelerator_multiplies_gradients_of_several_chunks_at_once(
+    most: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 tokens are four chunks. One product rounds the gradient of the weight once, as plain PyTorch does."""
+    counted: list[None] = []
+    join = torch.Tensor.__matmul__
+
+    def multiply(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        counted.extend([None] * (one.shape[0] == 96))
+        return join(one, other)
+
+    monkeypatch.setattr(chunked_loss, "streams_of", lambda device: SimpleNamespace(on_cpu=not most))
+    monkeypatch.setattr(chunked_loss, "DEVICE_LOGITS", most)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(96, 32).bfloat16(), torch.randn(24, 32).bfloat16()
+    target = torch.randint(96, (24,))
+    found = []
+    for way in (weight.float(), hidden.float()), (weight, hidden):
+        leaf, rows = (tensor.detach().clone().requires_grad_() for tensor in way)
+        if leaf.dtype == torch.float32:
+            F.cross_entropy(F.linear(rows, leaf), target).backward()
+        else:
+            leaf.grad_dtype = None
+            with backward_follows(1.0):
+                loss = chunked_loss.loss_in_chunks(leaf, rows, None, target, (), -100, "mean", torch.float32)
+            loss.backward()
+        assert leaf.grad is not None
+        assert rows.grad is not None
+        found.append((leaf.grad.float(), rows.grad.float(), leaf.grad.dtype))
+    (weights, inputs, _), (of_weight, of_input, dtype) = found
+    assert len(counted) == products
+    assert dtype == (torch.bfloat16 if products == 1 else torch.float32)
+    assert (of_weight - weights).norm() < 1e-2 * weights.norm()
+    assert (of_input - inputs).norm() < 1e-2 * inputs.norm()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from zinf_cli.model_state import DEVICE_LOGITS
 from zinf_cli.tiers.streams import streams_of
 
 CHUNK = 1 << 25
@@ -253,26 +254,52 @@ class _SumsOfTile(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of a head's weight [rows, width] and bias, fp32, and of its input, as chunks add to them."""
+    """The gradients of a head's weight [rows, width] and bias, fp32, and of its input, as chunks add to them.
+
+    To add a product to the weight's gradient moves as many bytes as several weights: on an accelerator that takes
+    longer than the product of a chunk. There gradients of DEVICE_LOGITS logits wait for one product. If it is the only
+    one, the weight's gradient has the weight's dtype, as in plain PyTorch.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, wanted: Sequence[bool]) -> None:
-        self._weight = torch.zeros(weight.shape, device=weight.device) if wanted[0] else None
+        self._most = 0 if streams_of(weight.device).on_cpu else DEVICE_LOGITS
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """(rows, gradients of their logits) that are not multiplied yet."""
+        self._wanted = wanted[0]
+        self._weight: torch.Tensor | None = None
+        if self._wanted and not self._most:
+            self._weight = torch.zeros(weight.shape, device=weight.device)
         self._input: list[torch.Tensor] | None = [] if wanted[1] else None
         self._bias = torch.zeros(bias.shape, device=bias.device) if wanted[2] and bias is not None else None
 
     def add(self, rows: torch.Tensor, weight: torch.Tensor, of_logits: torch.Tensor) -> None:
-        if self._weight is not None:
-            if self._weight.dtype == of_logits.dtype:
-                self._weight.addmm_(of_logits.T, rows)
-            else:
-                self._weight += of_logits.T @ rows
+        if self._wanted:
+            if sum(each.numel() for _, each in self._waiting) + of_logits.numel() > self._most:
+                self._multiply()
+            self._waiting.append((rows, of_logits))
+            if not self._most:
+                self._multiply()
         if self._bias is not None:
             self._bias += of_logits.sum(0, dtype=torch.float32)
         if self._input is not None:
             self._input.append(of_logits @ weight)
 
+    def _multiply(self) -> None:
+        """Add the product of what waits."""
+        if not self._waiting:
+            return
+        rows, of_logits = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        if self._weight is None:
+            self._weight = of_logits.T @ rows
+        elif self._weight.dtype == of_logits.dtype == torch.float32:
+            self._weight.addmm_(of_logits.T, rows)
+        else:
+            self._weight = self._weight.float().add_(of_logits.T @ rows)
+
     def found(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Of the weight, of the input, and of the bias; None where it was not wanted."""
+        self._multiply()
         return self._weight, None if self._input is None else torch.cat(self._input), self._bias
 
     def times(self, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
