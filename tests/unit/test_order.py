@@ -313,6 +313,8 @@ CHANCES = {"a step begins again": 0.0}
 
 NAMED = {
     "tiers/streams.py _Cuda.synchronize: torch.cuda.synchronize": "it is the seam",
+    "tiers/streams.py _CudaStream.synchronize: event.record": "it is the seam",
+    "tiers/streams.py _CudaStream.synchronize: event.synchronize": "it is the seam",
     "tiers/stopwatch.py EventStopwatch._recorded: event.record": "a time is taken, and nothing is ordered",
     "train/process_memory.py returning_free_memory.watch: over.wait": "a thread that looks now and then",
 }
