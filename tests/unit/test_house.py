@@ -32,7 +32,7 @@ FLOORS = (
     {"recipe"},
     {"machine"},
     {"plan", "tiers"},
-    {"engine", "engine.precision", "engine.split_masters", "engine.meeting", "run_folder"},
+    {"engine", "engine.precision", "engine.eight_bits", "engine.split_masters", "engine.meeting", "run_folder"},
     {"engine.ranks"},
     {"engine.units"},
     {"engine.traffic"},

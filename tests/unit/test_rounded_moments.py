@@ -1,10 +1,10 @@
-"""Moments in bf16: each update rounds them, and nothing else is different from fp32."""
+"""Moments in bf16 and int8: each update rounds them, and nothing else is different from fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,44 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.functional import pad
 
 from checkpoints import resumed, save
 from in_process import run
 from plain import LR, engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses
 from tiny_models import random_source
 from tiny_recipes import recipe_of
-from zinf_cli.model_state import ADAMW
+from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, STATE_DTYPES, bytes_of
 from zinf_cli.plan.search import best_plan
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train.figures import find_figures
 
 STEPS, CUT = 6, 3
-ROUNDED = ADAMW.stored_as("BF16")
+
+
+def in_bf16(values: torch.Tensor) -> torch.Tensor:
+    return values.bfloat16().float()
+
+
+def in_int8(values: torch.Tensor) -> torch.Tensor:
+    """Blocks of 256: the largest magnitude, and of each value the fourth root of its share of that, in 127ths."""
+    blocks = pad(values.reshape(-1), (0, -values.numel() % 256)).view(-1, 256)
+    scales = blocks.abs().amax(1, keepdim=True).clamp(torch.finfo(torch.float32).tiny)
+    codes = ((blocks.abs() / scales).sqrt().sqrt() * 127 + 0.5).floor()
+    codes = torch.where(blocks != 0, codes.clamp(min=1), codes)
+    magnitudes = codes.square().square() * (scales / 127**4)
+    return magnitudes.copysign(blocks).view(-1)[: values.numel()].view(values.shape)
+
+
+ROUNDED = {"bf16": in_bf16, "int8": in_int8}
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW in its own operations, with moments that are bf16 between two steps."""
+    """torch.optim.AdamW in its own operations, with moments that are rounded between two steps."""
 
-    def __init__(self, params: Iterable[torch.Tensor]) -> None:
+    def __init__(self, params: Iterable[torch.Tensor], state_dtype: str) -> None:
         super().__init__(params, {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01})
+        self.rounded = ROUNDED[state_dtype]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -41,58 +59,70 @@ class RoundedAdamW(torch.optim.Optimizer):
                 assert param.grad is not None
                 state = self.state[param]
                 count = state["step"] = state.get("step", 0) + 1
-                first, second = (state.get(name, torch.zeros_like(param)).float() for name in ("exp_avg", "exp_avg_sq"))
+                first, second = (state.get(name, torch.zeros_like(param)).clone() for name in ("exp_avg", "exp_avg_sq"))
                 param.mul_(1 - lr * group["weight_decay"])
                 first.lerp_(param.grad, 1 - beta1)
                 second.mul_(beta2).addcmul_(param.grad, param.grad, value=1 - beta2)
                 denominator = (second.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
                 param.addcdiv_(first, denominator, value=-lr / (1 - beta1**count))
-                state["exp_avg"], state["exp_avg_sq"] = first.bfloat16(), second.bfloat16()
+                state["exp_avg"], state["exp_avg_sq"] = self.rounded(first), self.rounded(second)
 
 
 @cache
-def reference(dtype: torch.dtype, clip: float | None) -> list[list[float]]:
-    return plain_losses(random_source("llama"), STEPS, clip=clip, dtype=dtype, optimizer_of=RoundedAdamW)
+def reference(state_dtype: str, dtype: torch.dtype, clip: float | None) -> list[list[float]]:
+    made = partial(RoundedAdamW, state_dtype=state_dtype)
+    return plain_losses(random_source("llama"), STEPS, clip=clip, dtype=dtype, optimizer_of=made)
 
 
+def opened_with(state_dtype: str, dtype: torch.dtype) -> dict[str, Any]:
+    optimizer = ADAMW.stored_as(STATE_DTYPES[state_dtype])
+    return {"dtype": dtype, "optimizer": optimizer, "chunk_numel": CHUNK_NUMEL if state_dtype == "int8" else 8192}
+
+
+@pytest.mark.parametrize("state_dtype", ROUNDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["device", "cpu", "nvme", "eager", "speculative", "cached"])
-def test_losses_are_those_of_the_reference(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_losses_are_those_of_the_reference(how: str, dtype: torch.dtype, state_dtype: str, tmp_path: Path) -> None:
     options = everything_on(how if how in ("device", "cpu") else "nvme", tmp_path)
     options = replace(options, speculate=how == "speculative")
     if how == "cached":
         options = every_other_unit_cached(options)
     clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)
-    engine = open_engine(random_source("llama"), options, dtype=dtype, optimizer=ROUNDED)
-    assert engine_losses(engine, STEPS, clip=clip, eager=how == "eager") == reference(dtype, clip)
-    assert reference(dtype, clip) != plain_losses(random_source("llama"), STEPS, clip=clip, dtype=dtype)
+    expected = reference(state_dtype, dtype, clip)
+    engine = open_engine(random_source("llama"), options, **opened_with(state_dtype, dtype))
+    assert engine_losses(engine, STEPS, clip=clip, eager=how == "eager") == expected
+    assert expected != plain_losses(random_source("llama"), STEPS, clip=clip, dtype=dtype)
 
 
+@pytest.mark.parametrize("state_dtype", ROUNDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_keeps_them(dtype: torch.dtype, tmp_path: Path) -> None:
-    opened: dict[str, Any] = {"dtype": dtype, "optimizer": ROUNDED}
+def test_a_checkpoint_keeps_them(dtype: torch.dtype, state_dtype: str, tmp_path: Path) -> None:
+    opened = opened_with(state_dtype, dtype)
     first = open_engine(random_source("llama"), everything_on("nvme", tmp_path / "nvme"), **opened)
     engine_losses(first, CUT, close=False)
     folder = save(first, tmp_path / "run", CUT)
     first.close()
     second = resumed(folder, "llama", everything_on("cpu", tmp_path), **opened)
-    assert engine_losses(second, STEPS, first=CUT) == reference(dtype, 1.0)[CUT:]
+    assert engine_losses(second, STEPS, first=CUT) == reference(state_dtype, dtype, 1.0)[CUT:]
 
 
-@pytest.mark.parametrize(("precision", "item_bytes"), [("fp32", 4), ("bf16", 6)])
+@pytest.mark.parametrize(("precision", "state_dtype"), [("fp32", "bf16"), ("bf16", "bf16"), ("bf16", "int8")])
 @pytest.mark.usefixtures("own_folders", "stated_speed")
-def test_the_plan_counts_and_names_them(precision: str, item_bytes: int, tmp_path: Path) -> None:
+def test_the_plan_counts_and_names_them(precision: str, state_dtype: str, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", precision=precision, max_steps=12, max_grad_norm=None)
-    optimizer = recipe.optimizer.model_copy(update={"state_dtype": "bf16"})
-    figures = find_figures(recipe.model_copy(update={"optimizer": optimizer}), 1)
-    plan = best_plan(recipe.model_copy(update={"optimizer": optimizer}), figures)
-    trained = sum(unit.trainable_numel for unit in figures.model.units)
-    assert {line.what: line.num_bytes for line in plan.lines}["optimizer"] == item_bytes * trained
-    lines = run(recipe.model_copy(update={"optimizer": optimizer}), plan)
+    rounding = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"state_dtype": state_dtype})})
+    figures = find_figures(rounding, 1)
+    plan = best_plan(rounding, figures)
+    trained = [unit.trainable_numel for unit in figures.model.units]
+    moments = sum(2 * bytes_of(STATE_DTYPES[state_dtype], numel) for numel in trained)
+    remainders = 2 * sum(trained) if precision == "bf16" else 0
+    assert {line.what: line.num_bytes for line in plan.lines}["optimizer"] == moments + remainders
+    lines = run(rounding, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)
     screens = []
     for planned in (plan, best_plan(recipe, find_figures(recipe, 1))):
         screens.append(StringIO())
         Console(width=200, file=screens[-1]).print(plan_screen(planned, "tiny", []))
-    assert ["results differ from those of fp32" in screen.getvalue() for screen in screens] == [True, False]
+    named = f"each update rounds moments to {state_dtype}: results differ from those of fp32"
+    assert [named in screen.getvalue() for screen in screens] == [True, False]

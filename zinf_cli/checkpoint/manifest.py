@@ -13,7 +13,8 @@ of a region is known before the first byte is written, regions may be filled in 
 of a tier. The second flat of a kind (parameters that stay fp32 in a 16-bit model) has regions "param.1" and so on.
 
 The fp32 master of a trained bf16 parameter is three fields: "param", "remainder" and the sign of a moment
-(engine/split_masters.py). Version 1 of the manifest, which has fp32 masters as "param", is read as well.
+(engine/split_masters.py). Moments in eight bits are bytes as engine/eight_bits.py lays them out. Version 1 of the
+manifest, which has fp32 masters as "param", is read as well.
 
 Checksums are xxh3 (64 bits) of *pieces*: the header, and each region cut from its start into chunks of the update, or
 into PIECE bytes where nothing is trained. The manifest begins with the checksum of the rest of itself.
@@ -35,7 +36,7 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint.reading import read_whole
 from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
-from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FROZEN, ITEM_BYTES, PIECE, round_up
+from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FROZEN, PIECE, SCALED, bytes_of, round_up
 
 VERSION = 3
 READABLE = (1, 2, 3)
@@ -94,7 +95,7 @@ class StoredUnit:
 
 @dataclass(frozen=True)
 class Region:
-    """One field of one flat in the file of every rank: a 1-D tensor of `numel` elements, whole pages long."""
+    """One field of one flat in the file of every rank: `numel` elements, whole pages long."""
 
     unit: str
     flat: int
@@ -110,7 +111,7 @@ class Region:
 
     @property
     def num_bytes(self) -> int:
-        return self.numel * ITEM_BYTES[self.dtype]
+        return bytes_of(self.dtype, self.numel)
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -134,7 +135,7 @@ class Layout:
                 for part, dtype in flat.fields.items():
                     name = f"{unit.name}/{part}{f'.{alike}' if alike else ''}"
                     numel = flat.numel // self.world_size
-                    piece = CHUNK_NUMEL * ITEM_BYTES[dtype] if flat.trainable else PIECE
+                    piece = bytes_of(dtype, CHUNK_NUMEL) if flat.trainable else PIECE
                     regions.append(Region(unit.name, number, part, name, dtype, numel, start, piece))
                     start += regions[-1].num_bytes
         return tuple(regions)
@@ -145,7 +146,8 @@ class Layout:
         entries: dict[str, Any] = {"__metadata__": {"zinf": f"a slice of every unit, see {MANIFEST}"}}
         for region in self.regions:
             offsets = [region.start, region.start + region.num_bytes]
-            entries[region.name] = {"dtype": region.dtype, "shape": [region.numel], "data_offsets": offsets}
+            dtype, shape = ("U8", region.num_bytes) if region.dtype == SCALED else (region.dtype, region.numel)
+            entries[region.name] = {"dtype": dtype, "shape": [shape], "data_offsets": offsets}
         text = json.dumps(entries, separators=(",", ":")).encode()
         size = round_up(8 + len(text)) - 8
         return size.to_bytes(8, "little") + text.ljust(size)

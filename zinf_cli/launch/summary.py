@@ -40,6 +40,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         expected = [saved.step_s] * len(expected)
     reached = [line["experts_reached"] for line in steady if "experts_reached" in line]
     wait_share = statistics.median(waits) if waits else None
+    moments = plan.figures.optimizer.state_dtype
     return {
         "status": status,
         **_told(outcome.failure),
@@ -55,7 +56,7 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "held_out": _held_out(watch.lines),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "endurance_bytes": plan.endurance_bytes,
-        "moments": "bf16, rounded" if plan.figures.optimizer.rounded else "fp32",
+        "moments": moments if moments == "fp32" else f"{moments}, rounded",
         "measured": {
             "step_s": median("step_s"),
             "tokens_per_s": median("tokens_per_s"),

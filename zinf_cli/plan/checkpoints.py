@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.folder import FOLDER, checkpoints_of, checkpoints_to_resume, steps_done
 from zinf_cli.machine.hardware import drive_space
-from zinf_cli.model_state import ITEM_BYTES
+from zinf_cli.model_state import bytes_of
 from zinf_cli.plan.layout import Figures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 
@@ -56,7 +56,8 @@ def stored_bytes(figures: Figures, unit: UnitFigures) -> dict[str, int]:
     stored = Counter({"frozen": unit.frozen_bytes if figures.optimizer.frozen else 0})
     for dtype, numel in figures.trained(unit):
         for field in figures.optimizer.stored(dtype):
-            stored[figures.optimizer.class_of(field)] += numel * ITEM_BYTES[field.dtype or dtype]
+            own = bytes_of(field.dtype or dtype, numel // figures.world_size)
+            stored[figures.optimizer.class_of(field)] += own * figures.world_size
     return stored
 
 

@@ -206,7 +206,8 @@ class Figures:
 
     def moments_bytes(self, unit: UnitFigures) -> int:
         """Bytes of what an update reads and writes beside the unit's parameters, the slices of all ranks together."""
-        return sum(numel * self.optimizer.bytes_per_param(dtype) for dtype, numel in self.trained(unit))
+        ranks = self.world_size
+        return sum(self.optimizer.num_bytes(dtype, numel // ranks) * ranks for dtype, numel in self.trained(unit))
 
     def param_bytes(self, unit: UnitFigures) -> Counter[str]:
         """Bytes of the unit's parameters, by the class that they belong to."""

@@ -153,9 +153,9 @@ class Optimizer(Section):
     """Added to adamw's denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     """Decoupled from the gradient, but for sgd's."""
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of stored moments. bf16 halves them, and changes results: updates round them. The second moment of adamw then
-    never falls with a beta of 0.999; with 0.99 it does."""
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of stored moments. bf16 halves them, int8 leaves a quarter, and both change results: updates round them. In bf16
+    the second moment of adamw never falls with a beta of 0.999; with 0.99 it does. In int8 it falls with its scale."""
     no_decay: tuple[str, ...] = ()
     """Patterns of names of parameters without weight decay, such as '*norm*' and '*.bias'."""
 

@@ -145,8 +145,8 @@ def _ranks(plan: Plan) -> str:
 
 def _moments(plan: Plan) -> str:
     """What each update does to moments that are stored in fewer bits."""
-    rounds = "; each update rounds moments to bf16: results differ from those of fp32"
-    return rounds if plan.figures.optimizer.rounded else ""
+    dtype = plan.figures.optimizer.state_dtype
+    return "" if dtype == "fp32" else f"; each update rounds moments to {dtype}: results differ from those of fp32"
 
 
 def _recomputed(plan: Plan) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,23 @@ from zinf_cli.checkpoint.manifest import BUFFERS, Manifest, Region, StoredFlat, 
 from zinf_cli.checkpoint.reading import patiently, read_checked
 from zinf_cli.checkpoint.verify import damage_of, read_file, size_problem
 from zinf_cli.engine.compute.stored_places import take_out
+from zinf_cli.engine.eight_bits import CODES, Blocks, decoded, encode
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.split_masters import join
 from zinf_cli.engine.units.tiles import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
-from zinf_cli.model_state import FROZEN, PARAM, PIECE, REMAINDER, VALUES
+from zinf_cli.model_state import (
+    CHUNK_NUMEL,
+    FP32_BYTES,
+    FROZEN,
+    PARAM,
+    PIECE,
+    REMAINDER,
+    SCALE_BLOCK,
+    SCALED,
+    VALUES,
+    bytes_of,
+)
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.nvme import as_memory
 
@@ -99,10 +111,13 @@ class CheckpointReader:
         """
         parts = [
             self._read_place(place, field, max(first, place.param.first), min(last, place.last))
-            for place in self._places[name]
-            if first < place.last and place.param.first < last
+            for place in self._parts(name, first, last)
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _parts(self, name: str, first: int, last: int) -> Iterator[_Place]:
+        """The places of elements [first, last) of a parameter, in their order."""
+        return (place for place in self._places[name] if first < place.last and place.param.first < last)
 
     def _read_place(self, place: _Place, field: str, first: int, last: int) -> torch.Tensor:
         """Elements [first, last) of a parameter's field, which all lie at `place`."""
@@ -131,24 +146,67 @@ class CheckpointReader:
     def _stored(self, place: _Place, field: str, first: int, last: int) -> torch.Tensor:
         """The same, of a field as it is stored."""
         param, region = place.param, self._regions[(*place.key, field)]
-        values = torch.empty(last - first, dtype=STORED[place.flat.fields[field]])
+        if region.dtype == SCALED:
+            skipped, blocks = self._stored_blocks(place, region, first, last)
+            return decoded(blocks)[skipped:][: last - first]
+        values = torch.empty(last - first, dtype=STORED[region.dtype])
         done = 0
         while done < values.numel():
             rank, inside = divmod(param.offset + first - param.first + done, region.numel)
             count = min(region.numel - inside, values.numel() - done)
-            self._read(rank_file(rank), region, inside, values[done : done + count])
+            self._read(rank_file(rank), region, inside * values.element_size(), values[done : done + count])
             done += count
         return values
+
+    def blocks(self, name: str, field: str, first: int, last: int) -> Blocks:
+        """See StateSource."""
+        found = Blocks.empty(last - first)
+        begin = 0
+        for place in self._parts(name, first, last):
+            start, end = max(first, place.param.first), min(last, place.last)
+            region = self._regions.get((*place.key, field))
+            if region is None or region.dtype != SCALED:
+                break
+            skipped, blocks = self._stored_blocks(place, region, start, end)
+            ends = (end - start) % SCALE_BLOCK == 0 or end == last == place.last
+            if skipped or not ends:
+                break
+            number = len(blocks.scales)
+            codes = blocks.codes.bitwise_and_(CODES) if field == place.flat.carrier else blocks.codes
+            found.codes[begin * SCALE_BLOCK : (begin + number) * SCALE_BLOCK] = codes
+            found.scales[begin : begin + number] = blocks.scales
+            begin += number
+        else:
+            return found
+        encode(self.read(name, field, first, last).float(), found)
+        return found
+
+    def _stored_blocks(self, place: _Place, region: Region, first: int, last: int) -> tuple[int, Blocks]:
+        """The blocks that hold elements [first, last) of a parameter at `place`, and how many elements come before."""
+        begin = place.param.offset + first - place.param.first
+        skipped = begin % SCALE_BLOCK
+        begin, end = begin - skipped, begin + last - first
+        blocks = Blocks.empty(end - begin)
+        done = 0
+        while done < blocks.codes.numel():
+            rank, inside = divmod(begin + done, region.numel)
+            chunk, within = divmod(inside, CHUNK_NUMEL)
+            numel = min(CHUNK_NUMEL, region.numel - chunk * CHUNK_NUMEL)
+            count, start = min(numel - within, blocks.codes.numel() - done), bytes_of(SCALED, chunk * CHUNK_NUMEL)
+            scales = blocks.scales[done // SCALE_BLOCK : (done + count) // SCALE_BLOCK]
+            self._read(rank_file(rank), region, start + within, blocks.codes[done : done + count])
+            self._read(rank_file(rank), region, start + numel + within // SCALE_BLOCK * FP32_BYTES, scales)
+            done += count
+        return skipped, blocks
 
     def param(self, name: str) -> torch.Tensor:
         """A whole parameter in its shape, in fp32 if it was trained."""
         shape = self._places[name][0].param.shape
         return self.read(name, FROZEN.stored, 0, math.prod(shape)).view(shape)
 
-    def _read(self, file: str, region: Region, begin: int, into: torch.Tensor) -> None:
-        """Fill `into` from element `begin` of a region of a rank's file on."""
-        data = into.view(torch.uint8)
-        start, done = begin * into.element_size(), 0
+    def _read(self, file: str, region: Region, start: int, into: torch.Tensor) -> None:
+        """Fill `into` from byte `start` of a region of a rank's file on."""
+        data, done = into.view(torch.uint8), 0
         while done < data.numel():
             number, inside = divmod(start + done, region.piece)
             piece = self._piece(file, self.manifest.layout.first_piece[region.key] + number)

@@ -345,7 +345,7 @@ def stored_unit(unit: Unit) -> StoredUnit:
     for flat in filter(attrgetter("stored"), unit.flats):
         layout = flat.layout
         params = tuple(_stored_param(place, count) for place, count in zip(layout.params, flat.steps, strict=True))
-        fields = {field.stored: STORED_NAMES[flat.dtype_of(field)] for field in flat.stored}
+        fields = {field.stored: field.dtype or STORED_NAMES[flat.dtype] for field in flat.stored}
         carrier = None if flat.carrier is None else flat.carrier.stored
         flats.append(StoredFlat(next(iter(fields.values())), layout.trainable, layout.numel, params, fields, carrier))
     return StoredUnit(unit.name, tuple(flats))

@@ -14,7 +14,7 @@ from zinf_cli.engine.traffic.lion import Lion
 from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.engine.units.tiles import parts_of
 from zinf_cli.errors import RecipeError
-from zinf_cli.model_state import PRECISIONS, OptimizerState
+from zinf_cli.model_state import STATE_DTYPES, OptimizerState
 from zinf_cli.recipe.recipe import Optimizer, Recipe
 
 
@@ -26,7 +26,7 @@ def kernel_of(settings: Optimizer, lr: float) -> Kernel:
 def state_of(recipe: Recipe) -> OptimizerState:
     """What is stored of a parameter."""
     settings = recipe.optimizer
-    state = kernel_of(settings, settings.lr).state.stored_as(PRECISIONS[settings.state_dtype])
+    state = kernel_of(settings, settings.lr).state.stored_as(STATE_DTYPES[settings.state_dtype])
     return replace(state, adapts=recipe.adapter.type is not None)
 
 

@@ -14,12 +14,13 @@ from typing import Protocol
 
 import torch
 
+from zinf_cli.engine.eight_bits import Blocks, blocks_in, set_signs
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.split_masters import split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.units.store import Flat, Unit, overlap
 from zinf_cli.engine.units.units import ParamLayout
-from zinf_cli.model_state import CHUNK_NUMEL, FROZEN, MASTER, PARAM, REMAINDER, Field
+from zinf_cli.model_state import CHUNK_NUMEL, FROZEN, MASTER, PARAM, REMAINDER, SCALED, Field, bytes_of
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.tier import DONE, Extent, Transfer
 from zinf_cli.told import Tell, nobody
@@ -36,6 +37,9 @@ class StateSource(Protocol):
 
         `field` is the name in a checkpoint. DamagedError where checksums do not match.
         """
+
+    def blocks(self, name: str, field: str, first: int, last: int) -> Blocks:
+        """The same in eight bits, in blocks from element `first` on: as they are stored, if they are stored so."""
 
     def updates(self, name: str, first: int) -> int:
         """How often the parameter has been updated, at its element `first`."""
@@ -146,12 +150,15 @@ def load_params(
         _finish(writes)
 
 
-_Values = Callable[[Field, ParamLayout, int, int], torch.Tensor]
-"""Gives elements [first, last) of a parameter's field: 1-D, on the CPU, in any dtype."""
+_Values = Callable[[Field, ParamLayout, int, int], torch.Tensor | Blocks]
+"""Gives elements [first, last) of a parameter's field: 1-D, on the CPU, in any dtype. Blocks of a SCALED one."""
 
 
-def _stored_values(source: StateSource, field: Field, place: ParamLayout, first: int, last: int) -> torch.Tensor:
-    return source.read(place.origin, field.stored, place.first + first, place.first + last)
+def _stored_values(
+    source: StateSource, field: Field, place: ParamLayout, first: int, last: int
+) -> torch.Tensor | Blocks:
+    read = source.blocks if field.dtype == SCALED else source.read
+    return read(place.origin, field.stored, place.first + first, place.first + last)
 
 
 def _whole_values(
@@ -176,30 +183,48 @@ def _load(
         if MASTER in pieces:
             pieces[PARAM] = pieces[MASTER].to(flat.dtype)
         for field, values in pieces.items():
-            _put(flat.at[field.name], begin * values.element_size(), values, memory, writes)
+            _put(flat.at[field.name], flat.num_bytes(field, begin), values, memory, writes)
 
 
 def _split(master: torch.Tensor, carried: torch.Tensor | None, carrier: Field) -> dict[Field, torch.Tensor]:
     """The fields that `master` (fp32) is kept in. Without values, `carried` is zeros: left out if no sign is set."""
-    values = torch.zeros_like(master) if carried is None else carried.float()
+    scaled = carrier.dtype == SCALED
+    values = torch.zeros_like(master) if carried is None or scaled else carried.float()
     param, remainder = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
     split(master, param, remainder, values)
     found = {PARAM: param, REMAINDER: remainder}
     if carried is None and not values.signbit().any():
         return found
-    return {**found, carrier: values.to(STORED[carrier.dtype or "F32"])}
+    if not scaled:
+        return {**found, carrier: values.to(STORED[carrier.dtype or "F32"])}
+    data = _no_blocks(master.numel()) if carried is None else carried
+    for first, blocks in blocks_in(data, master.numel(), 0, master.numel()):
+        set_signs(blocks.codes, values[first:][: blocks.codes.numel()])
+    return {**found, carrier: data}
+
+
+def _no_blocks(numel: int) -> torch.Tensor:
+    """Zeros in eight bits, as a tier has them: uint8."""
+    return torch.zeros(bytes_of(SCALED, numel), dtype=torch.uint8)
 
 
 def _gather(values_of: _Values, flat: Flat, field: Field, begin: int, numel: int) -> torch.Tensor:
     """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero. Masters are not split yet."""
-    dtype = torch.float32 if field is PARAM and flat.carrier is not None else flat.dtype_of(field)
-    values = torch.zeros(numel, dtype=dtype)
+    if field.dtype == SCALED:
+        values = _no_blocks(numel)
+    else:
+        values = torch.zeros(numel, dtype=torch.float32 if field is PARAM and flat.carrier else flat.dtype_of(field))
     base = flat.rank * flat.layout.slice_numel + begin
     for place in flat.layout.params:
         first, last = overlap(place, base, base + numel)
         if first < last:
             piece = values_of(field, place, first - place.offset, last - place.offset)
-            values[first - base : last - base] = piece
+            if isinstance(piece, Blocks):
+                ((_, into),) = blocks_in(values, numel, first - base, last - base)
+                into.codes.copy_(piece.codes)
+                into.scales.copy_(piece.scales)
+            else:
+                values[first - base : last - base] = piece
     return values
 
 

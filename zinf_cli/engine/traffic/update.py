@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
+from zinf_cli.engine.eight_bits import Blocks, blocks_in, decoded, encode
 from zinf_cli.engine.split_masters import join, split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import Destination, StateSink
 from zinf_cli.engine.traffic.kernel import BLOCK, Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
-from zinf_cli.model_state import DEVICE_BLOCK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, Field
+from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_BLOCK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, SCALED, Field
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
@@ -72,7 +73,7 @@ class ChunkUpdate:
         where: dict[Field, tuple[Buffer, list[Event]]] = {}
         for field, extent in self._sources.items():
             if extent.view() is None:
-                num_bytes = (end - begin) * self._flat.dtype_of(field).itemsize
+                num_bytes = self._flat.num_bytes(field, end - begin)
                 found = chunks.allocate_ahead(num_bytes) if self._is_read(field) else _room(chunks, num_bytes)
                 if found is None:
                     for buffer, events in where.values():
@@ -81,14 +82,14 @@ class ChunkUpdate:
                 where[field] = found
         self._buffers = [buffer for buffer, _ in where.values()]
         for field, extent in self._sources.items():
-            memory, dtype = extent.view(), self._flat.dtype_of(field)
+            memory, start, dtype = extent.view(), self._flat.num_bytes(field, begin), self._flat.dtype_of(field)
             if memory is not None:
-                self._fields[field] = memory.view(dtype)[begin:end]
+                self._fields[field] = memory[start : start + self._flat.num_bytes(field, end - begin)].view(dtype)
             else:
                 buffer, events = where[field]
                 self._fields[field] = buffer.data.view(dtype)
                 if self._is_read(field):
-                    self.reads.append(extent.read(begin * dtype.itemsize, buffer.data, events))
+                    self.reads.append(extent.read(start, buffer.data, events))
             if self._zeros and field is GRAD:
                 self._fields[field].zero_()
         for extent in self._goes.into.values():
@@ -124,8 +125,9 @@ class ChunkUpdate:
         as_they_are = carrier is None and all(self._fields[field].dtype == torch.float32 for field in (GRAD, *stored))
         most = end - start if as_they_are else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK
         for begin in range(start, end, most):
-            block = {field: values[begin : min(end, begin + most)] for field, values in self._fields.items()}
-            moments = {field: block[field].float() for field in stored}
+            last = min(end, begin + most)
+            block = {field: values[begin:last] for field, values in self._fields.items()}
+            moments = {field: self._moment(field, begin, last) for field in stored}
             master = block.get(MASTER, block[PARAM])
             if carrier is not None:
                 master = join(block[PARAM], block[REMAINDER], moments[carrier])
@@ -133,13 +135,25 @@ class ChunkUpdate:
             if carrier is not None:
                 split(master, block[PARAM], block[REMAINDER], moments[carrier])
             for field, values in moments.items():
-                if values is not block[field]:
+                if field.dtype == SCALED:
+                    for first, blocks in self._blocks(field, begin, last):
+                        encode(values[first - begin :][: blocks.codes.numel()], blocks)
+                elif block[field].dtype != torch.float32:
                     block[field].copy_(values)
+
+    def _moment(self, field: Field, begin: int, end: int) -> torch.Tensor:
+        """What the optimizer keeps of elements [begin, end): fp32, in place if it is kept so."""
+        if field.dtype != SCALED:
+            return self._fields[field][begin:end].float()
+        return torch.cat([decoded(blocks) for _, blocks in self._blocks(field, begin, end)])[: end - begin]
+
+    def _blocks(self, field: Field, begin: int, end: int) -> Iterator[tuple[int, Blocks]]:
+        return blocks_in(self._fields[field], self._end - self._begin, begin, end)
 
     def _send(self, field: Field, values: torch.Tensor) -> list[Transfer]:
         """Start writing the new values of `field` to where they go; values in place need no write."""
         data = values.view(torch.uint8)
-        start = self._begin * values.element_size()
+        start = self._flat.num_bytes(field, self._begin)
         home, copy = self._goes.into[field.name], self._goes.also.get(field.name)
         writes = [home.write(start, data)] if home.view() is None else []
         if copy is not None:
@@ -215,6 +229,7 @@ class SliceUpdate:
                 assert flat.grad is not None
                 sources[GRAD] = flat.grad
             numel = flat.layout.slice_numel
+            assert numel <= memory.chunk_numel or memory.chunk_numel % CHUNK_NUMEL == 0 or not flat.scaled
             for begin in range(0, numel, memory.chunk_numel):
                 end = min(numel, begin + memory.chunk_numel)
                 there = {field: values[begin:end] for field, values in given.items() if values is not None}

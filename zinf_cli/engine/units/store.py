@@ -20,7 +20,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.life import FlatLife, Life
 from zinf_cli.engine.units.tiles import move_tiled
 from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
-from zinf_cli.model_state import GRAD, PARAM, REMAINDER, Field, OptimizerState
+from zinf_cli.model_state import GRAD, PARAM, REMAINDER, SCALED, Field, OptimizerState, bytes_of
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
@@ -64,6 +64,8 @@ class Flat:
         """The fields that are state between two steps, in a checkpoint's order."""
         self.moments = optimizer.fields if layout.trainable else ()
         """What the optimizer keeps, in the order of its kernel."""
+        self.scaled = any(field.dtype == SCALED for field in self.moments)
+        """Whether that lies in chunks of CHUNK_NUMEL elements (eight_bits.py)."""
         self.carrier = optimizer.carrier if REMAINDER in self.beside else None
         """The field whose sign is that of masters which are split (split_masters.py)."""
         self._tiers = tiers
@@ -71,14 +73,14 @@ class Flat:
         by_name = dict(model.named_parameters())
         self.params: list[nn.Parameter] = [by_name[place.name] for place in layout.params]
         self._placeholders = [placeholder(p.shape, self.dtype, p.device) for p in self.params]
+        self.grad_dtype = torch.float32
+        """Of the gradient that was last written to its tier."""
         self.homes: list[dict[str, Extent]] = []
         """Extents of its own for each field. With speculative updates (eager.py) there are two sets of them: the flat
         lies in one, and the other is its shadow."""
         self.add_home()
         self.life = FlatLife(self.homes[0], len(self.params))
         self.grad: Extent | None = None
-        self.grad_dtype = torch.float32
-        """Of the gradient that was last written to its tier."""
         if layout.trainable:
             self.grad = self._allocate(GRAD)
             for place, param in enumerate(self.params):
@@ -90,14 +92,19 @@ class Flat:
 
     def _allocate(self, field: Field) -> Extent:
         tier: Tier = getattr(self._tiers, self._class_of(field))
-        item_bytes = self.dtype.itemsize if field.dtype is None else field.item_bytes
-        return tier.allocate(self.layout.slice_numel * item_bytes, f"{self.unit} {field.name}")
+        return tier.allocate(self.num_bytes(field, self.layout.slice_numel), f"{self.unit} {field.name}")
 
     def dtype_of(self, field: Field) -> torch.dtype:
         """The dtype in which a field of this flat lies on its tier."""
         if field is GRAD:
             return self.grad_dtype
+        if field.dtype == SCALED:
+            return torch.uint8
         return self.dtype if field.dtype is None else STORED[field.dtype]
+
+    def num_bytes(self, field: Field, numel: int) -> int:
+        """Bytes of `numel` elements of a field, from a cut between chunks on."""
+        return bytes_of(SCALED, numel) if field.dtype == SCALED else numel * self.dtype_of(field).itemsize
 
     def next_home(self, *, speculative: bool) -> dict[str, Extent]:
         """The extents that the next update writes, by name of the field.

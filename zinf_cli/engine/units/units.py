@@ -6,8 +6,9 @@ none (a final norm, a bare parameter of the root) forms the resident unit, which
 
 A unit has a flat for its trained parameters and one for its frozen ones. Where a model keeps some of them in another
 dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own. Every parameter starts at a multiple
-of ALIGN elements, so that kernels see the alignment that torch's allocator gives. A flat is padded so that it cuts into
-world_size equal slices, each of whole pages in any dtype.
+of ALIGN elements, so that kernels see the alignment that torch's allocator gives, and no block of elements with one
+scale has two parameters. A flat is padded so that it cuts into world_size equal slices, each of whole pages in any
+dtype of parameters.
 
 A block that is larger than a part may be is taken apart: its own modules become units, down to single matrices, and
 tiles of them (tiles.py). Norms and biases of such a block are resident.
@@ -22,9 +23,9 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.units.tiles import Part, Tile, parts_of
-from zinf_cli.model_state import SLICE_MULTIPLE
+from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE
 
-ALIGN = 128
+ALIGN = SCALE_BLOCK
 RESIDENT = "resident"
 
 
