@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +41,18 @@ def stated_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     from zinf_cli.train import figures
 
     monkeypatch.setattr(figures, "_flops", lambda *_: FLOPS)
+
+
+@pytest.fixture
+def looked_at_here(stated_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process, which has torch, looks at the model; another one would import it first."""
+    from zinf_cli.launch import question
+    from zinf_cli.train.question import Question
+
+    def answered(asked: str, _: object) -> object:
+        return question._figures(json.dumps(Question(asked, sys.stderr)._looked_at()), "", 0)
+
+    monkeypatch.setattr(question, "_ask", answered)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from tiny_recipes import recipe_of
 from zinf_cli.commands.estimate import Flags
 from zinf_cli.commands.estimate_recipe import estimate_recipe
 from zinf_cli.errors import CapacityError, RecipeError, UsageError, ZinfError
-from zinf_cli.launch.connection import Connection
-from zinf_cli.launch.question import _figures
 from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme, to_profile
 from zinf_cli.plan.exact import reasons_of
@@ -29,21 +26,10 @@ from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.question import Question
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 
 MIB = 2**20
-
-
-@pytest.fixture
-def looked_at_here(stated_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process, which has torch, looks at the model; another one would import it first."""
-
-    def answered(asked: str, _: Connection) -> Figures:
-        return _figures(json.dumps(Question(asked, sys.stderr)._looked_at()), "", 0)
-
-    monkeypatch.setattr("zinf_cli.launch.question._ask", answered)
 
 
 def measured(folder: Path, rate: float = 2e9) -> Measured:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from zinf_cli.commands.estimate import Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.question import figures_from
+from zinf_cli.machine.hardware import Room
 from zinf_cli.machine.profile_file import find_measured, load_measured, load_profile
 from zinf_cli.machine.profiles import BUILT_IN, Profile
+from zinf_cli.plan.alternatives import alternatives
 from zinf_cli.plan.exact import plan_document, reasons_of
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import plan_in_parts
+from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import predict, profile_here
 from zinf_cli.plan.refusal import refusal
-from zinf_cli.plan.search import nvme_folders
+from zinf_cli.plan.search import nvme_folders, room_for
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
@@ -49,31 +53,44 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             progress(Screen(stderr=True), "reading the model and the text"),
             Lifelines(transport_to(())) as lifelines,
         ):
-            found = figures_from(lifelines.connect(this_machine(1)), recipe, ranks, hosts, in_part=True)
+            connection = lifelines.connect(this_machine(1))
 
-            def figures_of(most: int | None) -> Figures:
-                return found(most) if elsewhere is None else _there(elsewhere, found(most), recipe)
+            def found(recipe: Recipe, changed: Callable[[Figures], Figures], most: int | None) -> Figures:
+                figures = changed(figures_from(connection, recipe, ranks, hosts, in_part=True)(most))
+                return figures if elsewhere is None else _there(elsewhere, figures, recipe)
 
-            figures = figures_of(None)
+            def planned(asked: Recipe, changed: Callable[[Figures], Figures], profile: Profile, room: Room) -> Plan:
+                same_model = asked.train.precision == recipe.train.precision
+                figures_of = partial(found, recipe if same_model else asked, changed)
+                return plan_in_parts(asked, figures_of(None), figures_of, profile, hosts, room)
+
+            figures = found(recipe, lambda figures: figures, None)
             if elsewhere is not None:
                 profile = _with_ranks(elsewhere, figures)
             else:
                 measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
                 profile = profile_here(figures, nvme_folders(recipe), measured)
-            plan = plan_in_parts(recipe, figures, figures_of, profile, hosts)
+            room = room_for(recipe, figures)
+            plan = planned(recipe, lambda figures: figures, profile, room)
+            others = list(alternatives(recipe, plan, profile, room, planned)) if flags.explain else []
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:
         save_timeline(played, flags.timeline)
     if flags.as_json:
-        print(json.dumps(plan_document(plan, tokens, profile), indent=2))
+        document = plan_document(plan, tokens, profile)
+        if flags.explain:
+            document["alternatives"] = [other.to_json(recipe.train.seq_len) for other in others]
+        print(json.dumps(document, indent=2))
     else:
-        from zinf_cli.screens.estimate import time_screen
+        from zinf_cli.screens.estimate import alternatives_screen, time_screen
         from zinf_cli.screens.plan import plan_screen
 
         console.print(plan_screen(plan, path.stem))
         known = elsewhere is not None or (profile.measured and profile.drives.measured)
         console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
+        if flags.explain:
+            console.print(alternatives_screen(plan, others, recipe.train.seq_len))
     if not plan.fits:
         raise refusal(plan, recipe, hosts)
 

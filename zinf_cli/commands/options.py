@@ -67,7 +67,12 @@ Strategy = Annotated[
         help="infinity, or to compare: infinity-cpu, zero-3, zero-offload, data-parallel.", rich_help_panel=MACHINE
     ),
 ]
-Explain = Annotated[bool, typer.Option("--explain", help="Show the terms of each sum, and the formulas.")]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain", help="Show the terms of each sum and the formulas; of a RECIPE, what each choice would buy."
+    ),
+]
 Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")]
 Out = Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")]
 

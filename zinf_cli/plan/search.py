@@ -120,10 +120,7 @@ def _judge(
     per_rank = -(-sequences // figures.world_size)
     micro_batches = -(-per_rank // recipe.train.micro_batch_size)
     hosts = tuple(hosts) or (this_machine(figures.world_size),)
-    machine = figures.machine
-    if room is None and machine.cpu_bytes:
-        room = Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
-    room = room or room_here(nvme_folders(recipe))
+    room = room or room_for(recipe, figures)
     drive = checkpoint_drive(recipe, nvme_folders(recipe), figures.data.max_steps)
     return partial(_plan, recipe, figures, hosts, room, micro_batches, sequences, drive), micro_batches
 
@@ -375,6 +372,14 @@ def _budgets(recipe: Recipe, figures: Figures, room: Room) -> dict[str, tuple[in
         asked_less = asked is not None and asked <= there
         budgets[tier] = (asked, key) if asked_less and asked is not None else (there, origins[tier])
     return budgets
+
+
+def room_for(recipe: Recipe, figures: Figures) -> Room:
+    """What a host of `figures` has: what this machine has now, if it is this one."""
+    machine = figures.machine
+    if machine.cpu_bytes:
+        return Room(machine.cpu_bytes, machine.nvme_bytes, machine.name, machine.name)
+    return room_here(nvme_folders(recipe))
 
 
 def nvme_folders(recipe: Recipe) -> Sequence[Path]:

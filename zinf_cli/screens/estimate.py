@@ -21,6 +21,7 @@ from zinf_cli.plan.sizes import BYTES_PER_PARAM
 from zinf_cli.screen import outside
 
 if TYPE_CHECKING:
+    from zinf_cli.plan.alternatives import Alternative
     from zinf_cli.plan.plan import Plan
 
 BAR = 24
@@ -236,3 +237,24 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
         if share >= 0.005:
             table.add_row(lane, bar(share, 1.0, fits=True) + Text(f" {100 * share:.0f} %"))
     return Panel(table, title="placement and time", expand=False)
+
+
+def alternatives_screen(plan: Plan, others: Sequence[Alternative], seq_len: int) -> RenderableType:
+    """What each choice would buy, beside the plan: seconds, tokens a second, bytes to and from drives, CPU memory."""
+    from zinf_cli.plan.alternatives import Alternative
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for title in ("a step", "tokens/s", "NVMe a step", "CPU memory"):
+        table.add_column(title, justify="right")
+    for row in (Alternative("as planned", plan), *others):
+        figures = (
+            format_seconds(row.plan.step_s),
+            f"{row.tokens_per_s(seq_len):.0f}",
+            format_bytes(row.plan.nvme_traffic_clipped),
+            format_bytes(row.cpu_bytes),
+        )
+        cells = figures if row.plan.fits else (Text("does not fit", style="bold red"), "", "", figures[-1])
+        table.add_row(outside(row.change + (" *" if row.other_results else "")), *cells)
+    note = Text("steps are clipped ones, with all that max_grad_norm costs; * changes results", style="dim")
+    return Panel(Group(table, Text(), note), title="what each choice would buy", expand=False)
