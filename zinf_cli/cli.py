@@ -203,7 +203,7 @@ def estimate(
 ) -> None:
     """Will it fit, and how fast will it be? Nothing is loaded and nothing is run.
 
-    Training a model takes about 20 bytes for each parameter, and activations besides. This says which of them lie in
+    Training a model takes 16 or 18 bytes for each parameter, and activations besides. This says which of them lie in
     GPU memory, in CPU memory and on NVMe, what each has to hold, how long a step takes, and what holds it up.
 
     With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.

@@ -38,7 +38,7 @@ def test_a_trillion_parameters_on_one_dgx2(capsys: pytest.CaptureFixture[str]) -
     found = answer(capsys, params="1T", hardware="dgx2")
     assert found["fits"] is True
     assert found["params"] == pytest.approx(1.01e12, abs=5e9)
-    assert found["model_states_bytes"] / 2**40 == pytest.approx(18.31, abs=0.005)
+    assert found["model_states_bytes"] == 18 * found["params"]  # in fp16
     assert found["state_working_bytes"] / 2**30 == pytest.approx(9.77, abs=0.005)
     assert set(found["activation_bytes"]) == {"full", "checkpoints", "working"}
     assert found["placement"]["optimizer"] == "nvme"
@@ -119,7 +119,16 @@ def test_the_largest_model_fits_and_a_larger_one_does_not(capsys: pytest.Capture
 
 def test_the_screen_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     shown = screen(capsys, params="1T", hardware="dgx2", explain=True)
-    for text in ("1.01T on 1 × dgx2", "18.3 TiB", "fits", "bound by", "give or take 20 %", "16 · hidden²", "█"):
+    for text in (
+        "1.01T on 1 × dgx2",
+        "16.5 TiB",
+        "18 B · parameters (2 parameters, 4 gradients, 12 optimizer states)",
+        "fits",
+        "bound by",
+        "give or take 20 %",
+        "16 · hidden²",
+        "█",
+    ):
         assert text in shown
     assert "computed in parts" in shown
     assert "computed in parts" not in screen(capsys, params="7B", hardware="dgx2")
@@ -175,3 +184,17 @@ def test_512_gpus_are_simulated_in_a_blink() -> None:
 )
 def test_seconds_are_written_as_people_do(value: float, text: str) -> None:
     assert format_seconds(value) == text
+
+
+def test_states_have_the_bytes_of_the_engine_and_other_strategies_those_of_the_paper(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The A100 and later compute in bf16, whose master is the parameter and two bytes more; the V100 in fp16."""
+    for hardware, strategy, each in (
+        ("dgx-h100", "infinity", 16), ("dgx2", "infinity", 18), ("dgx2", "infinity-cpu", 18), ("dgx2", "zero-3", 20),
+    ):  # fmt: skip
+        found = answer(capsys, params="1.3B", hardware=hardware, strategy=strategy)
+        assert found["model_states_bytes"] == each * found["params"]
+        terms = [tier["terms"] for tier in found["tiers"].values()]
+        held = sum(term.get(state, 0) for term in terms for state in ("params", "grads", "optimizer"))
+        assert held == pytest.approx(each * found["params"], abs=9)

@@ -15,7 +15,7 @@ from zinf_cli.errors import CapacityError, UsageError
 from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.estimate import Estimate, estimate, hosts_needed, largest_model
 from zinf_cli.plan.memory import CLASSES
-from zinf_cli.plan.needs import STRATEGIES, Scenario
+from zinf_cli.plan.needs import OWN, STRATEGIES, Scenario
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation, write_timeline
 from zinf_cli.plan.sizes import Transformer, shape_of
@@ -105,6 +105,7 @@ def scenario_of(flags: Flags) -> Scenario:
         per_sweep=_per_sweep(flags.overrides),
         strategy=flags.strategy,
         pinned=_pinned(flags.overrides, profile),
+        as_in_paper=flags.strategy not in OWN,
     )
 
 

@@ -18,7 +18,7 @@ from zinf_cli.plan.needs import PART_BYTES, STRATEGIES, Needs, Scenario, capacit
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.schedule import Step, UnitLoad, sweep_steps
 from zinf_cli.plan.simulate import RESOURCES, Cluster, Simulation, play, rates_of
-from zinf_cli.plan.sizes import BYTES_PER_PARAM, SHAPES, Transformer, efficiency, shape_of
+from zinf_cli.plan.sizes import SHAPES, Transformer, efficiency, shape_of
 
 SAMPLE = 6
 """How many blocks placements are compared with."""
@@ -60,7 +60,7 @@ class Estimate:
         rates = rates_of(scenario.profile, _cluster(scenario))
         alone = {"device": scenario.profile.device_bandwidth, "cpu": rates["copy in"]}
         alone["nvme"] = min(alone["cpu"], rates["nvme read"])
-        world, peak = scenario.world_size, scenario.profile.peak(_precision(scenario))
+        world, peak = scenario.world_size, scenario.profile.peak(scenario.precision)
         network = rates["network"] if world > 1 else float("inf")
         sequences = scenario.micro_batch_size
         return {
@@ -110,7 +110,7 @@ class Estimate:
             "nodes": scenario.hosts,
             "gpus_per_node": scenario.ranks,
             "strategy": scenario.strategy,
-            "model_states_bytes": model.state_bytes,
+            "model_states_bytes": scenario.state_bytes,
             "activation_bytes": {
                 "full": round(model.activation_bytes(scenario.micro_batch_size)),
                 "checkpoints": round(model.checkpoint_bytes(scenario.micro_batch_size)),
@@ -232,19 +232,15 @@ def step_of(
         scenario.world_size,
         placement,
         accelerator=bool(scenario.profile.accelerators),
-        dtype=PRECISIONS[_precision(scenario)],
+        dtype=PRECISIONS[scenario.precision],
         depth=2 if needs.tiles > 1 else 4,
         chunk_params=needs.chunk_params,
     )
 
 
-def _precision(scenario: Scenario) -> str:
-    return "fp16" if "fp16" in scenario.profile.matmul else "bf16"
-
-
 def _cluster(scenario: Scenario) -> Cluster:
     rows = scenario.micro_batch_size * scenario.model.seq_len
-    return Cluster(scenario.hosts, scenario.ranks, _precision(scenario), rows)
+    return Cluster(scenario.hosts, scenario.ranks, scenario.precision, rows)
 
 
 def _allowed(scenario: Scenario) -> dict[str, tuple[str, ...]]:
@@ -272,7 +268,7 @@ def _best(scenario: Scenario, *, compare: bool = True) -> tuple[dict[str, str], 
 
     Of the longest sweep that fits, the fastest placement is taken. Without `compare`, it is the first that fits.
     """
-    fitting: list[tuple[float, int, dict[str, str], int]] = []
+    fitting: list[tuple[float, float, dict[str, str], int]] = []
     rates = rates_of(scenario.profile, _cluster(scenario))
     for placement, per_sweep in _candidates(scenario):
         if fitting and per_sweep != fitting[0][3]:
@@ -283,7 +279,7 @@ def _best(scenario: Scenario, *, compare: bool = True) -> tuple[dict[str, str], 
         seconds = 0.0
         if compare:
             seconds = play(*sweep_steps(step_of(scenario, placement, per_sweep, needs, SAMPLE)), rates).step_s
-        slow = sum(TIERS.index(tier) * BYTES_PER_PARAM.get(state, 1) for state, tier in placement.items())
+        slow = sum(TIERS.index(tier) * scenario.bytes_per_param.get(state, 1) for state, tier in placement.items())
         fitting.append((round(seconds, 6), slow, placement, per_sweep))
         if not compare:
             break

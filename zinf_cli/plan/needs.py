@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from zinf_cli.machine.profiles import GIB, MEMORY_SHARE, Profile
-from zinf_cli.model_state import GRAD
+from zinf_cli.model_state import ADAMW, GRAD, ITEM_BYTES, PRECISIONS
 from zinf_cli.plan.memory import CLASSES, LEAST_PART, MIB, churn_bytes, host_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.sizes import BYTES_PER_PARAM, Transformer
@@ -23,7 +23,7 @@ SHARED_BYTES = 100 * MIB
 """The part of PROCESS_BYTES that all ranks of a host share: pages of libraries."""
 CONTEXT_BYTES = 3 * GIB // 2
 """Device memory of one rank for CUDA's context, libraries and communication buffers."""
-PART_BYTES = BYTES_PER_PARAM["params"] + GRAD.item_bytes
+PART_BYTES = ITEM_BYTES["BF16"] + GRAD.item_bytes
 """What a parameter takes while its part is computed: itself, and its gradient in fp32."""
 LOGIT_BYTES = 10
 """Bytes of one logit: in the compute precision, in fp32, and its fp32 gradient."""
@@ -55,6 +55,8 @@ STRATEGIES: Mapping[str, Strategy] = {
         _only(params="device", grads="device", optimizer="device", activations="device"),
     ),
 }
+OWN = ("infinity", "infinity-cpu")
+"""Those that zinf is, in bytes as well."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,26 @@ class Scenario:
     strategy: str = "infinity"
     pinned: Mapping[str, str] = field(default_factory=dict)
     """Class to the tier that the user asks for."""
+    as_in_paper: bool = True
+    """Whether model states have the bytes of the paper (sizes.py), and not those of zinf's engine."""
+
+    @property
+    def precision(self) -> str:
+        """What the machine computes in."""
+        return "fp16" if "fp16" in self.profile.matmul else "bf16"
+
+    @property
+    def bytes_per_param(self) -> Mapping[str, float]:
+        """Of each class of model states."""
+        if self.as_in_paper:
+            return BYTES_PER_PARAM
+        dtype = PRECISIONS[self.precision]
+        return {"params": ITEM_BYTES[dtype], "grads": GRAD.item_bytes, "optimizer": ADAMW.bytes_per_param(dtype)}
+
+    @property
+    def state_bytes(self) -> int:
+        """Of parameters, gradients and optimizer states, all hosts together."""
+        return round(sum(self.bytes_per_param.values()) * self.model.params)
 
     @property
     def world_size(self) -> int:
@@ -123,7 +145,7 @@ def class_bytes(scenario: Scenario, per_sweep: int) -> dict[str, float]:
     model, strategy = scenario.model, STRATEGIES[scenario.strategy]
     sizes = {
         state: model.params * size * (scenario.ranks if state in strategy.replicated else 1 / scenario.hosts)
-        for state, size in BYTES_PER_PARAM.items()
+        for state, size in scenario.bytes_per_param.items()
     }
     sizes["activations"] = model.checkpoint_bytes(scenario.micro_batch_size * per_sweep) * scenario.ranks
     return sizes
@@ -153,13 +175,14 @@ def needs_of(scenario: Scenario, placement: Mapping[str, str], per_sweep: int) -
         held[compute]["matrix"] = ranks * model.state_working_bytes
     if compute == "device" and "nvme" in placement.values():
         # drives reach an accelerator through CPU memory: two parts on their way, in slices
-        held["cpu"]["staging"] = 2 * part * BYTES_PER_PARAM["params"]
+        held["cpu"]["staging"] = 2 * part * scenario.bytes_per_param["params"]
     slice_params = model.block_params / scenario.world_size
     chunk_params = 0.0
     if placement["optimizer"] not in (compute, "device"):
-        left = (may_use[compute] - sum(held[compute].values())) / ranks / BYTES_PER_PARAM["optimizer"]
+        each = scenario.bytes_per_param["optimizer"]
+        left = (may_use[compute] - sum(held[compute].values())) / ranks / each
         chunk_params = max(min(2 * slice_params, left), slice_params / 64)
-        held[compute]["update_buffers"] = ranks * chunk_params * BYTES_PER_PARAM["optimizer"]
+        held[compute]["update_buffers"] = ranks * chunk_params * each
     if scenario.profile.one_pool:
         held["cpu"]["device"] = sum(held["device"].values())
     return Needs(held, may_use, tiles, chunk_params or 2 * slice_params)

@@ -17,7 +17,6 @@ from zinf_cli.plan.memory import NAMES
 from zinf_cli.plan.needs import capacity
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.simulate import Simulation
-from zinf_cli.plan.sizes import BYTES_PER_PARAM
 from zinf_cli.screen import outside
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def _terms(answer: Estimate) -> Table:
 
 
 def _formulas(answer: Estimate) -> Table:
-    model, sequences = answer.scenario.model, answer.scenario.micro_batch_size
+    model, sequences, each = answer.scenario.model, answer.scenario.micro_batch_size, answer.scenario.bytes_per_param
     table = Table(box=None, pad_edge=False)
     for title in ("ZeRO-Infinity, section 3 and 4", "", ""):
         table.add_column(title, justify="right" if table.columns[1:] else "left")
@@ -172,8 +171,8 @@ def _formulas(answer: Estimate) -> Table:
         ),
         (
             "model states",
-            f"{sum(BYTES_PER_PARAM.values())} B · parameters (2 fp16, 2 gradient, 16 fp32 and Adam)",
-            format_bytes(model.state_bytes),
+            f"{sum(each.values()):g} B · parameters ({', '.join(f'{each[state]:g} {NAMES[state]}' for state in each)})",
+            format_bytes(answer.scenario.state_bytes),
         ),
         (
             "checkpoints of a micro-batch",
