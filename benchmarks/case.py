@@ -48,6 +48,8 @@ class Case:
     """Largest gradient norm: 1 clips every step of this training, NEVER_CLIPS none. None: zinf updates in backward."""
     precision: str = "auto"
     """Of the compute: fp32, or bf16 with fp32 masters. auto: bf16 on an accelerator, fp32 on a CPU."""
+    state_dtype: str = "fp32"
+    """Of zinf's moments."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,4 +85,5 @@ class Case:
             + {None: ", no clipping", NEVER_CLIPS: ", norm never clips"}.get(self.clip, "")
             + ("" if self.model == "216M" else f", {self.model}")
             + ("" if self.precision == "auto" else f", {self.precision}")
+            + ("" if self.state_dtype == "fp32" else f", moments in {self.state_dtype}")
         )

@@ -15,6 +15,7 @@ import yaml
 
 from benchmarks.case import Case
 from benchmarks.watch import Watched, watch
+from zinf_cli.run_folder.names import METRICS, PLAN
 
 WARM_UP = 2
 """First steps that do not count: memory is touched, the route is learned."""
@@ -46,7 +47,7 @@ def launch_command(case: Case, tier: str | Mapping[str, str], steps: int, folder
             "max_grad_norm": case.clip,
             "precision": case.precision,
         },
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {"lr": 1e-4, "state_dtype": case.state_dtype},
         "activation_checkpointing": "unit" if case.checkpointing else "none",
         "offload": {
             **tiers,
@@ -69,7 +70,8 @@ def zinf(tier: str) -> Contender:
 
     def run(case: Case, steps: int, folder: Path) -> Watched:
         command, run_dir = launch_command(case, tier, steps + WARM_UP, folder)
-        return watch(command, environment(folder), run_dir / "metrics.jsonl", WARM_UP)
+        watched = watch(command, environment(folder), run_dir / METRICS, WARM_UP)
+        return dataclasses.replace(watched, planned_bytes=json.loads((run_dir / PLAN).read_text())["nvme_traffic"])
 
     return run
 

@@ -32,9 +32,12 @@ CASES = {
     "8x64-bf16": Case(8, 64, precision="bf16"),
     "8x64-bf16-never-clips": Case(8, 64, precision="bf16", clip=NEVER_CLIPS),
     "8x64-bf16-unclipped": Case(8, 64, precision="bf16", clip=None),
+    "8x64-bf16-moments": Case(8, 64, precision="bf16", clip=None, state_dtype="bf16"),
+    "8x64-int8-moments": Case(8, 64, precision="bf16", clip=None, state_dtype="int8"),
 }
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3
+GIB = 2**30
 
 
 def main() -> None:
@@ -74,6 +77,8 @@ def _rows(case: Case, runs: dict[str, list[Watched]], drive: float) -> Sequence[
         waits = [wait for run in watched for wait in run.wait_s]
         read = statistics.median(run.read_bytes for run in watched)
         written = statistics.median(run.write_bytes for run in watched)
+        moved = read + written
+        planned = watched[0].planned_bytes
         rows.append(
             {
                 "contender": name,
@@ -83,13 +88,21 @@ def _rows(case: Case, runs: dict[str, list[Watched]], drive: float) -> Sequence[
                 "peak_memory_bytes": max(run.peak_bytes for run in watched),
                 "read_per_step_bytes": read,
                 "written_per_step_bytes": written,
-                "bytes_per_parameter": (read + written) / case.num_params or None,
+                "bytes_per_parameter": _by(case.num_params, moved, planned) if moved else None,
+                "cpu_s_per_GiB": statistics.median(run.drive_cpu_s for run in watched) / (moved / GIB)
+                if moved
+                else None,
                 "drive_bytes_per_s": None if rows else drive,
                 "limit": _limit(runs, drive) if name == "zinf-nvme" else None,
                 "losses_apart": _apart(runs, name),
             }
         )
     return rows
+
+
+def _by(params: int, moved: float, planned: int | None) -> float | tuple[float, float]:
+    """Bytes for each parameter, those of the plan before those that were moved."""
+    return moved / params if not planned else (planned / params, moved / params)
 
 
 def _limit(runs: dict[str, list[Watched]], drive: float) -> float | None:

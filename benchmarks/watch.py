@@ -1,4 +1,4 @@
-"""A command and its process tree, watched from outside: peak memory, bytes to and from drives."""
+"""A command and its process tree, watched from outside: peak memory, bytes to and from drives, and their CPU time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -30,6 +30,22 @@ class Watched:
     write_bytes: int
     peak_bytes: int
     """Proportional set size of the whole tree."""
+    drive_cpu_s: float
+    """User and system time of one step, of the threads that move its bytes."""
+    planned_bytes: int | None = None
+    """What the plan says that a step reads and writes, where the contender has one."""
+
+
+@dataclass(frozen=True)
+class _Look:
+    """At one moment, of a process and all below it."""
+
+    memory: int = 0
+    """PSS."""
+    read: int = 0
+    written: int = 0
+    threads: Mapping[int, tuple[int, float]] = field(default_factory=dict)
+    """Bytes moved and CPU seconds of each thread."""
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Path, skip: int) -> Watched:
@@ -41,19 +57,19 @@ def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Pa
     said: list[str] = []
     reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)
     reader.start()
-    peak, moved = 0, (0, 0)
-    before: tuple[int, int] | None = None
+    peak = 0
+    before: _Look | None = None
     count_before = 0
-    after: tuple[int, int] = (0, 0)
+    after = _Look()
     count_after = 0
     while process.poll() is None:
-        memory, moved = _look(process.pid)
-        peak = max(peak, memory)
+        now = _look(process.pid)
+        peak = max(peak, now.memory)
         count = _lines(steps_file)
         if count >= skip and before is None:
-            before, count_before = moved, count
+            before, count_before = now, count
         if count > count_after:
-            after, count_after = moved, count
+            after, count_after = now, count
         time.sleep(INTERVAL_S)
     reader.join(5)
     if process.returncode != 0:
@@ -62,15 +78,26 @@ def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Pa
     every_step = [step for step in steps if "step_s" in step]
     steps = every_step[skip:]
     counted = max(1, count_after - count_before)
-    first = before or (0, 0)
+    first = before or _Look()
     return Watched(
         [step["step_s"] for step in steps],
         [step["wait_s"] for step in steps if "wait_s" in step],
         [step["loss"] for step in every_step],
-        (after[0] - first[0]) // counted,
-        (after[1] - first[1]) // counted,
+        (after.read - first.read) // counted,
+        (after.written - first.written) // counted,
         peak,
+        _drive_cpu_s(first, after) / counted,
     )
+
+
+def _drive_cpu_s(before: _Look, after: _Look) -> float:
+    """Of the threads that have moved a hundredth of the bytes or more. The one that computes writes a line a step."""
+    spent = {}
+    for thread, (moved, cpu) in after.threads.items():
+        moved_before, cpu_before = before.threads.get(thread, (0, 0.0))
+        spent[thread] = moved - moved_before, cpu - cpu_before
+    least = sum(moved for moved, _ in spent.values()) / 100
+    return sum(cpu for moved, cpu in spent.values() if moved > least)
 
 
 def _lines(path: Path) -> int:
@@ -79,9 +106,9 @@ def _lines(path: Path) -> int:
     return 0
 
 
-def _look(pid: int) -> tuple[int, tuple[int, int]]:
-    """(PSS, (bytes read, bytes written)) of a process and all below it."""
+def _look(pid: int) -> _Look:
     memory = read = written = 0
+    threads: dict[int, tuple[int, float]] = {}
     with contextlib.suppress(psutil.Error):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
@@ -90,4 +117,13 @@ def _look(pid: int) -> tuple[int, tuple[int, int]]:
                 counters = process.io_counters()
                 read += counters.read_bytes
                 written += counters.write_bytes
-    return memory, (read, written)
+                threads.update(
+                    (of.id, (_moved(process.pid, of.id), of.user_time + of.system_time)) for of in process.threads()
+                )
+    return _Look(memory, read, written, threads)
+
+
+def _moved(pid: int, thread: int) -> int:
+    """Bytes that a thread has read from drives and written to them."""
+    counters = dict(line.split(": ") for line in Path(f"/proc/{pid}/task/{thread}/io").read_text().splitlines())
+    return int(counters["read_bytes"]) + int(counters["write_bytes"])
