@@ -54,7 +54,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for last in range(EVERY, arguments.steps + 1, EVERY):
         losses = {
-            dtype: fmean(line["loss"] for line in lines if last - EVERY < line["step"] <= last)
+            dtype: f"{fmean(line['loss'] for line in lines if last - EVERY < line['step'] <= last):.4f}"
             for dtype, lines in found.items()
         }
         rows.append({"steps": f"{last - EVERY + 1} to {last}", **losses})
