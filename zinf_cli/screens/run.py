@@ -19,7 +19,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.wear import TB
+from zinf_cli.plan.wear import on_drives
 from zinf_cli.screen import outside
 
 _MOST_HOSTS_SHOWN = 16
@@ -175,11 +175,11 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
 
     row("seconds per step (median)", "step_s", lambda v: f"{v:.2f}")
     row("tokens per second (median)", "tokens_per_s", lambda v: f"{v:.0f}")
-    row("waiting for data", "wait_share", lambda v: f"{100 * v:.0f} %")
+    row("waiting for data", "wait_share", lambda v: f"{100 * max(0.0, v):.0f} %")
     row("CPU memory of the host, peak", "host_cpu_bytes", format_bytes)
     row("CPU memory of rank 0, peak", "cpu_bytes", format_bytes)
-    row("on NVMe, per rank", "nvme_bytes", format_bytes)
-    row("NVMe traffic per step and rank", "nvme_traffic", format_bytes)
+    row("on NVMe, per rank", "nvme_bytes", lambda v: format_bytes(v) if v else "")
+    row("NVMe traffic per step and rank", "nvme_traffic", lambda v: format_bytes(v) if v else "")
     row("written to a host's drives", "drives_written", lambda v: _written(v, summary["endurance_bytes"]))
     row("experts that tokens reach", "experts_reached", lambda v: f"{100 * v:.0f} %")
     lines: list[RenderableType] = [table, Text()]
@@ -214,7 +214,7 @@ def _perplexity(loss: float) -> str:
 def _written(num_bytes: float, endurance_bytes: float | None) -> str:
     """Bytes, and their share of what drives are rated for; nothing if there are none."""
     share = "" if endurance_bytes is None else f", {100 * num_bytes / endurance_bytes:.2g} % of their life"
-    return f"{num_bytes / TB:.3g} TB{share}" if num_bytes else ""
+    return f"{on_drives(num_bytes)}{share}" if num_bytes else ""
 
 
 def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableType:
