@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.engine.compute.sweep_member import MicroBatch
@@ -129,15 +130,19 @@ def open_engine(
     most: int | None = None,
     slot_bytes: int | None = None,
     in_chunks: bool = False,
+    experts: str | None = None,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
     `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
     `slot_bytes`: the slots have these instead.
-    `in_chunks`: the loss is computed in chunks.
+    `in_chunks`: the loss is computed in chunks. `experts`: as in plain_losses.
     """
     model = build_model(source, dtype)
+    if experts is not None:
+        assert isinstance(model, PreTrainedModel)
+        model.set_experts_implementation(experts)
     freeze_params(model, freeze)
     weights = TiledWeights(open_weights(model, source), model)
     if most is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from checkpoints import resumed, save
 from own_processes import in_processes
 from peaks import peak_of_layer
 from plain import (
+    batches,
     engine_losses,
     every_other_unit_cached,
     everything_on,
@@ -34,7 +35,8 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.visit import Visit
-from zinf_cli.engine.units.tiles import cut, parts_of
+from zinf_cli.engine.units.origins import parts_of
+from zinf_cli.engine.units.tiles import cut
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
 from zinf_cli.trace import LANES
@@ -145,6 +147,37 @@ def test_experts_learn_with_the_bits_of_plain_pytorch(name: str, tmp_path: Path)
             cut_experts += unit.layout.on_demand
     assert cut_experts >= 12
     engine.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_a_norm_that_clips_is_the_same_whole_and_cut(name: str) -> None:
+    """To the bit, as losses are: an expert's norm is taken by itself, whatever is cut and whichever it is in its tile.
+
+    The norm of plain PyTorch adds up all experts of a layer in one chain.
+    """
+    width = "intermediate_size" if name in ("mixtral", "gpt_oss", "olmoe") else "moe_intermediate_size"
+    many = source(name, **TWELVE[name], num_experts_per_tok=4, **{width: 160})
+    each = 3 * 32 * 160
+
+    def learned(most: int | None) -> tuple[list[float], list[list[float]]]:
+        engine = open_engine(many, EngineOptions(), most=most, experts="eager")
+        found = [
+            engine.train_step(
+                [MicroBatch(partial(model_loss, engine.model, ids, ids), 1 / 2) for ids in batches(step, 2)],
+                AdamW(1e-3),
+                max_grad_norm=0.05,
+            )
+            for step in range(STEPS)
+        ]
+        engine.close()
+        return [step.grad_norm for step in found], [step.losses for step in found]
+
+    norms, losses = learned(None)
+    assert min(norms) > 0.05
+    for most in (each, 2 * each):
+        assert learned(most) == (norms, losses)
+    assert relative_difference(losses, plain_losses(many, STEPS, count=2, clip=0.05)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

@@ -26,7 +26,8 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.units import chunked_loss, loss_chunks
 from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.loss_chunks import HeadWeight, has_many_logits, keep_logits, put_off_logits
-from zinf_cli.engine.units.tiles import cut, parts_of
+from zinf_cli.engine.units.origins import parts_of
+from zinf_cli.engine.units.tiles import cut
 from zinf_cli.errors import ModelError
 from zinf_cli.plan.search import best_plan
 from zinf_cli.train.figures import find_figures

@@ -179,7 +179,7 @@ class Engine:
         if more:
             self._sweep.announce_step(len(self._dealer.deal(batches)))
         self._pipeline.finish_gradients()
-        norm = self._grad_norm() / loss_scale
+        norm = self._pipeline.norms.total() / loss_scale
         finite = math.isfinite(norm.item()) and self._all_finite(batches, losses)
         most = math.inf if max_grad_norm is None else max_grad_norm
         clip = torch.clamp(most / (norm + 1e-6), max=1.0)
@@ -344,15 +344,6 @@ class Engine:
         if self._pipeline.updates.kernel is not None:
             self._pipeline.flush(number for number, unit in enumerate(self.units) if unit.life.update_due)
             self._pipeline.finish_flushes()
-
-    def _grad_norm(self) -> torch.Tensor:
-        """The 2-norm over all gradients (fp32 scalar). With one rank, computed as clip_grad_norm_ does."""
-        norms = self._pipeline.norms
-        if self._ranks.world_size == 1:
-            ordered = [norms[index] for index in sorted(norms)]
-            return torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
-        squares = sum((norm**2 for norm in norms.values()), torch.zeros((), dtype=torch.float64))
-        return self._ranks.sum(squares.cpu()).sqrt().float()
 
     def _all_finite(self, batches: Sequence[MicroBatch], losses: Sequence[torch.Tensor]) -> bool:
         """Whether the losses of all ranks are finite. Losses without weight do not count."""

@@ -25,7 +25,7 @@ from zinf_cli.engine.compute.stored_places import take_out
 from zinf_cli.engine.eight_bits import CODES, Blocks, decoded, encode
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.split_masters import join
-from zinf_cli.engine.units.tiles import shapes_of
+from zinf_cli.engine.units.origins import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
 from zinf_cli.model_state import (
     CHUNK_NUMEL,

@@ -21,7 +21,8 @@ from zinf_cli.checkpoint.folder import checkpoints_to_resume
 from zinf_cli.engine.compute.survey import Survey, UnitUse
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.precision import DTYPES
-from zinf_cli.engine.units.tiles import Tile, cut_together, parts_of
+from zinf_cli.engine.units.origins import parts_of
+from zinf_cli.engine.units.tiles import Tile, cut_together
 from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.machine.control_groups import cores_here

@@ -12,7 +12,7 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.lion import Lion
 from zinf_cli.engine.traffic.sgd import Sgd
-from zinf_cli.engine.units.tiles import parts_of
+from zinf_cli.engine.units.origins import parts_of
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import STATE_DTYPES, OptimizerState
 from zinf_cli.recipe.recipe import Optimizer, Recipe

@@ -23,6 +23,7 @@ from zinf_cli.engine.traffic.eager import EagerUpdates
 from zinf_cli.engine.traffic.fetch import Fetch
 from zinf_cli.engine.traffic.gather_stream import GatherStream
 from zinf_cli.engine.traffic.narrow_grads import narrowed
+from zinf_cli.engine.traffic.norms import GradientNorms
 from zinf_cli.engine.traffic.one_order import OneOrder
 from zinf_cli.engine.traffic.update import Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
@@ -70,9 +71,7 @@ class Pipeline:
         self.updates = Updates()
         self._wait_s = 0.0
         self._stopwatch = stopwatch_of(memory.slots.device)
-        self.norms: dict[int, torch.Tensor] = {}
-        """Gradient norms of this step (scalars), by index of the parameter. With several ranks, the norm of a flat's
-        slice, by index of the flat's first parameter."""
+        self.norms = GradientNorms(ranks)
         self.completed: set[int] = set()
         """Units whose gradient of this step is complete."""
         self._coming: deque[Visit] = deque()
@@ -110,7 +109,7 @@ class Pipeline:
         """Drop the gradients of the step before, or of an abandoned step."""
         self.waited()  # for something else than a step, such as an evaluation
         self._wait_s = 0.0
-        self.norms.clear()
+        self.norms.begin_step()
         self.completed.clear()
         self.eager.made.clear()
         for unit in self.units:
@@ -371,7 +370,7 @@ class Pipeline:
             unit.life.gradient_reduced(reduction.touched.told)
         else:
             unit.life.count_backward()
-        self._note_norms(unit, own)  # of a visit that is not the last one, too: no other may come
+        self.norms.note(unit, own)  # of a visit that is not the last one, too: no other may come
         eager = reduction.touched is not None and self.eager.takes(unit)
         if reduction.touched is not None and homes is None and not (eager and not self.eager.speculative):
             own = [narrowed(values, flat.dtype) for flat, values in zip(unit.trained, own, strict=True)]
@@ -379,12 +378,3 @@ class Pipeline:
             self.eager.start(fetch, own)
             return
         fetch.free_grad(unit.write_grads(own))
-
-    def _note_norms(self, unit: Unit, own: Sequence[torch.Tensor]) -> None:
-        for flat, values in zip(unit.trained, own, strict=True):
-            if self.ranks.world_size > 1:
-                self.norms[flat.layout.params[0].index] = torch.linalg.vector_norm(values).double()
-                continue
-            for place, touched in zip(flat.layout.params, flat.touched, strict=True):
-                if touched:
-                    self.norms[place.index] = torch.linalg.vector_norm(place.view(values))

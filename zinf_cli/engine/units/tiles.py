@@ -227,25 +227,11 @@ def _owners(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module,
 def put_in_place(module: nn.Module, tiled: Mapping[str, TiledWeight]) -> None:
     """Put TiledWeights of the same tiles into their module in place of its weights, and the tiles as its children."""
     for name in tiled:
-        del module._parameters[name]
+        module._parameters[name] = None  # its place among the others stays
         module.__dict__[name] = tiled[name]
     name = next(iter(tiled)) if len(tiled) == 1 else "experts"
     tiles = max((weight.tiles for weight in tiled.values()), key=len)  # some weights are of fewer experts
     module.add_module(TILES + name, nn.ModuleList(tiles))
-
-
-def shapes_of(model: nn.Module, *, trained: bool = False) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of a model, by name, as it was before the model was cut; or of the trained alone."""
-    parts = parts_of(model)
-    params = [(name, param) for name, param in model.named_parameters() if param.requires_grad or not trained]
-    named = ((parts.get(id(param)), name, param) for name, param in params)
-    return {part.name if part else name: tuple(part.shape if part else param.shape) for part, name, param in named}
-
-
-def parts_of(model: nn.Module) -> dict[int, Part]:
-    """Where each tile's parameters lie in those that were cut, by the id() of the tile's parameter."""
-    tiles = (tile for tile in model.modules() if isinstance(tile, Tile))
-    return {id(getattr(tile, name)): part for tile in tiles for name, part in tile.parts.items()}
 
 
 def move_tiled(model: nn.Module, device: torch.device) -> None:

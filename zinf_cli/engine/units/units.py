@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.units.tiles import Part, Tile, parts_of
+from zinf_cli.engine.units.origins import experts_of, parts_of, shapes_of
+from zinf_cli.engine.units.tiles import Part, Tile
 from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE
 
 ALIGN = SCALE_BLOCK
@@ -35,13 +36,15 @@ class ParamLayout:
 
     name: str
     index: int
-    """Its place in model.parameters(), which orders the gradient norms as clip_grad_norm_ does."""
+    """The place of its origin in model.parameters() before the model was cut: it orders the norms of gradients."""
     shape: torch.Size
     offset: int
     bounds: tuple[float | None, float | None] | None = None
     """Least and most that the model's own forward lets it be (written_weights.py)."""
     part: Part | None = None
     """Where it lies in a larger parameter, if it is a tile of one."""
+    packs_experts: bool = False
+    """Whether it has a matrix for each of some experts, and the model computes them one after another."""
 
     @property
     def numel(self) -> int:
@@ -126,9 +129,7 @@ def discover(
     more than `most` elements is taken apart.
     """
     groups = _merge_shared([(name, module) for name, module in _candidates(model, most) if name not in demoted])
-    names = {id(param): name for name, param in model.named_parameters()}
-    order = {name: index for index, name in enumerate(names.values())}
-    parts = parts_of(model)
+    make = _Flats(model, world_size)
     taken: dict[int, int] = {}
     for number, group in enumerate(groups):
         for _, module in group:
@@ -141,10 +142,10 @@ def discover(
         params = [p for p in model.parameters() if taken.get(id(p)) == number]
         if params:
             paths = tuple(name for name, _ in group)
-            units.append(UnitLayout(_name(model, paths[0]), paths, _flats(params, names, order, parts, world_size)))
+            units.append(UnitLayout(_name(model, paths[0]), paths, make.of(params)))
     rest = [p for p in model.parameters() if id(p) not in taken]
     if rest:
-        units.append(UnitLayout(RESIDENT, (), _flats(rest, names, order, parts, world_size)))
+        units.append(UnitLayout(RESIDENT, (), make.of(rest)))
     return tuple(units)
 
 
@@ -207,25 +208,34 @@ def _params_outside(model: nn.Module, unit_modules: set[int]) -> Iterator[nn.Par
     yield from walk(model)
 
 
-def _flats(
-    params: Sequence[nn.Parameter],
-    names: dict[int, str],
-    order: dict[str, int],
-    parts: dict[int, Part],
-    world_size: int,
-) -> tuple[FlatLayout, ...]:
-    kinds = {(not param.requires_grad, param.dtype.itemsize, str(param.dtype)): param.dtype for param in params}
-    flats = []
-    for kind, dtype in sorted(kinds.items(), key=lambda item: item[0]):
-        trainable = not kind[0]
-        layouts = []
-        offset = 0
-        for param in params:
-            if (param.requires_grad, param.dtype) == (trainable, dtype):
-                name = names[id(param)]
-                layouts.append(ParamLayout(name, order[name], param.shape, offset, part=parts.get(id(param))))
-                offset += -(-param.numel() // ALIGN) * ALIGN
-        multiple = world_size * SLICE_MULTIPLE
-        numel = max(1, -(-offset // multiple)) * multiple
-        flats.append(FlatLayout(tuple(layouts), trainable, dtype, numel, numel // world_size))
-    return tuple(flats)
+class _Flats:
+    """Lays the parameters of a model out in flats."""
+
+    def __init__(self, model: nn.Module, world_size: int) -> None:
+        self._names = {id(param): name for name, param in model.named_parameters()}
+        self._order = {name: index for index, name in enumerate(shapes_of(model))}
+        self._parts = parts_of(model)
+        self._experts = experts_of(model)
+        self._multiple = world_size * SLICE_MULTIPLE
+        self._world_size = world_size
+
+    def of(self, params: Sequence[nn.Parameter]) -> tuple[FlatLayout, ...]:
+        """The flats of a unit that has `params`."""
+        kinds = {(not param.requires_grad, param.dtype.itemsize, str(param.dtype)): param.dtype for param in params}
+        flats = []
+        for kind, dtype in sorted(kinds.items(), key=lambda item: item[0]):
+            trainable = not kind[0]
+            layouts = []
+            offset = 0
+            for param in params:
+                if (param.requires_grad, param.dtype) == (trainable, dtype):
+                    layouts.append(self._layout(param, offset))
+                    offset += -(-param.numel() // ALIGN) * ALIGN
+            numel = max(1, -(-offset // self._multiple)) * self._multiple
+            flats.append(FlatLayout(tuple(layouts), trainable, dtype, numel, numel // self._world_size))
+        return tuple(flats)
+
+    def _layout(self, param: nn.Parameter, offset: int) -> ParamLayout:
+        name, part = self._names[id(param)], self._parts.get(id(param))
+        index = self._order[name if part is None else part.name]
+        return ParamLayout(name, index, param.shape, offset, part=part, packs_experts=id(param) in self._experts)
