@@ -12,7 +12,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from in_process import run
-from tiny_models import CONFIGS
+from tiny_models import CONFIGS, random_source
 from tiny_recipes import recipe_of
 from zinf_cli.amounts import parse_bytes
 from zinf_cli.machine.profiles import Drives
@@ -26,6 +26,11 @@ from zinf_cli.train import figures as finding
 from zinf_cli.train.figures import find_figures
 
 MIB = 2**20
+DBRX = {
+    "model_type": "dbrx", "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 96,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +143,26 @@ def test_a_weight_that_cant_be_cut_stays_whole_and_is_named(tmp_path: Path, monk
     parts = run(tiny, best_plan(tiny, find_figures(tiny, 1, most=2000)))
     for one, other in zip(whole, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "held"),
+    [
+        (
+            {**(random_source("gpt_oss").config or {}), "num_local_experts": 12},
+            ("layers.0.mlp.experts.gate_up_proj_bias", 1),
+        ),
+        (DBRX, ("blocks.0.ffn.experts.mlp.w1", 3)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_matrices_that_are_held_whole_are_named(config: dict[str, Any], held: tuple[str, int], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    said = " ".join(find_figures(recipe, 1, most=1500).model.notes)
+    name, others = held
+    assert f"{name}, and {others} like it, can't be cut, and stay in memory for the whole step" in said
+    assert not any("for the whole step" in note for note in find_figures(recipe, 1).model.notes)
 
 
 def _with_wide_blocks(folder: Path) -> Recipe:

@@ -39,7 +39,7 @@ from zinf_cli.train.setup import (
     open_text,
     resolve_precision,
 )
-from zinf_cli.train.surveyed import Prepared, first_micro_batch, prepare, survey_on_data
+from zinf_cli.train.surveyed import Prepared, first_micro_batch, held_whole, prepare, survey_on_data
 from zinf_cli.train.text_files import find_texts
 from zinf_cli.train.tiled_weights import TiledWeights
 
@@ -85,6 +85,7 @@ def find_figures(
         trial = Trial(TiledWeights(weights, model).read, device)
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)
         left_out.append(said)
+    left_out += held_whole(seen.units, most) if most is not None else ()
     sources = tuple(map(str, recipe.dataset.paths)) if recipe.dataset.weights else ()
     lines = (*_texts(recipe), *text.lines)
     if text.share < 1:

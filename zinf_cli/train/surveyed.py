@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,7 @@ from zinf_cli.engine.compute.unsurveyed import guessed
 from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
 from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.engine.units.token_chunks import Chunkable, Inputs, find_chunkable, in_chunks, noted_inputs
-from zinf_cli.engine.units.units import UnitLayout, discover
+from zinf_cli.engine.units.units import ParamLayout, UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.errors import ModelError, UncuttableError
 from zinf_cli.plan.layout import ModelFigures
@@ -89,13 +90,29 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None,
 
 def _cut_alike(model: nn.Module, weight: str) -> list[str]:
     """The weights that were cut and have the name of `weight`, but for the numbers in it."""
-
-    def pattern(name: str) -> str:
-        return re.sub(r"\d+", "#", name)
-
     held = [value for module in model.modules() for value in module.__dict__.values()]
     names = {value.origin for value in held if type(value) is TiledWeight}  # what puts off logits is no cut
-    return sorted(name for name in names if pattern(name) == pattern(weight))
+    return sorted(name for name in names if _pattern(name) == _pattern(weight))
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def held_whole(units: Sequence[UnitLayout], most: int) -> Iterator[str]:
+    """Notes on matrices, alike and together larger than a part, that a model in parts of `most` elements holds whole.
+
+    They are resident: what takes them is no Linear, no Embedding and no call of a layer's experts.
+    """
+    alike: dict[str, list[ParamLayout]] = {}
+    for place in (place for unit in units if unit.resident for place in unit.params()):
+        if len(place.shape) > 1:
+            alike.setdefault(_pattern(place.name), []).append(place)
+    for places in alike.values():
+        if (numel := sum(place.numel for place in places)) > most:
+            others = f", and {len(places) - 1} like it," if len(places) > 1 else ""
+            stay = "stay" if others else "stays"
+            yield f"{places[0].name}{others} can't be cut, and {stay} in memory for the whole step: {numel} parameters"
 
 
 def survey_model(
