@@ -28,7 +28,7 @@ from plain import (
     plain_losses,
     relative_difference,
 )
-from tiny_models import random_source
+from tiny_models import random_source, skip_unless_known
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
@@ -36,7 +36,7 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.visit import Visit
 from zinf_cli.engine.units.origins import parts_of
-from zinf_cli.engine.units.tiles import cut
+from zinf_cli.engine.units.tiles import cut, cut_together
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
 from zinf_cli.trace import LANES
@@ -44,6 +44,7 @@ from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss
 from zinf_cli.train.weights import open_weights
+from zoo.shrink import class_names, configs
 
 STEPS = 3
 ONE, TWO = 2000, 3500
@@ -178,6 +179,22 @@ def test_a_norm_that_clips_is_the_same_whole_and_cut(name: str) -> None:
     for most in (each, 2 * each):
         assert learned(most) == (norms, losses)
     assert relative_difference(losses, plain_losses(many, STEPS, count=2, clip=0.05)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "jamba", "longcat_flash"])
+@pytest.mark.filterwarnings("ignore")  # of models, about their configurations
+def test_types_whose_cut_adds_up_in_another_order_differ_in_last_bits(name: str) -> None:
+    """Of all types with experts, those that have not the bits of plain PyTorch (docs/architecture.md, "Parts")."""
+    skip_unless_known(name)
+    many = ModelSource(None, next(configs(name, class_names(name)[0])), "random", 0)
+    sizes = []
+    for weights in map(cut_together, build_model(many).modules()):
+        packed = any(weight.dim() > 2 for weight in weights.values())
+        sizes.append(sum(weight.numel() // (len(weight) if packed else 1) for weight in weights.values()))
+    engine = open_engine(many, EngineOptions(), most=max(sizes), experts="eager")
+    assert any(unit.layout.on_demand for unit in engine.units)
+    expected = plain_losses(many, STEPS, experts="eager")
+    assert relative_difference(engine_losses(engine, STEPS), expected) < 3e-7
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])

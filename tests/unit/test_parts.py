@@ -84,6 +84,19 @@ def test_all_placements_of_one_cut_have_the_same_bits(name: str, tmp_path: Path)
         assert relative_difference(losses, expected) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gemma2"])
+def test_ten_steps_end_with_the_weights_of_plain_pytorch(name: str, tmp_path: Path) -> None:
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(random_source(name), 10, parameters=expected)
+    engine = in_parts(name, everything_on("nvme", tmp_path), TILES)
+    assert relative_difference(engine_losses(engine, 10, close=False), losses) < 1e-6
+    reader = CheckpointReader(save(engine, tmp_path / "run", 10))
+    for parameter, values in expected.items():
+        assert (reader.param(parameter) - values).norm() < 1e-5 * values.norm(), parameter
+    reader.close()
+    engine.close()
+
+
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_with_eager_updates_and_with_a_clip_that_bites(clip: float | None, tmp_path: Path) -> None:
     expected = plain_losses(random_source("llama"), STEPS, clip=clip)
