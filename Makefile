@@ -19,11 +19,11 @@ fetch: install ## get the demo's model and text into data/ (SmolLM2-135M and the
 demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few minutes
 	.venv/bin/zinf launch recipes/smollm2-135m.yaml
 
-# Tests wait a good part of their time, so there is one more at once than there are cores. Ranks of those that run beside
-# each other have more threads than that: one that waits must not spin.
+# Unit tests wait for a part of their time, so there is one more at once than there are cores. Ranks of tests that run
+# beside each other have more threads than there are cores: one that waits must not spin.
 test: install lab ## run the unit and integration tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $$(($$(nproc) + 1)) --dist worksteal tests/unit tests/gpu
-	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 3 --dist loadgroup tests/integration
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
 	$(PYTHON) -m pytest tests/crash
@@ -33,7 +33,7 @@ test-storage: install ## fail every call that reads, writes, syncs or names a fi
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each, by SSH and by srun: an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration/test_faults.py \
-	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py --junitxml=.faults.xml
+	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py tests/integration/test_bench_links.py --junitxml=.faults.xml
 	PYTHONPATH=tests $(PYTHON) -m programs.fault_table .faults.xml
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
