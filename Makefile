@@ -38,6 +38,7 @@ test-faults: install lab ## every fault of a run on many hosts, at ten moments e
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
+	ZINF_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/unit/test_parts.py tests/unit/test_plan_parts.py tests/unit/test_plan.py
 
 test-speeds: ## the tests as on a machine whose measured speeds are a tenth of this one's, and ten times them
 	ZINF_TEST_SPEED=0.1 $(MAKE) test

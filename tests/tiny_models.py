@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,11 @@ def skip_unless_known(model_type: str) -> None:
     """Skip a test about a type that the installed transformers does not have: the oldest one has fewer."""
     if model_type not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"transformers {version('transformers')} has no {model_type}")
+
+
+def some_of(names: Sequence[str]) -> Sequence[str]:
+    """Every third of the names; all of them with ZINF_TEST_ALL (make test-zoo)."""
+    return names if "ZINF_TEST_ALL" in os.environ else names[::3]
 
 
 def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:

@@ -20,7 +20,7 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
 from checkpoints import resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, random_source, some_of
 from zinf_cli.engine.compute import joined as joined_backward
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
@@ -57,8 +57,9 @@ def one_on_nvme(state: str, folder: Path) -> EngineOptions:
     return EngineOptions(nvme_folders=(folder,), **placement)
 
 
-@pytest.mark.parametrize("most", [MODULES, TILES])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "most"), [*((name, TILES) for name in CONFIGS), *((name, MODULES) for name in some_of([*CONFIGS]))]
+)
 def test_every_architecture_learns_as_plain_pytorch_does(name: str, most: int, tmp_path: Path) -> None:
     engine = in_parts(name, everything_on("nvme", tmp_path), most)
     assert len(engine.units) > len(discover(build_model(random_source(name)), 1))
