@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from zinf_cli.errors import HostError
-from zinf_cli.launch.pipes import has_room, write_all
+from zinf_cli.launch.pipes import OverPipes
 from zinf_cli.launch.said import Said
 from zinf_cli.launch.transport import SILENCE_S, Greeting
 
@@ -31,7 +31,7 @@ def allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class ClientChannel(ABC):
+class ClientChannel(OverPipes, ABC):
     """A Channel (transport.py) through a program. What the program says of a failure is for its own kind to explain."""
 
     silence_s = SILENCE_S
@@ -93,18 +93,6 @@ class ClientChannel(ABC):
     @abstractmethod
     def _why_ended(self, code: int, greeting: Greeting) -> HostError:
         """Why the program has ended, with exit code `code`, before the greeting came."""
-
-    def fileno(self) -> int:
-        return self._out.fileno()
-
-    def receive(self) -> bytes:
-        return os.read(self._out.fileno(), 1 << 16)
-
-    def has_room(self) -> bool:
-        return has_room(self._in)
-
-    def send(self, data: bytes) -> None:
-        write_all(self._in, data)
 
     def hang_up(self) -> None:
         with suppress(OSError):

@@ -30,28 +30,38 @@ class Pipes:
         pass
 
 
-def write_all(pipe: IO[bytes], data: bytes) -> None:
-    """Write to an unbuffered pipe, which takes as much at a time as it has room for; another thread may close it."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(_descriptor(pipe), left) :]
+class OverPipes:
+    """The part of a channel that is two unbuffered pipes: `_in` leads to the supervisor, `_out` comes from it."""
+
+    _in: IO[bytes]
+    _out: IO[bytes]
+
+    def fileno(self) -> int:
+        return self._out.fileno()
+
+    def receive(self) -> bytes:
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def has_room(self) -> bool:
+        """Whether a few bytes are taken at once. OSError where the pipe is closed."""
+        poll = select.poll()
+        poll.register(self._into(), select.POLLOUT)
+        return bool(poll.poll(0))
+
+    def send(self, data: bytes) -> None:
+        """Write all. A pipe takes as much at a time as it has room for; another thread may close it."""
+        left = memoryview(data)
+        while left:
+            left = left[os.write(self._into(), left) :]
+
+    def _into(self) -> int:
+        try:
+            return self._in.fileno()
+        except ValueError:
+            raise BrokenPipeError("given up") from None
 
 
-def has_room(pipe: IO[bytes]) -> bool:
-    """Whether a pipe takes a few bytes at once. OSError where it is closed."""
-    poll = select.poll()
-    poll.register(_descriptor(pipe), select.POLLOUT)
-    return bool(poll.poll(0))
-
-
-def _descriptor(pipe: IO[bytes]) -> int:
-    try:
-        return pipe.fileno()
-    except ValueError:
-        raise BrokenPipeError("given up") from None
-
-
-class _PipeChannel:
+class _PipeChannel(OverPipes):
     silence_s = math.inf
     first = b""
 
@@ -66,18 +76,6 @@ class _PipeChannel:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
-
-    def fileno(self) -> int:
-        return self._out.fileno()
-
-    def receive(self) -> bytes:
-        return os.read(self._out.fileno(), 1 << 16)
-
-    def has_room(self) -> bool:
-        return has_room(self._in)
-
-    def send(self, data: bytes) -> None:
-        write_all(self._in, data)
 
     def hang_up(self) -> None:
         with suppress(OSError):

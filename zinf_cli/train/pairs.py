@@ -20,11 +20,10 @@ _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
-class PairStream:
-    """A stream of pairs, each a sequence of its own; nothing is packed. `pad` is the token that pads a source."""
+class OfStream:
+    """Windows of a token stream that is otherwise as it is."""
 
     stream: TokenStream
-    pad: int
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -36,6 +35,13 @@ class PairStream:
     @property
     def fingerprint(self) -> str:
         return self.stream.fingerprint
+
+
+@dataclass(frozen=True)
+class PairStream(OfStream):
+    """A stream of pairs, each a sequence of its own; nothing is packed. `pad` is the token that pads a source."""
+
+    pad: int
 
     def num_windows(self, seq_len: int) -> int:
         """The number of pairs. A source or target that is longer than `seq_len` is cut."""

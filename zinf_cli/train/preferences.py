@@ -18,29 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinf_cli.train.token_stream import MASKED, TokenStream
+from zinf_cli.train.pairs import OfStream
+from zinf_cli.train.token_stream import MASKED
 
 PAD = 0
 """The token behind an answer. Any will do: no other token sees it, and it has no loss."""
 
 
 @dataclass(frozen=True)
-class PreferenceStream:
+class PreferenceStream(OfStream):
     """A stream of pairs, each a window of two sequences. A pair is left out if an answer begins behind `seq_len`."""
 
-    stream: TokenStream
     seq_len: int
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    @property
-    def max_token(self) -> int:
-        return self.stream.max_token
-
-    @property
-    def fingerprint(self) -> str:
-        return self.stream.fingerprint
 
     def num_windows(self, seq_len: int) -> int:
         """The number of pairs."""
