@@ -82,6 +82,19 @@ def test_what_lies_on_a_device_takes_from_the_memory_that_it_shares(tmp_path: Pa
     assert "cpu with device" in screen.getvalue()
 
 
+def test_a_model_that_no_accelerator_holds_is_planned(tmp_path: Path) -> None:
+    """A placement whose updates stream nothing has no chunk buffers to shrink."""
+    recipe = recipe_of(tmp_path, "llama", "auto")
+    config = {"model_type": "llama", **CONFIGS["llama"], "hidden_size": 2048, "intermediate_size": 8192}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = find_figures(recipe, 1)
+    states = 16 * figures.model.num_params
+    machine = replace(figures.machine, accelerators=1, device_bytes=states * 3 // 4)
+    plan = best_plan(recipe, replace(figures, machine=machine), room=Room(1 << 34, 1 << 34))
+    assert plan.fits
+    assert {"device", "cpu"} <= set(plan.placement.values())
+
+
 def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "llama", max_grad_norm=None)
     plan = best_plan(recipe, find_figures(recipe, 1))

@@ -100,7 +100,7 @@ class Working:
         What a run needs at least is kept. Only buffers for running ahead are given up. Chunks that are larger than
         CHUNK_NUMEL become smaller, by whole pieces, before there are fewer of them.
         """
-        if num_bytes > 0 and self.chunk_numel > CHUNK_NUMEL:
+        if num_bytes > 0 and self.num_chunks and self.chunk_numel > CHUNK_NUMEL:
             fitting = self.chunk_numel - -(-num_bytes // (self.num_chunks * FP32_BYTES))
             smaller = replace(self, chunk_numel=max(1, fitting // CHUNK_NUMEL) * CHUNK_NUMEL)
             return smaller.shrunk(num_bytes - (self.total - smaller.total))
