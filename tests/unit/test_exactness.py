@@ -22,6 +22,7 @@ from plain import (
     relative_difference,
 )
 from tiny_models import CONFIGS, random_source
+from zinf_cli.engine.clips import Clips
 from zinf_cli.engine.compute.loss_scale import LossScale
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.options import EngineOptions
@@ -227,8 +228,12 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     waiting = open_engine(source, replace(options, speculate=False), dtype=dtype)
     assert found == engine_losses(waiting, LONG, clip=clip, evaluate_every=4)
     bites = [norm > clip for norm in norms]
-    assert updated == [number >= 2 and not any(bites[number - 2 : number + 1]) for number in range(LONG)]
-    assert any(bites[n] and not any(bites[n - 2 : n]) for n in range(2, LONG)), norms
+    clips, tried = Clips(), []
+    for bite in bites:
+        tried.append(not clips.expected)
+        clips.count(clipped=bite)
+    assert updated == [tries and not bite for tries, bite in zip(tried, bites, strict=True)]
+    assert any(tries and bite for tries, bite in zip(tried, bites, strict=True)), norms
     assert any(updated), norms
     if dtype == torch.float32:
         assert_agree(found, reference(name, LONG, clip=clip), name)

@@ -22,6 +22,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
+from zinf_cli.engine.clips import Clips
 from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.dealing import Dealer
 from zinf_cli.engine.compute.micro_batch import SideOutputs, intercept
@@ -47,8 +48,6 @@ from zinf_cli.trace import Trace
 
 log = logging.getLogger("zinf")
 CPU = torch.device("cpu")
-UNCLIPPED_STEPS = 2
-"""After so many steps in a row that did not clip, the next one is expected not to."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,7 @@ class Engine:
         self._dealer = Dealer(options.micro_batches_per_sweep, self._state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""
-        self._unclipped_steps = 0
-        """Steps since the gradient was last clipped."""
+        self._clips = Clips()
         self._add_shadows()
 
     def _add_shadows(self) -> None:
@@ -168,9 +166,7 @@ class Engine:
         kernel.check_state(self._optimizer)
         if eager and (max_grad_norm is not None or loss_scale != 1.0):
             raise ValueError("an eager update can't wait for the gradient norm")
-        speculative = (
-            not eager and self._options.speculate and loss_scale == 1.0 and self._unclipped_steps >= UNCLIPPED_STEPS
-        )
+        speculative = not eager and self._options.speculate and loss_scale == 1.0 and not self._clips.expected
         self._pipeline.eager.active, self._pipeline.eager.speculative = eager or speculative, speculative
         forward_done = partial(self._forward_done, kernel if eager or speculative else None, sink)
         batches = [replace(batch, weight=batch.weight * loss_scale) for batch in batches]
@@ -184,7 +180,7 @@ class Engine:
         most = math.inf if max_grad_norm is None else max_grad_norm
         clip = torch.clamp(most / (norm + 1e-6), max=1.0)
         unclipped = finite and clip.item() == 1.0
-        self._unclipped_steps = self._unclipped_steps + 1 if unclipped else 0
+        self._clips.count(clipped=not unclipped)
         completed = [self.units[number] for number in self._pipeline.completed]
         taken = set(self._pipeline.eager.made)
         waiting = [unit for unit in completed if unit not in taken]
