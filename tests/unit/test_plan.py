@@ -51,6 +51,25 @@ def test_the_least_buffers_are_enough(name: str, per_sweep: int, tmp_path: Path,
     assert [tier.allocated for tier in closed] == [plan.nvme_bytes] * 2
 
 
+@pytest.mark.parametrize("tier", ["cpu", "nvme"])
+def test_a_step_that_begins_again_has_room(tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward changes the model. Then each sweep has one micro-batch, whose gradient is added to what is there."""
+    plain = LlamaMLP.forward
+
+    def counting(self: Any, x: torch.Tensor) -> Any:
+        self.calls = getattr(self, "calls", 0) + 1
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    losses = []
+    for per_sweep in ("auto", 1):
+        recipe = recipe_of(tmp_path, "llama", tier, micro_batches_per_sweep=per_sweep)
+        plan = best_plan(recipe, find_figures(recipe, 1))
+        assert plan.per_sweep == (1 if per_sweep == 1 else 3)
+        losses.append([line["loss"] for line in run(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))])
+    assert losses[0] == losses[1]
+
+
 def test_drives_that_are_memory_count_as_memory(tmp_path: Path) -> None:
     assert room_here([Path("/dev/shm"), tmp_path]).drives_in_memory == 0.5
     recipe = recipe_of(tmp_path, "llama")

@@ -271,13 +271,15 @@ def sweeps_share(unit: UnitFigures, figures: Figures, choice: Choice) -> float:
 
 
 def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
-    """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to."""
+    """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to.
+
+    One rank adds to its gradient where that lies. So a step that begins again with one micro-batch a sweep has room.
+    """
     alone = figures.world_size == 1
     size = sum(n for state, n in figures.param_bytes(unit).items() if not (alone and choice.in_place(state)))
-    again = sweeps > 1 or unit.calls > 1
-    if not (alone and choice.in_place("grads")) or again:
+    if not (alone and choice.in_place("grads")):
         size += unit.trainable_numel * GRAD.item_bytes
-    if again and not choice.in_place("grads"):
+    if not alone and (sweeps > 1 or unit.calls > 1) and not choice.in_place("grads"):
         size += unit.trainable_numel // figures.world_size * GRAD.item_bytes
     return round_up(size)
 

@@ -39,7 +39,8 @@ class Fetch:
         self.grads: list[torch.Tensor] = []
         """The whole gradient of each trainable flat (fp32, 1-D), as this visit computes it; empty in a forward."""
         self.earlier_grads: list[torch.Tensor] = []
-        """This rank's slices of the gradient that earlier visits of the step left; empty where there were none."""
+        """With several ranks, this rank's slices of the gradient that earlier visits of the step left; else empty. One
+        rank adds to its gradient where that lies."""
         self._before: list[Event] = []
         """The ends of what used its memory before: reads wait for these, and so do the gather and compute."""
         self._slot: Buffer | None = None
@@ -122,15 +123,16 @@ class Fetch:
     def _sizes(self) -> list[int]:
         """Bytes of slot, gradient and earlier gradient, as far as these do not lie in memory."""
         unit, layout = self.unit, self.unit.layout
+        several = unit.ranks.world_size > 1
         sizes = [0, 0, 0]
         if self.visit.kind is not Kind.FLUSH:
             away = zip(layout.flats, unit.in_place(), strict=True)
             sizes[0] = sum(flat.num_bytes for flat, there in away if there is None)
         if self._has_grads:
             grads = unit.grads_in_place()
-            if unit.ranks.world_size > 1 or self.visit.accumulate or grads is None:
+            if several or grads is None:
                 sizes[1] = sum(flat.numel for flat in layout.trainable) * GRAD.item_bytes
-            if self.visit.accumulate and grads is None:
+            if several and self.visit.accumulate and grads is None:
                 sizes[2] = sum(flat.slice_numel for flat in layout.trainable) * GRAD.item_bytes
         return sizes
 
@@ -150,11 +152,16 @@ class Fetch:
         if self._earlier_buffer is not None:
             values = self._earlier_buffer.data.view(torch.float32)
             self.earlier_grads = list(values.split([flat.layout.slice_numel for flat in trained]))
-            for flat, earlier in zip(trained, self.earlier_grads, strict=True):
-                assert flat.grad is not None
-                self._earlier.append(flat.grad.read(0, earlier.view(torch.uint8), self._before))
-        elif self.visit.accumulate and grads is not None:
+        elif self.visit.accumulate and self.unit.ranks.world_size > 1 and grads is not None:
             self.earlier_grads = grads
+        if self.visit.accumulate and self.grads and grads is None:
+            self._read_grads(self.earlier_grads or self.grads)
+
+    def _read_grads(self, into: Sequence[torch.Tensor]) -> None:
+        """Start reading what earlier visits of the step left of the gradient."""
+        for flat, values in zip(self.unit.trained, into, strict=True):
+            assert flat.grad is not None
+            self._earlier.append(flat.grad.read(0, values.view(torch.uint8), self._before))
 
     def _read_params(self) -> None:
         """Start reading this rank's slices into the slot. Those in memory are used, or gathered, where they lie."""
@@ -271,7 +278,10 @@ class Fetch:
         return [flat.into for flat in goes]
 
     def bind(self) -> None:
-        """Let the model compute on the buffers of this visit. Gradients begin with zeros."""
+        """Let the model compute on the buffers of this visit.
+
+        Gradients begin with zeros, or with those of earlier visits, as in plain PyTorch.
+        """
         self._come_behind()
         self.unit.bind(self.flats)
         if self.visit.kind is Kind.BACKWARD:
@@ -279,7 +289,7 @@ class Fetch:
         if self.grads:
             if not self.visit.accumulate:
                 self.unit.life.clear_gradient()
-            for grad in self.grads:
+            for grad in () if self.visit.accumulate and not self.earlier_grads else self.grads:
                 grad.zero_()
             self.unit.bind_grads(self.grads)
 

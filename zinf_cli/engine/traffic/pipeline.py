@@ -311,9 +311,12 @@ class Pipeline:
         elif self.memory.draining:
             self.memory.drain_one(self.wait)
         elif not self._update_others(fetch) and not self._call_back(fetch):
+            hint = "raise offload.cpu_memory or device_memory"
+            if fetch.visit.accumulate:  # by several ranks, whose step began again (dealing.py)
+                hint = "set train.micro_batches_per_sweep=1: then the plan counts what adds to a gradient of the step"
             raise CapacityError(
                 f"rank {self.ranks.rank}: no room for unit {fetch.unit.name} in {self.memory.slots.capacity} bytes",
-                hint="raise offload.cpu_memory or device_memory",
+                hint=hint,
             )
 
     def _update_others(self, fetch: Fetch) -> bool:
