@@ -6,7 +6,7 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tiny_models import CONFIGS, random_source, some_of
 from zinf_cli.engine.compute import joined as joined_backward
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
+from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.units.tiles import TiledWeight, cut
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
@@ -94,6 +95,28 @@ def test_ten_steps_end_with_the_weights_of_plain_pytorch(name: str, tmp_path: Pa
     reader = CheckpointReader(save(engine, tmp_path / "run", 10))
     for parameter, values in expected.items():
         assert (reader.param(parameter) - values).norm() < 1e-5 * values.norm(), parameter
+    reader.close()
+    engine.close()
+
+
+@pytest.mark.parametrize(("eps", "all_within"), [(1e-8, None), (1e-3, 1e-6)])
+def test_where_a_gradient_is_rounding_its_weight_differs_as_adamw_scales_it(
+    eps: float, all_within: float | None, tmp_path: Path
+) -> None:
+    """A token that takes one expert gives it the weight 1, whatever the router says. The router's gradient is 0 but for
+    rounding, and AdamW divides it by its own size. It does not do so with an eps that is far above it.
+    """
+    source = random_source("mixtral", num_experts_per_tok=1)
+    adamw = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.01, eps=eps)
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(source, 10, count=1, parameters=expected, optimizer_of=adamw)
+    engine = open_engine(source, EngineOptions(), most=TILES)
+    found = engine_losses(engine, 10, count=1, close=False, kernel=AdamW(1e-3, eps=eps))
+    assert relative_difference(found, losses) < 1e-6
+    reader = CheckpointReader(save(engine, tmp_path / "run", 10))
+    for parameter, values in expected.items():
+        within = all_within or (1e-3 if "gate.weight" in parameter else 1e-5)
+        assert (reader.param(parameter) - values).norm() < within * values.norm(), parameter
     reader.close()
     engine.close()
 
