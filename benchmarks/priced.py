@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 from bisect import bisect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,22 @@ _ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 2.5,
 }
 """The forward's FLOPs, times this; a causal one computes half."""
+
+
+@contextmanager
+def products_added_up() -> Iterator[None]:
+    """A context in which the CPU adds 16-bit products to fp32, as accelerators do: torch has no such kernel for it."""
+
+    def add_product(into: torch.Tensor, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype,
+                    *, beta: float = 1, alpha: float = 1, out: torch.Tensor) -> torch.Tensor:  # fmt: skip
+        return torch.addmm(into, first.to(dtype), second.to(dtype), beta=beta, alpha=alpha, out=out)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", add_product, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 class Priced(TorchDispatchMode):
@@ -77,7 +94,8 @@ class Priced(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> tuple[Any, float]:
         """What the operation returns, and its seconds."""
         changed = func._schema.arguments[0].alias_info
-        in_place = bool(given) and changed is not None and changed.is_write
+        into = kwargs.get("out", args[0] if given and changed is not None and changed.is_write else None)
+        in_place = into is not None
         if all(tensor.numel() <= SMALL for tensor in given):
             results = func(*args, **kwargs)
             if in_place or all(tensor.numel() <= SMALL for tensor in _tensors(results)):
@@ -89,7 +107,7 @@ class Priced(TorchDispatchMode):
             self._known[key] = like, self._seconds(func, args, given, _tensors(like))
         like, seconds = self._known[key]
         if in_place:
-            return (args[0] if func._schema.returns else None), seconds
+            return (into if func._schema.returns else None), seconds
         return tree_map_only(torch.Tensor, self._memory.zeros, like), seconds
 
     def _seconds(self, func: Any, args: Any, given: list[torch.Tensor], results: Iterable[torch.Tensor]) -> float:
@@ -110,7 +128,8 @@ class Priced(TorchDispatchMode):
             flops = 4 * batch * heads * length * key.shape[2] * width * _ATTENTION[func] / 2
             return max(seconds, float(flops) / rates.attention)
         if func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, out_val=out[0])
+            tensors = args[:3] if func is aten.addmm.dtype_out else args
+            flops = flop_registry[func.overloadpacket](*tensors, out_val=next(iter(out), given[0]))
             return max(seconds, float(flops) / rates.matmul)
         return seconds
 

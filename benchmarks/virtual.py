@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
-from benchmarks.priced import DEVICE, Memory, Priced
+from benchmarks.priced import DEVICE, Memory, Priced, products_added_up
 from benchmarks.results import add_save, report
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
@@ -188,6 +188,7 @@ def virtual(lanes: Lanes, memory: Memory) -> Iterator[None]:
         patch.dict(streams.implementations, {"cpu": lanes}),
         patch.object(Arena, "__init__", made),
         patch.object(threading.Thread, "run", priced),
+        products_added_up(),
         Priced(lanes, memory),
     ):
         yield

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from benchmarks.priced import products_added_up
 from happens_before import DEVICE, Actor, CheckedEvent, Checker, Touches
 from zinf_cli.engine import ranks
 from zinf_cli.engine.compute import micro_batch
@@ -58,6 +59,7 @@ def checking(checker: Checker) -> Iterator[None]:
         stack.enter_context(patch.dict(implementations, {"cpu": checker}))
         for owner, name, new in (*_memory(checker), *_drives(checker), *_threads(checker), *_collectives(checker)):
             stack.enter_context(patch.object(owner, name, new))
+        stack.enter_context(products_added_up())
         stack.enter_context(Touches(checker))
         yield
 

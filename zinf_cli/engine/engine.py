@@ -40,6 +40,7 @@ from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.constant_weights import hold_constant
 from zinf_cli.engine.units.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.units.units import UnitLayout
+from zinf_cli.engine.units.weight_grads import add_up_in_products
 from zinf_cli.model_state import ADAMW, FROZEN, Field, OptimizerState
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.tier import Extent
@@ -120,13 +121,24 @@ class Engine:
             list(model.buffers()) if options.glue_leaves and staging is not None else None,
             self.trace,
         )
-        self._watched = hold_constant(model, layouts, written)
-        self._restore = intercept(model, layouts, side_outputs)
+        self._own_forwards = self._replace_forwards(layouts, written, side_outputs)
+        """Calls that give the model its own forwards back, to be made from the last to the first."""
         self._dealer = Dealer(options.micro_batches_per_sweep, self._state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""
         self._clips = Clips()
         self._add_shadows()
+
+    def _replace_forwards(
+        self, layouts: Sequence[UnitLayout], written: Collection[str], side_outputs: SideOutputs | None
+    ) -> list[Callable[[], None]]:
+        trained = (flat for unit in self.units for flat in unit.trained)
+        touched = {id(p): partial(flat.touch, place) for flat in trained for place, p in enumerate(flat.params)}
+        return [
+            *add_up_in_products(self.model, self._options.device, touched),
+            *hold_constant(self.model, layouts, written),
+            intercept(self.model, layouts, side_outputs),
+        ]
 
     def _add_shadows(self) -> None:
         places = (getattr(self.tiers, self._optimizer.param_class), self.tiers.optimizer)
@@ -289,9 +301,8 @@ class Engine:
 
     def close(self) -> None:
         """End threads and close files; the model gets its own forwards back."""
-        self._restore()
-        while self._watched:
-            self._watched.pop()()
+        while self._own_forwards:
+            self._own_forwards.pop()()
         self._sweep.close()
         for left in self._left:
             left.close()

@@ -84,7 +84,7 @@ class Flat:
         if layout.trainable:
             self.grad = self._allocate(GRAD)
             for place, param in enumerate(self.params):
-                param.register_post_accumulate_grad_hook(partial(self._touch, place))
+                param.register_post_accumulate_grad_hook(partial(self.touch, place))
 
     def add_home(self) -> None:
         """Allocate extents for one version of all fields."""
@@ -166,7 +166,8 @@ class Flat:
             param.grad = None
             param.data = placeholder
 
-    def _touch(self, place: int, _: torch.Tensor) -> None:
+    def touch(self, place: int, _: torch.Tensor | None = None) -> None:
+        """The parameter at `place` has got a gradient."""
         self.life.touch(place)
 
 
