@@ -37,6 +37,7 @@ FLOORS = (
         "engine.clips",
         "engine.precision",
         "engine.eight_bits",
+        "engine.packed",
         "engine.split_masters",
         "engine.meeting",
         "run_folder",

@@ -15,8 +15,8 @@ from plain import engine_losses, everything_on, open_engine, plain_losses
 from tiny_models import random_source
 from tiny_recipes import recipe_of
 from zinf_cli.engine.options import EngineOptions
-from zinf_cli.engine.traffic.kernel import BLOCK
 from zinf_cli.engine.traffic.narrow_grads import narrowed
+from zinf_cli.model_state import BLOCK_NUMEL
 from zinf_cli.plan.search import best_plan
 from zinf_cli.train.figures import find_figures
 
@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_what_16_bits_hold_is_narrowed_in_place(dtype: torch.dtype) -> None:
-    numel = 3 * BLOCK + 2048
+    numel = 3 * BLOCK_NUMEL + 2048
     whole = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
     values = whole.float()
     narrow = narrowed(values, dtype)
@@ -36,7 +36,7 @@ def test_what_16_bits_hold_is_narrowed_in_place(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [1 + 2**-20, torch.nan, 1e-45])
 def test_one_value_that_16_bits_do_not_hold_keeps_all_as_they_are(value: float) -> None:
-    values = torch.ones(2 * BLOCK)
+    values = torch.ones(2 * BLOCK_NUMEL)
     values[-1] = value
     before = values.clone()
     assert narrowed(values, BF16) is values

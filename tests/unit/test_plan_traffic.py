@@ -187,7 +187,8 @@ def test_parts_that_text_never_calls_stay_on_their_tier(tmp_path: Path) -> None:
     assert called["model.vision_tower.encoder.layers.0"] == 0
     assert called["model.language_model.layers.0"] == 1
     plan = best_plan(recipe, figures)
-    assert plan.working.resident_bytes < sum(unit.param_bytes for unit in figures.model.units if not unit.calls)
+    uncalled = [unit.trainable_bytes + unit.frozen_bytes for unit in figures.model.units if not unit.calls]
+    assert plan.working.resident_bytes < sum(uncalled)
     lines = run(recipe, plan)
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)

@@ -34,6 +34,7 @@ class UnitFigures:
     trainable_bytes: int
     """Of the trainable parameters, in the dtype that the model computes in."""
     frozen_bytes: int
+    """Of the frozen ones, as they lie on their tier."""
     master_numel: int
     """Elements of trainable 16-bit parameters: these have an fp32 master."""
     largest_param_numel: int
@@ -68,6 +69,10 @@ class UnitFigures:
     """The part of `saved_bytes` that is not there if its MLP is computed in chunks of tokens."""
     chunkable_numel: int = 0
     """Elements of that MLP, which backward then computes once more."""
+    packed_bytes: int = 0
+    """The part of `frozen_bytes` that lies there packed (engine/packed.py)."""
+    unpacked_bytes: int = 0
+    """What that takes in a slot."""
 
     @property
     def numel(self) -> int:
@@ -90,11 +95,6 @@ class UnitFigures:
     def passes(self) -> float:
         """Forward and backward take so many times what forward takes: 3, or 2 where nothing is trained."""
         return 2 + self.trainable_numel / max(1, self.numel)
-
-    @property
-    def param_bytes(self) -> int:
-        """Bytes of all parameters, in the dtype that the model computes in, the slices of all ranks together."""
-        return self.trainable_bytes + self.frozen_bytes
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Figures:
         return sum(self.optimizer.num_bytes(dtype, numel // ranks) * ranks for dtype, numel in self.trained(unit))
 
     def param_bytes(self, unit: UnitFigures) -> Counter[str]:
-        """Bytes of the unit's parameters, by the class that they belong to."""
+        """Bytes of the unit's parameters on their tiers, by the class that they belong to."""
         found = Counter({"params": unit.frozen_bytes})
         found[self.optimizer.param_class] += unit.trainable_bytes
         return found

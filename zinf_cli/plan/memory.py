@@ -276,7 +276,8 @@ def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int
     One rank adds to its gradient where that lies. So a step that begins again with one micro-batch a sweep has room.
     """
     alone = figures.world_size == 1
-    size = sum(n for state, n in figures.param_bytes(unit).items() if not (alone and choice.in_place(state)))
+    params = figures.param_bytes(unit) - Counter({"params": unit.packed_bytes})
+    size = unit.unpacked_bytes + sum(n for state, n in params.items() if not (alone and choice.in_place(state)))
     if not (alone and choice.in_place("grads")):
         size += unit.trainable_numel * GRAD.item_bytes
     if not alone and (sweeps > 1 or unit.calls > 1) and not choice.in_place("grads"):

@@ -133,6 +133,8 @@ def _part(unit: UnitFigures, count: int) -> UnitFigures:
             "frozen_numel",
             "trainable_bytes",
             "frozen_bytes",
+            "packed_bytes",
+            "unpacked_bytes",
             "master_numel",
             "input_bytes",
             "taken_bytes",

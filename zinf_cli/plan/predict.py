@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
-from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD
+from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures
 from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
@@ -120,6 +120,8 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 back_bytes=moved[number][1] / max(1, unit.calls),
                 passes=unit.passes,
                 learns=model.order[place:].count(number) <= unit.learned,
+                frozen_bytes=unit.frozen_bytes if unit.packed_bytes else None,
+                unpacked=unit.unpacked_bytes / ITEM_BYTES[figures.dtype],
             )
         )
     return loads

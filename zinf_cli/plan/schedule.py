@@ -24,6 +24,9 @@ GLUE = {False: 15, True: 3}
 """By whether there is an accelerator: bytes that code between units moves for each that it saves, in forward and again
 in backward. On a CPU one core computes it, in small operations: measured with tensors of 256 KiB. On an accelerator
 each byte is written, and read twice."""
+UNPACKED_BYTES = 8
+"""What it costs to unpack a parameter, in bytes that memory moves. On one core of a shared CPU, beside AdamW and its 28
+bytes: 4 to 6 into bf16, 4 to 18 into fp32."""
 PIECES = 4
 """The most pieces that a schedule cuts an update into; the engine's chunks are finer."""
 
@@ -70,6 +73,10 @@ class UnitLoad:
     """What forward and backward take, as a multiple of forward: the gradients of its parameters are one."""
     learns: bool = True
     """Whether it has a backward."""
+    frozen_bytes: float | None = None
+    """Of its frozen parameters, on their tier and between ranks; None: as many for each as compute uses."""
+    unpacked: float = 0.0
+    """Frozen parameters that each visit unpacks (engine/packed.py)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,9 @@ class _Sweeps:
         ready = self._bring_params(unit, share, [*room, *self._params[number]])
         if updated:
             ready = self._update(number, [*room, *self._grads[number]], ready, with_grad=True)
-        ready = ops.between_ranks(f"gather {unit.name}", unit.params * step.param_bytes * unit.share, ready)
+        ready = ops.between_ranks(f"gather {unit.name}", self._moved_bytes(unit) * unit.share, ready)
+        if unit.unpacked:
+            ready = [ops.handle(f"{unit.name} unpack", unit.unpacked * unit.share * UNPACKED_BYTES, ready)]
         if kind == "backward":
             back = unit.kept_bytes if unit.back_bytes is None else unit.back_bytes
             ready += ops.bring("activations", unit, back * batches, [*room, *self._kept[number]])
@@ -219,8 +228,15 @@ class _Sweeps:
         own = 1 / step.world_size * share
         if not step.optimizer.adapts:
             return ops.bring("params", unit, unit.params * own * step.param_bytes, after)
-        ready = ops.bring("params", unit, (unit.params - unit.trainable) * own * step.param_bytes, after)
+        frozen = self._moved_bytes(unit) - unit.trainable * step.param_bytes
+        ready = ops.bring("params", unit, frozen * own, after)
         return ops.bring(step.optimizer.param_class, unit, unit.trainable * own * FP32_BYTES, ready)
+
+    def _moved_bytes(self, unit: UnitLoad) -> float:
+        """Bytes of its parameters as they travel."""
+        if unit.frozen_bytes is None:
+            return unit.params * self.step.param_bytes
+        return unit.frozen_bytes + unit.trainable * self.step.param_bytes
 
     def _gradient(self, number: int, after: list[int], room: list[int], *, first: bool, final: bool) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]

@@ -40,6 +40,9 @@ class Model(Section):
     """Instead of name_or_path: a transformers config with its model_type; weights are drawn from the seed."""
     init: Literal["pretrained", "random"] | None = None
     """Where weights come from; pretrained for a directory, random for a config."""
+    base_dtype: Literal["auto", "bf16", "int8", "nf4"] = "auto"
+    """Under an adapter, how the model lies on its tier and travels; a visit unpacks it. auto: in the compute's dtype.
+    int8 and nf4 (arXiv 2305.14314) are of weights of linear layers and experts, without the head. All round."""
 
     @field_validator("name_or_path")
     @classmethod
@@ -332,4 +335,9 @@ class Recipe(Section):
     def _adapts_what_has_learned(self) -> Recipe:
         if self.adapter.type is not None and self.model.init == "random":
             raise ValueError("an adapter is for a model that has learned: model.name_or_path, with init: pretrained")
+        if self.adapter.type is None and self.model.base_dtype != "auto":
+            raise ValueError(
+                f"model.base_dtype={self.model.base_dtype} is for a model that stays as it is: train an adapter "
+                "(adapter.type=lora), or leave it out"
+            )
         return self

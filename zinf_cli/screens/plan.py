@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
-from zinf_cli.model_state import STATES
+from zinf_cli.model_state import ITEM_BYTES, STATES
 from zinf_cli.plan.failures import failures_line
-from zinf_cli.plan.layout import ModelFigures
+from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import CLASSES, NAMES
 from zinf_cli.plan.plan import CheckpointStep, Plan, SweepCost
 from zinf_cli.plan.wear import wear_line
@@ -37,7 +37,7 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: st
     for word, answer in _answers(plan).items():
         head.add_row(word, Text(answer, "bold"))
     head.add_row()
-    head.add_row("model", f"{model.architecture}, {_parameters(model)}, {len(streamed)} units")
+    head.add_row("model", f"{model.architecture}, {_parameters(plan.figures)}, {len(streamed)} units")
     head.add_row("hosts" if len(plan.hosts) > 1 else "host", f"{_places(plan)}, {plan.precision}{_moments(plan)}")
     sweeps = -(-plan.micro_batches // plan.per_sweep)
     head.add_row(
@@ -125,8 +125,13 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def _parameters(model: ModelFigures) -> str:
+def _parameters(figures: Figures) -> str:
+    model = figures.model
     trained = f", {format_count(model.num_trained)} of them trained" if model.num_trained < model.num_params else ""
+    if (unpacked := sum(unit.unpacked_bytes for unit in model.units)) > 0:
+        numel = unpacked // ITEM_BYTES[figures.dtype]
+        bits = 8 * sum(unit.packed_bytes for unit in model.units) / numel
+        trained += f", {format_count(numel)} frozen in {bits:.2f} bits"
     return f"{format_count(model.num_params)} parameters{trained}"
 
 

@@ -1,7 +1,8 @@
 """What `zinf export` writes of a checkpoint with an adapter: the adapter as peft has it, or merged into its model.
 
 A merge reads, merges and gives away one unit at a time. Of a unit, peft's own layers are filled in fp32, and merged by
-their own code. So what is rounded to the model's dtype is the sum.
+their own code. So what is rounded to the model's dtype is the sum. An adapter has learned to add to the weights that it
+was trained on: if these lay in fewer bits (`model.base_dtype`), it is merged into what they were unpacked to.
 """
 
 from __future__ import annotations
@@ -15,16 +16,24 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from zinf_cli.engine.packed import rounded
+from zinf_cli.engine.units.origins import packings_of
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import CheckpointError
 from zinf_cli.recipe.adapter import Adapter
 from zinf_cli.train.adapters import NAME, adapt, base_name
 from zinf_cli.train.base_digest import base_digest
+from zinf_cli.train.base_packing import pack_base
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import ModelSource, build_model, load_class
 from zinf_cli.train.weights import RangedWeights, load_buffers, open_weights, tied_names
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+def base_dtype_of(reader: CheckpointReader) -> str:
+    """How the model lay that the adapter was trained on, a value of `model.base_dtype`."""
+    return str(reader.manifest.recipe["model"].get("base_dtype", "auto"))
 
 
 def adapter_of(reader: CheckpointReader) -> tuple[Adapter, Path]:
@@ -77,6 +86,8 @@ class Merged:
         self.model = _build(folder, self.dtype)
         load_buffers(self.model, source)
         self._base: RangedWeights = open_weights(self.model, source)
+        pack_base(self.model, base_dtype_of(reader))
+        self._packings = packings_of(self.model)
         twin = _build(folder, torch.float32)
         adapt(twin, settings, folder)
         self._layers: list[Any] = [module for module in twin.modules() if isinstance(module, BaseTunerLayer)]
@@ -94,6 +105,8 @@ class Merged:
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The parameters of one unit, each in its dtype."""
         values = {name: value.to(torch.float32, copy=True) for name, value in self._base.read(names).items()}
+        for name in values.keys() & self._packings.keys():
+            values[name] = rounded(values[name], self._packings[name])
         for layer in self._layers:
             if any(base_name(name) in values for name in self._names[id(layer)].values()):
                 self._merge(layer, values)

@@ -200,12 +200,13 @@ def _unit_figures(
     *,
     product: bool,
 ) -> UnitFigures:
+    packed = [flat for flat in layout.flats if flat.packing is not None]
     return UnitFigures(
         name=layout.name,
         trainable_numel=sum(flat.numel for flat in layout.trainable),
         frozen_numel=sum(flat.numel for flat in layout.flats if not flat.trainable),
         trainable_bytes=sum(flat.num_bytes for flat in layout.trainable),
-        frozen_bytes=sum(flat.num_bytes for flat in layout.flats if not flat.trainable),
+        frozen_bytes=sum(flat.moved_bytes for flat in layout.flats if not flat.trainable),
         master_numel=sum(flat.numel for flat in layout.trainable if flat.dtype != torch.float32),
         largest_param_numel=max((param.numel for param in layout.params()), default=0),
         largest_trained_numel=max((param.numel for flat in layout.trainable for param in flat.params), default=0),
@@ -225,6 +226,8 @@ def _unit_figures(
         product=product,
         chunkable_bytes=calls * sum(found.spared_bytes for found in chunkable),
         chunkable_numel=sum(found.numel for found in chunkable),
+        packed_bytes=sum(flat.moved_bytes for flat in packed),
+        unpacked_bytes=sum(flat.num_bytes for flat in packed),
     )
 
 

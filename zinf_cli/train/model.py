@@ -134,15 +134,20 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     `_keep_in_fp32_modules_strict` counts in bf16 and fp16, `_keep_in_fp32_modules` in fp16 only. A tied parameter
     counts by the name under which it is stored.
     """
+    for name in kept_in_fp32(model, dtype):
+        owner, _, attribute = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), attribute)
+        tensor.data = tensor.data.float()
+
+
+def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """The names of parameters and stored buffers that the class wants in fp32 in a model of `dtype`."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
-        return
+        return []
     pattern, _, _ = build_glob_alternation(list(plan))
-    for name in model.state_dict().keys() - model.all_tied_weights_keys.keys():
-        if pattern.search(name):
-            owner, _, attribute = name.rpartition(".")
-            tensor = getattr(model.get_submodule(owner), attribute)
-            tensor.data = tensor.data.float()
+    names = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    return [name for name in names if pattern.search(name)]
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ _FIXED = ("seed", "train.seq_len", "dataset.shuffle")
 """Keys that decide a step's place in the text and its random numbers."""
 _ADAPTER = tuple(f"adapter.{key}" for key in ("type", "r", "target_modules", "target_parameters", "modules_to_save"))
 """Keys that decide which parameters an adapter has."""
+_BASE_DTYPE = "model.base_dtype"
 _OF_NO_ACCOUNT = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 """Entries of a config.json that do not change what a model computes here."""
 
@@ -84,8 +85,9 @@ def check_recipe(folder: Path, manifest: Manifest, recipe: Recipe, model: nn.Mod
     These may change: the length of the run, batch sizes, the optimizer's settings, placement, precision and ranks.
     """
     before, now = (dict(_leaves(tree)) for tree in (manifest.recipe, plain(recipe)))
+    before.setdefault(_BASE_DTYPE, "auto")
     adapted = recipe.adapter.type is not None
-    fixed = (*_FIXED, *(_ADAPTER if adapted or manifest.base is not None else ()))
+    fixed = (*_FIXED, *((*_ADAPTER, _BASE_DTYPE) if adapted or manifest.base is not None else ()))
     problems = [f"{key} was {before.get(key)}, is {now[key]}" for key in fixed if before.get(key) != now[key]]
     if adapted and manifest.base is not None and manifest.base != base_digest(recipe.model.folder):
         problems.append(f"the weights in {recipe.model.name_or_path} are not those that the adapter was trained on")

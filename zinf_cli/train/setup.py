@@ -15,6 +15,7 @@ from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.adapters import AdaptedWeights, adapt
+from zinf_cli.train.base_packing import pack_base
 from zinf_cli.train.batches import BatchOrder
 from zinf_cli.train.cache import cache_folder
 from zinf_cli.train.collator import Collator, Stream, kind_of_stream
@@ -76,6 +77,7 @@ def open_model(recipe: Recipe, precision: str) -> nn.Module:
     """The model with its parameters on the meta device, in training mode; with the recipe's adapter in it."""
     model: Any = build_model(model_source(recipe), DTYPES[precision])
     if recipe.adapter.type is not None:
+        pack_base(model, recipe.model.base_dtype)
         adapt(model, recipe.adapter, recipe.model.folder)
     opened: nn.Module = model
     return opened

@@ -13,8 +13,8 @@ from zinf_cli.engine.traffic.gather_stream import GatherStream
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.update import SliceUpdate, Updates
 from zinf_cli.engine.traffic.visit import Kind, Visit
-from zinf_cli.engine.units.store import Unit
-from zinf_cli.model_state import GRAD
+from zinf_cli.engine.units.store import Flat, Unit
+from zinf_cli.model_state import GRAD, PARAM
 from zinf_cli.tiers.arena import Buffer
 from zinf_cli.tiers.streams import Event, now, wait_for
 from zinf_cli.tiers.tier import Extent, Transfer, Wait, under_way, wait_if_done
@@ -36,6 +36,10 @@ class Fetch:
         self._updates = updates
         self._trace = trace
         self.flats: list[torch.Tensor] = []
+        """What compute uses (1-D, each of its dtype)."""
+        self._moved: list[torch.Tensor] = []
+        """What is read and gathered of each: the flat itself or, of one that is packed, its bytes at the end of it. If
+        these lie whole in memory, they are that memory."""
         self.grads: list[torch.Tensor] = []
         """The whole gradient of each trainable flat (fp32, 1-D), as this visit computes it; empty in a forward."""
         self.earlier_grads: list[torch.Tensor] = []
@@ -164,20 +168,24 @@ class Fetch:
             self._earlier.append(flat.grad.read(0, values.view(torch.uint8), self._before))
 
     def _read_params(self) -> None:
-        """Start reading this rank's slices into the slot. Those in memory are used, or gathered, where they lie."""
+        """Start reading this rank's slices into the slot. Those in memory are used, gathered or unpacked from there."""
         if self.visit.kind is Kind.FLUSH:
             return
         start = 0
         for flat, there in zip(self.unit.flats, self.unit.in_place(), strict=True):
             if there is not None:
                 self.flats.append(there)
+                self._moved.append(there)
                 continue
             assert self._slot is not None
-            values = self._slot.data[start : start + flat.layout.num_bytes].view(flat.dtype)
-            start += flat.layout.num_bytes
-            self.flats.append(values)
-            if flat.slice.view() is None:
-                own = flat.layout.slice_of(values, flat.rank)
+            end = start + flat.layout.num_bytes
+            self.flats.append(self._slot.data[start:end].view(flat.dtype))
+            moved = self._slot.data[end - flat.layout.moved_bytes : end].view(flat.dtype_of(PARAM))
+            start = end
+            stays = flat.slice_in_place()
+            self._moved.append(moved if stays is None or self.unit.ranks.world_size > 1 else stays)
+            if stays is None:
+                own = self._own_part(flat, moved)
                 read = flat.slice.read(0, own.view(torch.uint8), self._before)
                 queued = self._ready is not None and read.event is not None and not self.unit.life.update_due
                 (self._queued if queued else self._reads).append(read)
@@ -185,10 +193,13 @@ class Fetch:
     def own_slices(self) -> list[torch.Tensor]:
         """This rank's slice of each flat (1-D): the update writes there, and the gather reads there."""
         own = []
-        for flat, values in zip(self.unit.flats, self.flats, strict=True):
+        for flat, moved in zip(self.unit.flats, self._moved, strict=True):
             there = flat.slice_in_place()
-            own.append(flat.layout.slice_of(values, flat.rank) if there is None else there)
+            own.append(self._own_part(flat, moved) if there is None else there)
         return own
+
+    def _own_part(self, flat: Flat, moved: torch.Tensor) -> torch.Tensor:
+        return moved.chunk(self.unit.ranks.world_size)[flat.rank]
 
     def progress(self, wait: Wait = wait_if_done) -> bool:
         """Go on as far as the bytes that have arrived allow. True when the unit can be bound.
@@ -240,8 +251,8 @@ class Fetch:
                 read.wait()
             self._queued.clear()
             return [
-                ranks.gather(flat, own, self._trace, self.unit.name)
-                for flat, own in zip(self.flats, self.own_slices(), strict=True)
+                ranks.gather(moved, own, self._trace, self.unit.name)
+                for moved, own in zip(self._moved, self.own_slices(), strict=True)
             ]
 
     @staticmethod
@@ -283,6 +294,7 @@ class Fetch:
         Gradients begin with zeros, or with those of earlier visits, as in plain PyTorch.
         """
         self._come_behind()
+        self._unpack()
         self.unit.bind(self.flats)
         if self.visit.kind is Kind.BACKWARD:
             self.unit.hold_to_bounds()
@@ -292,6 +304,13 @@ class Fetch:
             for grad in () if self.visit.accumulate and not self.earlier_grads else self.grads:
                 grad.zero_()
             self.unit.bind_grads(self.grads)
+
+    def _unpack(self) -> None:
+        """Fill the flats that came packed with their values."""
+        for flat, values, moved in zip(self.unit.flats, self.flats, self._moved, strict=True):
+            if flat.layout.packing is not None:
+                with self._trace.span("compute", f"{self.unit.name} unpack", moved.numel()):
+                    flat.unpack(moved, values)
 
     def _come_behind(self) -> None:
         """Let the current stream wait for what used this memory before."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from zinf_cli.engine.traffic.kernel import BLOCK
+from zinf_cli.model_state import BLOCK_NUMEL
 from zinf_cli.tiers.streams import streams_of
 
 
@@ -20,10 +20,10 @@ def narrowed(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     if dtype not in (torch.bfloat16, torch.float16) or not streams_of(values.device).on_cpu:
         return values
-    blocks = values.split(BLOCK)
+    blocks = values.split(BLOCK_NUMEL)
     if not all(torch.equal(block.to(dtype).float(), block) for block in blocks):
         return values
     narrow = values.view(dtype)[: values.numel()]
-    for block, into in zip(blocks, narrow.split(BLOCK), strict=True):
+    for block, into in zip(blocks, narrow.split(BLOCK_NUMEL), strict=True):
         into.copy_(block.to(dtype))  # lies before all blocks that follow
     return narrow

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from zinf_cli.engine.eight_bits import Blocks, blocks_in, set_signs
+from zinf_cli.engine.packed import pack
 from zinf_cli.engine.precision import STORED
 from zinf_cli.engine.split_masters import split
 from zinf_cli.engine.traffic.buffers import Memory
@@ -209,11 +210,14 @@ def _no_blocks(numel: int) -> torch.Tensor:
 
 
 def _gather(values_of: _Values, flat: Flat, field: Field, begin: int, numel: int) -> torch.Tensor:
-    """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero. Masters are not split yet."""
+    """Elements [begin, begin + numel) of this rank's slice (1-D); padding is zero. Masters are not split yet; what
+    is kept packed is packed."""
+    packing = flat.layout.packing
     if field.dtype == SCALED:
         values = _no_blocks(numel)
     else:
-        values = torch.zeros(numel, dtype=torch.float32 if field is PARAM and flat.carrier else flat.dtype_of(field))
+        in_fp32 = packing is not None or (field is PARAM and flat.carrier is not None)
+        values = torch.zeros(numel, dtype=torch.float32 if in_fp32 else flat.dtype_of(field))
     base = flat.rank * flat.layout.slice_numel + begin
     for place in flat.layout.params:
         first, last = overlap(place, base, base + numel)
@@ -225,7 +229,7 @@ def _gather(values_of: _Values, flat: Flat, field: Field, begin: int, numel: int
                 into.scales.copy_(piece.scales)
             else:
                 values[first - base : last - base] = piece
-    return values
+    return values if packing is None else pack(values, packing)
 
 
 def _put(

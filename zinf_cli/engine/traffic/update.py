@@ -18,9 +18,19 @@ from zinf_cli.engine.eight_bits import Blocks, blocks_in, decoded, encode
 from zinf_cli.engine.split_masters import join, split
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.engine.traffic.destination import Destination, StateSink
-from zinf_cli.engine.traffic.kernel import BLOCK, Kernel
+from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.units.store import Flat, Unit, overlap
-from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_BLOCK_NUMEL, GRAD, MASTER, PARAM, REMAINDER, SCALED, Field
+from zinf_cli.model_state import (
+    BLOCK_NUMEL,
+    CHUNK_NUMEL,
+    DEVICE_BLOCK_NUMEL,
+    GRAD,
+    MASTER,
+    PARAM,
+    REMAINDER,
+    SCALED,
+    Field,
+)
 from zinf_cli.tiers.arena import Arena, Buffer
 from zinf_cli.tiers.streams import Event
 from zinf_cli.tiers.tier import Extent, Transfer, under_way
@@ -123,7 +133,7 @@ class ChunkUpdate:
         """Let the kernel update elements [start, end) of the chunk."""
         carrier, stored = self._flat.carrier, self._flat.moments
         as_they_are = carrier is None and all(self._fields[field].dtype == torch.float32 for field in (GRAD, *stored))
-        most = end - start if as_they_are else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK
+        most = end - start if as_they_are else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK_NUMEL
         for begin in range(start, end, most):
             last = min(end, begin + most)
             block = {field: values[begin:last] for field, values in self._fields.items()}

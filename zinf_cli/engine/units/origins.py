@@ -1,10 +1,10 @@
-"""What the parameters of a cut model (tiles.py) were before it was cut."""
+"""What the parameters of a cut model (tiles.py) were before it was cut; and which of them lie packed on tiers."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from zinf_cli.engine.units.tiles import Part, Tile, TiledWeight, cut_together
+from zinf_cli.engine.units.tiles import PACKED, Part, Tile, TiledWeight, cut_together
 
 
 def shapes_of(model: nn.Module, *, trained: bool = False) -> dict[str, tuple[int, ...]]:
@@ -22,6 +22,20 @@ def shapes_of(model: nn.Module, *, trained: bool = False) -> dict[str, tuple[int
             elif param is not None and (param.requires_grad or not trained):
                 shapes.setdefault(names[id(param)], tuple(param.shape))
     return shapes
+
+
+def pack(module: nn.Module, weight: str, packing: str) -> None:
+    """Have a parameter of `module` lie packed on its tier while it is frozen. `packing` is a name of PACKINGS."""
+    module.__dict__.setdefault(PACKED, {})[weight] = packing
+
+
+def packings_of(model: nn.Module) -> dict[str, str]:
+    """The packing of each parameter that has one, by the name that it had before the model was cut."""
+    return {
+        f"{path}.{name}" if path else name: packing
+        for path, module in model.named_modules()
+        for name, packing in module.__dict__.get(PACKED, {}).items()
+    }
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:

@@ -15,12 +15,24 @@ from operator import attrgetter
 import torch
 from torch import nn
 
+from zinf_cli.engine.packed import unpack
 from zinf_cli.engine.precision import STORED, STORED_NAMES
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units.life import FlatLife, Life
 from zinf_cli.engine.units.tiles import move_tiled
 from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
-from zinf_cli.model_state import GRAD, PARAM, REMAINDER, SCALED, Field, OptimizerState, bytes_of
+from zinf_cli.model_state import (
+    BLOCK_NUMEL,
+    DEVICE_BLOCK_NUMEL,
+    GRAD,
+    PARAM,
+    REMAINDER,
+    SCALED,
+    Field,
+    OptimizerState,
+    bytes_of,
+    packed_bytes,
+)
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
@@ -98,13 +110,18 @@ class Flat:
         """The dtype in which a field of this flat lies on its tier."""
         if field is GRAD:
             return self.grad_dtype
-        if field.dtype == SCALED:
+        if field.dtype == SCALED or self._is_packed(field):
             return torch.uint8
         return self.dtype if field.dtype is None else STORED[field.dtype]
 
     def num_bytes(self, field: Field, numel: int) -> int:
         """Bytes of `numel` elements of a field, from a cut between chunks on."""
+        if self.layout.packing is not None and self._is_packed(field):
+            return packed_bytes(self.layout.packing, numel)
         return bytes_of(SCALED, numel) if field.dtype == SCALED else numel * self.dtype_of(field).itemsize
+
+    def _is_packed(self, field: Field) -> bool:
+        return self.layout.packing is not None and field.name == PARAM.name
 
     def next_home(self, *, speculative: bool) -> dict[str, Extent]:
         """The extents that the next update writes, by name of the field.
@@ -140,9 +157,18 @@ class Flat:
         return self.at[PARAM.name]
 
     def slice_in_place(self) -> torch.Tensor | None:
-        """The same (1-D, the flat's dtype), if it lies in memory of the compute device; else None."""
+        """The same (1-D, the flat's dtype, or packed: uint8), if it lies in memory of the compute device; else None."""
         memory = self.slice.view()
-        return None if memory is None else memory.view(self.dtype)
+        return None if memory is None else memory.view(self.dtype_of(PARAM))
+
+    def unpack(self, data: torch.Tensor, into: torch.Tensor) -> None:
+        """Fill a whole flat `into` (1-D, the flat's dtype) with what `data` (uint8) has of all ranks, packed."""
+        packing = self.layout.packing
+        assert packing is not None
+        ranks = into.numel() // self.layout.slice_numel
+        block = BLOCK_NUMEL if streams_of(into.device).on_cpu else DEVICE_BLOCK_NUMEL
+        for packed, values in zip(data.chunk(ranks), into.chunk(ranks), strict=True):
+            unpack(packed, packing, values, block)
 
     def bind(self, flat: torch.Tensor) -> None:
         """Let the model's parameters be views of `flat` (1-D, the flat's dtype)."""
@@ -209,9 +235,10 @@ class Unit:
     def in_place(self) -> list[torch.Tensor | None]:
         """The flats (1-D, each of its dtype) where they lie, if that is whole in memory of the compute device.
 
-        None for one that lies elsewhere, and for all with more than one rank.
+        None for one that lies elsewhere or packed, and for all with more than one rank.
         """
-        return [flat.slice_in_place() if self.ranks.world_size == 1 else None for flat in self.flats]
+        alone = self.ranks.world_size == 1
+        return [flat.slice_in_place() if alone and flat.layout.packing is None else None for flat in self.flats]
 
     @property
     def changes_in_place(self) -> bool:

@@ -27,9 +27,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from zinf_cli.errors import UncuttableError
+from zinf_cli.model_state import SCALE_BLOCK
 
 TILES = "tiles_of_"
 """The name of a list of tiles is this and the parameter's name."""
+PACKED = "packed_as"
+"""The attribute of a module that says how its parameters lie on tiers while they are frozen (origins.py)."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def cut(model: nn.Module, most: int, whole: Collection[str] = ()) -> None:
             continue
         key = id(next(iter(weights.values())))
         if key not in made:
-            made[key] = _tiled(weights, names, most)
+            made[key] = _tiled(weights, names, most, SCALE_BLOCK if PACKED in module.__dict__ else 1)
         put_in_place(module, made[key])
 
 
@@ -259,11 +262,16 @@ def cut_together(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in packed.items() if len(weight) == getattr(module, "num_experts", None)}
 
 
-def _tiled(weights: dict[str, nn.Parameter], names: dict[int, str], most: int) -> dict[str, TiledWeight]:
+def _tiled(
+    weights: dict[str, nn.Parameter], names: dict[int, str], most: int, block: int = 1
+) -> dict[str, TiledWeight]:
+    """A tile begins at a multiple of `block` elements of each weight, so that blocks with one scale stay whole."""
     rows = max(map(len, weights.values()))
     numel = sum(weight.numel() for weight in weights.values())
     count = min(rows, -(-numel // most))
     each = max(1, min(-(-rows // count), most // (numel // rows)))
+    step = math.lcm(*(block // math.gcd(block, weight[0].numel()) for weight in weights.values()))
+    each = max(step, each // step * step)
     tiles = []
     for first in range(0, rows, each):
         parts, params = {}, {}

@@ -5,7 +5,8 @@ them that is worth streaming (an embedding, the head). Modules that share a para
 none (a final norm, a bare parameter of the root) forms the resident unit, which is held for the whole step.
 
 A unit has a flat for its trained parameters and one for its frozen ones. Where a model keeps some of them in another
-dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own. Every parameter starts at a multiple
+dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own, and so have frozen ones that lie
+packed on their tier (engine/packed.py). Every parameter starts at a multiple
 of ALIGN elements, so that kernels see the alignment that torch's allocator gives, and no block of elements with one
 scale has two parameters. A flat is padded so that it cuts into world_size equal slices, each of whole pages in any
 dtype of parameters.
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.units.origins import experts_of, parts_of, shapes_of
+from zinf_cli.engine.units.origins import experts_of, packings_of, parts_of, shapes_of
 from zinf_cli.engine.units.tiles import Part, Tile
-from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE
+from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE, packed_bytes
 
 ALIGN = SCALE_BLOCK
 RESIDENT = "resident"
@@ -75,11 +76,20 @@ class FlatLayout:
     """Of the parameters as the model computes with them."""
     numel: int
     slice_numel: int
+    packing: str | None = None
+    """How they lie on their tier and travel between ranks, a name of PACKINGS; None: in their dtype."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the parameters, the slices of all ranks together."""
+        """Bytes of the parameters as the model computes with them, the slices of all ranks together."""
         return self.numel * self.dtype.itemsize
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of the parameters as they lie on their tier, the slices of all ranks together."""
+        if self.packing is None:
+            return self.num_bytes
+        return self.numel // self.slice_numel * packed_bytes(self.packing, self.slice_numel)
 
     def slice_of(self, flat: torch.Tensor, rank: int) -> torch.Tensor:
         """A rank's slice, as a view of a whole flat (1-D)."""
@@ -216,26 +226,39 @@ class _Flats:
         self._order = {name: index for index, name in enumerate(shapes_of(model))}
         self._parts = parts_of(model)
         self._experts = experts_of(model)
+        self._packings = packings_of(model)
         self._multiple = world_size * SLICE_MULTIPLE
         self._world_size = world_size
 
     def of(self, params: Sequence[nn.Parameter]) -> tuple[FlatLayout, ...]:
         """The flats of a unit that has `params`."""
-        kinds = {(not param.requires_grad, param.dtype.itemsize, str(param.dtype)): param.dtype for param in params}
+        kinds: dict[tuple[bool, int, str, str], list[nn.Parameter]] = {}
+        for param in params:
+            kind = (not param.requires_grad, param.dtype.itemsize, str(param.dtype), self._packing(param) or "")
+            kinds.setdefault(kind, []).append(param)
         flats = []
-        for kind, dtype in sorted(kinds.items(), key=lambda item: item[0]):
-            trainable = not kind[0]
+        for kind, alike in sorted(kinds.items(), key=lambda item: item[0]):
             layouts = []
             offset = 0
-            for param in params:
-                if (param.requires_grad, param.dtype) == (trainable, dtype):
-                    layouts.append(self._layout(param, offset))
-                    offset += -(-param.numel() // ALIGN) * ALIGN
+            for param in alike:
+                layouts.append(self._layout(param, offset))
+                offset += -(-param.numel() // ALIGN) * ALIGN
             numel = max(1, -(-offset // self._multiple)) * self._multiple
-            flats.append(FlatLayout(tuple(layouts), trainable, dtype, numel, numel // self._world_size))
+            slice_numel = numel // self._world_size
+            flats.append(
+                FlatLayout(tuple(layouts), not kind[0], alike[0].dtype, numel, slice_numel, packing=kind[3] or None)
+            )
         return tuple(flats)
 
+    def _packing(self, param: nn.Parameter) -> str | None:
+        packing = None if param.requires_grad else self._packings.get(self._origin(param))
+        return None if (packing, param.dtype) == ("bf16", torch.bfloat16) else packing
+
+    def _origin(self, param: nn.Parameter) -> str:
+        """Its name in the model as it was before it was cut."""
+        part = self._parts.get(id(param))
+        return self._names[id(param)] if part is None else part.name
+
     def _layout(self, param: nn.Parameter, offset: int) -> ParamLayout:
-        name, part = self._names[id(param)], self._parts.get(id(param))
-        index = self._order[name if part is None else part.name]
+        name, part, index = self._names[id(param)], self._parts.get(id(param)), self._order[self._origin(param)]
         return ParamLayout(name, index, param.shape, offset, part=part, packs_experts=id(param) in self._experts)
