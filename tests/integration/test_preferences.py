@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from forked_ranks import ForkedRanks
 from tiny_models import dialog_template, save_word_tokenizer
 from workshop import Ended, Workshop
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.train.model import build_model
 from zinf_cli.train.setup import model_source, open_text
@@ -85,13 +88,16 @@ def plain(recipe_path: Path, *, chats: bool) -> list[dict[str, float]]:
 
     with torch.no_grad():
         before = [ratio(row) for row in range(60)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, weight_decay=0.01)
+    if recipe.adapter.type is not None:
+        model = with_adapter(model, recipe)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.optimizer.lr, weight_decay=0.01)
     lines = []
     for step in range(STEPS):
         margins = torch.stack([BETA * (ratio(row) - before[row]) for row in order.windows(step)])
         loss = -F.logsigmoid(margins).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         lines.append(
@@ -106,6 +112,16 @@ def plain(recipe_path: Path, *, chats: bool) -> list[dict[str, float]]:
                 held_out = torch.stack([BETA * (ratio(row) - before[row]) for row in range(48, 60)])
             lines[-1]["eval_loss"] = -F.logsigmoid(held_out).mean().item()
     return lines
+
+
+def with_adapter(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The same with an adapter of peft's: what was computed before is its reference."""
+    settings = LoraConfig(r=recipe.adapter.r, lora_alpha=recipe.adapter.alpha, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see plain_peft.py
+        torch.manual_seed(recipe.seed)
+        adapted: nn.Module = get_peft_model(model, settings)
+    return adapted.train()
 
 
 def assert_as(ended: Ended, expected: list[dict[str, float]]) -> None:
@@ -124,6 +140,24 @@ def test_a_run_is_that_of_plain_pytorch(kind: str, workshop: Workshop, forked: F
     assert_as(one, expected)
     assert_as(workshop.fork(forked, "two", ranks=2), expected)
     workshop.fork(forked, "parts", "train.max_steps=2")
+    assert_as(workshop.fork(forked, "parts"), expected)
+
+
+def test_an_adapter_is_compared_with_its_model(workshop: Workshop, forked: ForkedRanks, tmp_path: Path) -> None:
+    """What the model without it thinks is what the run began with: an adapter begins by adding nothing."""
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**workshop.content["model"]["config"])).save_pretrained(
+        tmp_path / "base"
+    )
+    workshop.content["model"] = {"name_or_path": str(tmp_path / "base")}
+    workshop.content["adapter"] = {"type": "lora", "r": 8, "alpha": 16}
+    workshop.content["optimizer"]["lr"] = 0.05
+    run = workshop.fork(forked, "run", "offload.optimizer=cpu")
+    expected = plain(workshop.recipe, chats=False)
+    assert expected[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert abs(expected[-1]["loss"] - 0.6931) > 1e-3
+    assert_as(run, expected)
+    workshop.fork(forked, "parts", "train.max_steps=2", ranks=2)
     assert_as(workshop.fork(forked, "parts"), expected)
 
 
