@@ -93,7 +93,7 @@ def row_of(name: str, run_dir: Path, watched: Watched, whole: Watched) -> Row:
         "peak_memory_bytes": watched.peak_bytes,
         "read_per_step_bytes": (int(plan.nvme_traffic - plan.nvme_written), watched.read_bytes),
         "written_per_step_bytes": watched.write_bytes,
-        "of_2_reads_of_all": watched.read_bytes / (2 * sum(unit.param_bytes for unit in units)),
+        "of_2_reads_of_all": watched.read_bytes / (2 * sum(u.trainable_bytes + u.frozen_bytes for u in units)),
     }
 
 
