@@ -9,11 +9,8 @@ from zinf_cli.search_path import leave_out_working_directory
 leave_out_working_directory()  # before anything is imported that could be shadowed
 hide_values("--env")  # before what takes time
 
-import os
-import re
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +29,7 @@ from zinf_cli.commands.options import (
     Hidden,
     Hosts,
     Include,
+    InOrder,
     Layers,
     MaxModel,
     MicroBatchSize,
@@ -46,6 +44,7 @@ from zinf_cli.commands.options import (
     Vocab,
     chosen_hosts,
     counted_hosts,
+    variables_of,
 )
 from zinf_cli.commands.recipe import recipes
 from zinf_cli.commands.report import report
@@ -54,6 +53,7 @@ from zinf_cli.unfailing_stream import stand_on_open_descriptors
 
 app = typer.Typer(
     name="zinf",
+    cls=InOrder,
     help="Train models that do not fit: parameters, gradients, optimizer states and activations "
     "streamed through device, CPU and NVMe memory.",
     no_args_is_help=True,
@@ -68,7 +68,7 @@ _debug = False
 
 
 @app.callback()
-def common(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
+def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Options of every command."""
     global _debug
     _debug = debug
@@ -76,10 +76,10 @@ def common(debug: Annotated[bool, typer.Option(help="Show the traceback of an er
 
 @app.command()
 def launch(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Keys of the recipe, e.g. train.max_steps=20."),
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, e.g. train.max_steps=20."),
     ] = None,
     hosts: Hosts = None,
     include: Annotated[
@@ -89,7 +89,7 @@ def launch(
     ssh: Ssh = False,
     slots: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks on this machine [default: every accelerator, or one CPU rank]."),
+        typer.Option(min=1, help="Ranks on this machine (default: every accelerator, or one CPU rank)."),
     ] = None,
     env: Annotated[
         list[str] | None,
@@ -116,31 +116,20 @@ def launch(
         raise UsageError("--sync brings files to --hosts, which is missing")
     if sync and world[0].job is not None:
         raise UsageError("--sync brings files by SSH", hint="add --ssh, or see sbcast for the nodes of a job")
-    variables = _environment(env or ())
+    variables = variables_of(env or ())
     request = Request(
         recipe, tuple(overrides or ()), world, variables, tuple(sync or ()), slots, dry_run, explain, as_json
     )
     run(request, Screen(stderr=True))
 
 
-def _environment(given: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE as it stands, NAME with the value it has here."""
-    variables = {}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UsageError(f"--env {name}: no name of a variable", hint="--env NAME or --env NAME=VALUE")
-        if not equals and name not in os.environ:
-            raise UsageError(f"--env {name}: not set here", hint=f"--env {name}=VALUE")
-        variables[name] = value if equals else os.environ[name]
-    return variables
-
-
 @app.command()
 def init(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face checkpoint directory, or a run.")],
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT ...", help="Files or folders to train on.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The recipe [default: MODEL's name .yaml].")] = None,
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT", help="Files or folders to train on.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The recipe (default: MODEL's name with .yaml).")
+    ] = None,
     from_deepspeed: Annotated[
         Path | None, typer.Option(metavar="JSON", help="Take over what a DeepSpeed configuration says.")
     ] = None,
@@ -160,7 +149,10 @@ def init(
 @app.command()
 def doctor(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A run's folder or one of its checkpoints, read and checked in full.")
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A run's folder or one of its checkpoints, read and checked in full."
+        ),
     ] = None,
     hosts: Hosts = None,
     include: Include = None,
@@ -203,8 +195,9 @@ def estimate(
 ) -> None:
     """Will it fit, and how fast will it be? Nothing is loaded and nothing is run.
 
-    Training a model takes 16 or 18 bytes for each parameter, and activations besides. This says which of them lie in
-    GPU memory, in CPU memory and on NVMe, what each has to hold, how long a step takes, and what holds it up.
+    Training a model takes 16 or 18 bytes for each parameter, and activations besides.
+
+    The answer says what of them lies in GPU memory, in CPU memory and on NVMe, how long a step takes, and why.
 
     With a RECIPE (or a config.json): the exact plan that launch would make. With --params: an answer in a blink.
     """
@@ -236,7 +229,7 @@ def estimate(
 def bench_nvme(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PATH ...]", help="Folders on drives, used together [default: here]."),
+        typer.Argument(metavar="PATH", help="Folders on drives, used together (default: here)."),
     ] = None,
     size: Annotated[str, typer.Option(help="Bytes of the files, all together; free again afterwards.")] = "4GiB",
     block_sizes: Annotated[str | None, typer.Option(help="Of the sweep, e.g. 1MiB,4MiB,8MiB.")] = None,
@@ -270,7 +263,9 @@ def bench_links(
 
 @app.command()
 def trace(
-    run: Annotated[Path, typer.Argument(help="The folder of a run with profiler.enabled, or its trace.json.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run with profiler.enabled, or its trace.json.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """How busy each lane of a profiled run was, and its longest waits."""
@@ -323,7 +318,7 @@ def export(
 @app.command()
 def clean(
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PATH ...]", help="Runs, or folders of runs [default: runs].")
+        list[Path] | None, typer.Argument(metavar="PATH", help="Runs, or folders of runs (default: runs).")
     ] = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Checkpoints too that were set aside as damaged, if they still are.")

@@ -18,15 +18,17 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.units import chunked_loss
 
-STEPS, COUNT = 5, 6
+STEPS, COUNT = 3, 6
+FAILING = 5
+"""Steps of a run of which one fails that was updated speculatively."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 
 
 Case = tuple[str, dict[str, Any], dict[str, Any]]
 """An architecture, changes to its configuration, and where its state lies.
 
-The last are fields of EngineOptions, and `cached`, `late`, `dtype`, `most`, `chunk` (logits) and `settings` of
-engine_losses().
+The last are fields of EngineOptions, and `cached`, `late`, `dtype`, `most`, `chunk` (logits), `steps` and `settings`
+of engine_losses().
 """
 
 
@@ -46,6 +48,7 @@ def losses_of(
     dtype: torch.dtype = torch.float32,
     most: int | None = None,
     chunk: int | None = None,
+    steps: int = STEPS,
     settings: dict[str, Any] | None = None,
     **placement: Any,
 ) -> list[list[float]]:
@@ -57,7 +60,7 @@ def losses_of(
     source = random_source(name, **changes)
     engine = open_engine(source, options, ranks, dtype=dtype, most=most, in_chunks=chunk is not None)
     with late_writes() if late else nullcontext():
-        return engine_losses(engine, STEPS, count=COUNT, rank=ranks.rank, world_size=ranks.world_size, **settings or {})
+        return engine_losses(engine, steps, count=COUNT, rank=ranks.rank, world_size=ranks.world_size, **settings or {})
 
 
 def run_ranks(world_size: int, cases: list[Case], folder: Path) -> list[list[list[float]]]:
@@ -90,9 +93,10 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     eager = {"settings": {"clip": None, "eager": True}}
     cases += [("llama", {}, {**placement, **eager}) for placement in placements[:3:2]]
     clips = (0.78, 0.81)  # at the first one, the speculation of step 4 fails
-    cases += [("llama", {}, {**placements[2], "speculate": True, "settings": {"clip": clip}}) for clip in clips]
-    cases += [("llama", {}, {**placements[2], "speculate": True, "late": True, "settings": {"clip": clips[0]}})]
-    cases += [("llama", {}, {**placements[2], "settings": {"infinite": (2, COUNT - 1)}})]  # of the last rank alone
+    speculating = {**placements[2], "speculate": True, "steps": FAILING}
+    cases += [("llama", {}, {**speculating, "settings": {"clip": clip}}) for clip in clips]
+    cases += [("llama", {}, {**speculating, "late": True, "settings": {"clip": clips[0]}})]
+    cases += [("llama", {}, {**placements[2], "settings": {"infinite": (1, COUNT - 1)}})]  # of the last rank alone
     mixed: dict[str, Any] = {"dtype": torch.bfloat16}  # and fp32 routers
     cases += [("deepseek_v3", {}, {**placement, **mixed}) for placement in placements[:3:2]]
     *found, in_memory, on_nvme, failing, holding, late, infinite, in_bf16, bf16_on_nvme = run_ranks(
@@ -102,12 +106,12 @@ def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: 
     expected = plain_losses(random_source("deepseek_v3"), STEPS, count=COUNT, dtype=torch.bfloat16)
     assert relative_difference(in_bf16, expected) < 2e-3
     assert late == failing
-    expected = plain_losses(random_source("llama"), STEPS, count=COUNT, infinite=(2, COUNT - 1))
-    assert infinite[2][-1] == expected[2][-1] == math.inf
-    infinite[2][-1] = expected[2][-1] = 1.0
+    expected = plain_losses(random_source("llama"), STEPS, count=COUNT, infinite=(1, COUNT - 1))
+    assert infinite[1][-1] == expected[1][-1] == math.inf
+    infinite[1][-1] = expected[1][-1] = 1.0
     assert relative_difference(infinite, expected) < 1e-6
     for losses, clip in zip((failing, holding), clips, strict=True):
-        expected = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=clip)
+        expected = plain_losses(random_source("llama"), FAILING, count=COUNT, clip=clip)
         assert relative_difference(losses, expected) < 1e-6
     assert in_memory == on_nvme
     without_clip = plain_losses(random_source("llama"), STEPS, count=COUNT, clip=None)

@@ -1,4 +1,4 @@
-"""The three sizes of a batch: what follows from what, and what disagrees."""
+"""The three sizes of a batch: what follows from what, and what disagrees. What is dealt in turn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import UsageError
 from zinf_cli.recipe.batch import sequences_per_step
+from zinf_cli.train.batches import in_turn
 
 SIZES = st.integers(1, 50)
 
@@ -34,3 +36,11 @@ def test_what_disagrees_is_told_with_its_arithmetic() -> None:
     assert caught.value.line().startswith(
         "global_batch_size 64 is not micro_batch_size 2 × gradient_accumulation_steps 4 × 4 ranks = 32"
     )
+
+
+@given(st.integers(1, 30), st.integers(1, 8))
+def test_dealt_in_turn_ranks_have_as_many(count: int, world_size: int) -> None:
+    dealt = [in_turn(range(count), Ranks(rank, world_size)) for rank in range(world_size)]
+    assert sorted(item for mine, _ in dealt for item in mine) == list(range(count))
+    assert len({len(padded) for _, padded in dealt}) == 1
+    assert all(padded == mine + [0] * (len(padded) - len(mine)) for mine, padded in dealt)

@@ -1,11 +1,15 @@
-"""Options of the command line: those that several commands have, and those of `zinf estimate`."""
+"""Options of the command line: those that several commands have, and those of `zinf estimate`; the commands' order."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from zinf_cli.errors import UsageError
 
@@ -21,7 +25,7 @@ Include = Annotated[str | None, typer.Option(metavar="FILTER", help="Only these 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON on stdout.")]
 Recipe = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE] [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
+    typer.Argument(metavar="RECIPE [KEY=VALUE ...]", help="A recipe, and keys to change in it."),
 ]
 Params = Annotated[
     str | None, typer.Option(help="Parameters, e.g. 7B or 1T; a usual shape is chosen.", rich_help_panel=MODEL)
@@ -74,7 +78,18 @@ Explain = Annotated[
     ),
 ]
 Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, for Perfetto.")]
-Out = Annotated[Path | None, typer.Option(help="The profile [default: ~/.config/zinf/hardware.yaml].")]
+Out = Annotated[Path | None, typer.Option(help="The profile (default: ~/.config/zinf/hardware.yaml).")]
+
+
+_ORDER = ("init", "launch", "report", "export", "estimate", "doctor", "bench", "trace", "clean", "recipe")
+"""In which a newcomer needs the commands."""
+
+
+class InOrder(TyperGroup):
+    """Commands as `zinf --help` lists them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
 
 
 def chosen_hosts(
@@ -106,3 +121,16 @@ def counted_hosts(hostfile: str) -> tuple[int, int]:
             hint="an estimate is of hosts that are alike: give --nodes and --gpus-per-node",
         )
     return len(hosts), slots.pop()
+
+
+def variables_of(given: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE as it stands, NAME with the value it has here."""
+    variables = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UsageError(f"--env {name}: no name of a variable", hint="--env NAME or --env NAME=VALUE")
+        if not equals and name not in os.environ:
+            raise UsageError(f"--env {name}: not set here", hint=f"--env {name}=VALUE")
+        variables[name] = value if equals else os.environ[name]
+    return variables

@@ -18,7 +18,7 @@ _LIBRARIES = ("matplotlib", "jinja2")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN ...", help="Folders of runs, ended or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, ended or not.")],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The page; else report.html in the folder of the run, of several runs here."),

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import DatasetError
 
 Item = TypeVar("Item")
@@ -80,6 +81,13 @@ def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: 
         dealt.append(mine[start : start + size])
         start += size
     return dealt
+
+
+def in_turn(items: Sequence[Item], ranks: Ranks) -> tuple[list[Item], list[Item]]:
+    """(this rank's of `items`, the same with the first of all items behind them): of the latter, ranks have as many."""
+    mine = list(items[ranks.rank :: ranks.world_size])
+    most = math.ceil(len(items) / ranks.world_size)
+    return mine, mine + [items[0]] * (most - len(mine))
 
 
 def _share(count: int, number: int, of: int) -> tuple[int, int]:

@@ -38,8 +38,8 @@ class PreferenceStream(OfStream):
 
     def num_real(self, index: int) -> int:
         """The tokens of pair `index` that are no padding."""
-        first = 2 * int(self._kept[index])
-        return int(np.minimum(np.diff(self._bounds)[first : first + 2], self.seq_len).sum())
+        lengths = np.diff(self._bounds[2 * self._kept[index] :][:3])
+        return int(np.minimum(lengths, self.seq_len).sum())
 
     def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(input_ids, labels) of pair `index`, each int64 [2, seq_len]: the chosen answer, then the rejected one."""
@@ -82,8 +82,10 @@ class PreferenceStream(OfStream):
         """The pairs with something of both answers within `seq_len`."""
         mask = self.stream.loss_mask
         assert mask is not None
-        firsts = np.array([np.argmax(mask[a:b]) for a, b in zip(self._bounds, self._bounds[1:], strict=False)])
-        return np.flatnonzero((firsts.reshape(-1, 2) < self.seq_len).all(axis=1))
+        starts, stops = self._bounds[:-1], self._bounds[1:]
+        places = np.stack((starts, np.minimum(stops, starts + self.seq_len)), axis=1).ravel()
+        learns = np.logical_or.reduceat(mask, places[places < len(mask)])[::2]  # of each sequence: up to seq_len
+        return np.flatnonzero(learns.reshape(-1, 2).all(axis=1))
 
 
 def log_ratio(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CheckpointError
+from zinf_cli.train.batches import in_turn
 from zinf_cli.train.collator import Sample, Stream
 from zinf_cli.train.preferences import log_ratio
 from zinf_cli.train.rank_batches import RankBatches
@@ -55,8 +56,7 @@ def _ratios(engine: Engine, batches: RankBatches, per_sweep: int, text: Stream) 
     batches.model.eval()
     for first in range(0, len(found), per_sweep * ranks.world_size):
         pairs = range(first, min(first + per_sweep * ranks.world_size, len(found)))
-        mine = list(pairs[ranks.rank :: ranks.world_size])
-        padded = mine + [first] * (-(-len(pairs) // ranks.world_size) - len(mine))  # as many on every rank
+        mine, padded = in_turn(pairs, ranks)
         work = []
         for pair in padded:
             batch = batches.collator.collate(text, [Sample(pair, pair)], 0)

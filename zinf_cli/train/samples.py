@@ -21,6 +21,7 @@ from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.train.batches import in_turn
 from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.tokens import Tokenizer
 
@@ -86,9 +87,7 @@ class Writer:
             at_work = {number for number in at_work if len(texts[number]) < prompts.seq_len}
             if not at_work:
                 break
-            mine = sorted(at_work)[ranks.rank :: ranks.world_size]
-            share = -(-len(at_work) // ranks.world_size)
-            padded = mine + [min(at_work)] * (share - len(mine))  # as many on every rank
+            mine, padded = in_turn(sorted(at_work), ranks)
             found = self._next([texts[number] for number in padded])
             written = [0.0] * count
             for number, token in zip(mine, found, strict=False):
