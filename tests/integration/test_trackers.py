@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from offline_runs import offline_runs
+from programs import command
 from workshop import Workshop
 
 
@@ -35,3 +38,18 @@ def test_a_run_that_goes_on_is_one_run_to_its_trackers(tmp_path: Path, monkeypat
     (run,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert run.info.status == "FINISHED"
     assert [point.value for point in client.get_metric_history(run.info.run_id, "loss")] == ended.losses
+
+
+def test_what_weights_and_biases_started_ends_when_the_launcher_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "logs").mkdir()
+    with subprocess.Popen(command("followed_by_wandb", str(tmp_path)), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert started
+    assert psutil.wait_procs(started, timeout=60)[1] == []  # its own service looks for its parent every few seconds

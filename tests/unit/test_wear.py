@@ -49,10 +49,11 @@ def test_the_line_of_a_plan(tmp_path: Path) -> None:
     line = wear_line(rated)
     assert line is not None
     assert line.endswith("10 TB a day: 0.83 % of the 600 TB they are rated for, or 60 days")
-    screen = StringIO()
-    Console(width=500, file=screen).print(plan_screen(rated, "tiny", []))
-    assert line in screen.getvalue()
-    assert "zinf · tiny" in screen.getvalue()
+    for told, rest, shows in ((rated, None, True), (rated, "rest", True), (plan, None, True), (plan, "rest", False)):
+        screen = StringIO()
+        Console(width=500, file=screen).print(plan_screen(told, "tiny", rest=rest))
+        assert "zinf · tiny" in screen.getvalue()
+        assert (str(wear_line(told)) in screen.getvalue()) == shows
     assert wear_line(plan_of(tmp_path, "cpu")) is None
     assert list(map(on_drives, (999, 12.9e6, 4.06e11, 5e12))) == ["0.999 kB", "12.9 MB", "406 GB", "5 TB"]
 

@@ -68,7 +68,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: st
         io = plan.io
         threads = f"{io.readers} threads read and {io.writers} write blocks of {format_bytes(io.block_bytes)}"
         head.add_row("nvme", f"{', '.join(plan.nvme_folders)}; for each, {threads}")
-    for word, told in (("wear", wear_line(plan)), ("failures", failures_line(plan))):
+    rated = rest is None or plan.endurance_bytes is not None
+    for word, told in (("wear", wear_line(plan) if rated else None), ("failures", failures_line(plan))):
         if told is not None:
             head.add_row(word, told)
     if plan.checkpoint is not None:
