@@ -1,15 +1,18 @@
-"""What the screen shows of hosts."""
+"""What the screen shows of hosts, and of a run before its first step is over."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 from rich.console import Console
 
 from zinf_cli.launch.logs import LogLine
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.screens.launch import log_line
-from zinf_cli.screens.run import hosts_table
+from zinf_cli.screens.run import RunView, hosts_table
 from zinf_cli.train.stragglers import straggler_of
 
 
@@ -38,3 +41,30 @@ def test_a_line_of_a_rank_says_where_it_comes_from() -> None:
     line = log_line(LogLine("node1", 3, "[bold] stays as it is"))
     assert shown(line) == ["node1:3 │ [bold] stays as it is"]
     assert line.style == log_line(LogLine("node1", 3, "another")).style
+
+
+def test_a_terminal_shows_that_what_was_read_is_at_work() -> None:
+    """Between the last bytes that are read and the end of the first step, an evaluation may take minutes."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, _environ={"TERM": "xterm"})
+    plan: Any = SimpleNamespace(max_steps=12, hosts=())
+    view = RunView(console, plan, interval=1)
+    seen: list[str] = []
+    view.start()
+    told: list[Callable[[], None]] = [
+        lambda: view.loading(0.97),
+        lambda: view.begun(0),
+        lambda: view.show({"step": 0, "eval_loss": 3.199}),
+        lambda: view.begun(0),
+    ]
+    for tell in told:
+        tell()
+        assert view._live is not None
+        view._live.refresh()
+        seen.append(file.getvalue().splitlines()[-1])
+        file.truncate(0)
+    view.stop()
+    assert "reading the model" in seen[0]
+    assert "97%" in seen[0]
+    assert "step 1 of 12 ..." in seen[1]
+    assert "held-out 3.1990   step 1 of 12 ..." in seen[3]

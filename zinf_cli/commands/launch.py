@@ -304,7 +304,9 @@ def _run(
     logs = RankLogs(run_dir, plan.hosts)
 
     def poll() -> None:
-        if watch.first_step is None and (share := start.loaded(run_dir)) is not None:
+        if watch.first_step is not None:
+            view.begun(watch.first_step)
+        elif (share := start.loaded(run_dir)) is not None:
             view.loading(share)
         watch.poll()
         for line in logs.poll():

@@ -54,6 +54,12 @@ class RunView:
             bar = ProgressBar(total=1.0, completed=share, width=40)
             self._live.update(Columns([Text("reading the model"), bar, Text(f"{share:.0%}")]))
 
+    def begun(self, step: int) -> None:
+        """The run has begun after `step`. No step is over yet, and the first one may come behind an evaluation."""
+        if self._live is not None and not self._latest:
+            held_out = "" if self._eval_loss is None else f"held-out {self._eval_loss:.4f}   "
+            self._live.update(Text(f"{held_out}step {step + 1} of {self._plan.max_steps} ..."))
+
     def say(self, line: str | Text) -> None:
         """One line for the user, above the live panel where there is one."""
         shown = outside(line) if isinstance(line, str) else line
