@@ -14,6 +14,7 @@ import pytest
 from tiny_recipes import recipe_of
 from zinf_cli.commands import report as command
 from zinf_cli.errors import UsageError
+from zinf_cli.launch.summary import _predicted
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.hosts import Host
@@ -96,6 +97,8 @@ def test_every_curve_is_there_and_the_first_words_say_what_happened(tmp_path: Pa
 
 def test_several_runs_share_their_figures(tmp_path: Path, plan: Plan) -> None:
     runs = [write_run(tmp_path / name / "run", plan, lr=lr) for name, lr in (("a", 1e-3), ("b", 1e-2))]
+    recipe = runs[1] / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("intermediate_size: 48", "intermediate_size: 96"))
     page = page_of(*runs)
     assert {"curve-loss-0", "curve-loss-1"} <= set(page.ids)
     assert page.ids.count("figure-loss") == 1
@@ -103,6 +106,8 @@ def test_several_runs_share_their_figures(tmp_path: Path, plan: Plan) -> None:
     words = " ".join(page.shown.split())
     assert f"What differs in their recipes key {runs[0]}" in words
     assert "optimizer.lr 0.001 0.01" in words
+    assert "model.config.intermediate_size 48 96" in words
+    assert "model.config.hidden_size" not in words.split("Learning")[0]
     with pytest.raises(UsageError, match="8 runs, not for 9"):
         command.report([runs[0]] * 9)
 
@@ -134,6 +139,12 @@ def test_a_step_that_takes_no_time_waits_no_share(tmp_path: Path, plan: Plan) ->
     (run / "metrics.jsonl").write_text(text.replace('"step_s": 0.5', '"step_s": 0'))
     assert "curve-waiting-0" in page_of(run).ids
     assert np.isnan(read_run(run).curve("wait_s", "step_s")[1]).all()
+
+
+def test_a_plan_that_never_waits_waits_no_less_than_nothing(plan: Plan) -> None:
+    """It was told as "-0 %" where times of one lane add up to a little more than the step."""
+    busy = replace(plan, busy={**plan.busy, "compute": 1 + 1e-9})
+    assert _predicted(busy, 1, [], [])["wait_share"] == 0
 
 
 def test_texts_from_outside_stay_texts(tmp_path: Path, plan: Plan) -> None:

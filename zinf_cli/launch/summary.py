@@ -78,7 +78,7 @@ def _predicted(plan: Plan, steps: int, traffic: Sequence[int], step_s: Sequence[
     """The plan of a run of `steps` steps; `traffic` and `step_s` are those of the steps that are compared."""
     return {
         "step_s": statistics.median(step_s) if step_s else plan.step_s,
-        "wait_share": 1 - plan.busy["compute"],
+        "wait_share": max(0.0, 1 - plan.busy["compute"]),  # the sum of a busy lane may round up to more
         "bottleneck": plan.bottleneck,
         "device_bytes": next((limit.needed for limit in plan.limits if limit.tier == "device"), None),
         "host_cpu_bytes": next(limit.needed for limit in plan.limits if limit.tier == "cpu"),

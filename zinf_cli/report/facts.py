@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,20 @@ def _measured(run: Run, key: str) -> float | None:
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """(key, its value in each run) of the recipe's keys that are not the same in all runs."""
-    keys = dict.fromkeys(key for run in runs for key in run.recipe)
-    rows = [(key, [_shown(run.recipe.get(key)) for run in runs]) for key in keys]
+    recipes = [dict(_leaves(run.recipe)) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    rows = [(key, [_shown(recipe.get(key)) for recipe in recipes]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _leaves(recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Its keys and values, those of what a single key holds (model.config) each by itself."""
+    for key, value in recipe.items():
+        if isinstance(value, dict) and value:
+            for inner, held in _leaves(value):
+                yield f"{key}.{inner}", held
+        else:
+            yield key, value
 
 
 def _shown(value: Any) -> str:

@@ -181,7 +181,7 @@ def summary_screen(summary: dict[str, Any]) -> RenderableType:
 
     row("seconds per step (median)", "step_s", lambda v: f"{v:.2f}")
     row("tokens per second (median)", "tokens_per_s", lambda v: f"{v:.0f}")
-    row("waiting for data", "wait_share", lambda v: f"{100 * max(0.0, v):.0f} %")
+    row("waiting for data", "wait_share", lambda v: f"{100 * v:.0f} %")
     row("CPU memory of the host, peak", "host_cpu_bytes", format_bytes)
     row("CPU memory of rank 0, peak", "cpu_bytes", format_bytes)
     row("on NVMe, per rank", "nvme_bytes", lambda v: format_bytes(v) if v else "")
