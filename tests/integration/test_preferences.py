@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from forked_ranks import ForkedRanks
 from tiny_models import dialog_template, save_word_tokenizer
 from workshop import Ended, Workshop
+from zinf_cli.errors import FileError, ZinfError
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.train.figures import find_figures
 from zinf_cli.train.model import build_model
 from zinf_cli.train.setup import model_source, open_text
 from zinf_cli.train.weights import open_weights
@@ -186,6 +188,9 @@ def test_a_run_that_goes_on_knows_what_it_began_with(workshop: Workshop, tmp_pat
 def test_what_is_no_pair_of_answers(changes: list[str], said: str, workshop: Workshop, tmp_path: Path) -> None:
     rows = [as_text(0), {"prompt": "w1", "chosen": "w1"}]
     (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ended = workshop.launch("--dry-run", *(change.replace("FOLDER", str(tmp_path)) for change in changes))
-    assert ended.code == 2, ended.err
-    assert said in " ".join(ended.err.split())
+    workshop.write()
+    with pytest.raises(ZinfError) as caught:
+        find_figures(load_recipe(workshop.recipe, [change.replace("FOLDER", str(tmp_path)) for change in changes]), 1)
+    error = caught.value
+    assert error.exit_code == 2
+    assert said in (error.problems[0] if isinstance(error, FileError) else error.line())
