@@ -24,6 +24,7 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.units.loss_chunks import has_many_logits, put_off_logits
 from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.train.optimizer import update_matrices_whole
 from zinf_cli.train.setup import model_loss, place_buffers
 from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.tiled_weights import TiledWeights, cut_model
@@ -131,19 +132,24 @@ def open_engine(
     slot_bytes: int | None = None,
     in_chunks: bool = False,
     experts: str | None = None,
+    whole: bool = False,
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
     `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
     `slot_bytes`: the slots have these instead.
-    `in_chunks`: the loss is computed in chunks. `experts`: as in plain_losses.
+    `in_chunks`: the loss is computed in chunks. `experts`: as in plain_losses. `whole`: matrices of layers
+    are updated whole.
     """
     model = build_model(source, dtype)
     if experts is not None:
         assert isinstance(model, PreTrainedModel)
         model.set_experts_implementation(experts)
     freeze_params(model, freeze)
+    if whole:
+        assert isinstance(model, PreTrainedModel)
+        update_matrices_whole(model)
     weights = TiledWeights(open_weights(model, source), model)
     if most is not None:
         cut_model(model, most)

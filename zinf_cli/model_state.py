@@ -123,6 +123,8 @@ class OptimizerState:
 
     name: str
     fields: tuple[Field, ...]
+    whole: tuple[Field, ...] = ()
+    """What it keeps of a hidden matrix, if it updates those whole, in another way than the rest."""
     adapts: bool = False
     """Whether an adapter of a frozen model is trained. Its parameters then lie with what the optimizer keeps of them,
     and a checkpoint has no others."""
@@ -141,9 +143,14 @@ class OptimizerState:
         """The class of a field of a trained parameter."""
         return self.param_class if field == PARAM else field.state
 
+    def of(self, *, whole: bool) -> OptimizerState:
+        """What it keeps of hidden matrices that it updates whole, or of the rest."""
+        return replace(self, fields=self.whole if whole else self.fields, whole=())
+
     def stored_as(self, dtype: str) -> OptimizerState:
         """The same with fields of `dtype`: each update rounds them to it."""
-        return replace(self, fields=tuple(replace(field, dtype=dtype) for field in self.fields))
+        fields, whole = (tuple(replace(field, dtype=dtype) for field in kept) for kept in (self.fields, self.whole))
+        return replace(self, fields=fields, whole=whole)
 
     @property
     def state_dtype(self) -> str:
@@ -185,9 +192,11 @@ class OptimizerState:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> OptimizerState:
         """From `dataclasses.asdict`, by way of JSON."""
-        return cls(**{**document, "fields": tuple(Field(**field) for field in document["fields"])})
+        fields, whole = (tuple(Field(**field) for field in document.get(key, ())) for key in ("fields", "whole"))
+        return cls(**{**document, "fields": fields, "whole": whole})
 
 
 ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq", "exp_avg_sq", carries=True)))
 SGD = OptimizerState("sgd", (Field("momentum_buffer", "momentum_buffer"),))
 LION = OptimizerState("lion", (Field("exp_avg", "exp_avg"),))
+MUON = OptimizerState("muon", ADAMW.fields, whole=SGD.fields)

@@ -89,6 +89,7 @@ class Engine:
         in a forward, by index, and `learned` those of them that have a backward; without it the first sweep finds out.
         `written` names parameters that the forward writes to: a write that changes one raises ModelError. CapacityError
         where a tier does not fit, TierError where a drive fails."""
+        assert not optimizer.whole or ranks is None or ranks.world_size == 1, "a slice cuts matrices"
         self.model = model
         self._options = options
         self._optimizer = optimizer

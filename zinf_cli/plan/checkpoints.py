@@ -54,8 +54,8 @@ def stored_bytes(figures: Figures, unit: UnitFigures) -> dict[str, int]:
     Frozen parameters are a class of their own, "frozen": no update writes them.
     """
     stored = Counter({"frozen": unit.frozen_bytes if figures.optimizer.frozen else 0})
-    for dtype, numel in figures.trained(unit):
-        for field in figures.optimizer.stored(dtype):
+    for kept, dtype, numel in figures.trained(unit):
+        for field in kept.stored(dtype):
             own = bytes_of(field.dtype or dtype, numel // figures.world_size)
             stored[figures.optimizer.class_of(field)] += own * figures.world_size
     return stored

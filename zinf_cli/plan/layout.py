@@ -73,6 +73,12 @@ class UnitFigures:
     """The part of `frozen_bytes` that lies there packed (engine/packed.py)."""
     unpacked_bytes: int = 0
     """What that takes in a slot."""
+    whole_numel: int = 0
+    """Elements of trainable matrices that the optimizer updates whole (`OptimizerState.whole`)."""
+    whole_master_numel: int = 0
+    """Those of them that are in 16 bits."""
+    whole_flops: float = 0.0
+    """What it computes for their update, beside what it does with each element."""
 
     @property
     def numel(self) -> int:
@@ -200,14 +206,21 @@ class Figures:
         """Of the parameters, but for those that the model keeps in fp32."""
         return PRECISIONS[self.precision]
 
-    def trained(self, unit: UnitFigures) -> tuple[tuple[str, int], ...]:
-        """The unit's trainable parameters: how many of each dtype."""
-        return (("F32", unit.trainable_numel - unit.master_numel), (self.dtype, unit.master_numel))
+    def trained(self, unit: UnitFigures) -> tuple[tuple[OptimizerState, str, int], ...]:
+        """The unit's trainable parameters: how many of each dtype, by what is kept of them."""
+        rest, whole = self.optimizer.of(whole=False), self.optimizer.of(whole=True)
+        masters = unit.master_numel - unit.whole_master_numel
+        return (
+            (rest, "F32", unit.trainable_numel - unit.whole_numel - masters),
+            (rest, self.dtype, masters),
+            (whole, "F32", unit.whole_numel - unit.whole_master_numel),
+            (whole, self.dtype, unit.whole_master_numel),
+        )
 
     def moments_bytes(self, unit: UnitFigures) -> int:
         """Bytes of what an update reads and writes beside the unit's parameters, the slices of all ranks together."""
         ranks = self.world_size
-        return sum(self.optimizer.num_bytes(dtype, numel // ranks) * ranks for dtype, numel in self.trained(unit))
+        return sum(kept.num_bytes(dtype, numel // ranks) * ranks for kept, dtype, numel in self.trained(unit))
 
     def param_bytes(self, unit: UnitFigures) -> Counter[str]:
         """Bytes of the unit's parameters on their tiers, by the class that they belong to."""

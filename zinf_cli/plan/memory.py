@@ -38,6 +38,8 @@ WORKSPACE_BYTES = 32 * MIB
 defaults. Threads are those of the micro-batches, the one that computes and that of autograd."""
 UPDATE_TEMPORARIES = 5
 """Tensors of an update's block that are there at once while masters are joined and split, and one of the kernel's."""
+WHOLE_TEMPORARIES = 20
+"""Bytes for each element of a matrix while it is updated whole: its momentum, and what Newton-Schulz makes of it."""
 LAUNCHER_BYTES = 122 * MIB
 """Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
@@ -83,6 +85,8 @@ class Working:
     staging_bytes: int
     least_staging_bytes: int
     """The least staging that a run needs."""
+    least_chunk_bytes: int = 0
+    """What chunk buffers have at least together, since some updates take matrices whole."""
 
     @property
     def total(self) -> int:
@@ -102,9 +106,11 @@ class Working:
         """
         if num_bytes > 0 and self.num_chunks and self.chunk_numel > CHUNK_NUMEL:
             fitting = self.chunk_numel - -(-num_bytes // (self.num_chunks * FP32_BYTES))
-            smaller = replace(self, chunk_numel=max(1, fitting // CHUNK_NUMEL) * CHUNK_NUMEL)
-            return smaller.shrunk(num_bytes - (self.total - smaller.total))
-        least_chunks = min(self.num_chunks, 8)
+            least = -(-self.least_chunk_bytes // (self.num_chunks * FP32_BYTES * CHUNK_NUMEL))
+            smaller = replace(self, chunk_numel=max(1, fitting // CHUNK_NUMEL, least) * CHUNK_NUMEL)
+            if smaller.chunk_numel < self.chunk_numel:
+                return smaller.shrunk(num_bytes - (self.total - smaller.total))
+        least_chunks = max(min(self.num_chunks, 8), -(-self.least_chunk_bytes // self.chunk_bytes))
         fewer = min(max(0, -(-num_bytes // self.chunk_bytes)), self.num_chunks - least_chunks)
         num_bytes -= fewer * self.chunk_bytes
         staging = max(self.least_staging_bytes, self.staging_bytes - max(0, num_bytes))
@@ -118,6 +124,7 @@ class Working:
             self.num_chunks - fewer,
             staging,
             self.least_staging_bytes,
+            self.least_chunk_bytes,
         )
 
 
@@ -296,13 +303,6 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     Resident. The resident unit is held for the whole step, in an arena of its own. It takes its block twice, since it
     is fetched for the next step before this step releases it.
 
-    Chunks. An update streams every field that does not lie in memory of the compute device: the gradient, the
-    optimizer's fields, and the master of 16-bit parameters or what makes one of them. A chunk of a field takes one
-    buffer of `chunk_numel` elements: a piece, 16 pieces where an accelerator computes, or the widest slice where that
-    is less. With 8 buffers a field, reads and writes are under way while a chunk is computed. An eager update does not
-    stream the gradient: it is still in the slot arena. The update of a unit that no visit needs (an expert that no
-    token reaches) streams its parameters as well.
-
     Staging. The activations of a call take buffers on their way to their tier or back. Their size is that of the
     largest call, of the code before it, and of what that code shares with earlier code. The least is twice that, since
     one call's activations arrive while another's leave. 8 times that keeps the drive busy.
@@ -311,13 +311,7 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
     resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
-    widest = max(unit.trainable_numel // figures.world_size for unit in units)
-    most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
-    chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
-    dtype = figures.dtype if any(unit.master_numel for unit in units) else "F32"
-    beside = len(figures.optimizer.beside(dtype)) * (not choice.in_place("optimizer"))
-    gradient, param = (int(not choice.in_place(state)) for state in ("grads", figures.optimizer.param_class))
-    least_chunks, fields = beside + gradient + param, beside + gradient * (choice.update != "eager")
+    chunk_numel, num_chunks, least_chunk_bytes = _chunks(figures, choice)
     staging = 0
     if not choice.in_place("activations"):
         staging = max(
@@ -335,10 +329,36 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
         least_slot_bytes=least,
         resident_bytes=2 * sum(resident) + PAGE,
         chunk_numel=chunk_numel,
-        num_chunks=max(8 * fields, least_chunks),
+        num_chunks=num_chunks,
         staging_bytes=8 * staging,
         least_staging_bytes=2 * staging,
+        least_chunk_bytes=least_chunk_bytes,
     )
+
+
+def _chunks(figures: Figures, choice: Choice) -> tuple[int, int, int]:
+    """Elements of a chunk, how many chunk buffers there are, and the bytes that they have at least together.
+
+    An update streams every field that does not lie in memory of the compute device: the gradient, the optimizer's
+    fields, and the master of 16-bit parameters or what makes one of them. A chunk of a field takes one buffer of
+    `chunk_numel` elements: a piece, 16 pieces where an accelerator computes, or the widest slice where that is less.
+    With 8 buffers a field, reads and writes are under way while a chunk is computed. An eager update does not stream
+    the gradient: it is still in the slot arena. The update of a unit that no visit needs (an expert that no token
+    reaches) streams its parameters as well. Matrices that are updated whole take the room of all of a unit's at once.
+    """
+    units = figures.model.units
+    widest = max((unit.trainable_numel - unit.whole_numel) // figures.world_size for unit in units)
+    most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
+    chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
+    dtype = figures.dtype if any(unit.master_numel for unit in units) else "F32"
+    beside, whole = (
+        len(figures.optimizer.of(whole=whole).beside(dtype)) * (not choice.in_place("optimizer"))
+        for whole in (False, True)
+    )
+    gradient, param = (int(not choice.in_place(state)) for state in ("grads", figures.optimizer.param_class))
+    least_chunks, fields = beside + gradient + param, beside + gradient * (choice.update != "eager")
+    together = (whole + gradient + param) * max(unit.whole_numel for unit in units) * FP32_BYTES
+    return chunk_numel, max(8 * fields, least_chunks, -(-together // (chunk_numel * FP32_BYTES))), together
 
 
 def compute_bytes(figures: Figures, choice: Choice) -> int:
@@ -359,4 +379,6 @@ def compute_bytes(figures: Figures, choice: Choice) -> int:
         workspaces = WORKSPACE_BYTES * (choice.per_sweep + 2)
         if choice.update != "deferred":  # beside compute, so in memory of its own
             workspaces += UPDATE_TEMPORARIES * DEVICE_BLOCK_NUMEL * FP32_BYTES
-    return int(max(inside, turn) * TEMPORARIES_MORE) + waiting * choice.per_sweep + workspaces
+    updated = max((unit.largest_trained_numel for unit in model.units if unit.whole_numel), default=0)
+    peak = max(inside, turn, updated * WHOLE_TEMPORARIES)
+    return int(peak * TEMPORARIES_MORE) + waiting * choice.per_sweep + workspaces

@@ -122,6 +122,8 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 learns=model.order[place:].count(number) <= unit.learned,
                 frozen_bytes=unit.frozen_bytes if unit.packed_bytes else None,
                 unpacked=unit.unpacked_bytes / ITEM_BYTES[figures.dtype],
+                moment_bytes=figures.moments_bytes(unit) if unit.whole_numel else None,
+                update_flops=unit.whole_flops,
             )
         )
     return loads

@@ -77,6 +77,10 @@ class UnitLoad:
     """Of its frozen parameters, on their tier and between ranks; None: as many for each as compute uses."""
     unpacked: float = 0.0
     """Frozen parameters that each visit unpacks (engine/packed.py)."""
+    moment_bytes: float | None = None
+    """What the optimizer keeps of it; None: as much as of others."""
+    update_flops: float = 0.0
+    """What its update computes beside what it does with each element."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,8 @@ class _Sweeps:
         piece = own / pieces
         ahead = max(1, round(step.chunk_params / piece))
         states = step.optimizer.bytes_per_param(step.dtype)
+        if unit.moment_bytes is not None:
+            states = unit.moment_bytes / unit.trainable
         cost = step.optimizer.moved_bytes_per_param / ADAMW_BYTES
         writes: list[int] = []
         for _ in range(pieces):
@@ -275,6 +281,9 @@ class _Sweeps:
             if with_grad:
                 reads = reads + ops.bring("grads", unit, piece * unit.share * step.grad_bytes, [*after, *buffers])
             done = [ops.add("compute", f"{unit.name} update", piece * cost, [*reads, *ready], "adamw")]
+            if unit.update_flops:
+                flops = unit.update_flops / step.world_size / pieces
+                done = [ops.add("compute", f"{unit.name} update, whole", flops, done, "matmul")]
             self._pieces += ops.send("optimizer", unit, piece * states, done)
             writes += ops.send(step.optimizer.param_class, unit, piece * step.param_bytes, done)
             ready = done

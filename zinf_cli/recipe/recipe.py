@@ -138,20 +138,28 @@ class Train(Section):
         )
 
 
-_BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}
+_OWN: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": (0.9, 0.999)},
+    "sgd": {"momentum": 0.9},
+    "lion": {"betas": (0.9, 0.99)},
+    "muon": {"momentum": 0.95, "betas": (0.9, 0.999)},
+}
+"""The keys that only some optimizers have, with their defaults."""
 
 
 class Optimizer(Section):
-    """adamw and sgd are torch.optim's, bit for bit; lion is that of arXiv 2302.06675."""
+    """adamw, sgd and muon are torch.optim's, bit for bit; lion is that of arXiv 2302.06675."""
 
-    name: Literal["adamw", "sgd", "lion"] = "adamw"
-    """sgd has momentum. lion wants a lr three to ten times smaller than adamw, and as much more weight_decay."""
+    name: Literal["adamw", "sgd", "lion", "muon"] = "adamw"
+    """sgd has momentum. lion wants a lr three to ten times smaller than adamw, and as much more weight_decay. muon is
+    for the matrices of layers, with adamw beside it for all else; its steps have the size of adamw's
+    (match_rms_adamw), so both have one lr. It needs whole matrices: one rank."""
     lr: Annotated[Number, Field(ge=0)] = 5e-5
     """Peak learning rate."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] | None = None
-    """Decay of the moments: 0.9 and 0.999 for adamw, 0.9 and 0.99 for lion; sgd has none."""
+    """Decay of the moments: 0.9 and 0.999 for adamw (beside muon, too), 0.9 and 0.99 for lion; sgd has none."""
     momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
-    """Of sgd, 0.9 by default; the others have betas."""
+    """Of sgd, 0.9 by default, and of muon, 0.95; the others have betas."""
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     """Added to adamw's denominator."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
@@ -169,10 +177,13 @@ class Optimizer(Section):
         if not isinstance(values, dict):
             return values
         name = values.get("name", "adamw")
-        own, other, default = ("momentum", "betas", 0.9) if name == "sgd" else ("betas", "momentum", _BETAS.get(name))
-        if values.get(other) is not None:
-            raise ValueError(f"{name} has no {other}; its key is {own}")
-        return {**values, own: default} if values.get(own) is None else values
+        own = _OWN.get(name)
+        if own is None:
+            return values
+        for key in ("betas", "momentum"):
+            if key not in own and values.get(key) is not None:
+                raise ValueError(f"{name} has no {key}; its key is {next(iter(own))}")
+        return {**values, **{key: default for key, default in own.items() if values.get(key) is None}}
 
     @field_validator("betas", "no_decay", mode="before")
     @classmethod
@@ -335,6 +346,8 @@ class Recipe(Section):
     def _adapts_what_has_learned(self) -> Recipe:
         if self.adapter.type is not None and self.model.init == "random":
             raise ValueError("an adapter is for a model that has learned: model.name_or_path, with init: pretrained")
+        if self.adapter.type is not None and self.optimizer.name == "muon":
+            raise ValueError("optimizer.name: muon is for the matrices of a model; an adapter has adamw, sgd or lion")
         if self.adapter.type is None and self.model.base_dtype != "auto":
             raise ValueError(
                 f"model.base_dtype={self.model.base_dtype} is for a model that stays as it is: train an adapter "

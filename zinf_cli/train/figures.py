@@ -29,7 +29,7 @@ from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.optimizer import state_of, undecayed
+from zinf_cli.train.optimizer import check_ranks, newton_schulz_flops, state_of, undecayed
 from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
@@ -65,6 +65,7 @@ def find_figures(
     device = torch.device("cuda" if accelerators else "cpu")
     ranks = slots or accelerators or 1
     world_size = world_size or ranks
+    check_ranks(recipe, world_size)
     precision = resolve_precision(recipe, device)
     model = open_model(recipe, precision)
     check_seq_len(model, recipe.train.seq_len)
@@ -201,6 +202,7 @@ def _unit_figures(
     product: bool,
 ) -> UnitFigures:
     packed = [flat for flat in layout.flats if flat.packing is not None]
+    whole = [flat for flat in layout.flats if flat.whole]
     return UnitFigures(
         name=layout.name,
         trainable_numel=sum(flat.numel for flat in layout.trainable),
@@ -228,6 +230,9 @@ def _unit_figures(
         chunkable_numel=sum(found.numel for found in chunkable),
         packed_bytes=sum(flat.moved_bytes for flat in packed),
         unpacked_bytes=sum(flat.num_bytes for flat in packed),
+        whole_numel=sum(flat.numel for flat in whole),
+        whole_master_numel=sum(flat.numel for flat in whole if flat.dtype != torch.float32),
+        whole_flops=sum(newton_schulz_flops(*place.shape) for flat in whole for place in flat.params),
     )
 
 

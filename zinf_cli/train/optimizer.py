@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.lion import Lion
+from zinf_cli.engine.traffic.muon import Muon
 from zinf_cli.engine.traffic.sgd import Sgd
-from zinf_cli.engine.units.origins import parts_of
+from zinf_cli.engine.units.origins import parts_of, update_whole
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import STATE_DTYPES, OptimizerState
 from zinf_cli.recipe.recipe import Optimizer, Recipe
+from zinf_cli.train.matrices import matrices_of
 
 
 def kernel_of(settings: Optimizer, lr: float) -> Kernel:
@@ -45,6 +48,28 @@ def undecayed(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     )
 
 
+def update_matrices_whole(model: PreTrainedModel) -> None:
+    """Mark what muon updates whole: the matrices of layers, but for packed experts."""
+    for _, module, name, param in matrices_of(model):
+        if param.dim() == 2:
+            update_whole(module, name)
+
+
+def check_ranks(recipe: Recipe, world_size: int) -> None:
+    """RecipeError if an optimizer that updates whole matrices would get slices of them."""
+    if recipe.optimizer.name == "muon" and world_size > 1:
+        raise RecipeError(
+            [f"optimizer.name: muon updates whole matrices, and each of {world_size} ranks would have a slice of them: "
+             "run it on one rank (--slots 1), or take another optimizer"]
+        )  # fmt: skip
+
+
+def newton_schulz_flops(rows: int, columns: int) -> float:
+    """What muon's iteration takes for a matrix: five times a product with its transpose, and two with the result."""
+    least, most = sorted((rows, columns))
+    return 5.0 * (4 * least**2 * most + 2 * least**3)
+
+
 def _adamw(settings: Optimizer, lr: float) -> Kernel:
     assert settings.betas is not None
     return AdamW(lr, *settings.betas, settings.eps, weight_decay=settings.weight_decay)
@@ -60,5 +85,16 @@ def _lion(settings: Optimizer, lr: float) -> Kernel:
     return Lion(lr, *settings.betas, weight_decay=settings.weight_decay)
 
 
-KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}
+def _muon(settings: Optimizer, lr: float) -> Kernel:
+    assert settings.betas is not None
+    assert settings.momentum is not None
+    return Muon(lr, settings.momentum, *settings.betas, settings.eps, weight_decay=settings.weight_decay)
+
+
+KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "lion": _lion,
+    "muon": _muon,
+}
 """The kernels by `optimizer.name`."""

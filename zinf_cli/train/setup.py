@@ -23,6 +23,7 @@ from zinf_cli.train.data import TextSource, open_token_stream, part_of_tokens
 from zinf_cli.train.mixture import MixedOrder, MixedStream
 from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
+from zinf_cli.train.optimizer import update_matrices_whole
 from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.preferences import preference_loss
 from zinf_cli.train.samples import Prompts, open_prompts
@@ -79,6 +80,8 @@ def open_model(recipe: Recipe, precision: str) -> nn.Module:
     if recipe.adapter.type is not None:
         pack_base(model, recipe.model.base_dtype)
         adapt(model, recipe.adapter, recipe.model.folder)
+    if recipe.optimizer.name == "muon":
+        update_matrices_whole(model)
     opened: nn.Module = model
     return opened
 

@@ -15,6 +15,7 @@ from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
 from zinf_cli.engine.units.loss_chunks import has_many_logits, keep_logits, put_off_logits
+from zinf_cli.engine.units.origins import updated_whole
 from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.engine.units.token_chunks import Chunkable, Inputs, find_chunkable, in_chunks, noted_inputs
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout, discover
@@ -63,11 +64,11 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None,
     `packed`: its sequences have several documents, which it keeps apart.
     What only a whole weight can serve is undone, for this weight and its like in other layers.
     """
+    whole = sorted(updated_whole(model)) if most is not None else []
     if most is not None:
-        cut_model(model, most)
+        cut_model(model, most, whole)
     if logits_put_off := has_many_logits(model, recipe.train.sequences_at_once * recipe.train.seq_len):
         put_off_logits(model)
-    whole: list[str] = []
     notes: list[str] = []
     while True:
         try:

@@ -42,6 +42,10 @@ class Kernel(ABC):
         may get any range of a slice.
         """
 
+    def of(self, shape: torch.Size | None) -> Kernel:
+        """The kernel for a hidden matrix of this shape, if it updates those whole; None: the one for all else."""
+        return self
+
     def undecayed(self) -> Self:
         """The same without weight decay."""
         return replace(self, weight_decay=0.0)

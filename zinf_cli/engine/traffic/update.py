@@ -133,7 +133,8 @@ class ChunkUpdate:
         """Let the kernel update elements [start, end) of the chunk."""
         carrier, stored = self._flat.carrier, self._flat.moments
         as_they_are = carrier is None and all(self._fields[field].dtype == torch.float32 for field in (GRAD, *stored))
-        most = end - start if as_they_are else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK_NUMEL
+        at_once = as_they_are or self._flat.layout.whole
+        most = end - start if at_once else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK_NUMEL
         for begin in range(start, end, most):
             last = min(end, begin + most)
             block = {field: values[begin:last] for field, values in self._fields.items()}
@@ -192,14 +193,17 @@ class ChunkUpdate:
         """
         flat, layout = self._flat, self._flat.layout
         free = kernel.no_decay.intersection(place.name for place in layout.params)
-        if all(flat.touched) and len(set(flat.steps)) == 1 and not free:
+        if not layout.whole:
+            kernel = kernel.of(None)
+        if not layout.whole and all(flat.touched) and len(set(flat.steps)) == 1 and not free:
             yield 0, self._end - self._begin, flat.steps[0], kernel
             return
         base = flat.rank * layout.slice_numel + self._begin
         for place, touched, step in zip(layout.params, flat.touched, flat.steps, strict=True):
             first, last = overlap(place, base, base + self._end - self._begin)
             if touched and first < last:
-                yield first - base, last - base, step, kernel.undecayed() if place.name in free else kernel
+                own = kernel.of(place.shape) if layout.whole else kernel
+                yield first - base, last - base, step, own.undecayed() if place.name in free else own
 
 
 def _room(chunks: Arena, num_bytes: int) -> tuple[Buffer, list[Event]] | None:
@@ -239,9 +243,10 @@ class SliceUpdate:
                 assert flat.grad is not None
                 sources[GRAD] = flat.grad
             numel = flat.layout.slice_numel
-            assert numel <= memory.chunk_numel or memory.chunk_numel % CHUNK_NUMEL == 0 or not flat.scaled
-            for begin in range(0, numel, memory.chunk_numel):
-                end = min(numel, begin + memory.chunk_numel)
+            step = numel if flat.layout.whole else memory.chunk_numel
+            assert numel <= step or step % CHUNK_NUMEL == 0 or not flat.scaled
+            for begin in range(0, numel, step):
+                end = min(numel, begin + step)
                 there = {field: values[begin:end] for field, values in given.items() if values is not None}
                 chunks.append(ChunkUpdate(flat, begin, end, there, sources, goes[number], trace, zeros=unit.life.zeros))
         self._memory = memory

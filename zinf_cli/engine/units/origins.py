@@ -6,6 +6,8 @@ from torch import nn
 
 from zinf_cli.engine.units.tiles import PACKED, Part, Tile, TiledWeight, cut_together
 
+_WHOLE = "updated_whole"
+
 
 def shapes_of(model: nn.Module, *, trained: bool = False) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by name, or of the trained alone, as before the model was cut.
@@ -36,6 +38,17 @@ def packings_of(model: nn.Module) -> dict[str, str]:
         for path, module in model.named_modules()
         for name, packing in module.__dict__.get(PACKED, {}).items()
     }
+
+
+def update_whole(module: nn.Module, weight: str) -> None:
+    """Have a matrix of `module` updated whole, by an optimizer that does that (`OptimizerState.whole`)."""
+    module.__dict__.setdefault(_WHOLE, {})[weight] = None
+
+
+def updated_whole(model: nn.Module) -> set[str]:
+    """The matrices that are updated whole, by the names that they had before the model was cut."""
+    marked = ((path, name) for path, module in model.named_modules() for name in module.__dict__.get(_WHOLE, ()))
+    return {f"{path}.{name}" if path else name for path, name in marked}
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:

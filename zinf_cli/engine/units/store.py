@@ -70,15 +70,16 @@ class Flat:
         self.dtype = layout.dtype
         self.rank = ranks.rank
         dtype = STORED_NAMES.get(layout.dtype, "F32")  # what is not a real number has no master either
-        self.beside = optimizer.beside(dtype) if layout.trainable else ()
+        kept = optimizer.of(whole=layout.whole)
+        self.beside = kept.beside(dtype) if layout.trainable else ()
         """The fields of the optimizer."""
-        self.stored = optimizer.stored(dtype) if layout.trainable else optimizer.frozen
+        self.stored = kept.stored(dtype) if layout.trainable else optimizer.frozen
         """The fields that are state between two steps, in a checkpoint's order."""
-        self.moments = optimizer.fields if layout.trainable else ()
+        self.moments = kept.fields if layout.trainable else ()
         """What the optimizer keeps, in the order of its kernel."""
         self.scaled = any(field.dtype == SCALED for field in self.moments)
         """Whether that lies in chunks of CHUNK_NUMEL elements (eight_bits.py)."""
-        self.carrier = optimizer.carrier if REMAINDER in self.beside else None
+        self.carrier = kept.carrier if REMAINDER in self.beside else None
         """The field whose sign is that of masters which are split (split_masters.py)."""
         self._tiers = tiers
         self._class_of = optimizer.class_of if layout.trainable else attrgetter("state")

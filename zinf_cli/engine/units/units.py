@@ -5,11 +5,11 @@ them that is worth streaming (an embedding, the head). Modules that share a para
 none (a final norm, a bare parameter of the root) forms the resident unit, which is held for the whole step.
 
 A unit has a flat for its trained parameters and one for its frozen ones. Where a model keeps some of them in another
-dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own, and so have frozen ones that lie
-packed on their tier (engine/packed.py). Every parameter starts at a multiple
-of ALIGN elements, so that kernels see the alignment that torch's allocator gives, and no block of elements with one
-scale has two parameters. A flat is padded so that it cuts into world_size equal slices, each of whole pages in any
-dtype of parameters.
+dtype than the rest (a router in fp32 among bf16), each dtype has flats of its own. So have frozen ones that lie packed
+on their tier (engine/packed.py), and hidden matrices that an optimizer updates whole. Every parameter starts at a
+multiple of ALIGN elements, so that kernels see the alignment that torch's allocator gives, and no block of elements
+with one scale has two parameters. A flat is padded so that it cuts into world_size equal slices, each of whole pages in
+any dtype of parameters.
 
 A block that is larger than a part may be is taken apart: its own modules become units, down to single matrices, and
 tiles of them (tiles.py). Norms and biases of such a block are resident.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zinf_cli.engine.units.origins import experts_of, packings_of, parts_of, shapes_of
+from zinf_cli.engine.units.origins import experts_of, packings_of, parts_of, shapes_of, updated_whole
 from zinf_cli.engine.units.tiles import Part, Tile
 from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE, packed_bytes
 
@@ -78,6 +78,9 @@ class FlatLayout:
     slice_numel: int
     packing: str | None = None
     """How they lie on their tier and travel between ranks, a name of PACKINGS; None: in their dtype."""
+
+    whole: bool = False
+    """Whether it has hidden matrices that the optimizer updates whole (`OptimizerState.whole`)."""
 
     @property
     def num_bytes(self) -> int:
@@ -227,31 +230,35 @@ class _Flats:
         self._parts = parts_of(model)
         self._experts = experts_of(model)
         self._packings = packings_of(model)
+        self._whole = updated_whole(model)
         self._multiple = world_size * SLICE_MULTIPLE
         self._world_size = world_size
 
     def of(self, params: Sequence[nn.Parameter]) -> tuple[FlatLayout, ...]:
         """The flats of a unit that has `params`."""
-        kinds: dict[tuple[bool, int, str, str], list[nn.Parameter]] = {}
+        kinds: dict[tuple[bool, int, str, str, bool], list[nn.Parameter]] = {}
         for param in params:
-            kind = (not param.requires_grad, param.dtype.itemsize, str(param.dtype), self._packing(param) or "")
+            frozen, whole = not param.requires_grad, self._origin(param) in self._whole
+            packing = (self._packing(param) if frozen else None) or ""
+            kind = (frozen, param.dtype.itemsize, str(param.dtype), packing, whole and not frozen)
             kinds.setdefault(kind, []).append(param)
-        flats = []
-        for kind, alike in sorted(kinds.items(), key=lambda item: item[0]):
-            layouts = []
-            offset = 0
-            for param in alike:
-                layouts.append(self._layout(param, offset))
-                offset += -(-param.numel() // ALIGN) * ALIGN
-            numel = max(1, -(-offset // self._multiple)) * self._multiple
-            slice_numel = numel // self._world_size
-            flats.append(
-                FlatLayout(tuple(layouts), not kind[0], alike[0].dtype, numel, slice_numel, packing=kind[3] or None)
-            )
-        return tuple(flats)
+        return tuple(
+            self._flat(alike, trainable=not frozen, packing=packing or None, whole=whole)
+            for (frozen, _, _, packing, whole), alike in sorted(kinds.items(), key=lambda item: item[0])
+        )
+
+    def _flat(self, params: Sequence[nn.Parameter], *, trainable: bool, packing: str | None, whole: bool) -> FlatLayout:
+        layouts = []
+        offset = 0
+        for param in params:
+            layouts.append(self._layout(param, offset))
+            offset += -(-param.numel() // ALIGN) * ALIGN
+        numel = max(1, -(-offset // self._multiple)) * self._multiple
+        each = numel // self._world_size
+        return FlatLayout(tuple(layouts), trainable, params[0].dtype, numel, each, packing, whole)
 
     def _packing(self, param: nn.Parameter) -> str | None:
-        packing = None if param.requires_grad else self._packings.get(self._origin(param))
+        packing = self._packings.get(self._origin(param))
         return None if (packing, param.dtype) == ("bf16", torch.bfloat16) else packing
 
     def _origin(self, param: nn.Parameter) -> str:
