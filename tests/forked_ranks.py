@@ -4,9 +4,11 @@
 
     {"recipe": "r.yaml", "changes": ["train.max_steps=3"], "ranks": 2, "kill": {"after_s": 0.7}}
     {"recipe": "r.yaml", "changes": [], "ranks": 2, "kill": {"rank": 1, "call": "fsync", "nth": 5, "before": true}}
+    {"recipe": "r.yaml", "changes": [], "ranks": 2, "most": 1000}
 
-A kill is SIGKILL to the process group of all ranks: some time after their start, or just before or after a rank's nth
-call of a function of `os`.
+With "most" the model is cut into parts of so many elements, whether it has to be or not. A kill is SIGKILL to the
+process group of all ranks: some time after their start, or just before or after a rank's nth call of a function of
+`os`.
 """
 
 from __future__ import annotations
@@ -46,12 +48,17 @@ class ForkedRanks:
             process.kill()
 
     def run(
-        self, recipe: Path, ranks: int, changes: Sequence[str] = (), kill: dict[str, Any] | None = None
+        self,
+        recipe: Path,
+        ranks: int,
+        changes: Sequence[str] = (),
+        kill: dict[str, Any] | None = None,
+        most: int | None = None,
     ) -> list[int]:
         """The exit codes of the ranks; their output is in the run's logs/forked.log. `changes` are KEY=VALUE."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        job = {"recipe": str(recipe), "changes": list(changes), "ranks": ranks, "kill": kill}
+        job = {"recipe": str(recipe), "changes": list(changes), "ranks": ranks, "kill": kill, "most": most}
         print(json.dumps(job), file=self._process.stdin, flush=True)
         codes: list[int] = json.loads(self._process.stdout.readline())
         return codes
@@ -67,13 +74,13 @@ def _serve() -> None:
         print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
 
 
-def _run(recipe: str, changes: list[str], ranks: int, kill: dict[str, Any] | None) -> list[int]:
+def _run(recipe: str, changes: list[str], ranks: int, kill: dict[str, Any] | None, most: int | None) -> list[int]:
     from zinf_cli.recipe.recipe_file import load_recipe
 
     loaded = load_recipe(Path(recipe), changes)
     run_dir = loaded.output_dir
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    planned = _ended(_fork(lambda: _plan(loaded, ranks), run_dir, group=0))
+    planned = _ended(_fork(lambda: _plan(loaded, ranks, most), run_dir, group=0))
     if planned != 0:
         return [planned]
     port = _free_port()
@@ -114,14 +121,14 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
         os._exit(code)
 
 
-def _plan(recipe: Recipe, ranks: int) -> int:
+def _plan(recipe: Recipe, ranks: int, most: int | None) -> int:
     from zinf_cli.plan.search import best_plan
     from zinf_cli.recipe.recipe_file import dump_recipe
     from zinf_cli.train import figures
     from zinf_cli.train.figures import find_figures
 
     figures._flops = lambda *_: 1e13  # to measure it takes as long as the run
-    plan = best_plan(recipe, find_figures(recipe, ranks))
+    plan = best_plan(recipe, find_figures(recipe, ranks, most=most))
     (recipe.output_dir / "plan.json").write_text(json.dumps(plan.to_json()))
     (recipe.output_dir / "recipe.yaml").write_text(dump_recipe(recipe))
     return 0

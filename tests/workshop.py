@@ -81,11 +81,14 @@ class Workshop:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "XDG_CACHE_HOME": str(self.folder / "cache"), "COLUMNS": "100"}
 
-    def fork(self, forked: ForkedRanks, name: str, *changes: str, ranks: int = 1) -> Ended:
-        """A run without a launcher, in the folder `name`: where it is its losses that count. `err` is its log."""
+    def fork(self, forked: ForkedRanks, name: str, *changes: str, ranks: int = 1, most: int | None = None) -> Ended:
+        """A run without a launcher, in the folder `name`: where it is its losses that count. `err` is its log.
+
+        With `most`, the model is cut into parts of so many elements.
+        """
         self.write()
         run_dir = self.folder / name
-        codes = forked.run(self.recipe, ranks, [f"output_dir={run_dir}", *changes])
+        codes = forked.run(self.recipe, ranks, [f"output_dir={run_dir}", *changes], most=most)
         ended = Ended(next(filter(None, codes), 0), "", (run_dir / "logs" / "forked.log").read_text(), run_dir)
         assert ended.code == 0, ended.err
         return ended

@@ -1,13 +1,19 @@
-"""`zinf launch` of a model whose block is larger than the memory it is given: cut into parts, it learns the same."""
+"""Runs of models in parts: a block that is larger than the memory it is given; other ranks and another cut."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from forked_ranks import ForkedRanks
+from plain import LR, batches, plain_losses
+from tiny_models import random_source
 from workshop import Workshop
+from zinf_cli.train.export import export
 
 MIB = 2**20
 WIDE = {"hidden_size": 512, "intermediate_size": 4096}
@@ -42,3 +48,29 @@ def test_a_block_that_does_not_fit_is_computed_in_parts(workshop: Workshop, fork
     assert "resume" in again.err
     assert "computed in parts of up to" in again.err
     assert workshop.left_behind() == []
+
+
+def test_a_cut_mixture_that_changes_ranks_and_cut_ends_with_the_weights_of_plain_pytorch(
+    workshop: Workshop, forked: ForkedRanks
+) -> None:
+    """Checkpoints are taken in passing; each rank writes its own file. The export is compared."""
+    steps, each = 5, 3
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2}
+    windows = [batches(step, each) for step in range(steps)]
+    np.save(workshop.folder / "tokens.npy", torch.cat([ids.flatten() for step in windows for ids in step]).numpy())
+    workshop.content["model"]["config"] = random_source("qwen3_moe", **mixture).config
+    workshop.content["dataset"] = {"path": str(workshop.folder / "tokens.npy"), "shuffle": False}
+    workshop.content["train"] |= {"seq_len": 12, "global_batch_size": 6}
+    workshop.content["optimizer"] = {"lr": LR, "weight_decay": 0.01}
+    workshop.content["checkpoint"] = {"interval": 1, "keep_latest_k": 1}
+    for end, ranks, most in ((2, 2, 1000), (4, 3, 2000), (steps, 1, None)):
+        ended = workshop.fork(forked, "run", f"train.max_steps={end}", ranks=ranks, most=most)
+        assert json.loads((ended.run_dir / "plan.json").read_text())["figures"]["model"]["most"] == most
+    expected: dict[str, torch.Tensor] = {}
+    losses = plain_losses(random_source("qwen3_moe", **mixture), steps, count=each, parameters=expected)
+    assert ended.losses == pytest.approx([sum(step) / each for step in losses], rel=1e-6)
+    export(ended.run_dir, workshop.folder / "out")
+    found = dict(AutoModelForCausalLM.from_pretrained(workshop.folder / "out").named_parameters())
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert (found[name] - values).norm() < 1e-5 * values.norm(), name

@@ -19,10 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
-from checkpoints import resumed, save
-from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
+from checkpoints import params_of, resumed, save
+from plain import (
+    batches,
+    engine_losses,
+    every_other_unit_cached,
+    everything_on,
+    open_engine,
+    plain_losses,
+    relative_difference,
+)
 from tiny_models import CONFIGS, random_source, some_of
 from zinf_cli.engine.compute import joined as joined_backward
+from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.traffic.adamw import AdamW
@@ -32,6 +41,7 @@ from zinf_cli.errors import ModelError
 from zinf_cli.trace import LANES
 from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.model import build_model
+from zinf_cli.train.setup import model_loss
 
 STEPS, COUNT = 3, 2
 """A second update has moments; a second micro-batch adds to a gradient."""
@@ -129,6 +139,31 @@ def test_with_eager_updates_and_with_a_clip_that_bites(clip: float | None, tmp_p
     expected = plain_losses(random_source("llama"), STEPS, clip=clip)
     engine = in_parts("llama", everything_on("nvme", tmp_path), TILES)
     assert relative_difference(engine_losses(engine, STEPS, clip=clip, eager=clip is None), expected) < 1e-6
+
+
+def test_a_step_that_clips_after_its_experts_were_updated_has_the_same_bits(tmp_path: Path) -> None:
+    """Speculation fails in one step, and holds in others. Experts that no token has reached have no gradient."""
+    many = random_source("qwen3_moe", num_experts=12, num_experts_per_tok=1)
+
+    def learned(options: EngineOptions) -> tuple[list[list[Any]], list[bool], dict[str, torch.Tensor]]:
+        engine = open_engine(many, options, most=2 * TILES)
+        found = []
+        for step in range(7):
+            work = [MicroBatch(partial(model_loss, engine.model, ids, ids)) for ids in batches(step, 1)]
+            found.append(engine.train_step(work, AdamW(1e-3), max_grad_norm=2.14, more=step < 6))
+        engine.flush()
+        params = params_of(engine)
+        engine.close()
+        return [[step.losses, step.grad_norm] for step in found], [step.updated for step in found], params
+
+    nvme = everything_on("nvme", tmp_path)
+    expected, _, weights = learned(nvme)
+    assert [norm > 2.14 for _, norm in expected] == [number == 3 for number in range(7)]
+    for options in (replace(nvme, speculate=True), every_other_unit_cached(replace(nvme, speculate=True))):
+        found, updated, params = learned(options)
+        assert found == expected
+        assert all(torch.equal(params[name], values) for name, values in weights.items())
+        assert updated == [False, False, True, False, True, True, True]  # the fourth was updated in vain
 
 
 def test_in_bf16_a_cut_changes_nothing_but_rounding(tmp_path: Path) -> None:
