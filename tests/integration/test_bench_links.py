@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from lab import namespace_lab
+from programs import environment
+from zinf_cli.cli import app
+from zinf_cli.commands import bench
 from zinf_cli.machine.profile_file import load_measured, load_profile
 
 
-def test_both_benches_make_a_profile(tmp_path: Path) -> None:
+def test_both_benches_make_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and ranks are real; ranks measure small things, since a minute of products would prove no more."""
+    monkeypatch.setattr(bench, "LINKS", "programs.small_links")
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     out = tmp_path / "hardware.yaml"
-    zinf = [sys.executable, "-m", "zinf_cli.cli"]
     for command in (["links"], ["nvme", str(tmp_path), "--size", "16MiB", "--block-sizes", "1MiB", "--threads", "2"]):
-        done = subprocess.run(
-            [*zinf, "bench", *command, "--out", str(out), "--json"], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, ["bench", *command, "--out", str(out), "--json"])
+        assert done.exit_code == 0, done.stderr
         found = json.loads(done.stdout)
         if command == ["links"]:
             assert {"matmul", "block", "adamw", "collective", "cpu_memory"} <= set(found)
@@ -29,8 +32,7 @@ def test_both_benches_make_a_profile(tmp_path: Path) -> None:
     assert profile.flops("fp32", 256) > 1e8
     assert profile.adamw > 1e6
     assert profile.collective_inside > 1e6
-    asked = [*zinf, "estimate", "--params", "100M", "--hardware", str(out), "--json"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=True)
+    answer = CliRunner().invoke(app, ["estimate", "--params", "100M", "--hardware", str(out), "--json"])
     assert json.loads(answer.stdout)["step_s"] > 0
     assert list(tmp_path.iterdir()) == [out]
 

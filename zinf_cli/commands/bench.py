@@ -30,6 +30,9 @@ from zinf_cli.screens.bench import links_screen, nvme_screen
 from zinf_cli.screens.launch import preflight_screen
 from zinf_cli.screens.progress import progress
 
+LINKS = "zinf_cli.bench.links"
+"""The module that ranks run to measure links."""
+
 
 @dataclass(frozen=True)
 class NvmeRequest:
@@ -116,7 +119,7 @@ def _measured(part: str, world: World, console: Console) -> dict[str, Any]:
     count = sum(len(connection.host.slots) for connection in world.connections)
     with tempfile.TemporaryDirectory(prefix="zinf-") as folder:
         run_dir = Path(folder)
-        program = Program(Agent("zinf_cli.bench.links"), "measure", [part], run_dir, {}, (), False, {})
+        program = Program(Agent(LINKS), "measure", [part], run_dir, {}, (), False, {})
         with progress(console, f"measuring, {count} {'rank' if count == 1 else 'ranks'}"):
             outcome = run_ranks(program, world, on_poll=lambda: None, notify=console.print)
         if outcome.ended_as_asked:
