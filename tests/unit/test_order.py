@@ -28,6 +28,7 @@ from zinf_cli.engine.options import EngineOptions, open_tiers
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.visit import Kind, Visit
+from zinf_cli.engine.units.origins import pack
 from zinf_cli.model_state import PAGE
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier
@@ -79,6 +80,8 @@ class Way:
     narrow: bool = False
     frozen: bool = False
     """Whether its first block is not trained."""
+    packed: bool = False
+    """Whether its third block is not trained, and lies packed."""
     kind: type[Block] = Wide
     """Of the model's blocks."""
     ranks: int = 1
@@ -129,6 +132,9 @@ WAYS = {
     "device, two ranks": Way("dddd", ranks=2, per_sweep=1),
     "cpu, two ranks, few buffers": Way("cccc", ranks=2, few=True),
     "cpu, clamped": Way("cccc", kind=Clamped),
+    "cpu, packed, few buffers": Way("cccc", packed=True, few=True, narrow=True),
+    "nvme, packed, two ranks": Way("nncc", packed=True, ranks=2),
+    "device, packed": Way("dddd", packed=True),
 }
 
 
@@ -138,6 +144,10 @@ def open_way(way: Way, folder: Path) -> Engine:
     dtype = torch.bfloat16 if way.narrow else torch.float32
     model = on_meta(Blocks(way.kind, 5).to(dtype))
     model.get_submodule("layers.0").requires_grad_(not way.frozen)
+    if way.packed:
+        for module in model.get_submodule("layers.2").requires_grad_(requires_grad=False).modules():
+            if isinstance(module, nn.Linear):
+                pack(module, "weight", "nf4")
     ranks = way.joined()
     seen = survey(model, partial(model, torch.zeros((3, WIDTH), device="meta", dtype=dtype)), ranks.world_size)
     shapes = {name: param.shape for name, param in model.named_parameters()}
