@@ -225,6 +225,16 @@ def test_the_first_lines_say_whether_it_fits_where_it_lies_and_how_long_it_takes
     assert "for 3 steps" not in lines[2]
 
 
+@pytest.mark.parametrize(("calm_step_s", "told"), [(9.9, True), (10.0, False)])
+def test_what_takes_no_longer_where_it_is_clipped_is_told_once(calm_step_s: float, told: bool, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "llama")
+    plan = best_plan(recipe, find_figures(recipe, 1))
+    shown = StringIO()
+    plan = replace(plan, update="speculative", step_s=10.0, calm_step_s=calm_step_s)
+    Console(width=500, file=shown).print(plan_screen(plan, "tiny"))
+    assert ("where nothing is clipped" in shown.getvalue()) == told
+
+
 def first_lines(plan: Plan) -> list[str]:
     shown = StringIO()
     Console(width=500, file=shown).print(plan_screen(plan, "tiny", []))

@@ -164,10 +164,9 @@ def _recomputed(plan: Plan) -> str:
 
 
 def _expectation(plan: Plan) -> str:
-    unclipped = (
-        f" ({format_seconds(plan.calm_step_s)} where nothing is clipped)" if plan.update == "speculative" else ""
-    )
-    text = f"{format_seconds(plan.step_s)} a step{unclipped}: {format_seconds(plan.compute_s)} of compute"
+    step, calm = format_seconds(plan.step_s), format_seconds(plan.calm_step_s)
+    unclipped = f" ({calm} where nothing is clipped)" if plan.update == "speculative" and calm != step else ""
+    text = f"{step} a step{unclipped}: {format_seconds(plan.compute_s)} of compute"
     if plan.nvme_traffic:
         rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
         known = "the measured" if plan.drives_measured else "an assumed"
