@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from forked_ranks import ForkedRanks
 from workshop import Workshop
 from zinf_cli.checkpoint.folder import checkpoints_of, find_checkpoint, step_of
 from zinf_cli.checkpoint.manifest import Manifest
+from zinf_cli.errors import ZinfError
+from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.train.figures import find_figures
 
 LIKE, UNLIKE = "eval_loss/like", "eval_loss/unlike"
 
@@ -83,6 +87,7 @@ def test_a_resume_counts_on(workshop: Workshop, forked: ForkedRanks) -> None:
 )
 def test_what_the_best_needs(change: str, said: str, workshop: Workshop) -> None:
     workshop.content["checkpoint"] = {"interval": 4, "keep_best": True}
-    ended = workshop.launch(change, "--dry-run")
-    assert ended.code == 2
-    assert said in ended.err
+    workshop.write()
+    with pytest.raises(ZinfError, match=re.escape(said)) as caught:
+        find_figures(load_recipe(workshop.recipe, [change]), 1)
+    assert caught.value.exit_code == 2
