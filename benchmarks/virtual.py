@@ -24,12 +24,14 @@ from benchmarks.case import Case
 from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
 from benchmarks.priced import DEVICE, Memory, Priced, products_added_up
 from benchmarks.results import add_save, report
+from zinf_cli.bench.block import Block, pass_over
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
-from zinf_cli.machine.profiles import BUILT_IN
+from zinf_cli.machine.profiles import BUILT_IN, Profile
 from zinf_cli.plan.layout import DataFigures, Figures, MachineFigures
+from zinf_cli.plan.memory import CLASSES
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
@@ -69,17 +71,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--model", default="8B")
     parser.add_argument("--no-clipping", action="store_true")
+    parser.add_argument("--auto", action="store_true", help="leave it to the plan where state lies")
     parser.add_argument("--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="of the recipe")
     add_save(parser)
     given = parser.parse_args()
     case = Case(given.micro_batches, given.tokens, given.model, clip=None if given.no_clipping else 1.0)
     config = {**case.config, **({} if given.layers is None else {"num_hidden_layers": given.layers})}
-    recipe = recipe_of(config, case, dict(pair.split("=") for pair in given.set))
+    placed = {f"offload.{state}": "auto" for state in CLASSES} if given.auto else {}
+    recipe = recipe_of(config, case, {**placed, **dict(pair.split("=") for pair in given.set)})
     plan = plan_for(recipe)
     rates = Rates()
     played = play(recipe, plan, rates)
     flops = plan.figures.model.flops_per_token * case.tokens * case.micro_batches
-    report(f"{case}, H100 in virtual time", [row(played, flops, rates)], given.save, measured=measured(plan, played))
+    report(
+        f"{case}, {'auto, ' if given.auto else ''}H100 in virtual time",
+        [row(played, flops, rates)],
+        given.save,
+        measured=measured(plan, played),
+    )
     for name, seconds in sorted(played.waited.items(), key=lambda pair: -pair[1])[:8]:
         print(f"the host waited {seconds:.3f} s: {name}")
     for name, seconds in sorted(played.kernels.items(), key=lambda pair: -pair[1])[:16]:
@@ -106,6 +115,7 @@ def measured(plan: Plan, played: Played) -> dict[str, Any]:
     planned = {"placement": plan.placement, "update": plan.update, "kept_units": len(plan.kept_units),
                "per_sweep": plan.per_sweep, "chunk_numel": plan.working.chunk_numel,
                "num_chunks": plan.working.num_chunks, "slot_bytes": plan.working.slot_bytes,
+               "cached_units": len(plan.cached_units), "calm_step_s": plan.calm_step_s,
                "device_bytes": next(limit.needed for limit in plan.limits if limit.tier == "device")}  # fmt: skip
     return {"plan": planned, "launches": dict(played.launches), "busy": dict(played.busy),
             "kernels": dict(played.kernels), "waited": dict(played.waited)}  # fmt: skip
@@ -132,8 +142,22 @@ def plan_for(recipe: Recipe, device_bytes: int = 79 * GIB, cpu_bytes: int = 512 
     found = model_figures(model, prepare(model, recipe, 1, None), recipe)
     machine = MachineFigures(1, device_bytes, 26, Rates().matmul, 4 * GIB, GIB, "H100", cpu_bytes, 0)
     figures = Figures(found, DataFigures(recipe.train.max_steps or 1), machine, 1, 1, "bf16")
-    profile = replace(BUILT_IN["dgx-h100"], accelerators=1, passes={"bf16": {1: 0.8 * Rates().matmul}})
-    return best_plan(recipe, figures, profile)
+    return best_plan(recipe, figures, profile_of(Rates(), recipe.train.seq_len))
+
+
+def profile_of(rates: Rates, rows: int) -> Profile:
+    """An H100 whose block (bench/block.py) is as fast as the lanes play it, with `rows` tokens."""
+    lanes, memory = Lanes(rates), Memory(8 * GIB)
+    with virtual(lanes, memory):
+        block = Block(4096, rows, device=DEVICE, dtype=torch.bfloat16)
+        batch = torch.empty(1, rows, 4096, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):  # the first one finds no gradient to add to
+            lanes.synchronize(DEVICE)
+            start = lanes.now
+            pass_over([block], [batch])
+        lanes.synchronize(DEVICE)
+    speed = 4 * block.flops(rows) / (lanes.now - start)
+    return replace(BUILT_IN["dgx-h100"], accelerators=1, passes={"bf16": {rows: speed}})
 
 
 def play(recipe: Recipe, plan: Plan, rates: Rates, steps: int = WARM_UP + 1) -> Played:

@@ -232,7 +232,7 @@ def everything_on(tier: str, folder: Path) -> EngineOptions:
 
 
 def every_other_unit_cached(options: EngineOptions, *states: str) -> EngineOptions:
-    """Units 0, 2, ... with all their state in CPU memory, or with some classes of it."""
+    """Units 0, 2, ... with all their state on the tier of cached units, or with some classes of it."""
     cached = frozenset(states or ("params", "grads", "optimizer"))
     return replace(options, cached_units=frozenset(range(0, 100, 2)), cached_states=cached)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
+from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
 from zinf_cli.train.same_bits import keep_order
 
@@ -54,6 +54,18 @@ def test_every_tier_gives_the_same_bits(name: str, dtype: torch.dtype, tmp_path:
     assert losses(name, "cpu", tmp_path, dtype) == on_device
     assert losses(name, "nvme", tmp_path, dtype) == on_device
     assert all(torch.tensor(step).isfinite().all() for step in on_device)
+
+
+@pytest.mark.parametrize("how", ["deferred", "eager", "speculative"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_units_whose_state_stays_on_the_device_change_no_bit(name: str, how: str, tmp_path: Path) -> None:
+    streamed = replace(everything_on("cpu", tmp_path), device=DEVICE, speculate=how == "speculative")
+    clip = None if how == "eager" else 1e3 if how == "speculative" else 1.0
+    found = []
+    for options in (streamed, every_other_unit_cached(replace(streamed, cache_tier="device"))):
+        engine = open_engine(random_source(name), options, dtype=torch.bfloat16)
+        found.append(engine_losses(engine, STEPS, clip=clip, eager=how == "eager", device=DEVICE))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

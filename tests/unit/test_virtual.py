@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.case import Case
@@ -15,8 +17,9 @@ from benchmarks.priced import DEVICE
 from benchmarks.virtual import Played, plan_for, play, recipe_of
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.units.store import to_placeholders
-from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_BLOCK_NUMEL, DEVICE_CHUNK_NUMEL
+from zinf_cli.model_state import CHUNK_NUMEL, DEVICE_BLOCK_NUMEL, DEVICE_CHUNK_NUMEL, STATES
 from zinf_cli.plan.plan import Plan
+from zinf_cli.screens.plan import plan_screen
 from zinf_cli.tiers import streams
 
 RATES = Rates(launch=1.0, event=0.0)
@@ -98,6 +101,26 @@ def test_state_in_cpu_memory_is_updated_in_backward_where_there_is_room_for_shad
     assert plan_for(RECIPE, cpu_bytes=needed).update == "deferred"  # some of it is left to others
 
 
+def test_memory_of_the_device_that_is_left_holds_units() -> None:
+    case = Case(16, 2048, "8B")
+    plan = plan_for(recipe_of(case.config, case, {f"offload.{state}": "auto" for state in STATES}))
+    numels = [unit.trainable_numel for unit in plan.figures.model.units]
+    cached = sum(numels[number] for number in plan.cached_units)
+    assert {plan.figures.model.order[0], plan.figures.model.order[-1]} <= set(plan.cached_units)
+    assert plan.update == "speculative"
+    assert plan.fits
+    assert [(line.tier, line.num_bytes) for line in plan.lines if line.what == "cached"] == [("device", 16 * cached)]
+    assert next(line.num_bytes for line in plan.lines if line.what == "second") == 12 * (sum(numels) - cached)
+    assert "units: their parameters, gradients, optimizer states stay on the accelerator" in shown(plan)
+
+
+def test_the_state_of_units_that_are_cached_on_the_device_takes_no_link() -> None:
+    plan = plan_for(RECIPE)
+    numels = [unit.trainable_numel for unit in plan.figures.model.units]
+    played = play(RECIPE, replace(plan, cached_units=(0,), cached_states=STATES), Rates())
+    assert played.busy[OUT] * Rates().link == pytest.approx(16 * sum(numels[1:]), rel=0.02)
+
+
 def test_the_same_step_takes_the_same_time(planned: Plan, played: Played) -> None:
     again = play(RECIPE, planned, Rates(), steps=3)
     assert again == played
@@ -120,6 +143,12 @@ def test_the_fused_kernel_differs_in_last_bits_of_parameters_alone() -> None:
         AdamW(1e-3, clip=clip).update(exact[0], grad.clone(), exact[1], exact[2], step)
         AdamW(1e-3, clip=clip, fused=True).update(fused[0], grad.clone(), fused[1], fused[2], step)
     torch.testing.assert_close(fused, exact, rtol=1e-6, atol=1e-9)
+
+
+def shown(plan: Plan) -> str:
+    screen = StringIO()
+    Console(width=200, file=screen).print(plan_screen(plan, "8B", []))
+    return screen.getvalue()
 
 
 class Copies(TorchDispatchMode):

@@ -100,7 +100,7 @@ class Engine:
         to_placeholders(model, options.device)
         self.opened = open_tiers(options, self.trace, self._ranks.rank, notice)
         self.tiers = TierSet(*(self.opened[tier] for tier in options.placement))
-        cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get("cpu")))
+        cached = replace(self.tiers, **dict.fromkeys(options.cached_states, self.opened.get(options.cache_tier)))
         self.units = [
             Unit(layout, model, cached if number in options.cached_units else self.tiers, self._ranks, optimizer)
             for number, layout in enumerate(layouts)

@@ -31,7 +31,8 @@ class EngineOptions:
     """The tier of each class of state: "device", "cpu" or "nvme"."""
     cached_units: frozenset[int] = frozenset()
     cached_states: frozenset[str] = frozenset()
-    """Of `cached_units`, these classes lie in CPU memory, whatever the tier of the class."""
+    cache_tier: str = "cpu"
+    """Of `cached_units`, the classes `cached_states` lie there, whatever the tier of the class."""
     nvme_folders: tuple[Path, ...] = ()
     nvme_bytes: int = 0
     """Space taken on the drives at the start."""
@@ -75,7 +76,7 @@ def open_tiers(options: EngineOptions, trace: Trace, rank: int, notice: Callable
     `notice` is told what a tier can't have as asked, such as direct I/O or page-locked memory.
     """
     opened: dict[str, Tier] = {}
-    for name in (*options.placement, *(["cpu"] if options.cached_states else [])):
+    for name in (*options.placement, *([options.cache_tier] if options.cached_states else [])):
         if name in opened:
             continue
         if name == "nvme":

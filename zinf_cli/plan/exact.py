@@ -55,7 +55,9 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
             "checkpoints": sum(unit.input_bytes for unit in model.units),
             "working": max((unit.saved_bytes // max(1, unit.calls) for unit in model.units), default=0),
         },
-        "state_working_bytes": max(block_bytes(unit, plan.figures, plan.choice, 1) for unit in model.units),
+        "state_working_bytes": max(
+            block_bytes(number, plan.figures, plan.choice, 1) for number in range(len(model.units))
+        ),
         "efficiency": _efficiency(plan, tokens, profile),
         "tiers": {
             limit.tier: {

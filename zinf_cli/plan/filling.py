@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE, Choice, cached_bytes, glue_leaves, staying_bytes
 
-GOLDEN = 0.618034
-"""The golden ratio. Its multiples, modulo 1, are spread evenly, however many there are."""
+
+def spread(number: int) -> float:
+    """A key by which any first few numbers of a row are spread evenly over it: multiples of the golden ratio are so,
+    modulo 1."""
+    return number * 0.618034 % 1
 
 
 def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first."""
+    """The units whose activations fit in `room` more bytes. Those that spare the most compute per byte come first.
+    Of units that are alike, those with less compute in backward are spread among the others: so are the bytes that
+    each sends meanwhile."""
     kept = []
     model = figures.model
     costs = {
@@ -20,7 +26,7 @@ def keepable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
         for number, unit in enumerate(model.units)
         if number in model.order and number != model.turn
     }
-    for number in sorted(costs, key=lambda number: costs[number] / max(1, model.units[number].numel)):
+    for number in sorted(costs, key=lambda number: (costs[number] / max(1, model.units[number].numel), spread(number))):
         if costs[number] <= room:
             kept.append(number)
             room -= costs[number]
@@ -40,7 +46,7 @@ def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     if sum(cost.values()) <= room:  # then those without a cost find all that they need in memory
         return frozenset(units)
     staying = []
-    for number in sorted(units, key=lambda number: number * GOLDEN % 1):
+    for number in sorted(units, key=spread):
         if 0 < cost[number] <= room:
             staying.append(number)
             room -= cost[number]
@@ -50,9 +56,27 @@ def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
 def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     """The units to cache in `room` bytes, spread over the sweep: while one is computed, the drive brings others."""
     cached = []
-    for number in sorted(range(len(figures.model.units)), key=lambda number: number * GOLDEN % 1):
+    for number in sorted(range(len(figures.model.units)), key=spread):
         cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
         if 0 < cost <= room and figures.model.units[number].calls:
             cached.append(number)
             room -= cost
     return frozenset(cached)
+
+
+def cacheable_on_device(figures: Figures, choice: Choice, room: int) -> Iterator[frozenset[int]]:
+    """Units to cache in `room` bytes of the device: one, two, four, and so on, the most worth it first.
+
+    Forward begins with the first one on the route, whose update is the last to come back, and backward with the last
+    one. So their bytes have least compute to hide behind. The others are spread over the sweep.
+    """
+    model = figures.model
+    ends = {*model.order[:1], *model.order[-1:]}
+    cached: list[int] = []
+    for number in sorted(model.order, key=lambda number: (number not in ends, spread(number))):
+        room -= sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
+        if room < 0 or number in cached:
+            break
+        cached.append(number)
+        if len(cached).bit_count() == 1:
+            yield frozenset(cached)

@@ -142,29 +142,41 @@ class Choice:
     """When units are updated. deferred: in the next forward, when the gradient norm is known. eager: in backward, where
     nothing depends on the norm. speculative: in backward, into shadows, as long as no gradient was clipped lately."""
     cacheable: frozenset[str] = frozenset()
-    """Classes that may lie in CPU memory for cached units, while they lie on NVMe for the others."""
+    """Classes that may lie on `cache_tier` for cached units, while they lie on a slower tier for the others."""
     cached: frozenset[int] = frozenset()
     """The cached units."""
     staying: frozenset[int] = frozenset()
     """Parts of a cut model that leave their activations in memory of the compute device, whatever the tier is."""
 
     @property
+    def cache_tier(self) -> str:
+        """Where cached units have the cacheable classes: in CPU memory if the others have some on NVMe, or else on the
+        device."""
+        drives = any(self.placement[state] == "nvme" for state in self.cacheable)
+        return "device" if self.compute_tier == "device" and not drives else "cpu"
+
+    @property
     def cached_states(self) -> frozenset[str]:
-        """The classes that lie in CPU memory where a unit is cached."""
-        return frozenset(state for state in self.cacheable if self.placement[state] == "nvme")
+        """The classes that lie there where a unit is cached, and on a slower tier elsewhere. On the device that is all
+        that is not there anyway, or none: what updates change lies there as a whole."""
+        slower = {"cpu": ("nvme",), "device": ("cpu", "nvme")}[self.cache_tier]
+        states = frozenset(state for state in self.cacheable if self.placement[state] in slower)
+        away = {state for state in STATES if self.placement[state] != "device"}
+        return states if self.cache_tier == "cpu" or states == away else frozenset()
 
     def tier(self, state: str, unit: int) -> str:
         """The tier of class `state` of a unit."""
-        return "cpu" if unit in self.cached and state in self.cached_states else self.placement[state]
+        return self.cache_tier if unit in self.cached and state in self.cached_states else self.placement[state]
 
     def update_of(self, unit: int) -> str:
-        """When a unit is updated. A cached one is never updated speculatively: there is no drive to keep busy."""
+        """When a unit is updated. A cached one never speculatively: no drive or link is to be kept busy."""
         return "deferred" if self.update == "speculative" and unit in self.cached else self.update
 
-    def in_place(self, state: str) -> bool:
-        """Whether the compute device uses the state of this class where it lies, without a copy."""
-        tier = self.placement[state]
-        return tier in (self.compute_tier, "device") or (tier == "cpu" and self.compute_tier == "cpu")
+    def in_place(self, state: str, unit: int | None = None) -> bool:
+        """Whether the compute device uses the state of this class where it lies, without a copy: of a unit, or of those
+        that are not cached."""
+        tier = self.placement[state] if unit is None else self.tier(state, unit)
+        return tier in (self.compute_tier, "device")
 
 
 def state_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
@@ -190,7 +202,7 @@ def shadow_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
 
 
 def cached_bytes(figures: Figures, choice: Choice) -> dict[str, int]:
-    """The part of `state_bytes` that lies in CPU memory because its unit is cached, by class."""
+    """The part of `state_bytes` that lies on a faster tier because its unit is cached, by class."""
     states = _model_states([figures.model.units[number] for number in choice.cached], figures)
     return {state: states[state] for state in STATES if state in choice.cached_states}
 
@@ -277,17 +289,18 @@ def sweeps_share(unit: UnitFigures, figures: Figures, choice: Choice) -> float:
     return 1 - (1 - unit.reached) ** (choice.per_sweep * figures.world_size)
 
 
-def block_bytes(unit: UnitFigures, figures: Figures, choice: Choice, sweeps: int) -> int:
-    """Bytes of the largest block that a visit of `unit` takes: parameters, gradient, and the gradient it adds to.
+def block_bytes(number: int, figures: Figures, choice: Choice, sweeps: int) -> int:
+    """Bytes of the largest block that a visit of a unit takes: parameters, gradient, and the gradient it adds to.
 
     One rank adds to its gradient where that lies. So a step that begins again with one micro-batch a sweep has room.
     """
-    alone = figures.world_size == 1
+    unit, alone = figures.model.units[number], figures.world_size == 1
     params = figures.param_bytes(unit) - Counter({"params": unit.packed_bytes})
-    size = unit.unpacked_bytes + sum(n for state, n in params.items() if not (alone and choice.in_place(state)))
-    if not (alone and choice.in_place("grads")):
+    moved = sum(n for state, n in params.items() if not (alone and choice.in_place(state, number)))
+    size, grads_in_place = unit.unpacked_bytes + moved, choice.in_place("grads", number)
+    if not (alone and grads_in_place):
         size += unit.trainable_numel * GRAD.item_bytes
-    if not alone and (sweeps > 1 or unit.calls > 1) and not choice.in_place("grads"):
+    if not alone and (sweeps > 1 or unit.calls > 1) and not grads_in_place:
         size += unit.trainable_numel // figures.world_size * GRAD.item_bytes
     return round_up(size)
 
@@ -308,9 +321,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     one call's activations arrive while another's leave. 8 times that keeps the drive busy.
     """
     units = figures.model.units
-    blocks = sorted(block_bytes(unit, figures, choice, sweeps) for unit in units if unit.calls and not unit.resident)
+    sizes = [(unit, block_bytes(number, figures, choice, sweeps)) for number, unit in enumerate(units)]
+    blocks = sorted(size for unit, size in sizes if unit.calls and not unit.resident)
     largest, typical = (blocks[-1], blocks[len(blocks) // 2]) if blocks else (0, 0)
-    resident = [block_bytes(unit, figures, choice, sweeps) for unit in units if unit.resident]
+    resident = [size for unit, size in sizes if unit.resident]
     chunk_numel, num_chunks, least_chunk_bytes = _chunks(figures, choice)
     staging = 0
     if not choice.in_place("activations"):

@@ -87,7 +87,7 @@ class Plan:
     """Units that leave their activations in memory of the compute device, whatever their tier."""
     cached_units: tuple[int, ...]
     cached_states: tuple[str, ...]
-    """Classes that lie in CPU memory for the cached units, and on NVMe for the others."""
+    """Classes that lie on a faster tier for the cached units: in CPU memory or on the device (`Choice.cache_tier`)."""
     sequences_per_step: int
     max_steps: int
     working: Working

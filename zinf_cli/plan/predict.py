@@ -78,6 +78,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
         plan.world_size,
         placement,
         accelerator,
+        choice.cache_tier,
         dtype=figures.dtype,
         grad_bytes=_grad_bytes(figures, choice, plan.micro_batches),
         optimizer=figures.optimizer,

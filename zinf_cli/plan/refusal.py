@@ -26,8 +26,8 @@ def refusal(plan: Plan, recipe: Recipe, hosts: Sequence[Host] = (), room: Room |
         return does_not_fit(plan)
     sweeps = -(-least.micro_batches // least.per_sweep)
     sizes = [
-        (block_bytes(unit, least.figures, least.choice, sweeps) * (2 if unit.resident else 1), unit.least)
-        for unit in least.figures.model.units
+        (block_bytes(number, least.figures, least.choice, sweeps) * (2 if unit.resident else 1), unit.least)
+        for number, unit in enumerate(least.figures.model.units)
         if unit.calls or unit.resident
     ]
     num_bytes, part = max(sizes, key=lambda size: size[0])

@@ -66,7 +66,7 @@ class UnitLoad:
     share: float = 1.0
     """The share of sweeps that visit it: less than 1 for experts."""
     cached: frozenset[str] = frozenset()
-    """Classes of its state that lie in CPU memory, whatever their placement."""
+    """Classes of its state that lie on the step's `cache_tier`, whatever their placement."""
     back_bytes: float | None = None
     """Bytes that its backward brings back from the tier of activations; None for `kept_bytes`."""
     passes: float = 3.0
@@ -93,6 +93,8 @@ class Step:
     world_size: int
     placement: Mapping[str, str]
     accelerator: bool
+    cache_tier: str = "cpu"
+    """Where the state of cached units lies."""
     dtype: str = "BF16"
     """Of parameters as compute uses them, in the words of safetensors."""
     grad_bytes: float = GRAD.item_bytes
@@ -135,7 +137,7 @@ class Ops:
         return self._move(lanes, f"{unit.name} {state}", num_bytes, after)
 
     def _way(self, state: str, unit: UnitLoad, drive: str, copy: str) -> list[str]:
-        tier = "cpu" if state in unit.cached else self.step.placement[state]
+        tier = self.step.cache_tier if state in unit.cached else self.step.placement[state]
         lanes = [drive] if tier == "nvme" else []
         return lanes + ([copy] if self.step.accelerator and tier != "device" else [])
 

@@ -18,7 +18,7 @@ from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
 from zinf_cli.model_state import STATES
 from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes, checkpoint_drive
-from zinf_cli.plan.filling import cacheable, keepable, stayable
+from zinf_cli.plan.filling import cacheable, cacheable_on_device, keepable, stayable
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
@@ -70,8 +70,10 @@ def best_plan(
         plans = [] if _hopeless(frugal) else [judge(choice) for choice in choices]
         fitting = [(plan.placement, plan) for plan in plans if plan.fits]
         if fitting:
-            # the last one leaves most memory for what may be kept or cached
-            chosen = {str(plan.placement): plan for plan in (*undominated(fitting), fitting[-1][1])}
+            # the last one leaves most memory for what may be kept or cached; so does, on an accelerator, the last that
+            # has activations there
+            lean = [plan for _, plan in fitting if plan.placement["activations"] == "device"]
+            chosen = {str(plan.placement): plan for plan in (*undominated(fitting), *lean[-1:], fitting[-1][1])}
             ways = [way for plan in chosen.values() for way in _improvements(recipe, plan, judge)]
             timed = (_with_time(plan, recipe, profile) for plan in ways)
             best = min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
@@ -144,12 +146,19 @@ def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -
 
     def caching(plan: Plan) -> Plan:
         choice = replace(plan.choice, cacheable=auto)
+        if choice.cache_tier == "device":
+            return plan
         return judge(replace(choice, cached=cacheable(plan.figures, choice, plan.room("cpu", UNSURE))))
 
     def both(plan: Plan) -> Iterator[Plan]:
         yield (first := caching(keeping(plan)))
         if (second := keeping(caching(plan))) != first:
             yield second
+        choice = replace(plan.choice, cacheable=auto)
+        if choice.cache_tier == "device" and choice.cached_states:
+            for cached in cacheable_on_device(plan.figures, choice, plan.room("device", UNSURE)):
+                if (way := judge(replace(choice, cached=cached))).fits:
+                    yield keeping(way)
 
     auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
     trained = {plan.figures.optimizer.param_class, "optimizer"}
@@ -337,7 +346,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
     if on_drives and room.drives_in_memory:
         yield Line("cpu", "tmpfs", int(on_drives * room.drives_in_memory))
     if choice.cached:
-        yield Line("cpu", "cached", sum(cached.values()))
+        yield Line(choice.cache_tier, "cached", sum(cached.values()))
     if choice.staying:
         yield Line(choice.compute_tier, "staying", staying_bytes(figures, choice))
     yield Line(choice.compute_tier, "buffers", working.total)

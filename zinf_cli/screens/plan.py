@@ -53,9 +53,8 @@ def plan_screen(plan: Plan, name: str, defaults: Sequence[str] = (), *, rest: st
     head.add_row("backward", _recomputed(plan))
     if plan.cached_units:
         names = ", ".join(NAMES[state] for state in STATES if state in plan.cached_states)
-        head.add_row(
-            "cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay in CPU memory"
-        )
+        place = _PLACES[plan.choice.cache_tier]
+        head.add_row("cached", f"{len(plan.cached_units)} of {len(model.units)} units: their {names} stay {place}")
     if plan.staying_units:
         saved = f"what {len(plan.staying_units)} of {len(model.units)} units need in backward stays in memory"
         head.add_row("activations", saved)
@@ -94,7 +93,8 @@ def _answers(plan: Plan) -> dict[str, str]:
     tiers = {
         tier: [NAMES[state] for state in CLASSES if plan.placement[state] == tier] for tier in plan.placement.values()
     }
-    cached = f", but for {len(plan.cached_units)} units in CPU memory" if plan.cached_units else ""
+    place = _PLACES[plan.choice.cache_tier]
+    cached = f", but for {len(plan.cached_units)} units {place}" if plan.cached_units else ""
     steps = f"{format_seconds(plan.max_steps * plan.step_s)} for {_steps(plan)}, " if plan.resume is None else ""
     return {
         "fits" if plan.fits else "too large": ", ".join(sizes),

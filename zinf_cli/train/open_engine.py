@@ -49,6 +49,7 @@ def open_engine(
         staying_units=frozenset(plan.staying_units),
         cached_units=frozenset(plan.cached_units),
         cached_states=frozenset(plan.cached_states),
+        cache_tier=plan.choice.cache_tier,
         glue_leaves=found.most is not None,
         speculate=plan.update == "speculative",
     )
