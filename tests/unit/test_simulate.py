@@ -123,3 +123,12 @@ def test_the_timeline_is_one_that_perfetto_opens(tmp_path: Path) -> None:
     for tid in {span["tid"] for span in spans}:
         lane = sorted((span["ts"], span["dur"]) for span in spans if span["tid"] == tid)
         assert all(a + b <= c + 1e-3 for (a, b), (c, _) in itertools.pairwise(lane))
+
+
+def test_the_step_that_counts_is_like_all_that_follow() -> None:
+    """Where updates are made in backward, the second still gains from the first, before which nothing was pending."""
+    load = [UnitLoad(f"unit {number}", 120, 120, 40, 5) for number in range(4)]
+    placement = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
+    step = Step(load, 1, 1, 1, placement, False, update="eager", depth=3, chunk_params=100)
+    rates = {**RATES, "both": 1.0}
+    assert play(*sweep_steps(step), rates).step_s == pytest.approx(play(*sweep_steps(step, 7), rates).step_s)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zinf_cli.model_state import ADAMW, FP32_BYTES, GRAD, ITEM_BYTES, OptimizerState
 
@@ -31,8 +32,7 @@ PIECES = 4
 """The most pieces that a schedule cuts an update into; the engine's chunks are finer."""
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """Something that one lane does, without a break, once all operations of `after` (places in the list) are done."""
 
     lane: str
@@ -157,7 +157,7 @@ class Ops:
         return [self.add("network", name, num_bytes * others, after)] if others else list(after)
 
 
-def sweep_steps(step: Step, count: int = 2) -> tuple[list[Op], list[int]]:
+def sweep_steps(step: Step, count: int = 3) -> tuple[list[Op], list[int]]:
     """`count` steps of zinf, each with the update of the step before.
 
     Returns their operations, and the place of each step's last compute among them.

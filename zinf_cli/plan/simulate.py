@@ -11,6 +11,7 @@ import heapq
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from zinf_cli.durable import write_durably
@@ -111,42 +112,47 @@ def _play(
     The shares say how much of its speed a lane keeps: `together` a lane of the drive while the other is at work,
     `drive_share` a lane of the drive while compute is, and `compute_share` compute while a lane of the drive is.
     """
+    lanes = [lane for lane in LANES if any(op.lane == lane for op in ops)]
+    lane_of = [lanes.index(op.lane) for op in ops]
     missing = [len(op.after) for op in ops]
     users: list[list[int]] = [[] for _ in ops]
+    ready: list[list[int]] = [[] for _ in lanes]
     for place, op in enumerate(ops):
         for before in op.after:
             users[before].append(place)
-    ready: dict[str, list[int]] = {lane: [] for lane in LANES}
-    for place, op in enumerate(ops):
-        if not missing[place]:
-            ready[op.lane].append(place)  # in order, so already a heap
-    active: dict[str, int] = {}
-    left: dict[str, float] = {}
+        if not op.after:
+            ready[lane_of[place]].append(place)  # in order, so already a heap
+
+    @cache
+    def speeds(active: tuple[int, ...]) -> list[float]:
+        names = {lanes[lane] for lane in active}
+        moving, computes = {"nvme read", "nvme write"} & names, "compute" in names
+        drive = (together if len(moving) == 2 else 1.0) * (drive_share if computes else 1.0)
+        other = {"compute": compute_share if moving else 1.0, "nvme read": drive, "nvme write": drive}
+        return [other.get(lane, 1.0) for lane in lanes]
+
+    work, left = [-1] * len(lanes), [0.0] * len(lanes)  # what each lane does; -1 for nothing
     started, spans, now = [0.0] * len(ops), [(0.0, 0.0)] * len(ops), 0.0
     while True:
-        for lane, heap in ready.items():
-            if heap and lane not in active:
-                place = active[lane] = heapq.heappop(heap)
+        for lane, heap in enumerate(ready):
+            if heap and work[lane] < 0:
+                place = work[lane] = heapq.heappop(heap)
                 left[lane], started[place] = seconds[place], now
+        active = tuple([lane for lane, place in enumerate(work) if place >= 0])
         if not active:
             return spans
-        speed = dict.fromkeys(active, 1.0)
-        moving = [lane for lane in active if lane.startswith("nvme")]
-        for lane in moving:
-            speed[lane] = (together if len(moving) == 2 else 1.0) * (drive_share if "compute" in active else 1.0)
-        if moving and "compute" in active:
-            speed["compute"] = compute_share
-        passed = min(left[lane] / speed[lane] for lane in active)
+        speed = speeds(active)
+        passed = min([left[lane] / speed[lane] for lane in active])
         now += passed
-        for lane in list(active):
+        for lane in active:
             left[lane] -= passed * speed[lane]
             if left[lane] <= 1e-12 * now:
-                place = active.pop(lane)
+                place, work[lane] = work[lane], -1
                 spans[place] = (started[place], now)
                 for user in users[place]:
                     missing[user] -= 1
                     if not missing[user]:
-                        heapq.heappush(ready[ops[user].lane], user)
+                        heapq.heappush(ready[lane_of[user]], user)
 
 
 def write_timeline(simulation: Simulation, path: Path) -> None:
