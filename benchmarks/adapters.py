@@ -25,9 +25,9 @@ from benchmarks.contenders import environment
 from benchmarks.results import add_save, report
 from benchmarks.rows import Row
 from benchmarks.watch import Watched, watch
+from zinf_cli.batches.collator import kind_of_stream
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.train.collator import kind_of_stream
 from zinf_cli.train.setup import open_text
 
 WHOLE = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}

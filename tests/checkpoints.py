@@ -13,9 +13,9 @@ from zinf_cli.checkpoint import folder as folders
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import ModelSource
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.model import ModelSource
 
 
 def save(engine: Engine, run_dir: Path, step: int, keep: int | None = None) -> Path:

@@ -14,14 +14,14 @@ from in_process import run
 from tiny_models import random_source
 from tiny_recipes import CLASSES
 from zinf_cli.engine.units import chunked_loss
+from zinf_cli.models.model import build_model
+from zinf_cli.models.random_weights import RandomWeights
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.model import build_model
 from zinf_cli.train.process_memory import PeakMemory, process_memory, return_free_memory
-from zinf_cli.train.random_weights import RandomWeights
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Options of glibc's mallopt."""

@@ -23,12 +23,12 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.units.loss_chunks import has_many_logits, put_off_logits
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.side_outputs import CapturedOutputs
+from zinf_cli.models.tiled_weights import TiledWeights, cut_model
+from zinf_cli.models.weights import open_weights
 from zinf_cli.train.optimizer import update_matrices_whole
 from zinf_cli.train.setup import model_loss, place_buffers
-from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.tiled_weights import TiledWeights, cut_model
-from zinf_cli.train.weights import open_weights
 
 CPU = torch.device("cpu")
 LR, CLIP = 1e-3, 1.0

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiny_models import CONFIGS
 from workshop import Workshop
+from zinf_cli.batches.collator import kind_of_stream
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.train.collator import kind_of_stream
 from zinf_cli.train.setup import open_text
 
 STEPS = 10

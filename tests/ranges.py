@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from zinf_cli.train.random_weights import RandomWeights
+from zinf_cli.models.random_weights import RandomWeights
 
 
 def assert_parts_are_the_whole(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig
 
 from tiny_models import CONFIGS, random_source
-from zinf_cli.train.model import build_model
+from zinf_cli.models.model import build_model
 
 SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZE |= {"intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}

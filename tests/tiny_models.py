@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from zinf_cli.train.model import ModelSource
+from zinf_cli.models.model import ModelSource
 
 _SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -11,7 +11,7 @@ import zinf_cli
 from happens_before import PASSING_ON
 
 _ROOT = Path(zinf_cli.__file__).parent
-_ROOMS = ("tiers", "engine", "train")
+_ROOMS = ("tiers", "engine", "models", "batches", "train")
 _METHODS = {"wait", "wait_event", "wait_stream", "synchronize", "record"}
 """Of transfers, streams and events."""
 _FUNCTIONS = PASSING_ON | {"settle"}

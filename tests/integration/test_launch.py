@@ -20,11 +20,11 @@ from programs import command
 from tiny_models import random_source
 from workshop import NVME, ZINF, Ended, Workshop, wait_for_steps
 from zinf_cli.errors import ZinfError
+from zinf_cli.models.model import build_model
 from zinf_cli.plan.refusal import does_not_fit
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.model import build_model
 
 
 def test_a_run_and_what_it_leaves(workshop: Workshop) -> None:

@@ -14,12 +14,12 @@ from torch import nn
 from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer
 from workshop import Workshop
+from zinf_cli.batches.packing import PackedStream
+from zinf_cli.models.model import build_model
+from zinf_cli.models.weights import open_weights
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.train.model import build_model
-from zinf_cli.train.packing import PackedStream
+from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.setup import model_loss, model_source, open_text
-from zinf_cli.train.token_stream import MASKED
-from zinf_cli.train.weights import open_weights
 
 WORDS = ["<end>", "<user>", "<bot>", "[UNK]", *(f"w{number}" for number in range(60))]
 SEQ_LEN, STEPS, SEQUENCES = 32, 4, 6

@@ -18,12 +18,12 @@ from forked_ranks import ForkedRanks
 from tiny_models import dialog_template, save_word_tokenizer
 from workshop import Ended, Workshop
 from zinf_cli.errors import FileError, ZinfError
+from zinf_cli.models.model import build_model
+from zinf_cli.models.weights import open_weights
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.model import build_model
 from zinf_cli.train.setup import model_source, open_text
-from zinf_cli.train.weights import open_weights
 
 WORDS = ["<end>", "<user>", "<bot>", "[UNK]", *(f"w{number}" for number in range(60))]
 SEQ_LEN, STEPS, PAIRS, BETA = 16, 4, 6, 0.3

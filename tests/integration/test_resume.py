@@ -19,7 +19,7 @@ from tiny_models import CONFIGS
 from workshop import ZINF, Workshop, wait_for_steps
 from zinf_cli.checkpoint.folder import checkpoints_of, step_folder
 from zinf_cli.checkpoint.manifest import Manifest
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 
 STEPS = 8
 

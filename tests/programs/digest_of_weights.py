@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from tiny_models import random_source
-from zinf_cli.train.model import build_model
-from zinf_cli.train.weights import open_weights
+from zinf_cli.models.model import build_model
+from zinf_cli.models.weights import open_weights
 
 
 def digest() -> str:

@@ -162,7 +162,7 @@ def test_an_adapter_needs_a_type_and_a_trained_model(tmp_path: Path) -> None:
 
 def test_without_peft_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(adapted_workshop(tmp_path).recipe)
-    monkeypatch.setattr("zinf_cli.train.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("zinf_cli.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"not installed.*pip install 'zinf\[adapters\]'"):
         open_model(recipe, "fp32")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.text.data import TextSource, open_token_stream
 
 KINDS = ("txt", "jsonl", "parquet", "npy", "txt.gz", "jsonl.gz")
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=8)

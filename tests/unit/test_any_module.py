@@ -17,7 +17,7 @@ from blocks import WIDTH, Block, Blocks, Mode, assert_exact, open_blocks
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import _parameters_on_meta
+from zinf_cli.models.model import _parameters_on_meta
 
 Forward = Callable[[Any, torch.Tensor], Any]
 Change = Callable[[Any], Any]

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zinf_cli.batches.batches import in_turn
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import UsageError
 from zinf_cli.recipe.batch import sequences_per_step
-from zinf_cli.train.batches import in_turn
 
 SIZES = st.integers(1, 50)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import Model
-from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.text.data import TextSource, open_token_stream
 
 CALLS = (
     "{% if tools %}T{{ tools | tojson }};{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"

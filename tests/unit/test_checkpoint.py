@@ -35,7 +35,7 @@ from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import CapacityError, CheckpointError, DamagedError
 from zinf_cli.model_state import PAGE
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.setup import model_loss
 

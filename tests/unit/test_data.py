@@ -22,15 +22,15 @@ from hypothesis import strategies as st
 
 from own_processes import in_processes
 from tiny_models import WORD_TEMPLATE, WORDS
+from zinf_cli.batches.batches import BatchOrder, deal
+from zinf_cli.batches.collator import Collator, Sample
 from zinf_cli.errors import DatasetError
+from zinf_cli.models.objective import Objective
 from zinf_cli.recipe.recipe import LrScheduler, Optimizer, Recipe
-from zinf_cli.train.batches import BatchOrder, deal
-from zinf_cli.train.collator import Collator, Sample
-from zinf_cli.train.data import TextSource, open_token_stream
-from zinf_cli.train.objective import Objective
+from zinf_cli.text.data import TextSource, open_token_stream
+from zinf_cli.text.token_stream import split_held_out
+from zinf_cli.text.tokens import TOKENIZER_FILES
 from zinf_cli.train.schedule import learning_rate
-from zinf_cli.train.token_stream import split_held_out
-from zinf_cli.train.tokens import TOKENIZER_FILES
 
 
 def words(stream: Any) -> str:

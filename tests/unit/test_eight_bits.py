@@ -22,7 +22,7 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.lion import Lion
 from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, LION, SCALED, SGD, bytes_of
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 
 STEPS, CUT = 6, 3

@@ -39,11 +39,11 @@ from zinf_cli.engine.units.origins import parts_of
 from zinf_cli.engine.units.tiles import cut, cut_together
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.weights import open_weights
 from zinf_cli.trace import LANES
-from zinf_cli.train.checkpoint_reader import CheckpointReader
-from zinf_cli.train.model import ModelSource, build_model
 from zinf_cli.train.setup import model_loss
-from zinf_cli.train.weights import open_weights
 from zoo.shrink import class_names, configs
 
 STEPS = 3

@@ -25,12 +25,12 @@ from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UsageError
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.model_files import LARGEST, model_files
+from zinf_cli.models.safetensors_files import SafetensorsFiles
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.export import export
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.model_files import LARGEST, model_files
-from zinf_cli.train.safetensors_files import SafetensorsFiles
 
 
 def save(engine: Engine, source: ModelSource, run_dir: Path) -> Path:

@@ -12,8 +12,8 @@ from benchmarks.choice import Machine, choose, needs
 from benchmarks.gpu import CASE, SMALLER
 from benchmarks.gpu import MODELS as TRAINED
 from benchmarks.limited import run_limited
+from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.train.figures import _flops_per_token
-from zinf_cli.train.model import ModelSource, build_model
 
 GIB = 2**30
 H200 = Machine(device=139 * GIB, cpu=122 * GIB, drive=55 * GIB, drive_bytes_per_s=2e9)

@@ -24,13 +24,13 @@ from tiny_models import CONFIGS, random_source
 from zinf_cli.commands.init import InitRequest, init
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.errors import UsageError, ZinfError
+from zinf_cli.models.model import build_model
 from zinf_cli.recipe.deepspeed import from_deepspeed
 from zinf_cli.recipe.draft import Choice, draft
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.screen import Screen
 from zinf_cli.train.first_look import look_at_model
-from zinf_cli.train.model import build_model
 
 
 def saved(name: str, folder: Path) -> Path:

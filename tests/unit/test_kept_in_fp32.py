@@ -19,10 +19,10 @@ from tiny_models import CONFIGS, KEPT_IN_FP32, random_source, skip_unless_known
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.model_files import model_files
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.export import export
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.model_files import model_files
 
 STEPS = 5
 BF16 = torch.bfloat16

@@ -15,7 +15,7 @@ from torch import nn
 from blocks import MODES, WIDTH, Block, Blocks, Mode, assert_exact, engine, make_batch
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import _parameters_on_meta
+from zinf_cli.models.model import _parameters_on_meta
 
 GLOBAL: list[torch.Tensor] = []
 CONTEXT: ContextVar[list[torch.Tensor]] = ContextVar("parts")

@@ -29,9 +29,9 @@ from zinf_cli.engine.units.loss_chunks import HeadWeight, has_many_logits, keep_
 from zinf_cli.engine.units.origins import parts_of
 from zinf_cli.engine.units.tiles import cut
 from zinf_cli.errors import ModelError
+from zinf_cli.models.model import build_model
 from zinf_cli.plan.search import best_plan
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.model import build_model
 
 STEPS = 6
 MODELS: dict[str, dict[str, Any]] = {

@@ -23,9 +23,9 @@ from zinf_cli.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredU
 from zinf_cli.checkpoint.verify import verify
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
-from zinf_cli.train.checkpoint_reader import CheckpointReader
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.model import ModelSource, build_model
 
 STEPS, CUT = 6, 3
 BF16 = torch.bfloat16

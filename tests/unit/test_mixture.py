@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_classes import SIZE
+from zinf_cli.batches.collator import Sample
+from zinf_cli.batches.mixture import MixedOrder, MixedStream
+from zinf_cli.batches.packing import PackedStream
 from zinf_cli.errors import DatasetError, RecipeError
+from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
-from zinf_cli.train.collator import Sample
-from zinf_cli.train.mixture import MixedOrder, MixedStream
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.packing import PackedStream
 from zinf_cli.train.setup import Text, open_text
 
 LLAMA = {"model_type": "llama", **SIZE}

@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tiny_models import CONFIGS, random_source, skip_unless_known
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import (
+from zinf_cli.models.model import (
     ModelSource,
     _config_from_dict,
     _parameters_on_meta,
     build_model,
     refuse_made_of_weights,
 )
-from zinf_cli.train.model_files import config_of
+from zinf_cli.models.model_files import config_of
 
 
 def ordinary(model: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -22,8 +22,8 @@ from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.errors import ModelError
+from zinf_cli.models.model import _parameters_on_meta
 from zinf_cli.tiers import streams
-from zinf_cli.train.model import _parameters_on_meta
 
 
 class WithBuffer(Block):

@@ -16,17 +16,24 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tiny_classes import OTHERS, PAIR, SIZE, real
 from tiny_models import CONFIGS, dialog_template, save_word_tokenizer, skip_unless_known
+from zinf_cli.batches.batches import deal
+from zinf_cli.batches.collator import Batch, Collator, Sample
+from zinf_cli.batches.pairs import PairStream
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import DatasetError, ModelError, ZinfError
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.objective import (
+    GIVEN,
+    REFUSED,
+    Objective,
+    check_language_model,
+    objective_of,
+    wants_more_than_text,
+)
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.batches import deal
-from zinf_cli.train.collator import Batch, Collator, Sample
-from zinf_cli.train.masking import Masking
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import GIVEN, REFUSED, Objective, check_language_model, objective_of, wants_more_than_text
-from zinf_cli.train.pairs import PairStream
+from zinf_cli.text.masking import Masking
+from zinf_cli.text.token_stream import MASKED, TokenStream
 from zinf_cli.train.setup import Text, model_loss, open_text
-from zinf_cli.train.token_stream import MASKED, TokenStream
 from zoo.shrink import configs
 
 

@@ -30,12 +30,12 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.origins import pack
 from zinf_cli.model_state import PAGE
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.tiers.arena import Arena
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.tiers.tier import Extent
 from zinf_cli.trace import Trace
-from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 
 STEPS, COUNT = 5, 2

@@ -22,8 +22,8 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.run_folder.mirror import RunFolder
-from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 
 FILES = [("config.json", b"{}"), ("preprocessor_config.json", b"{}"), ("additional_chat_templates/tool.jinja", b"")]

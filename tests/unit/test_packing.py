@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 
 from tiny_classes import OTHERS, SIZE, real
 from tiny_models import CONFIGS, random_source
+from zinf_cli.batches.apart import why_not_apart
+from zinf_cli.batches.collator import Collator, Sample
+from zinf_cli.batches.packing import PackedStream, best_fit, pack, split_packed
 from zinf_cli.engine.compute.meta_answers import packed_positions
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.errors import ZinfError
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.objective import objective_of
+from zinf_cli.models.weights import open_weights
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.apart import why_not_apart
-from zinf_cli.train.collator import Collator, Sample
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import objective_of
-from zinf_cli.train.packing import PackedStream, best_fit, pack, split_packed
+from zinf_cli.text.token_stream import MASKED, TokenStream
 from zinf_cli.train.setup import Text, model_loss, open_text
-from zinf_cli.train.token_stream import MASKED, TokenStream
-from zinf_cli.train.weights import open_weights
 from zoo.apart import SAME, difference, with_weights
 from zoo.shrink import configs
 

@@ -38,9 +38,9 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.units.tiles import TiledWeight, cut
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import build_model
 from zinf_cli.trace import LANES
-from zinf_cli.train.checkpoint_reader import CheckpointReader
-from zinf_cli.train.model import build_model
 from zinf_cli.train.setup import model_loss
 
 STEPS, COUNT = 3, 2

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from zinf_cli.batches.collator import Batch
 from zinf_cli.engine.compute.micro_batch import MicroBatchThread
 from zinf_cli.engine.traffic.buffers import Memory
 from zinf_cli.model_state import PAGE
@@ -23,7 +24,6 @@ from zinf_cli.tiers.memory import MemoryTier, StreamCopy
 from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.tier import Tier
 from zinf_cli.trace import Trace
-from zinf_cli.train.collator import Batch
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cpu:0")
 REFUSED = 304

@@ -22,6 +22,7 @@ from tiny_recipes import recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room, room_here
+from zinf_cli.models.model import build_model
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import Plan
@@ -31,7 +32,6 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.model import build_model
 from zinf_cli.train.surveyed import GUESSED, TRIAL_FLOPS, TRIED
 
 pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")

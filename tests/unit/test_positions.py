@@ -15,9 +15,9 @@ from transformers import AutoConfig
 from tiny_classes import OTHERS, SIZE, real
 from tiny_models import CONFIGS
 from zinf_cli.errors import ModelError
+from zinf_cli.models.positions import check_seq_len
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.figures import find_figures
-from zinf_cli.train.positions import check_seq_len
 
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zinf_cli.train.preferences import PreferenceStream
-from zinf_cli.train.token_stream import MASKED, TokenStream
+from zinf_cli.batches.preferences import PreferenceStream
+from zinf_cli.text.token_stream import MASKED, TokenStream
 
 SEQUENCE = st.tuples(st.integers(1, 6), st.integers(1, 6))
 """Tokens of a prompt and of an answer."""

@@ -15,10 +15,10 @@ from own_processes import in_processes
 from peaks import peak_of_tiles
 from ranges import assert_parts_are_the_whole
 from tiny_models import CONFIGS, KEPT_IN_FP32, random_source
-from zinf_cli.train import recorded
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.random_weights import RandomWeights
-from zinf_cli.train.recorded import Recording
+from zinf_cli.models import recorded
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.random_weights import RandomWeights
+from zinf_cli.models.recorded import Recording
 
 GPT = {"model_type": "openai-gpt", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}
 BLOCK_BYTES = 4 * (2048 * (2 * 2048 + 2 * 32 + 3 * 8192))

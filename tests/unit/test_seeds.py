@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import zinf_cli
-from zinf_cli.train.seeds import derived_seed
+from zinf_cli.models.seeds import derived_seed
 
 
 def test_seeds_are_the_documented_ones() -> None:

@@ -19,7 +19,7 @@ from checkpoints import save
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.traffic.adamw import AdamW
-from zinf_cli.train.checkpoint_reader import CheckpointReader, load_buffers_of
+from zinf_cli.models.checkpoint_reader import CheckpointReader, load_buffers_of
 
 COUNT = 0
 SEEN: list[int] = []

@@ -18,9 +18,9 @@ from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
 from zinf_cli.engine.compute.unsurveyed import guessed
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.weights import open_weights
 from zinf_cli.train.setup import model_loss
-from zinf_cli.train.weights import open_weights
 from zoo.shrink import configs
 
 ASKING = {

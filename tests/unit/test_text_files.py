@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.documents import read_documents
-from zinf_cli.train.text_files import find_texts, kind_of
+from zinf_cli.text.documents import read_documents
+from zinf_cli.text.text_files import find_texts, kind_of
 
 
 def put(path: Path, content: str | bytes = "text") -> Path:
@@ -105,9 +105,9 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
 
 
 def test_a_very_long_line_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zinf_cli.train.documents.PIECE", 10)
-    monkeypatch.setattr("zinf_cli.train.documents.LONGEST_PIECE", 7)
-    monkeypatch.setattr("zinf_cli.train.documents.LONGEST_RECORD", 1 << 20)
+    monkeypatch.setattr("zinf_cli.text.documents.PIECE", 10)
+    monkeypatch.setattr("zinf_cli.text.documents.LONGEST_PIECE", 7)
+    monkeypatch.setattr("zinf_cli.text.documents.LONGEST_RECORD", 1 << 20)
     content = "äöüß" * 20 + "\nshort\n"
     pieces = list(read_documents(put(tmp_path / "a.txt", content), "text"))
     assert "".join(piece.content for piece in pieces) == content

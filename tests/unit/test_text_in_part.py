@@ -15,8 +15,9 @@ import pytest
 from tiny_recipes import recipe_of
 from zinf_cli.errors import DatasetError
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train import data, documents, setup
-from zinf_cli.train.data import TextSource, open_token_stream, part_of_tokens
+from zinf_cli.text import data, documents
+from zinf_cli.text.data import TextSource, open_token_stream, part_of_tokens
+from zinf_cli.train import setup
 from zinf_cli.train.figures import find_figures
 
 PRIMES = (7919, 7907, 7901, 7883, 7879, 7877, 7873, 7867, 7853)

@@ -10,7 +10,7 @@ import pytest
 
 from tiny_models import WORDS
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.data import TextSource, open_token_stream
+from zinf_cli.text.data import TextSource, open_token_stream
 
 
 def test_documents_are_tokenised_at_once_as_one_by_one(tokenizer: Path, tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.errors import CheckpointError
 from zinf_cli.model_state import ADAMW, Field, OptimizerState
+from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.plan.checkpoints import checkpoint_bytes
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train import figures as finding
 from zinf_cli.train import loop
-from zinf_cli.train.checkpoint_reader import CheckpointReader
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures

@@ -11,7 +11,7 @@ from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.units.store import overlap
 from zinf_cli.engine.units.units import ALIGN, discover
 from zinf_cli.model_state import SLICE_MULTIPLE
-from zinf_cli.train.model import build_model
+from zinf_cli.models.model import build_model
 
 Shapes = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=8)
 

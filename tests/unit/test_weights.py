@@ -17,9 +17,9 @@ from programs import command, environment
 from programs.digest_of_weights import digest
 from tiny_models import CONFIGS, batch, random_source, skip_unless_known
 from zinf_cli.errors import CheckpointError
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.safetensors_files import SafetensorsFiles
-from zinf_cli.train.weights import WeightSource, load_buffers, open_weights
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.safetensors_files import SafetensorsFiles
+from zinf_cli.models.weights import WeightSource, load_buffers, open_weights
 from zoo.shrink import configs
 
 
@@ -293,7 +293,7 @@ def test_random_weights_have_the_models_own_distributions(name: str) -> None:
 
 def test_a_model_may_initialise_modules_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The root of a t5 for question answering draws its head with 1 / sqrt(d_model), a Linear with 1."""
-    monkeypatch.setattr("zinf_cli.train.model.check_language_model", lambda *_: None)  # it is none, and draws no less
+    monkeypatch.setattr("zinf_cli.models.model.check_language_model", lambda *_: None)  # it is none, and draws no less
     source = random_source("t5", architectures=["T5ForQuestionAnswering"], d_model=64)
     drawn = open_weights(build_model(source), source).read(["qa_outputs.weight"])
     assert abs(drawn["qa_outputs.weight"].std() - 0.125) < 0.04

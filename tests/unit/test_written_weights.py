@@ -17,7 +17,7 @@ from zinf_cli.engine.compute.survey import survey
 from zinf_cli.engine.units.constant_weights import PIECE, constant
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
-from zinf_cli.train.model import ModelSource
+from zinf_cli.models.model import ModelSource
 from zoo.shrink import configs
 
 BOUND = 0.03

@@ -1,4 +1,4 @@
-"""Whether a model computes a document of a packed sequence as it does alone: the oracle of zinf_cli/train/apart.py."""
+"""Whether a model computes a document of a packed sequence as it does alone: the oracle of batches/apart.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.models.model import ModelSource, build_model
 
 LENGTHS = (5, 13, 10)
 """Of documents side by side; sliding windows and chunks of tests are 8 tokens long."""

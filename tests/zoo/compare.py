@@ -15,10 +15,10 @@ import transformers
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from zinf_cli.engine.compute.survey import survey
 from zinf_cli.errors import ZinfError
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import objective_of
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.objective import objective_of
+from zinf_cli.models.side_outputs import CapturedOutputs
 from zinf_cli.train.setup import model_loss
-from zinf_cli.train.side_outputs import CapturedOutputs
 from zoo.shrink import class_names, configs, model_types
 
 STEPS = 3

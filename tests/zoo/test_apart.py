@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
+from zinf_cli.batches.apart import why_not_apart
 from zinf_cli.errors import ZinfError
-from zinf_cli.train.apart import why_not_apart
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.models.model import ModelSource, build_model
 from zoo.apart import SAME, difference, with_weights
 from zoo.shrink import class_names, configs, model_types
 

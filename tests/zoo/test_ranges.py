@@ -8,8 +8,8 @@ import pytest
 
 from ranges import assert_parts_are_the_whole
 from zinf_cli.errors import ZinfError
-from zinf_cli.train import recorded
-from zinf_cli.train.model import ModelSource, build_model
+from zinf_cli.models import recorded
+from zinf_cli.models.model import ModelSource, build_model
 from zoo.shrink import configs, model_types
 
 

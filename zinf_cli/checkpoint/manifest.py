@@ -209,7 +209,7 @@ class Manifest:
     held_out: Mapping[str, Any] | None = None
     """What the run's evaluations have come to (train/evaluation.py)."""
     base: str | None = None
-    """If an adapter is trained: the hash of the model that it is trained on (train/base_digest.py), which is not here.
+    """If an adapter is trained: the hash of the model that it is trained on (models/base_digest.py), which is not here.
     A manifest leaves it out otherwise."""
     version: int = field(default=VERSION, kw_only=True)
 

@@ -1,1 +1,1 @@
-"""What a rank runs: model, data, the loop, metrics."""
+"""What a rank runs: setup, the loop, checkpoints, metrics."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from zinf_cli.checkpoint.folder import checkpoints_of, step_of
 from zinf_cli.errors import NonFiniteError, ZinfError
+from zinf_cli.models.safetensors_files import SafetensorsFiles
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.safetensors_files import SafetensorsFiles
 from zinf_cli.train.setup import model_source
 
 MAX_SKIPS = 10

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from zinf_cli.batches.collator import Sample, Stream
 from zinf_cli.engine.engine import Engine
 from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
-from zinf_cli.train.collator import Sample, Stream
+from zinf_cli.text.token_stream import digest
 from zinf_cli.train.rank_batches import RankBatches
-from zinf_cli.train.token_stream import digest
 
 
 @dataclass(frozen=True)

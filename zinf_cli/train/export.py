@@ -28,13 +28,13 @@ from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.durable import PARTIAL, publish
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import TierError, UsageError
+from zinf_cli.models.adapter_export import Merged, write_adapter
+from zinf_cli.models.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.model_files import CONFIG
+from zinf_cli.models.weights import tied_names
 from zinf_cli.tiers.nvme import as_memory
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.adapter_export import Merged, write_adapter
-from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.model_files import CONFIG
-from zinf_cli.train.weights import tied_names
 
 MAX_SHARD = 5 * 10**9
 """Most bytes of a shard, unless a single tensor has more."""

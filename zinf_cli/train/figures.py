@@ -26,11 +26,13 @@ from zinf_cli.engine.units.tiles import Tile, cut_together
 from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.machine.control_groups import cores_here
+from zinf_cli.models.positions import check_seq_len
+from zinf_cli.models.tiled_weights import TiledWeights
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.text.text_files import find_texts
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.optimizer import check_ranks, newton_schulz_flops, state_of, undecayed
-from zinf_cli.train.positions import check_seq_len
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
@@ -40,8 +42,6 @@ from zinf_cli.train.setup import (
     resolve_precision,
 )
 from zinf_cli.train.surveyed import Prepared, first_micro_batch, held_whole, prepare, survey_on_data
-from zinf_cli.train.text_files import find_texts
-from zinf_cli.train.tiled_weights import TiledWeights
 
 
 def find_figures(

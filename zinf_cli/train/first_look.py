@@ -11,13 +11,13 @@ from typing import Any
 from zinf_cli.checkpoint.folder import checkpoints_of, is_checkpoint
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.positions import most_positions
+from zinf_cli.models.safetensors_files import SafetensorsFiles
 from zinf_cli.recipe.recipe import ADAPTER, MERGE_FIRST
-from zinf_cli.train.chats import messages_of
-from zinf_cli.train.documents import first_record, read_documents
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.positions import most_positions
-from zinf_cli.train.safetensors_files import SafetensorsFiles
-from zinf_cli.train.text_files import RECORDS, about_tokens, find_texts, kind_of
+from zinf_cli.text.chats import messages_of
+from zinf_cli.text.documents import first_record, read_documents
+from zinf_cli.text.text_files import RECORDS, about_tokens, find_texts, kind_of
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 """Names under which configurations keep the longest sequence."""

@@ -16,9 +16,13 @@ from typing import Any
 
 import torch
 
+from zinf_cli.batches.collator import Sample
+from zinf_cli.batches.mixture import MixedOrder
 from zinf_cli.engine.compute.loss_scale import LossScale
 from zinf_cli.engine.engine import Engine, StepResult
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.models.base_digest import base_digest
+from zinf_cli.models.model_files import model_files
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
@@ -29,13 +33,9 @@ from zinf_cli.tiers.nvme import NvmeTier
 from zinf_cli.tiers.streams import streams_of
 from zinf_cli.told import nobody
 from zinf_cli.trace import Trace
-from zinf_cli.train.base_digest import base_digest
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
-from zinf_cli.train.collator import Sample
 from zinf_cli.train.evaluation import Evaluation
-from zinf_cli.train.mixture import MixedOrder
-from zinf_cli.train.model_files import model_files
 from zinf_cli.train.near import stay_near
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of, undecayed

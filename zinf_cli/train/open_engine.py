@@ -10,14 +10,14 @@ import torch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.models.side_outputs import CapturedOutputs
+from zinf_cli.models.tiled_weights import TiledWeights
+from zinf_cli.models.weights import WeightSource, load_buffers
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.trace import Trace
 from zinf_cli.train.setup import first_weights, model_source, open_model, place_buffers
-from zinf_cli.train.side_outputs import CapturedOutputs
 from zinf_cli.train.surveyed import units_of
-from zinf_cli.train.tiled_weights import TiledWeights
-from zinf_cli.train.weights import WeightSource, load_buffers
 
 
 def open_engine(

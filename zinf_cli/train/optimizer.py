@@ -17,8 +17,8 @@ from zinf_cli.engine.traffic.sgd import Sgd
 from zinf_cli.engine.units.origins import parts_of, update_whole
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import STATE_DTYPES, OptimizerState
+from zinf_cli.models.matrices import matrices_of
 from zinf_cli.recipe.recipe import Optimizer, Recipe
-from zinf_cli.train.matrices import matrices_of
 
 
 def kernel_of(settings: Optimizer, lr: float) -> Kernel:

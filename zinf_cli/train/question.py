@@ -36,9 +36,9 @@ from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.hardware import accelerators_here
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
+from zinf_cli.text.cache import cache_folder, identity, private_folder
+from zinf_cli.text.text_files import find_texts
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.cache import cache_folder, identity, private_folder
-from zinf_cli.train.text_files import find_texts
 from zinf_cli.version import code_digest, version_of
 
 MOST_ANSWERS = 64

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from zinf_cli.batches.batches import deal
+from zinf_cli.batches.collator import Batch, Collator, Sample, Stream
+from zinf_cli.batches.preferences import preference_loss
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.ranks import Ranks
+from zinf_cli.models.seeds import derived_seed
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.batches import deal
-from zinf_cli.train.collator import Batch, Collator, Sample, Stream
-from zinf_cli.train.preferences import preference_loss
-from zinf_cli.train.seeds import derived_seed
 from zinf_cli.train.setup import model_loss
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
+from zinf_cli.batches.batches import in_turn
+from zinf_cli.batches.collator import Sample, Stream
+from zinf_cli.batches.preferences import log_ratio
 from zinf_cli.checkpoint.manifest import REFERENCE, Manifest
 from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CheckpointError
-from zinf_cli.train.batches import in_turn
-from zinf_cli.train.collator import Sample, Stream
-from zinf_cli.train.preferences import log_ratio
 from zinf_cli.train.rank_batches import RankBatches
 
 References = dict[str, torch.Tensor]

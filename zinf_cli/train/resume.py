@@ -17,14 +17,14 @@ from zinf_cli.checkpoint.verify import read_file, verify
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import CheckpointError, DamagedError, UnreadableError, ZinfError
+from zinf_cli.models.base_digest import base_digest
+from zinf_cli.models.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
+from zinf_cli.models.model_files import CONFIG, config_of
 from zinf_cli.recipe.batch import sequences_per_step
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.base_digest import base_digest
-from zinf_cli.train.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.train.evaluation import Standing
-from zinf_cli.train.model_files import CONFIG, config_of
 from zinf_cli.train.setup import Text, model_source
 
 _FIXED = ("seed", "train.seq_len", "dataset.shuffle")

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinf_cli.batches.batches import in_turn
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.models.objective import Objective, objective_of
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.batches import in_turn
-from zinf_cli.train.objective import Objective, objective_of
-from zinf_cli.train.tokens import Tokenizer
+from zinf_cli.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from zinf_cli.batches.batches import BatchOrder
+from zinf_cli.batches.collator import Collator, Stream, kind_of_stream
+from zinf_cli.batches.mixture import MixedOrder, MixedStream
+from zinf_cli.batches.packing import PackedStream
+from zinf_cli.batches.preferences import preference_loss
+from zinf_cli.batches.windows import pairs_of, preferences_of, windows_of
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import DatasetError, ModelError
+from zinf_cli.models.adapters import AdaptedWeights, adapt
+from zinf_cli.models.base_packing import pack_base
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.objective import Objective, objective_of, wants_more_than_text
+from zinf_cli.models.weights import RangedWeights, open_weights
 from zinf_cli.recipe.recipe import Recipe, Train
+from zinf_cli.text.cache import cache_folder
+from zinf_cli.text.data import TextSource, open_token_stream, part_of_tokens
+from zinf_cli.text.text_files import RECORDS, find_files, kind_of
+from zinf_cli.text.token_stream import TokenStream
+from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.adapters import AdaptedWeights, adapt
-from zinf_cli.train.base_packing import pack_base
-from zinf_cli.train.batches import BatchOrder
-from zinf_cli.train.cache import cache_folder
-from zinf_cli.train.collator import Collator, Stream, kind_of_stream
-from zinf_cli.train.data import TextSource, open_token_stream, part_of_tokens
-from zinf_cli.train.mixture import MixedOrder, MixedStream
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import Objective, objective_of, wants_more_than_text
 from zinf_cli.train.optimizer import update_matrices_whole
-from zinf_cli.train.packing import PackedStream
-from zinf_cli.train.preferences import preference_loss
 from zinf_cli.train.samples import Prompts, open_prompts
-from zinf_cli.train.text_files import RECORDS, find_files, kind_of
-from zinf_cli.train.token_stream import TokenStream
-from zinf_cli.train.tokens import Tokenizer
-from zinf_cli.train.weights import RangedWeights, open_weights
-from zinf_cli.train.windows import pairs_of, preferences_of, windows_of
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
 """The least that a part of a text has, if it stands for all of it."""

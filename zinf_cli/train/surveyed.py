@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from zinf_cli.batches.collator import Batch, Sample
 from zinf_cli.engine.compute.meta_answers import packed_positions
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
@@ -21,15 +22,14 @@ from zinf_cli.engine.units.token_chunks import Chunkable, Inputs, find_chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout, discover
 from zinf_cli.engine.units.written_weights import bounded
 from zinf_cli.errors import ModelError, UncuttableError
+from zinf_cli.models.objective import Objective, objective_of
+from zinf_cli.models.side_outputs import CapturedOutputs
+from zinf_cli.models.tiled_weights import cut_model, uncut
+from zinf_cli.models.weights import load_buffers
 from zinf_cli.plan.layout import ModelFigures
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.collator import Batch, Sample
-from zinf_cli.train.objective import Objective, objective_of
 from zinf_cli.train.process_memory import return_free_memory
 from zinf_cli.train.setup import Text, loss_of, model_source
-from zinf_cli.train.side_outputs import CapturedOutputs
-from zinf_cli.train.tiled_weights import cut_model, uncut
-from zinf_cli.train.weights import load_buffers
 
 TRIAL_FLOPS = {"cpu": 1e13, "cuda": 1e16}
 """FLOP that a forward for the plan alone may take, by device: minutes."""

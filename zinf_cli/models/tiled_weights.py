@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zinf_cli.engine.units.tiles import TILES, Part, Tile, TiledWeight, cut
-from zinf_cli.train.weights import RangedWeights
+from zinf_cli.models.weights import RangedWeights
 
 
 def cut_model(model: nn.Module, most: int, whole: Collection[str] = ()) -> None:

@@ -24,7 +24,7 @@ from transformers.models.auto import modeling_auto as auto_classes
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
 from zinf_cli.errors import ModelError
-from zinf_cli.train.token_stream import MASKED
+from zinf_cli.text.token_stream import MASKED
 
 GIVEN = {
     "BartForCausalLM",

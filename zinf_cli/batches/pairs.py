@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zinf_cli.train.token_stream import MASKED, TokenStream
+from zinf_cli.text.token_stream import MASKED, TokenStream
 
 _BLOCK = 1 << 24
 """How many tokens of the mask are read at once."""

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.chats import (
+from zinf_cli.stand_ins import stand_in
+from zinf_cli.text.chats import (
     ANSWERS,
     Template,
     marked_tokens,
@@ -20,10 +22,8 @@ from zinf_cli.train.chats import (
     render_prompt,
     render_whole,
 )
-from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
-from zinf_cli.train.documents import Document, refuse_halves
-from zinf_cli.train.masking import Masking
-from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.text.documents import Document, refuse_halves
+from zinf_cli.text.masking import Masking
 from zinf_cli.version import version_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -15,8 +15,8 @@ from torch import nn
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import CHAT_TEMPLATES, MANIFEST
 from zinf_cli.file_names import is_plain
-from zinf_cli.train.model import ModelSource, load_class
-from zinf_cli.train.tokens import TOKENIZER_FILES
+from zinf_cli.models.model import ModelSource, load_class
+from zinf_cli.text.tokens import TOKENIZER_FILES
 
 CONFIG = "config.json"
 LARGEST = 128 * 2**20

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zinf_cli.train.model import parameters_as_built, skeleton
-from zinf_cli.train.recorded import Recording
-from zinf_cli.train.seeds import derived_seed
+from zinf_cli.models.model import parameters_as_built, skeleton
+from zinf_cli.models.recorded import Recording
+from zinf_cli.models.seeds import derived_seed
 
 
 class RandomWeights:
@@ -31,7 +31,7 @@ class RandomWeights:
 
     Reading anything of a block moves the generator over the whole block: ask for a block's parameters together, or
     for their parts in order, from one thread. Memory is that of what is asked for, a few MiB, and of parameters that
-    can't be made by ranges (see train/recorded.py).
+    can't be made by ranges (see models/recorded.py).
     """
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:

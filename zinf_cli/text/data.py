@@ -20,14 +20,14 @@ import numpy as np
 
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
+from zinf_cli.text.cache import identity, private_folder
+from zinf_cli.text.chats import ANSWERS, TOOLS
+from zinf_cli.text.documents import PIECE, Document, read_documents
+from zinf_cli.text.text_files import about_tokens, find_files, kind_of
+from zinf_cli.text.token_arrays import open_tokens
+from zinf_cli.text.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
+from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.cache import identity, private_folder
-from zinf_cli.train.chats import ANSWERS, TOOLS
-from zinf_cli.train.documents import PIECE, Document, read_documents
-from zinf_cli.train.text_files import about_tokens, find_files, kind_of
-from zinf_cli.train.token_arrays import open_tokens
-from zinf_cli.train.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
-from zinf_cli.train.tokens import Tokenizer
 
 CACHE_VERSION = 6
 LARGEST_TOKEN = 2**31 - 1

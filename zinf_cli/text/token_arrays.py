@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.stand_ins import stand_in
 
 
 def open_tokens(file: Path) -> np.memmap[Any, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.documents import Document, refuse_halves
+from zinf_cli.text.documents import Document, refuse_halves
 
 ANSWERS = "assistant"
 """The role whose turns are trained on, where a recipe names no others."""

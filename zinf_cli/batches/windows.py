@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from zinf_cli.batches.apart import why_not_apart
+from zinf_cli.batches.collator import Stream
+from zinf_cli.batches.mixture import MixedStream, Part
+from zinf_cli.batches.packing import pack, split_packed
+from zinf_cli.batches.pairs import PairStream
+from zinf_cli.batches.preferences import PreferenceStream
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.train.apart import why_not_apart
-from zinf_cli.train.collator import Stream
-from zinf_cli.train.mixture import MixedStream, Part
-from zinf_cli.train.packing import pack, split_packed
-from zinf_cli.train.pairs import PairStream
-from zinf_cli.train.preferences import PreferenceStream
-from zinf_cli.train.token_stream import TokenStream, split_held_out
+from zinf_cli.text.token_stream import TokenStream, split_held_out
 
 Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
 """A text for training, what is held out by name, and lines about how windows are made of it."""

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from zinf_cli.engine.units.store import to_placeholders
 from zinf_cli.errors import ModelError, RecipeError
+from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.objective import Objective, objective_of
+from zinf_cli.models.weights import open_weights, tied_names
 from zinf_cli.recipe.adapter import Adapter
-from zinf_cli.train.model import ModelSource, build_model
-from zinf_cli.train.objective import Objective, objective_of
-from zinf_cli.train.weights import open_weights, tied_names
 
 NAME = "default"
 """peft's name for the adapter, in names of parameters."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from zinf_cli.train.batches import BatchOrder
-from zinf_cli.train.packing import PackedStream
-from zinf_cli.train.pairs import PairStream
-from zinf_cli.train.preferences import PreferenceStream
-from zinf_cli.train.token_stream import TokenStream, digest
+from zinf_cli.batches.batches import BatchOrder
+from zinf_cli.batches.packing import PackedStream
+from zinf_cli.batches.pairs import PairStream
+from zinf_cli.batches.preferences import PreferenceStream
+from zinf_cli.text.token_stream import TokenStream, digest
 
 Part = TokenStream | PackedStream | PairStream | PreferenceStream
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

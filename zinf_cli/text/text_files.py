@@ -10,8 +10,8 @@ from pathlib import Path
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.stand_ins import LARGEST_POINTER, pointer
-from zinf_cli.train.token_arrays import open_tokens
+from zinf_cli.stand_ins import LARGEST_POINTER, pointer
+from zinf_cli.text.token_arrays import open_tokens
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".npy")
 RECORDS = (".jsonl", ".parquet")

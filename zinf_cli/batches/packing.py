@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zinf_cli.train.token_stream import MASKED, TokenStream, digest
+from zinf_cli.text.token_stream import MASKED, TokenStream, digest
 
 PAD = 0
 """The token behind the last document of a window that is not full. Any will do: no other token sees it."""

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import IO, Any
 
 from zinf_cli.errors import DatasetError
-from zinf_cli.train.stand_ins import stand_in
-from zinf_cli.train.text_files import is_packed, kind_of
+from zinf_cli.stand_ins import stand_in
+from zinf_cli.text.text_files import is_packed, kind_of
 
 PIECE = 1 << 20
 """Characters of a .txt file that are tokenised together."""

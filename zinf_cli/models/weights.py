@@ -31,10 +31,10 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from zinf_cli.checkpoint.folder import is_checkpoint
 from zinf_cli.errors import CheckpointError
-from zinf_cli.train.checkpoint_reader import StoredWeights, load_buffers_of
-from zinf_cli.train.model import ModelSource, skeleton
-from zinf_cli.train.random_weights import RandomWeights
-from zinf_cli.train.safetensors_files import SafetensorsFiles
+from zinf_cli.models.checkpoint_reader import StoredWeights, load_buffers_of
+from zinf_cli.models.model import ModelSource, skeleton
+from zinf_cli.models.random_weights import RandomWeights
+from zinf_cli.models.safetensors_files import SafetensorsFiles
 
 _LISTED = 10  # tensors of each kind that a message names
 

@@ -20,13 +20,13 @@ from zinf_cli.engine.packed import rounded
 from zinf_cli.engine.units.origins import packings_of
 from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import CheckpointError
+from zinf_cli.models.adapters import NAME, adapt, base_name
+from zinf_cli.models.base_digest import base_digest
+from zinf_cli.models.base_packing import pack_base
+from zinf_cli.models.checkpoint_reader import CheckpointReader
+from zinf_cli.models.model import ModelSource, build_model, load_class
+from zinf_cli.models.weights import RangedWeights, load_buffers, open_weights, tied_names
 from zinf_cli.recipe.adapter import Adapter
-from zinf_cli.train.adapters import NAME, adapt, base_name
-from zinf_cli.train.base_digest import base_digest
-from zinf_cli.train.base_packing import pack_base
-from zinf_cli.train.checkpoint_reader import CheckpointReader
-from zinf_cli.train.model import ModelSource, build_model, load_class
-from zinf_cli.train.weights import RangedWeights, load_buffers, open_weights, tied_names
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -1,6 +1,6 @@
 """Builds a transformers model without its weights: parameters on the meta device, buffers real.
 
-The engine fills the parameters group by group (train/weights.py), so a model never has to fit in memory. Buffers are
+The engine fills the parameters group by group (models/weights.py), so a model never has to fit in memory. Buffers are
 small, and many are in no checkpoint (rotary frequencies, position ids). So the model's own `__init__` computes them
 here, on the CPU.
 """
@@ -32,11 +32,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import ModelError
-from zinf_cli.train.custom_code import custom_code_refused, names_custom_code
-from zinf_cli.train.objective import check_language_model, sees_both_ways
-from zinf_cli.train.side_outputs import install_hooks
-from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.models.objective import check_language_model, sees_both_ways
+from zinf_cli.models.side_outputs import install_hooks
+from zinf_cli.stand_ins import stand_in
 
 # The kinds of model whose own loss zinf trains, in the order they are tried.
 _TRAINABLE = (

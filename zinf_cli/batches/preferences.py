@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinf_cli.train.pairs import OfStream
-from zinf_cli.train.token_stream import MASKED
+from zinf_cli.batches.pairs import OfStream
+from zinf_cli.text.token_stream import MASKED
 
 PAD = 0
 """The token behind an answer. Any will do: no other token sees it, and it has no loss."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from zinf_cli.batches.mixture import MixedStream, Part
+from zinf_cli.batches.packing import PackedStream
+from zinf_cli.batches.pairs import PairStream
+from zinf_cli.batches.preferences import PreferenceStream
+from zinf_cli.models.objective import Objective
+from zinf_cli.text.masking import Masking
+from zinf_cli.text.token_stream import MASKED
 from zinf_cli.tiers.streams import streams_of
-from zinf_cli.train.masking import Masking
-from zinf_cli.train.mixture import MixedStream, Part
-from zinf_cli.train.objective import Objective
-from zinf_cli.train.packing import PackedStream
-from zinf_cli.train.pairs import PairStream
-from zinf_cli.train.preferences import PreferenceStream
-from zinf_cli.train.token_stream import MASKED
 
 Stream = Part | MixedStream
 _BLOCK = 1 << 24

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from zinf_cli.engine.units.origins import pack
-from zinf_cli.train.matrices import matrices_of
-from zinf_cli.train.model import kept_in_fp32
+from zinf_cli.models.matrices import matrices_of
+from zinf_cli.models.model import kept_in_fp32
 
 
 def pack_base(model: PreTrainedModel, base_dtype: str) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from zinf_cli.errors import CheckpointError
 from zinf_cli.file_names import is_plain
-from zinf_cli.train.stand_ins import stand_in
+from zinf_cli.stand_ins import stand_in
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zinf_cli.train.token_stream import MASKED
+from zinf_cli.text.token_stream import MASKED
 
 CHOSEN = 0.15
 """The share of tokens that are chosen, among those that are not special. The model predicts these."""

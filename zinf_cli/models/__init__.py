@@ -1,0 +1,1 @@
+"""Models: classes, weights, adapters, and what they are trained to do."""
