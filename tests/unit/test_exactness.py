@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from plain import (
     plain_losses,
     relative_difference,
 )
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, random_source, some_of
 from zinf_cli.engine.clips import Clips
 from zinf_cli.engine.compute.loss_scale import LossScale
 from zinf_cli.engine.compute.sweep_member import MicroBatch
@@ -182,10 +183,10 @@ def test_bf16_has_fp32_masters_and_gradients(name: str, tier: str, tmp_path: Pat
     assert relative_difference(found, expected) < 2e-3
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("per_sweep", [None, 1])
-@pytest.mark.parametrize("tier", ["cpu", "nvme"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "tier", "per_sweep", "eager"),
+    some_of([*product(["llama", "llama-tied", "t5", "mixtral"], ["cpu", "nvme"], [None, 1], [False, True])]),
+)
 def test_without_clipping(name: str, tier: str, per_sweep: int | None, eager: bool, tmp_path: Path) -> None:
     options = replace(everything_on(tier, tmp_path), micro_batches_per_sweep=per_sweep)
     found = engine_losses(open_engine(random_source(name), options), STEPS, clip=None, eager=eager, evaluate_every=2)
@@ -201,8 +202,12 @@ def test_an_eager_update_moves_no_gradient(tmp_path: Path) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("world", ["one sweep", "sweeps of one", "bf16", "grads in memory"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "world"),
+    some_of(
+        [*product(["llama", "llama-tied", "t5", "qwen3_moe"], ["one sweep", "sweeps of one", "bf16", "in memory"])]
+    ),
+)
 def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     """The clip is set so that it bites in some of the steps; then what was updated ahead must not count."""
     source = random_source(name)
@@ -210,7 +215,7 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     options = replace(everything_on("nvme", tmp_path), speculate=True)
     if world == "sweeps of one":
         options = replace(options, micro_batches_per_sweep=1)
-    if world == "grads in memory":
+    if world == "in memory":
         options = replace(options, grads="cpu")
     norms, updated = [], []
     engine = open_engine(source, options, dtype=dtype)
@@ -239,8 +244,17 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
         assert_agree(found, reference(name, LONG, clip=clip), name)
 
 
-@pytest.mark.parametrize("how", ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("how", "name"),
+    some_of(
+        [
+            *product(
+                ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"],
+                ["llama", "llama-tied", "t5", "qwen3_moe"],
+            )
+        ]
+    ),
+)
 def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None:
     source = random_source(name)
     streamed = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from in_process import run as run_here
 from plain import engine_losses, everything_on, open_engine, plain_losses
-from tiny_models import CONFIGS, random_source
+from tiny_models import CONFIGS, random_source, some_of
 from workshop import Workshop
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import SCALED
@@ -48,8 +49,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
 MUON = kernel_of(Optimizer(name="muon", lr=RATE, weight_decay=0.1), RATE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["in memory", "deferred", "speculative", "eager"])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    some_of([*product(["in memory", "deferred", "speculative", "eager"], [torch.float32, torch.bfloat16])]),
+)
 def test_it_trains_with_the_bits_of_torch(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Chunks of other updates are smaller than matrices."""
     clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)

@@ -31,6 +31,8 @@ SYNONYMS = {
     "fp16": "train.precision",
 }
 """What users of transformers, torchtune and DeepSpeed type."""
+INSTEAD_OF: dict[Key, Key] = {("train", "max_steps"): ("train", "epochs"), ("train", "epochs"): ("train", "max_steps")}
+"""Given on the command line, the first takes the place of the second in the file: a recipe has one of them."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,6 +122,9 @@ def _apply(override: str, tree: dict[str, Any], places: dict[Key, str]) -> list[
         branch = below
     branch[key[-1]] = value
     places[key] = f"command line: {override}"
+    if value is not None and key in INSTEAD_OF and not places.get(INSTEAD_OF[key], "").startswith("command line"):
+        branch.pop(INSTEAD_OF[key][-1], None)
+        places.pop(INSTEAD_OF[key], None)
     return []
 
 

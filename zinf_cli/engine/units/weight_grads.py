@@ -75,7 +75,7 @@ class _Product(torch.autograd.Function):
         touched: Callable[[], None],
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.linear, ctx.touched = linear, touched
+        ctx.linear, ctx.has_gradient = linear, touched
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -92,7 +92,7 @@ class _Product(torch.autograd.Function):
                 of_weight = torch.mm(*factors)
             else:
                 _add_product(into, *factors)
-                ctx.touched()
+                ctx.has_gradient()
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(0)
         return of_input, of_weight, of_bias, None, None
