@@ -76,10 +76,12 @@ class SimulatedChannel:
     def __init__(self, transport: Simulated, host: Host) -> None:
         self._transport, self._host = transport, host
         self._here, self._there = socket.socketpair()
+        self._saying = threading.Lock()
         self._say({"event": "hello", "python": "3.11.2", "visible": ""})
 
     def _say(self, message: dict[str, Any]) -> None:
-        self._there.sendall(json.dumps(message).encode() + b"\n")
+        with self._saying:
+            self._there.sendall(json.dumps(message).encode() + b"\n")
 
     def fileno(self) -> int:
         return self._here.fileno()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,19 +20,32 @@ EVENTS = 4000
 SIZE = 1000
 
 
-class Talkative(Simulated):
-    """Its hosts say something all the time, as fast as they are heard."""
+class TalkativeChannel(SimulatedChannel):
+    """Its host talks all the time, as fast as it is heard. Whoever asks it does not wait until it can answer."""
 
-    def open(self, host: Host, launch_id: str) -> Channel:
-        channel = SimulatedChannel(self, host)
+    def __init__(self, transport: Simulated, host: Host) -> None:
+        super().__init__(transport, host)
+        self._beside(self._talk)
 
-        def talk() -> None:
+    def send(self, data: bytes) -> None:
+        self._beside(partial(super().send, data))
+
+    def _talk(self) -> None:
+        for number in range(EVENTS):
+            self._say({"event": "file", "number": number, "data": "x" * SIZE})
+
+    @staticmethod
+    def _beside(work: Callable[[], None]) -> None:
+        def run() -> None:
             with suppress(OSError):  # somebody has left it
-                for number in range(EVENTS):
-                    channel._say({"event": "file", "number": number, "data": "x" * SIZE})
+                work()
 
-        threading.Thread(target=talk, daemon=True).start()
-        return channel
+        threading.Thread(target=run, daemon=True).start()
+
+
+class Talkative(Simulated):
+    def open(self, host: Host, launch_id: str) -> Channel:
+        return TalkativeChannel(self, host)
 
 
 def test_a_host_waits_until_what_it_has_said_is_taken() -> None:
