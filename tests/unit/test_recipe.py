@@ -205,7 +205,7 @@ def test_a_mark_at_the_start_is_no_text(tmp_path: Path, text: Path) -> None:
     assert problems_of(path) == ["my-run.yaml:2: not UTF-8 text"]
 
 
-@pytest.mark.parametrize(("in_file", "given"), [("epochs: 2", "max_steps=20"), ("max_steps: 3", "epochs=2")])
+@pytest.mark.parametrize(("in_file", "given"), [("epochs: 2", "max_steps=20"), ("max_steps: 3", "epochs=2.0")])
 def test_steps_on_the_command_line_take_the_place_of_epochs_in_the_file(
     tmp_path: Path, text: Path, in_file: str, given: str
 ) -> None:
@@ -214,7 +214,7 @@ def test_steps_on_the_command_line_take_the_place_of_epochs_in_the_file(
     assert {f"max_steps={train.max_steps}", f"epochs={train.epochs}"} >= {given}
     assert None in (train.max_steps, train.epochs)
     with pytest.raises(RecipeError, match="either max_steps or epochs"):
-        load_recipe(path, ["train.max_steps=3", "train.epochs=2"])
+        load_recipe(path, ["train.max_steps=3", "train.epochs=2.0"])
 
 
 @pytest.mark.parametrize(
