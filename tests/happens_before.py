@@ -69,8 +69,8 @@ class Checker:
 
     on_cpu = False
 
-    def __init__(self, removed: str | None = None, *, chance: float = 0.5) -> None:
-        """`chance`: of something under way, to be over when it is asked."""
+    def __init__(self, removed: str | None = None, *, chance: float = 0.5, seed: int = 0) -> None:
+        """`chance`: of something under way, to be over when it is asked; `seed` says which."""
         self.races: dict[tuple[str, str], str] = {}
         self.waits: Counter[str] = Counter()
         """Their sites in the engine and the tiers, "tiers/bounce.py:42 Moment.read"; how often each told something."""
@@ -78,7 +78,7 @@ class Checker:
         self.gathers_beside_compute = 0
         """How many gathers did not wait for all that compute had queued."""
         self._removed = removed
-        self._coin = random.Random(0)
+        self._coin = random.Random(seed)
         self._chance = chance
         self._lock = threading.RLock()
         self._local = threading.local()
