@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from zinf_cli.engine.units.tiles import PACKED, Part, Tile, TiledWeight, cut_together
@@ -33,11 +35,7 @@ def pack(module: nn.Module, weight: str, packing: str) -> None:
 
 def packings_of(model: nn.Module) -> dict[str, str]:
     """The packing of each parameter that has one, by the name that it had before the model was cut."""
-    return {
-        f"{path}.{name}" if path else name: packing
-        for path, module in model.named_modules()
-        for name, packing in module.__dict__.get(PACKED, {}).items()
-    }
+    return _marked(model, PACKED)
 
 
 def update_whole(module: nn.Module, weight: str) -> None:
@@ -47,8 +45,16 @@ def update_whole(module: nn.Module, weight: str) -> None:
 
 def updated_whole(model: nn.Module) -> set[str]:
     """The matrices that are updated whole, by the names that they had before the model was cut."""
-    marked = ((path, name) for path, module in model.named_modules() for name in module.__dict__.get(_WHOLE, ()))
-    return {f"{path}.{name}" if path else name for path, name in marked}
+    return set(_marked(model, _WHOLE))
+
+
+def _marked(model: nn.Module, attribute: str) -> dict[str, Any]:
+    """What modules say of their parameters under `attribute`, by the names that these had before the model was cut."""
+    return {
+        f"{path}.{name}" if path else name: said
+        for path, module in model.named_modules()
+        for name, said in module.__dict__.get(attribute, {}).items()
+    }
 
 
 def parts_of(model: nn.Module) -> dict[int, Part]:
