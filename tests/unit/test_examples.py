@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from forked_ranks import ForkedRanks
-from tiny_models import CONFIGS, WORD_TEMPLATE, WORDS, save_word_tokenizer
+from tiny_models import CONFIGS, WORD_TEMPLATE, WORDS, dataset_for, save_word_tokenizer
 from zinf_cli.run_folder.metrics import lines_in
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -38,7 +38,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "chats" / f"{name}.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 300)
     pair = {"prompt": "one two", "chosen": "three yes", "rejected": "no"}
     (folder / "preferences.jsonl").write_text(f"{json.dumps(pair)}\n" * 300)
+    texts = [{"text": "one two three yes" if good else "no two", "label": "good" if good else "bad"} for good in (0, 1)]
+    (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts) * 150)
+    other_kinds(folder)
     return folder
+
+
+def other_kinds(folder: Path) -> None:
+    """A masked model with its text, and an encoder-decoder with its pairs."""
+    for name, kind, data in (("bert", AutoModelForMaskedLM, "text"), ("t5", AutoModelForSeq2SeqLM, "pairs")):
+        kind.from_config(AutoConfig.for_model(name, **CONFIGS[name])).save_pretrained(folder / name)
+        (folder / "made").mkdir(exist_ok=True)
+        made = dataset_for(name, folder / "made")
+        Path(made["tokenizer"]).rename(folder / "made" / name)
+        for file in (folder / "made" / name).iterdir():
+            file.rename(folder / name / file.name)
+        if name == "bert":
+            (folder / data).mkdir()
+        Path(made["path"]).rename(folder / "text" / "some.txt" if name == "bert" else folder / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -293,7 +293,7 @@ def test_random_weights_have_the_models_own_distributions(name: str) -> None:
 
 def test_a_model_may_initialise_modules_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The root of a t5 for question answering draws its head with 1 / sqrt(d_model), a Linear with 1."""
-    monkeypatch.setattr("zinf_cli.models.model.check_language_model", lambda *_: None)  # it is none, and draws no less
+    monkeypatch.setattr("zinf_cli.models.model.check_trainable", lambda *_: None)  # it is none, and draws no less
     source = random_source("t5", architectures=["T5ForQuestionAnswering"], d_model=64)
     drawn = open_weights(build_model(source), source).read(["qa_outputs.weight"])
     assert abs(drawn["qa_outputs.weight"].std() - 0.125) < 0.04

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from zinf_cli.batches.apart import why_not_apart
 from zinf_cli.batches.collator import Stream
+from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.mixture import MixedStream, Part
 from zinf_cli.batches.packing import pack, split_packed
 from zinf_cli.batches.pairs import PairStream
@@ -65,6 +67,38 @@ def preferences_of(
         train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
         other = {"": _joined(recipe, last)}
     return _joined(recipe, train), other, tuple(line for part in train for line in part.lines())
+
+
+def labelled_of(
+    recipe: Recipe,
+    model: nn.Module,
+    tokens: Sequence[TokenStream],
+    held_out: Mapping[str, TokenStream],
+    *,
+    special: frozenset[int],
+) -> Windows:
+    """Texts with a label, each of which is a sequence of its own. `special` are the tokenizer's special tokens."""
+    dataset, seq_len = recipe.dataset, recipe.train.seq_len
+    if dataset.packing != "auto":
+        raise DatasetError(
+            f"{type(model).__name__} tells the label of a text, and each is a sequence of its own: nothing is packed",
+            where="dataset.packing",
+            hint="leave dataset.packing out",
+        )
+    config: Any = model.config
+    number = config.problem_type == "regression"
+
+    def labelled(part: TokenStream) -> LabelledStream:
+        return LabelledStream(part, config.pad_token_id, special, number)
+
+    train = [labelled(part) for part in tokens]
+    other: dict[str, Stream] = {name: labelled(part) for name, part in held_out.items()}
+    if dataset.eval_fraction is not None:
+        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
+        other = {"": _joined(recipe, last)}
+    count = sum(part.num_cut(seq_len) for part in train)
+    said = f"{count} texts are longer than train.seq_len={seq_len} and are cut there"
+    return _joined(recipe, train), other, (said,) if count else ()
 
 
 def windows_of(

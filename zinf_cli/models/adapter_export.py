@@ -42,12 +42,21 @@ def adapter_of(reader: CheckpointReader) -> tuple[Adapter, Path]:
     return Adapter.model_validate(recipe["adapter"]), Path(recipe["model"]["name_or_path"].replace("$$", "$"))
 
 
+def _source_of(reader: CheckpointReader) -> ModelSource:
+    """The model that an adapter is for: of a classifier, with its labels."""
+    recipe = reader.manifest.recipe
+    classifies = recipe["train"].get("objective") == "classification"
+    labels = tuple(recipe["dataset"].get("labels", ()))
+    return ModelSource(adapter_of(reader)[1], None, "pretrained", recipe["seed"], classifies, labels)
+
+
 def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> int:
     """Write adapter_config.json and adapter_model.safetensors. Returns the bytes of the weights, all in memory."""
     from peft import get_peft_model_state_dict
 
     settings, folder = adapter_of(reader)
-    adapted: Any = adapt(_build(reader.folder, torch.float32), settings, folder)
+    model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0), torch.float32)
+    adapted: Any = adapt(model, settings, folder)
     named = {f"base_model.model.{name}": reader.param(name).to(dtype) for name in reader.shapes}
     weights = get_peft_model_state_dict(adapted, named, NAME, save_embedding_layers=False)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / WEIGHTS, {"format": "pt"})
@@ -57,12 +66,6 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> in
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(out)
     return sum(value.nbytes for value in weights.values())
-
-
-def _build(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    model: Any = build_model(ModelSource(folder, None, "pretrained", 0), dtype)
-    built: PreTrainedModel = model
-    return built
 
 
 class Merged:
@@ -81,14 +84,15 @@ class Merged:
             raise CheckpointError(
                 f"the weights in {folder} are not those that the adapter was trained on", where=str(reader.folder)
             )
-        source = ModelSource(folder, None, "pretrained", 0)
+        source = _source_of(reader)
         self.dtype = dtype or load_class(source)[1].dtype or torch.float32
-        self.model = _build(folder, self.dtype)
+        model: Any = build_model(source, self.dtype)
+        self.model: PreTrainedModel = model
         load_buffers(self.model, source)
         self._base: RangedWeights = open_weights(self.model, source)
         pack_base(self.model, base_dtype_of(reader))
         self._packings = packings_of(self.model)
-        twin = _build(folder, torch.float32)
+        twin: Any = build_model(source, torch.float32)
         adapt(twin, settings, folder)
         self._layers: list[Any] = [module for module in twin.modules() if isinstance(module, BaseTunerLayer)]
         names = {id(param): name for name, param in twin.named_parameters()}

@@ -33,7 +33,7 @@ from zinf_cli.recipe.adapter import Adapter
 NAME = "default"
 """peft's name for the adapter, in names of parameters."""
 _TASKS = {Objective.NEXT_TOKEN: "CAUSAL_LM", Objective.NEXT_TOKEN_GIVEN: "CAUSAL_LM"}
-_TASKS[Objective.TARGET_OF_SOURCE] = "SEQ_2_SEQ_LM"
+_TASKS |= {Objective.TARGET_OF_SOURCE: "SEQ_2_SEQ_LM", Objective.LABEL_OF_TEXT: "SEQ_CLS"}
 
 
 def peft_config(model: PreTrainedModel, settings: Adapter, base: Path) -> Any:

@@ -29,12 +29,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
 )
 
 from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import ModelError
-from zinf_cli.models.objective import check_language_model, sees_both_ways
+from zinf_cli.models.objective import CLASSIFIER, check_trainable, sees_both_ways
 from zinf_cli.models.side_outputs import install_hooks
 from zinf_cli.stand_ins import stand_in
 
@@ -57,6 +58,10 @@ class ModelSource:
     init: Literal["pretrained", "random"]
     seed: int
     """The seed of random weights, and of buffers that a model draws."""
+    classifies: bool = False
+    """Whether it is a classifier of texts, with a new head if the checkpoint is none."""
+    labels: tuple[str, ...] = ()
+    """Those of a classifier; none: as its configuration says."""
 
 
 def build_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -194,10 +199,17 @@ def _modules_above(model: nn.Module, name: str) -> Iterator[nn.Module]:
 def load_class(source: ModelSource) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class and its configuration, which is a new object at each call. Raises ModelError.
 
+    The configuration of a classifier has the labels of `source`, if that names some.
+
     Of a model of several parts (text, vision) whose configuration names no class, that is the language model alone.
     """
     config = _load_config(source)
-    model_class = _model_class(config, _where(source))
+    model_class = (_classifier if source.classifies else _model_class)(config, _where(source))
+    if source.labels:
+        config.id2label = dict(enumerate(source.labels))
+        config.label2id = {label: number for number, label in enumerate(source.labels)}
+    if model_class.__name__.endswith(CLASSIFIER):  # its first forward would find it out, and change the configuration
+        config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
     if model_class.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
         config = config.get_text_config()
     return model_class, config
@@ -244,7 +256,7 @@ def _config_from_dict(entries: dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(model_type, **settings)
     except Exception as error:
         for named in _named_classes(settings.get("architectures")):
-            check_language_model(named, "model.config")  # if it is none, that is the reason
+            check_trainable(named, "model.config")  # if it is none, that is the reason
         raise ModelError(_one_line(error), where="model.config") from error
     # transformers keeps unknown keys as attributes, so that a typo would train another model.
     known = _settings_of(type(config))
@@ -272,20 +284,33 @@ def _model_class(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
     for named in _named_classes(config.architectures):
         # A bare backbone has no loss; the language model built on it has.
         if type(config) not in MODEL_MAPPING or named is not MODEL_MAPPING[type(config)]:
-            check_language_model(named, where)
+            check_trainable(named, where)
             return named
     causal, source_to_target, masked = _TRAINABLE
     first = masked if sees_both_ways(config) else source_to_target if config.is_encoder_decoder else causal
     for mapping in (first, *_TRAINABLE):
         if type(config) in mapping:
             model_class: type[PreTrainedModel] = mapping[type(config)]
-            check_language_model(model_class, where)
+            check_trainable(model_class, where)
             return model_class
     for beside in _language_models_beside(config):
         return beside
     raise ModelError(
         f"transformers has no language model of type {config.model_type!r}: causal, seq2seq or masked",
         where=where,
+    )
+
+
+def _classifier(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """The classifier of texts that the configuration names, or that its type has."""
+    for named in _named_classes(config.architectures):
+        if named.__name__.endswith(CLASSIFIER):
+            return named
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        model_class: type[PreTrainedModel] = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+        return model_class
+    raise ModelError(
+        f"transformers has no classifier of type {config.model_type!r}", where=where, hint="leave train.objective out"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,9 @@ def config_of(source: ModelSource, model: nn.Module) -> str:
     """The text of config.json for a model from `build_model(source)`. It names the model's class."""
     _, config = load_class(source)
     config.architectures = [type(model).__name__]
+    ours: Any = model.config
+    if (pad := getattr(ours, "pad_token_id", None)) is not None:  # a classifier may have it from the tokenizer
+        config.pad_token_id = pad
     return str(config.to_json_string())
 
 

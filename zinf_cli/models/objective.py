@@ -6,6 +6,7 @@
     MASKED_TOKENS      some masked    what was masked                 logits t with label t
     TARGET_OF_SOURCE   the source     the target                      logits t of the decoder with label t
     PREFERENCE         both answers   the answers                     logits t with label t + 1, of both answers
+    LABEL_OF_TEXT      the text       [sequences]                     logits of the text with its label
 
 A micro-batch has the weight of its targets, so that a step is the same however it is dealt. They are counted here.
 """
@@ -67,6 +68,8 @@ _LANGUAGE_MODELS = {
 }
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 """Ends of the names of other language models."""
+CLASSIFIER = "ForSequenceClassification"
+"""The end of the names of models that tell the label of a text."""
 
 
 class Objective(Enum):
@@ -77,29 +80,30 @@ class Objective(Enum):
     MASKED_TOKENS = auto()
     TARGET_OF_SOURCE = auto()
     PREFERENCE = auto()
+    LABEL_OF_TEXT = auto()
 
     def num_targets(self, labels: torch.Tensor) -> int:
         """How many `labels` (int64 [sequences, length]) the loss averages over; of preferences, how many pairs.
 
-        The labels of preferences are [pairs, 2, length].
+        The labels of preferences are [pairs, 2, length], those of texts [sequences].
         """
-        if self is Objective.PREFERENCE:
+        if self in (Objective.PREFERENCE, Objective.LABEL_OF_TEXT):
             return labels.shape[0]
         compared = labels[:, 1:] if self is Objective.NEXT_TOKEN else labels
         return int((compared != MASKED).sum())
 
 
-def check_language_model(model_class: type[PreTrainedModel], where: str) -> None:
-    """ModelError if the loss of `model_class` is not that of a language model: it would be trained on token ids."""
+def check_trainable(model_class: type[PreTrainedModel], where: str) -> None:
+    """ModelError if the loss of `model_class` is that of neither a language model nor a classifier of texts."""
     name = model_class.__name__
     if name in REFUSED:
         raise ModelError(f"{name} {REFUSED[name]}", where=where, hint="train a causal or a masked language model")
-    if name not in _LANGUAGE_MODELS and not name.endswith(_ENDINGS):
+    if name not in _LANGUAGE_MODELS and not name.endswith((*_ENDINGS, CLASSIFIER)):
         raise ModelError(
             f"{name} is not a language model: it has no loss over tokens",
             where=where,
             hint="train the language model it is made of, whose class ends in ForCausalLM, ForConditionalGeneration or "
-            "ForMaskedLM",
+            f"ForMaskedLM, or a classifier, whose class ends in {CLASSIFIER}",
         )
     if missing := {"input_ids", "labels"} - inspect.signature(model_class.forward).parameters.keys():
         raise ModelError(f"{name} takes no {' and no '.join(sorted(missing))}: its loss is not its own", where=where)
@@ -135,6 +139,8 @@ def objective_of(model: nn.Module) -> Objective:
     """The objective of a model, from its class and configuration. ModelError if its loss trains no language model."""
     name = type(model).__name__
     config: Any = model.config
+    if name.endswith(CLASSIFIER):
+        return Objective.LABEL_OF_TEXT
     if config.is_encoder_decoder:
         return Objective.TARGET_OF_SOURCE
     if name in MASKED_LMS.values() and (sees_both_ways(config) or name not in GIVEN):

@@ -65,7 +65,8 @@ def open_weights(
         return RandomWeights(model, source.seed)
     if is_checkpoint(source.name_or_path):
         return StoredWeights(source.name_or_path, model)
-    return PretrainedWeights(model, SafetensorsFiles(source.name_or_path), source.seed, notice)
+    files = SafetensorsFiles(source.name_or_path)
+    return PretrainedWeights(model, files, source.seed, notice, new_head=source.classifies)
 
 
 def load_buffers(model: nn.Module, source: ModelSource) -> None:
@@ -87,15 +88,21 @@ def load_buffers(model: nn.Module, source: ModelSource) -> None:
 class PretrainedWeights:
     """A WeightSource over a checkpoint directory. CheckpointError at once if model and checkpoint do not fit.
 
-    Parameters that the model class allows to be absent are drawn from `seed`.
+    Parameters that the model class allows to be absent are drawn from `seed`; with `new_head`, those of a head as well.
     """
 
     def __init__(
-        self, model: PreTrainedModel, files: SafetensorsFiles, seed: int, notice: Callable[[str], None]
+        self,
+        model: PreTrainedModel,
+        files: SafetensorsFiles,
+        seed: int,
+        notice: Callable[[str], None],
+        *,
+        new_head: bool = False,
     ) -> None:
         self._model = skeleton(model)
         self._files = files
-        self._origins = _judge(self._model, _plan(self._model, files.keys()), files, notice)
+        self._origins = _judge(self._model, _plan(self._model, files.keys()), files, notice, new_head=new_head)
         self._seed = seed
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -207,12 +214,12 @@ def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
 
 
 def _judge(
-    model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None]
+    model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None], *, new_head: bool
 ) -> dict[str, _Origins]:
     """The conversions that yield each parameter, found from headers alone.
 
-    A parameter that its class allows to be absent has none. CheckpointError if tensors are missing, have a wrong shape,
-    or show that config.json is not theirs. `notice` is told of tensors that are left out.
+    A parameter that its class allows to be absent has none, nor has one of a new head. CheckpointError if tensors are
+    missing, have a wrong shape, or show that config.json is not theirs. `notice` is told of tensors that are left out.
     """
     state = model.state_dict()
     homeless, misshaped = dict(plan.homeless), []
@@ -241,6 +248,9 @@ def _judge(
     verdict = LoadStateDictInfo(absent, set(homeless), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(verdict)  # drops what the model class says to ignore
     missing = sorted(verdict.missing_keys, key=dot_natural_key)
+    if new_head and (drawn := _of_new_modules(missing, yields)):
+        notice(f"new, and drawn from the seed: {_some(drawn)}")
+        missing = [name for name in missing if name not in drawn]
     homeless = {name: homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)}
     extra, telling = list(homeless.values()), _telling(homeless, origins)
     if missing or misshaped or telling:
@@ -255,6 +265,12 @@ def _judge(
         count = f" ({len(extra)} in all)" if len(extra) > _LISTED else ""
         notice(f"{files.directory}: left out, as {type(model).__name__} has no place for it: {_some(extra)}{count}")
     return origins
+
+
+def _of_new_modules(missing: Sequence[str], known: Collection[str]) -> list[str]:
+    """The `missing` tensors that are in no layer, and of a module of which no tensor is `known`."""
+    modules = {name.rpartition(".")[0] for name in known}
+    return [name for name in missing if not re.search(r"\.\d+\.", name) and name.rpartition(".")[0] not in modules]
 
 
 def _some(names: Sequence[str]) -> str:

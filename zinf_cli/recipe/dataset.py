@@ -43,6 +43,11 @@ class Dataset(Section):
     """The field with the answer that is to be preferred."""
     rejected_field: str = "rejected"
     """And the one with the other answer."""
+    label_field: str = "label"
+    """For a classifier: the field with what a text is, one of dataset.labels; or a number, if the model has one
+    output."""
+    labels: tuple[str, ...] = ()
+    """The labels, in the order of the outputs; by default those that the model's configuration names."""
     packing: Literal["auto", "documents", "stream"] = "auto"
     """documents: attention stays inside a document, chats are whole; stream: windows of consecutive tokens, which cross
     documents; auto: documents, where the text has several and the model can keep them apart."""
@@ -59,6 +64,15 @@ class Dataset(Section):
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_names(cls, value: Any) -> Any:
+        """A label that YAML takes for a number is its name all the same."""
+        names = tuple(str(name) if type(name) is int else name for name in value) if isinstance(value, list) else value
+        if isinstance(names, tuple) and len(set(names)) < len(names):
+            raise ValueError(f"a label is given twice: {', '.join(map(str, names))}")
+        return names
 
     @property
     def paths(self) -> tuple[Path, ...]:

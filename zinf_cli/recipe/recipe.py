@@ -91,8 +91,9 @@ class Train(Section):
 
     seq_len: Annotated[int, Field(ge=2)] = 1024
     """Tokens of a sequence."""
-    objective: Literal["auto", "dpo"] = "auto"
-    """auto: the model's own loss; dpo: to prefer chosen answers to rejected ones (arXiv 2305.18290)."""
+    objective: Literal["auto", "dpo", "classification"] = "auto"
+    """auto: the model's own loss; dpo: to prefer chosen answers to rejected ones (arXiv 2305.18290); classification:
+    to tell the label of a text, by a new head if the model is no classifier yet."""
     dpo_beta: Annotated[Number, Field(gt=0)] = 0.1
     """Of dpo: how much a model that departs from what it was is held back."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1

@@ -23,6 +23,7 @@ from zinf_cli.errors import DatasetError
 from zinf_cli.text.cache import identity, private_folder
 from zinf_cli.text.chats import ANSWERS, TOOLS
 from zinf_cli.text.documents import PIECE, Document, read_documents
+from zinf_cli.text.labels import Labels
 from zinf_cli.text.text_files import about_tokens, find_files, kind_of
 from zinf_cli.text.token_arrays import open_tokens
 from zinf_cli.text.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
@@ -54,6 +55,8 @@ class TextSource:
     """The fields of a source and its target for an encoder-decoder, instead of text."""
     answer_fields: tuple[str, str, str] | None = None
     """The fields of a chosen answer, a rejected one and their prompt, instead of text."""
+    labels: Labels | None = None
+    """Of texts that have a label."""
 
 
 def open_token_stream(
@@ -116,6 +119,7 @@ def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """The name of the cache entry. All that decides the tokens is in it: files as they are now, fields, tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields, source.roles]
     parts += [source.answer_fields] * (source.answer_fields is not None)
+    parts += [source.labels.field, source.labels.names] if source.labels is not None else []
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
@@ -204,6 +208,8 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
             return [[*tokenizer.encode_answers(document, source.answer_fields)] for document in documents]
         if source.pair_fields is not None:
             return [[tokenizer.encode_pair(document, source.pair_fields[1])] for document in documents]
+        if source.labels is not None:
+            return [[(ids, None)] for ids in tokenizer.encode_whole(documents)]
         if source.messages_field is not None:
             return [[chat] for chat in tokenizer.encode_chats(documents, source.roles)]
         return [[(ids, None)] for ids in tokenizer.encode_texts(documents)]
@@ -215,7 +221,8 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
                 for ids, mask in sequences:
                     count, answered = count + 1, answered + (mask is None or any(mask))
                     loss_mask = None if mask is None else np.array(mask, dtype=np.bool_)
-                    yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends, document.seen)
+                    label = None if source.labels is None else source.labels.of(document)
+                    yield TokenBlock(np.array(ids, dtype=np.int32), loss_mask, document.ends, document.seen, label)
         if count and not answered:
             raise _nobody_answers(file, source)
 
@@ -241,6 +248,8 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
         return read_documents(file, source.answer_fields[0], beside=source.answer_fields[1:])
     if source.pair_fields is not None:
         return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
+    if source.labels is not None:
+        return read_documents(file, source.text_field, beside=(source.labels.field,))
     if source.messages_field is not None:
         return read_documents(file, source.messages_field, beside=(TOOLS,))
     return read_documents(file, source.text_field)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -15,7 +16,7 @@ import xxhash
 
 MASKED = -100
 """A label that losses ignore."""
-_TOKENS, _MASK, _ENDS, _META = "tokens.bin", "mask.bin", "ends.bin", "meta.json"
+_TOKENS, _MASK, _ENDS, _LABELS, _META = "tokens.bin", "mask.bin", "ends.bin", "labels.bin", "meta.json"
 _PIECE_BYTES = 1 << 22
 
 
@@ -30,6 +31,8 @@ class TokenBlock(NamedTuple):
     """Whether a document ends behind the block. None: where documents end is not known."""
     seen: float = 1.0
     """The share of its file that was read when the block was."""
+    label: float | None = None
+    """Of a document that has one: what it is, or its number among the labels."""
 
 
 class NotAsWrittenError(Exception):
@@ -46,9 +49,11 @@ class TokenStream:
     """bool [num_tokens]: True where there is a loss. None: everywhere."""
     max_token: int
     fingerprint: str
-    """A hash of every token and its mask. The same text has the same one, wherever its files lie."""
+    """A hash of every token, its mask, and all labels. The same text has the same one, wherever its files lie."""
     ends: np.ndarray[Any, np.dtype[np.int64]] | None = None
     """int64 [num_documents]: the places behind the documents, rising. None: not known."""
+    labels: np.ndarray[Any, np.dtype[np.float64]] | None = None
+    """float64 [num_documents]: the label of each. None: they have none."""
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -68,7 +73,9 @@ class TokenStream:
     def part(self, start: int, stop: int) -> TokenStream:
         """The tokens from `start` to before `stop`. Documents that lie across an end are cut there."""
         mask = None if self.loss_mask is None else self.loss_mask[start:stop]
-        ends = self.ends
+        ends, labels = self.ends, self.labels
+        if ends is not None and labels is not None:
+            labels = labels[(ends > start) & (ends <= stop)]
         if ends is not None:
             ends = ends[(ends > start) & (ends < stop)] - start
             ends = np.append(ends, stop - start) if stop > start else ends
@@ -77,6 +84,7 @@ class TokenStream:
             tokens=self.tokens[start:stop],
             loss_mask=mask,
             ends=ends,
+            labels=labels,
             fingerprint=digest(f"{self.fingerprint} {start} {stop}"),
         )
 
@@ -90,8 +98,9 @@ def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, T
 def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
     """Write the blocks into an empty folder, which the caller has to sync. Returns the number of tokens."""
     max_token, num_tokens, last_end = -1, 0, 0
-    names = (_TOKENS, _MASK, _ENDS)
-    with _Growing(folder / _TOKENS) as tokens, _Growing(folder / _MASK) as mask, _Growing(folder / _ENDS) as ends:
+    names = (_TOKENS, _MASK, _ENDS, _LABELS)
+    with ExitStack() as stack:
+        tokens, mask, ends, labels = growing = [stack.enter_context(_Growing(folder / name)) for name in names]
         for block in blocks:
             num_tokens += len(block.tokens)
             if len(block.tokens):
@@ -99,10 +108,12 @@ def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
             tokens.append(block.tokens.astype(np.int32).tobytes())
             if block.loss_mask is not None:
                 mask.append(block.loss_mask.tobytes())
+            if block.label is not None:
+                labels.append(np.float64(block.label).tobytes())
             if block.ends and num_tokens > last_end:
                 ends.append(np.int64(num_tokens).tobytes())
                 last_end = num_tokens
-    files = {name: file.seal() for name, file in zip(names, (tokens, mask, ends), strict=True) if file.size}
+    files = {name: file.seal() for name, file in zip(names, growing, strict=True) if file.size}
     meta = {"max_token": max_token, "files": files}
     with _Growing(folder / _META) as file:
         file.append(json.dumps({"meta": meta, "xxh3": digest(json.dumps(meta))}).encode())
@@ -120,8 +131,10 @@ def read_tokens(folder: Path) -> TokenStream:
         tokens = _mapped(folder / _TOKENS, np.int32, files[_TOKENS])
         mask = _mapped(folder / _MASK, np.bool_, files[_MASK]) if _MASK in files else None
         ends = _mapped(folder / _ENDS, np.int64, files[_ENDS]) if _ENDS in files else None
-        fingerprint = digest(json.dumps([files[name]["xxh3"] for name in (_TOKENS, _MASK) if name in files]))
-        return TokenStream(tokens, mask, meta["max_token"], fingerprint, ends)
+        labels = _mapped(folder / _LABELS, np.float64, files[_LABELS]) if _LABELS in files else None
+        telling = [name for name in (_TOKENS, _MASK, _LABELS) if name in files]
+        fingerprint = digest(json.dumps([files[name]["xxh3"] for name in telling]))
+        return TokenStream(tokens, mask, meta["max_token"], fingerprint, ends, labels)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotAsWrittenError(f"it can't be read: {error}") from error
 

@@ -137,6 +137,28 @@ class Tokenizer:
             for ids, document in zip(encoded, documents, strict=True)
         ]
 
+    @property
+    def pad(self) -> int:
+        """The token that fills a sequence up: the tokenizer's, or else its end-of-text token, or else 0."""
+        found = (self._tokenizer.pad_token_id, self.end)
+        return next((int(token) for token in found if token is not None), 0)
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The special tokens."""
+        return frozenset(self._tokenizer.all_special_ids)
+
+    def encode_whole(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The tokens of texts with their special tokens, as a classifier reads them. DatasetError for an empty one."""
+        for document in documents:
+            if not isinstance(document.content, str) or not document.content:
+                raise DatasetError(f"expected text, got {document.content!r:.40}", where=document.where)
+        encoded = self._encode_all([document.content for document in documents], documents, add_special_tokens=True)
+        for ids, document in zip(encoded["input_ids"], documents, strict=True):
+            if not ids:
+                raise DatasetError("a text has no tokens", where=document.where)
+        return list(encoded["input_ids"])
+
     def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:
         """(tokens, mask) of a source and its target, with their special tokens. The mask is True for the target's."""
         source, target = document.content, document.beside.get(target_field)
@@ -264,7 +286,7 @@ class Tokenizer:
         for text, document in zip(texts, documents, strict=True):
             refuse_halves(text, document.where)
         try:
-            return self._tokenizer(text=texts, add_special_tokens=False, verbose=False, **options)
+            return self._tokenizer(**{"text": texts, "add_special_tokens": False, "verbose": False, **options})
         except Exception as error:  # foreign code; which of them is it?
             for text, document in zip(texts, documents, strict=True):
                 self._encode(text, document, **options)

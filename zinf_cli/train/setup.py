@@ -15,7 +15,6 @@ from zinf_cli.batches.collator import Collator, Stream, kind_of_stream
 from zinf_cli.batches.mixture import MixedOrder, MixedStream
 from zinf_cli.batches.packing import PackedStream
 from zinf_cli.batches.preferences import preference_loss
-from zinf_cli.batches.windows import pairs_of, preferences_of, windows_of
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.models.adapters import AdaptedWeights, adapt
@@ -26,11 +25,11 @@ from zinf_cli.models.weights import RangedWeights, open_weights
 from zinf_cli.recipe.recipe import Recipe, Train
 from zinf_cli.text.cache import cache_folder
 from zinf_cli.text.data import TextSource, open_token_stream, part_of_tokens
-from zinf_cli.text.text_files import RECORDS, find_files, kind_of
 from zinf_cli.text.token_stream import TokenStream
 from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.optimizer import update_matrices_whole
+from zinf_cli.train.reading import reading_of
 from zinf_cli.train.samples import Prompts, open_prompts
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
@@ -71,7 +70,16 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def model_source(recipe: Recipe) -> ModelSource:
-    return ModelSource(recipe.model.name_or_path, recipe.model.config, recipe.model.init or "random", recipe.seed)
+    """The source of the recipe's model: of a classifier, with its labels."""
+    model = recipe.model
+    return ModelSource(
+        model.name_or_path,
+        model.config,
+        model.init or "random",
+        recipe.seed,
+        recipe.train.objective == "classification",
+        recipe.dataset.labels,
+    )
 
 
 def open_model(recipe: Recipe, precision: str) -> nn.Module:
@@ -103,11 +111,12 @@ def model_loss(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The model's own mean loss over `labels` that are not -100. All tensors are int64 [sequences, seq_len].
+    """The model's own mean loss over `labels` that are not -100. All tensors are int64 [sequences, seq_len], but for
+    the labels of a classifier, [sequences].
 
-    With an `attention_mask` the inputs are a source, and the labels are its target. The decoder sees the target moved
-    by one, as in transformers' DataCollatorForSeq2Seq. With `position_ids` a token attends to its own document, which
-    begins where they are 0 (apart.py). ModelError if the model needs more than text.
+    With an `attention_mask` the inputs of an encoder-decoder are a source, and the labels are its target. The decoder
+    sees the target moved by one, as in transformers' DataCollatorForSeq2Seq. With `position_ids` a token attends to its
+    own document, which begins where they are 0 (apart.py). ModelError if the model needs more than text.
     """
     more = {}
     if position_ids is not None:
@@ -157,19 +166,14 @@ def open_text(
     """
     dataset, train = recipe.dataset, recipe.train
     collator = _collator(recipe, model)
-    pairs = collator.objective is Objective.TARGET_OF_SOURCE
-    fields = (dataset.source_field, dataset.target_field) if pairs else None
-    answers = None
-    if collator.objective is Objective.PREFERENCE:
-        answers = (dataset.chosen_field, dataset.rejected_field, dataset.prompt_field)
+    reading = reading_of(recipe, model, collator.objective)
     tokenizer = dataset.tokenizer or recipe.model.name_or_path
     cache = cache_folder("tokens")
 
     def opened(paths: tuple[Path, ...]) -> tuple[TokenStream, float]:
-        if pairs:
-            _check_pairs(recipe, paths, model)
+        reading.check(recipe, paths, model)
         source = TextSource(
-            paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, fields, answers
+            paths, dataset.text_field, dataset.messages_field, dataset.roles_to_train, tokenizer, **reading.fields
         )
         most = max(_PART_TOKENS, _PART_WINDOWS * train.seq_len)
         part = part_of_tokens(source, cache, most) if in_part else None
@@ -179,8 +183,7 @@ def open_text(
     tokens, shares = zip(*map(opened, texts), strict=True)
     apart = {name: opened(paths) for name, paths in dataset.held_out.items()}
     held_out_tokens = {name: found for name, (found, _) in apart.items()}
-    make = pairs_of if pairs else preferences_of if answers is not None else windows_of
-    stream, held_out, lines = make(recipe, model, tokens, held_out_tokens)
+    stream, held_out, lines = reading.make(recipe, model, tokens, held_out_tokens)
     share_of = {name: apart[name][1] if name in apart else min(shares) for name in held_out}
     _check_text(recipe, model, collator, stream, held_out, share_of)
     parts = stream.parts if isinstance(stream, MixedStream) else (stream,)
@@ -266,20 +269,6 @@ def _collator(recipe: Recipe, model: nn.Module) -> Collator:
             )
         masking = Tokenizer(directory).masking(vocabulary_of(model), recipe.seed)
     return Collator(objective, recipe.train.seq_len, masking)
-
-
-def _check_pairs(recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> None:
-    """DatasetError if a text does not consist of pairs of a source and a target."""
-    dataset = recipe.dataset
-    other = next((file for file in find_files(paths) if kind_of(file) not in RECORDS), None)
-    if other is not None or dataset.messages_field is not None:
-        what = f"{other.suffix} has" if other is not None else f"chats ({dataset.messages_field}) have"
-        raise DatasetError(
-            f"{type(model).__name__} is an encoder-decoder: it learns to write a target from a source, and {what} none",
-            where=str(other or paths[0]),
-            hint=f"give .jsonl or .parquet rows with the fields {dataset.source_field!r} and {dataset.target_field!r} "
-            "(dataset.source_field, dataset.target_field), or train a causal model",
-        )
 
 
 def vocabulary_of(model: nn.Module) -> int:

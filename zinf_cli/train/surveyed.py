@@ -125,8 +125,12 @@ def survey_model(
     """
     ids = torch.zeros((recipe.train.sequences_at_once, recipe.train.seq_len), dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
-    if objective_of(model) is Objective.TARGET_OF_SOURCE:
+    objective = objective_of(model)
+    if objective in (Objective.TARGET_OF_SOURCE, Objective.LABEL_OF_TEXT):
         inputs["attention_mask"] = torch.ones_like(ids)
+    if objective is Objective.LABEL_OF_TEXT:
+        number = model.config.problem_type == "regression"  # type: ignore[union-attr]
+        inputs["labels"] = ids[:, 0].float() if number else ids[:, 0]
     if packed:
         inputs["position_ids"] = packed_positions(ids)
     if recipe.train.objective == "dpo":

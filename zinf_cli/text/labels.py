@@ -1,0 +1,42 @@
+"""The labels of texts, which a classifier learns to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from zinf_cli.errors import DatasetError
+from zinf_cli.text.documents import Document
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where the label of a text stands, and which there are."""
+
+    field: str
+    names: tuple[str, ...]
+    """In the order of the model's outputs. None: a label is a number (regression)."""
+
+    def of(self, document: Document) -> float:
+        """The number of a document's label among the names, or the number that it is. DatasetError if it is neither."""
+        value = document.beside.get(self.field)
+        if not self.names and type(value) in (int, float):
+            return float(value)  # type: ignore[arg-type]
+        if self.names and (isinstance(value, str) or type(value) is int):
+            if str(value) in self.names:
+                return float(self.names.index(str(value)))
+            if type(value) is int and 0 <= value < len(self.names):
+                return float(value)
+        wanted = f"one of {shown(self.names)}" if self.names else "a number"
+        raise DatasetError(
+            f"expected {wanted} in {self.field!r}, got {value!r:.40}",
+            where=document.where,
+            hint="set dataset.label_field to the field that holds it, or dataset.labels to all that there are",
+        )
+
+
+def shown(names: Iterable[Any]) -> str:
+    """Labels as an error lists them."""
+    known = [str(name)[:40] for name in names]
+    return ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")

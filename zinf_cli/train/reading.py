@@ -1,0 +1,125 @@
+"""How the texts of a recipe are read for what its model learns: which fields, and how windows are made of them.
+
+An objective (models/objective.py) is another `Reading` here: the fields of a record that it needs, and what makes
+windows of their tokens. The model's own loss does the rest (`model_loss` in setup.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zinf_cli.batches.windows import Windows, labelled_of, pairs_of, preferences_of, windows_of
+from zinf_cli.errors import DatasetError
+from zinf_cli.models.objective import Objective
+from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.text.documents import read_documents
+from zinf_cli.text.labels import Labels, shown
+from zinf_cli.text.text_files import RECORDS, find_files, kind_of
+from zinf_cli.text.token_stream import TokenStream
+from zinf_cli.text.tokens import Tokenizer
+
+_LOOKED_AT = 1000
+"""Records in which labels are looked for, to name them in an error."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How texts are read."""
+
+    make: Callable[[Recipe, nn.Module, Sequence[TokenStream], Mapping[str, TokenStream]], Windows]
+    """Windows of the tokens of texts and of what is held out."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What a TextSource has for them."""
+    records: str = ""
+    """What a record has to have, in words, if there have to be records."""
+
+    def check(self, recipe: Recipe, paths: tuple[Path, ...], model: nn.Module) -> None:
+        """DatasetError if a text has no such records."""
+        if not self.records:
+            return
+        messages = recipe.dataset.messages_field
+        other = next((file for file in find_files(paths) if kind_of(file) not in RECORDS), None)
+        if other is not None or messages is not None:
+            what = f"{other.suffix} has" if other is not None else f"chats ({messages}) have"
+            raise DatasetError(
+                f"{type(model).__name__} {self.records}, and {what} none",
+                where=str(other or paths[0]),
+                hint=_hint(recipe, self),
+            )
+
+
+def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Reading:
+    """How the recipe's texts are read. DatasetError if a classifier's labels are not known."""
+    dataset = recipe.dataset
+    if objective is Objective.TARGET_OF_SOURCE:
+        return Reading(
+            pairs_of,
+            {"pair_fields": (dataset.source_field, dataset.target_field)},
+            "is an encoder-decoder: it learns to write a target from a source",
+        )
+    if objective is Objective.PREFERENCE:
+        return Reading(
+            preferences_of, {"answer_fields": (dataset.chosen_field, dataset.rejected_field, dataset.prompt_field)}
+        )
+    if objective is Objective.LABEL_OF_TEXT:
+        return _of_labels(recipe, model)
+    return Reading(windows_of)
+
+
+def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
+    """How texts with labels are read. A model that does not know which token pads a text is told the tokenizer's."""
+    dataset = recipe.dataset
+    config: Any = model.config
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    number = config.problem_type == "regression"
+    if recipe.train.objective == "classification" and not dataset.labels and _are_made_up(names):
+        raise DatasetError(
+            "which labels are there? The model's configuration names none",
+            where="dataset.labels",
+            hint=f"the first texts have {_labels_in(recipe)}: dataset.labels=[...] names all, in the order of outputs",
+        )
+    directory = dataset.tokenizer or recipe.model.name_or_path
+    if directory is None:
+        raise DatasetError("texts with a label need a tokenizer", hint="set dataset.tokenizer")
+    tokenizer = Tokenizer(directory)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad
+    return Reading(
+        partial(labelled_of, special=tokenizer.special),
+        {"labels": Labels(dataset.label_field, () if number else names)},
+        "tells the label of a text",
+    )
+
+
+def _are_made_up(names: Sequence[str]) -> bool:
+    """Whether these are the names that transformers gives to labels of which it knows nothing, and there are two."""
+    return list(names) == ["LABEL_0", "LABEL_1"]
+
+
+def _labels_in(recipe: Recipe) -> str:
+    """The labels of the first texts, as an error lists them."""
+    dataset = recipe.dataset
+    files = [file for file in find_files(dataset.paths) if kind_of(file) in RECORDS]
+    documents = chain.from_iterable(read_documents(file, dataset.text_field, (dataset.label_field,)) for file in files)
+    found = {str(document.beside.get(dataset.label_field)) for document in islice(documents, _LOOKED_AT)}
+    return shown(sorted(found))
+
+
+def _hint(recipe: Recipe, reading: Reading) -> str:
+    dataset = recipe.dataset
+    if "labels" in reading.fields:
+        return (
+            f"give .jsonl or .parquet rows with the fields {dataset.text_field!r} and {dataset.label_field!r} "
+            "(dataset.text_field, dataset.label_field)"
+        )
+    return (
+        f"give .jsonl or .parquet rows with the fields {dataset.source_field!r} and {dataset.target_field!r} "
+        "(dataset.source_field, dataset.target_field), or train a causal model"
+    )
