@@ -114,13 +114,14 @@ def test_a_new_head_learns_as_in_plain_transformers(
             path.write_text(json.dumps(json.loads(path.read_text()) | {key: 0.0}))
     one = workshop.fork(forked, "one")
     losses, model = plain(workshop.recipe, tmp_path / name, tmp_path / "rows.jsonl")
+    config: Any = model.config
     assert one.losses == pytest.approx(losses, abs=1e-6)
     if name == "llama":
         assert workshop.fork(forked, "two", ranks=2).losses == pytest.approx(losses, abs=1e-6)
     export(one.run_dir, tmp_path / "exported")
     exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported")
     assert [exported.config.id2label[number] for number in range(3)] == LABELS
-    assert exported.config.pad_token_id == model.config.pad_token_id
+    assert exported.config.pad_token_id == config.pad_token_id
     for ours, theirs in zip(exported.parameters(), model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 

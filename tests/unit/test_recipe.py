@@ -264,15 +264,18 @@ def test_no_text_breaks_the_reader(content: str) -> None:
 def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = path.read_text()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data/smollm2-135m").mkdir(parents=True)
-    (tmp_path / "data/smollm2-135m/config.json").write_text("{}")
+    for name in ("smollm2-135m", "bert", "t5"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "config.json").write_text("{}")
     (tmp_path / "data/kjv").mkdir()
     for name in ("train.txt", "held_out.txt"):
         (tmp_path / "data/kjv" / name).write_text("text")
     (tmp_path / "data/chats").mkdir()
     for name in ("coding", "tech_support", "trivia"):
         (tmp_path / f"data/chats/{name}.jsonl").write_text("{}")
-    (tmp_path / "data/preferences.jsonl").write_text("{}")
+    (tmp_path / "data/text").mkdir()
+    for name in ("preferences", "reviews", "pairs"):
+        (tmp_path / f"data/{name}.jsonl").write_text("{}")
     copy = tmp_path / path.name
     copy.write_text(content)
     assert isinstance(load_recipe(copy), Recipe)
