@@ -84,7 +84,7 @@ $(INSTALLED): pyproject.toml
 	  || { echo 'error: python3 has no venv: sudo apt-get install python3-venv' >&2; exit 1; }
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,report,wandb,mlflow,adapters]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,report,wandb,mlflow,adapters,pictures]'
 	@touch $@
 
 # DeepSpeed has an environment of its own, with the same torch and transformers. Its operators are compiled here, before anything is timed.

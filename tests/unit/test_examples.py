@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from forked_ranks import ForkedRanks
+from pictured_models import save_pictured, write_rows
 from tiny_models import CONFIGS, WORD_TEMPLATE, WORDS, dataset_for, save_word_tokenizer
 from zinf_cli.run_folder.metrics import lines_in
 
@@ -41,6 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [{"text": "one two three yes" if good else "no two", "label": "good" if good else "bad"} for good in (0, 1)]
     (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts) * 150)
     other_kinds(folder)
+    save_pictured(folder / "llava", "llava")
+    write_rows(folder / "pictured", 12)
     return folder
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.mixture import MixedStream, Part
 from zinf_cli.batches.packing import PackedStream
 from zinf_cli.batches.pairs import PairStream
+from zinf_cli.batches.pictured import PicturedStream
 from zinf_cli.batches.preferences import PreferenceStream
 from zinf_cli.models.objective import Objective
 from zinf_cli.text.masking import Masking
@@ -52,6 +53,9 @@ class Batch:
     reference: torch.Tensor | None = None
     """Of preferences, fp32 [pairs]: what the model thought of them as the run began (reference.py), or 0."""
 
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of texts with pictures: what else the model takes, by the name of its argument."""
+
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
         """What `model_loss` takes, by name, on `device`. On an accelerator it is on its way when this returns.
 
@@ -63,6 +67,7 @@ class Batch:
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
             "reference": self.reference,
+            **self.beside,
         }
         there = {name: tensor for name, tensor in given.items() if tensor is not None}
         if streams_of(device).on_cpu:
@@ -95,6 +100,10 @@ class Collator:
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if isinstance(kind, PairStream):
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
+        if isinstance(kind, PicturedStream):
+            beside = self._beside(stream, samples or (Sample(0, 0),), input_ids)
+            num_tokens = int(third[0].sum()) if samples else 0
+            return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0], beside=beside)
         if not num_targets:
             labels = input_ids
         if isinstance(kind, PackedStream):
@@ -102,11 +111,17 @@ class Collator:
             return Batch(input_ids, labels, num_targets, index, num_tokens, position_ids=third[0])
         return Batch(input_ids, labels, num_targets, index, num_tokens)
 
+    def _beside(self, stream: Stream, samples: Sequence[Sample], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes beside the tokens of texts with pictures."""
+        rows = [_at(stream, sample.window, self.seq_len) for sample in samples]
+        parts = [(part, index) for part, index in rows if isinstance(part, PicturedStream)]
+        return parts[0][0].processor.beside([part.pictures(index) for part, index in parts], input_ids)
+
     def has_targets(self, stream: Stream) -> bool:
         """Whether any window has a label that the loss uses. True for a stream that is shorter than a window."""
         if isinstance(stream, MixedStream):
             return all(map(self.has_targets, stream.parts))
-        if isinstance(stream, PackedStream | PreferenceStream):
+        if isinstance(stream, PackedStream | PreferenceStream | PicturedStream):
             return stream.num_windows(self.seq_len) > 0
         if isinstance(stream, PairStream | LabelledStream) or stream.loss_mask is None:
             return True

@@ -13,9 +13,11 @@ from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.mixture import MixedStream, Part
 from zinf_cli.batches.packing import pack, split_packed
 from zinf_cli.batches.pairs import PairStream
+from zinf_cli.batches.pictured import PicturedStream
 from zinf_cli.batches.preferences import PreferenceStream
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.text.pictures import Processor
 from zinf_cli.text.token_stream import TokenStream, split_held_out
 
 Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
@@ -99,6 +101,30 @@ def labelled_of(
     count = sum(part.num_cut(seq_len) for part in train)
     said = f"{count} texts are longer than train.seq_len={seq_len} and are cut there"
     return _joined(recipe, train), other, (said,) if count else ()
+
+
+def pictured_of(
+    recipe: Recipe,
+    model: nn.Module,
+    tokens: Sequence[TokenStream],
+    held_out: Mapping[str, TokenStream],
+    *,
+    processor: Processor,
+) -> Windows:
+    """Texts with pictures, each of which is a sequence of its own."""
+    dataset, seq_len = recipe.dataset, recipe.train.seq_len
+    if dataset.packing != "auto":
+        raise DatasetError(
+            "a text with pictures is a sequence of its own: nothing is packed",
+            where="dataset.packing",
+            hint="leave dataset.packing out",
+        )
+    train = [PicturedStream(part, processor, seq_len) for part in tokens]
+    other: dict[str, Stream] = {name: PicturedStream(part, processor, seq_len) for name, part in held_out.items()}
+    if dataset.eval_fraction is not None:
+        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
+        other = {"": _joined(recipe, last)}
+    return _joined(recipe, train), other, tuple(line for part in train for line in part.lines())
 
 
 def windows_of(

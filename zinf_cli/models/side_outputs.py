@@ -18,13 +18,16 @@ _ASKED_FOR = ("output_router_logits", "output_hidden_states", "output_attentions
 
 
 def install_hooks(model: nn.Module) -> None:
-    """Install the hooks that collect what the model's configuration asks for.
+    """Install the hooks that collect what the model's configuration asks for, and all of a part that sees pictures.
 
     transformers installs them in the first forward, which would then count as one that changes the model: each sweep
-    would have one micro-batch (engine/compute/moving_state.py).
+    would have one micro-batch (engine/compute/moving_state.py). The part that sees is asked for hidden states by the
+    model's code, whatever the configuration says.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(getattr(module.config, name, False) for name in _ASKED_FOR):
+        if isinstance(module, PreTrainedModel) and (
+            module.main_input_name == "pixel_values" or any(getattr(module.config, name, False) for name in _ASKED_FOR)
+        ):
             maybe_install_capturing_hooks(module)
 
 

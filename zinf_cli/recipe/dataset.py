@@ -31,6 +31,9 @@ class Dataset(Section):
     """The field of .jsonl and .parquet records that holds the text."""
     messages_field: str | None = None
     """Instead of text: a field with chat messages; loss on the turns of dataset.roles_to_train only."""
+    images_field: str | None = None
+    """A field with a list of paths of pictures, relative to the file: a text has the processor's image token for each,
+    a chat a part {type: image}. The model's processor reads them (the extra `pictures`)."""
     roles_to_train: Annotated[tuple[str, ...], Field(min_length=1)] = ("assistant",)
     """Whose turns in chats are learned. A template that marks what the assistant says decides that itself."""
     source_field: str = "source"

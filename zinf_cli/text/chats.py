@@ -14,6 +14,8 @@ ANSWERS = "assistant"
 """The role whose turns are trained on, where a recipe names no others."""
 TOOLS = "tools"
 """The field of a row with the tools that its dialog may call: a list of JSON schemas, or that list as a string."""
+PICTURES = "pictures"
+"""Beside a document: the paths of its pictures, whatever the field that they are from."""
 _WORDLESS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys that a turn may have instead of content."""
 
@@ -104,7 +106,7 @@ def _rendered(document: Document, template: Template) -> tuple[str, list[dict[st
     """
     render = _renderer(document, template)
     given = messages_of(document)
-    texts = [_text_of(message, document.where) for message in given]
+    texts = [_text_of(message, document) for message in given]
     joined = [
         message if text is None else {**message, "content": text} for message, text in zip(given, texts, strict=True)
     ]
@@ -127,17 +129,21 @@ def _written(text: str, whole: str) -> bool:
     return next(reversed(text.split()), "") in whole
 
 
-def _text_of(message: dict[str, Any], where: str) -> str | None:
-    """The text of a turn whose content is a list of parts. None if it is one string, or none."""
+def _text_of(message: dict[str, Any], document: Document) -> str | None:
+    """The text of a turn whose content is a list of parts. None if it is one string, or none, or has pictures."""
     parts = message.get("content")
     if not isinstance(parts, list):
+        return None
+    if document.beside.get(PICTURES) and any(isinstance(part, dict) and part.get("type") == "image" for part in parts):
         return None
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
-            raise DatasetError(f"a turn has a part that is no text ({kind}), and text alone is trained on", where=where)
+            raise DatasetError(
+                f"a turn has a part that is no text ({kind}), and text alone is trained on", where=document.where
+            )
         texts.append(text)
     return "".join(texts)
 

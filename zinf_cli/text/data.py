@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +21,10 @@ import numpy as np
 from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.cache import identity, private_folder
-from zinf_cli.text.chats import ANSWERS, TOOLS
+from zinf_cli.text.chats import ANSWERS, PICTURES, TOOLS
 from zinf_cli.text.documents import PIECE, Document, read_documents
 from zinf_cli.text.labels import Labels
+from zinf_cli.text.pictures import Processor
 from zinf_cli.text.text_files import about_tokens, find_files, kind_of
 from zinf_cli.text.token_arrays import open_tokens
 from zinf_cli.text.token_stream import NotAsWrittenError, TokenBlock, TokenStream, read_tokens, write_tokens
@@ -57,6 +58,8 @@ class TextSource:
     """The fields of a chosen answer, a rejected one and their prompt, instead of text."""
     labels: Labels | None = None
     """Of texts that have a label."""
+    pictures: str | None = None
+    """Of texts with pictures: the field with their paths."""
 
 
 def open_token_stream(
@@ -119,6 +122,8 @@ def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     """The name of the cache entry. All that decides the tokens is in it: files as they are now, fields, tokenizer."""
     parts: list[Any] = [CACHE_VERSION, source.text_field, source.messages_field, source.pair_fields, source.roles]
     parts += [source.answer_fields] * (source.answer_fields is not None)
+    if source.pictures is not None and source.tokenizer is not None:
+        parts += [source.pictures, *Processor.fingerprint(source.tokenizer)]
     parts += [source.labels.field, source.labels.names] if source.labels is not None else []
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
@@ -200,6 +205,8 @@ def _blocks_of(source: TextSource, file: Path) -> Callable[[Path], Iterator[Toke
 def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
     """A function that yields a block for each document of a file. DatasetError if no document has a target."""
     assert source.tokenizer is not None
+    if source.pictures is not None:
+        return _pictured_blocks(source, Processor(source.tokenizer))
     tokenizer = Tokenizer(source.tokenizer)
 
     def encode(documents: Sequence[Document]) -> list[list[tuple[list[int], list[bool] | None]]]:
@@ -229,6 +236,22 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
     return blocks_of
 
 
+def _pictured_blocks(source: TextSource, processor: Processor) -> Callable[[Path], Iterator[TokenBlock]]:
+    """The same of texts with pictures."""
+
+    def blocks_of(file: Path) -> Iterator[TokenBlock]:
+        count = answered = 0
+        for document in _documents(file, source):
+            found = processor.encode(document, file, source.roles)
+            count, answered = count + 1, answered + any(found.mask)
+            ids, mask = np.array(found.ids, dtype=np.int32), np.array(found.mask, dtype=np.bool_)
+            yield TokenBlock(ids, mask, document.ends, document.seen, pictures=found.pictures)
+        if count and not answered and source.messages_field is not None:
+            raise _nobody_answers(file, source)
+
+    return blocks_of
+
+
 def _some_at_once(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """The documents in groups that are tokenised at once. Content that is no text counts nothing but itself."""
     group: list[Document] = []
@@ -250,6 +273,10 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
         return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
     if source.labels is not None:
         return read_documents(file, source.text_field, beside=(source.labels.field,))
+    if source.pictures is not None:
+        field = source.messages_field or source.text_field
+        found = read_documents(file, field, beside=(TOOLS, source.pictures))
+        return (replace(one, beside={**one.beside, PICTURES: one.beside[source.pictures]}) for one in found)
     if source.messages_field is not None:
         return read_documents(file, source.messages_field, beside=(TOOLS,))
     return read_documents(file, source.text_field)

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 import xxhash
 
+from zinf_cli.text.cache import identity
+
 MASKED = -100
 """A label that losses ignore."""
 _TOKENS, _MASK, _ENDS, _LABELS, _META = "tokens.bin", "mask.bin", "ends.bin", "labels.bin", "meta.json"
+_PICTURES = "pictures.jsonl"
 _PIECE_BYTES = 1 << 22
 
 
@@ -33,10 +36,27 @@ class TokenBlock(NamedTuple):
     """The share of its file that was read when the block was."""
     label: float | None = None
     """Of a document that has one: what it is, or its number among the labels."""
+    pictures: tuple[Seen, ...] | None = None
+    """Of a document that may have some."""
 
 
 class NotAsWrittenError(Exception):
-    """A folder does not hold what `write_tokens` has written."""
+    """A folder does not hold what `write_tokens` has written, or that is out of date."""
+
+
+class Seen(NamedTuple):
+    """A picture as it was when its text became tokens."""
+
+    path: str
+    identity: tuple[int, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether another file is there now, or none."""
+        try:
+            return identity(Path(self.path)) != self.identity
+        except OSError:
+            return True
 
 
 @dataclass(frozen=True)
@@ -54,6 +74,8 @@ class TokenStream:
     """int64 [num_documents]: the places behind the documents, rising. None: not known."""
     labels: np.ndarray[Any, np.dtype[np.float64]] | None = None
     """float64 [num_documents]: the label of each. None: they have none."""
+    pictures: tuple[tuple[Seen, ...], ...] | None = None
+    """The pictures of each document. None: they have none."""
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -73,10 +95,11 @@ class TokenStream:
     def part(self, start: int, stop: int) -> TokenStream:
         """The tokens from `start` to before `stop`. Documents that lie across an end are cut there."""
         mask = None if self.loss_mask is None else self.loss_mask[start:stop]
-        ends, labels = self.ends, self.labels
-        if ends is not None and labels is not None:
-            labels = labels[(ends > start) & (ends <= stop)]
+        ends, labels, pictures = self.ends, self.labels, self.pictures
         if ends is not None:
+            first, last = (int(number) for number in np.searchsorted(ends, (start, stop), "right"))
+            labels = None if labels is None else labels[first:last]
+            pictures = None if pictures is None else pictures[first:last]
             ends = ends[(ends > start) & (ends < stop)] - start
             ends = np.append(ends, stop - start) if stop > start else ends
         return replace(
@@ -85,6 +108,7 @@ class TokenStream:
             loss_mask=mask,
             ends=ends,
             labels=labels,
+            pictures=pictures,
             fingerprint=digest(f"{self.fingerprint} {start} {stop}"),
         )
 
@@ -98,9 +122,11 @@ def split_held_out(stream: TokenStream, fraction: float) -> tuple[TokenStream, T
 def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
     """Write the blocks into an empty folder, which the caller has to sync. Returns the number of tokens."""
     max_token, num_tokens, last_end = -1, 0, 0
-    names = (_TOKENS, _MASK, _ENDS, _LABELS)
+    names = (_TOKENS, _MASK, _ENDS, _LABELS, _PICTURES)
     with ExitStack() as stack:
-        tokens, mask, ends, labels = growing = [stack.enter_context(_Growing(folder / name)) for name in names]
+        tokens, mask, ends, labels, pictures = growing = [
+            stack.enter_context(_Growing(folder / name)) for name in names
+        ]
         for block in blocks:
             num_tokens += len(block.tokens)
             if len(block.tokens):
@@ -110,6 +136,8 @@ def write_tokens(folder: Path, blocks: Iterable[TokenBlock]) -> int:
                 mask.append(block.loss_mask.tobytes())
             if block.label is not None:
                 labels.append(np.float64(block.label).tobytes())
+            if block.pictures is not None:
+                pictures.append(json.dumps(block.pictures).encode() + b"\n")
             if block.ends and num_tokens > last_end:
                 ends.append(np.int64(num_tokens).tobytes())
                 last_end = num_tokens
@@ -132,11 +160,23 @@ def read_tokens(folder: Path) -> TokenStream:
         mask = _mapped(folder / _MASK, np.bool_, files[_MASK]) if _MASK in files else None
         ends = _mapped(folder / _ENDS, np.int64, files[_ENDS]) if _ENDS in files else None
         labels = _mapped(folder / _LABELS, np.float64, files[_LABELS]) if _LABELS in files else None
+        pictures = _pictures(_mapped(folder / _PICTURES, np.uint8, files[_PICTURES])) if _PICTURES in files else None
         telling = [name for name in (_TOKENS, _MASK, _LABELS) if name in files]
         fingerprint = digest(json.dumps([files[name]["xxh3"] for name in telling]))
-        return TokenStream(tokens, mask, meta["max_token"], fingerprint, ends, labels)
+        return TokenStream(tokens, mask, meta["max_token"], fingerprint, ends, labels, pictures)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise NotAsWrittenError(f"it can't be read: {error}") from error
+
+
+def _pictures(lines: np.ndarray[Any, Any]) -> tuple[tuple[Seen, ...], ...]:
+    """The pictures of each document. NotAsWrittenError if a file is another one by now."""
+    found = tuple(
+        tuple(Seen(path, tuple(identity)) for path, identity in json.loads(line))
+        for line in lines.tobytes().splitlines()
+    )
+    if changed := next((picture.path for row in found for picture in row if picture.changed), None):
+        raise NotAsWrittenError(f"{changed} has changed")
+    return found
 
 
 def _mapped(path: Path, dtype: Any, sealed: dict[str, Any]) -> np.ndarray[Any, Any]:

@@ -77,11 +77,12 @@ def find_figures(
     text = open_text(recipe, model, world_size, notes.append, tell, in_part=in_part)
     if (resumed := newest_manifest(recipe, model, text)) is not None:
         text.order.start_at(resumed.step, resumed.sequences)
-    prepared = prepare(model, recipe, world_size, most, packed=text.is_packed)
+    batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
+    like = batch if batch.beside else None
+    prepared = prepare(model, recipe, world_size, most, packed=text.is_packed, like=like)
     seen = prepared.seen
     left_out += prepared.notes
     if seen.failure:
-        batch = first_micro_batch(text, recipe, resumed.step if resumed is not None else 0)
         flops = _flops_per_token(model, recipe.train.seq_len) / 3 * batch.input_ids.numel()
         trial = Trial(TiledWeights(weights, model).read, device)
         seen, said = survey_on_data(model, recipe, world_size, seen, batch, trial, flops, most)

@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from zinf_cli.batches.windows import Windows, labelled_of, pairs_of, preferences_of, windows_of
-from zinf_cli.errors import DatasetError
+from zinf_cli.batches.windows import Windows, labelled_of, pairs_of, pictured_of, preferences_of, windows_of
+from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.models.objective import Objective
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.text.documents import read_documents
 from zinf_cli.text.labels import Labels, shown
+from zinf_cli.text.pictures import Processor
 from zinf_cli.text.text_files import RECORDS, find_files, kind_of
 from zinf_cli.text.token_stream import TokenStream
 from zinf_cli.text.tokens import Tokenizer
@@ -46,7 +47,7 @@ class Reading:
             return
         messages = recipe.dataset.messages_field
         other = next((file for file in find_files(paths) if kind_of(file) not in RECORDS), None)
-        if other is not None or messages is not None:
+        if other is not None or (messages is not None and "pictures" not in self.fields):
             what = f"{other.suffix} has" if other is not None else f"chats ({messages}) have"
             raise DatasetError(
                 f"{type(model).__name__} {self.records}, and {what} none",
@@ -58,6 +59,8 @@ class Reading:
 def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Reading:
     """How the recipe's texts are read. DatasetError if a classifier's labels are not known."""
     dataset = recipe.dataset
+    if dataset.images_field is not None:
+        return _of_pictures(recipe, model, objective)
     if objective is Objective.TARGET_OF_SOURCE:
         return Reading(
             pairs_of,
@@ -71,6 +74,22 @@ def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Readin
     if objective is Objective.LABEL_OF_TEXT:
         return _of_labels(recipe, model)
     return Reading(windows_of)
+
+
+def _of_pictures(recipe: Recipe, model: nn.Module, objective: Objective) -> Reading:
+    """How texts with pictures are read."""
+    dataset = recipe.dataset
+    if objective is not Objective.NEXT_TOKEN:
+        raise ModelError(
+            f"{type(model).__name__} does not learn the next token of a text with pictures",
+            where="dataset.images_field",
+            hint="leave dataset.images_field out",
+        )
+    directory = dataset.tokenizer or recipe.model.name_or_path
+    if directory is None:
+        raise DatasetError("pictures need a processor", hint="set dataset.tokenizer to a directory with one")
+    make = partial(pictured_of, processor=Processor(directory))
+    return Reading(make, {"pictures": dataset.images_field}, "reads texts with pictures")
 
 
 def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
@@ -114,6 +133,9 @@ def _labels_in(recipe: Recipe) -> str:
 
 def _hint(recipe: Recipe, reading: Reading) -> str:
     dataset = recipe.dataset
+    if "pictures" in reading.fields:
+        field = dataset.messages_field or dataset.text_field
+        return f"give .jsonl or .parquet rows with the fields {field!r} and {dataset.images_field!r}"
     if "labels" in reading.fields:
         return (
             f"give .jsonl or .parquet rows with the fields {dataset.text_field!r} and {dataset.label_field!r} "

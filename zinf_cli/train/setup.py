@@ -110,15 +110,17 @@ def model_loss(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    **beside: torch.Tensor,
 ) -> torch.Tensor:
     """The model's own mean loss over `labels` that are not -100. All tensors are int64 [sequences, seq_len], but for
     the labels of a classifier, [sequences].
 
     With an `attention_mask` the inputs of an encoder-decoder are a source, and the labels are its target. The decoder
     sees the target moved by one, as in transformers' DataCollatorForSeq2Seq. With `position_ids` a token attends to its
-    own document, which begins where they are 0 (apart.py). ModelError if the model needs more than text.
+    own document, which begins where they are 0 (apart.py). `beside` goes to the model as it is: what it takes of
+    pictures. ModelError if it needs more.
     """
-    more = {}
+    more = dict(beside)
     if position_ids is not None:
         more["position_ids"] = position_ids
     if attention_mask is not None:

@@ -58,10 +58,18 @@ class Prepared:
     """What of each unit may be computed in chunks of tokens."""
 
 
-def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None, *, packed: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    world_size: int,
+    most: int | None,
+    *,
+    packed: bool = False,
+    like: Batch | None = None,
+) -> Prepared:
     """Cut `model` into parts of `most` elements, put off its logits where they are many, and survey it.
 
-    `packed`: its sequences have several documents, which it keeps apart.
+    `packed`: its sequences have several documents, which it keeps apart. `like`: a micro-batch, if it has pictures.
     What only a whole weight can serve is undone, for this weight and its like in other layers.
     """
     whole = sorted(updated_whole(model)) if most is not None else []
@@ -73,7 +81,7 @@ def prepare(model: nn.Module, recipe: Recipe, world_size: int, most: int | None,
     while True:
         try:
             with noted_inputs(model) as inputs:
-                seen = survey_model(model, recipe, world_size, most, packed=packed)
+                seen = survey_model(model, recipe, world_size, most, packed=packed, like=like)
             chunkable = _chunkable(model, seen, inputs) if most is None and not seen.failure else {}
             return Prepared(seen, most, logits_put_off, tuple(whole), tuple(notes), chunkable)
         except ModelError as error:
@@ -117,11 +125,17 @@ def held_whole(units: Sequence[UnitLayout], most: int) -> Iterator[str]:
 
 
 def survey_model(
-    model: nn.Module, recipe: Recipe, world_size: int, most: int | None = None, *, packed: bool = False
+    model: nn.Module,
+    recipe: Recipe,
+    world_size: int,
+    most: int | None = None,
+    *,
+    packed: bool = False,
+    like: Batch | None = None,
 ) -> Survey:
     """The survey of `model` by one micro-batch on the meta device. It has a `failure` if the model needs values.
 
-    `most` is the largest number of elements of a part, if the model was cut.
+    `most` is the largest number of elements of a part, if the model was cut. Of pictures, it takes what `like` has.
     """
     ids = torch.zeros((recipe.train.sequences_at_once, recipe.train.seq_len), dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
@@ -133,6 +147,8 @@ def survey_model(
         inputs["labels"] = ids[:, 0].float() if number else ids[:, 0]
     if packed:
         inputs["position_ids"] = packed_positions(ids)
+    if like is not None:
+        inputs = {name: tensor.to("meta") for name, tensor in like.inputs(torch.device("cpu")).items()}
     if recipe.train.objective == "dpo":
         inputs["reference"] = torch.zeros(len(ids) // 2, device="meta")
     forward = partial(loss_of(recipe), model, **inputs)

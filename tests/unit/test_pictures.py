@@ -1,0 +1,168 @@
+"""Models that read pictures: the losses of plain transformers with their processor, and pictures that are none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from forked_ranks import ForkedRanks
+from pictured_models import PROCESSORS, save_pictured, turns, write_rows
+from tiny_models import WORDS, save_word_tokenizer
+from workshop import Workshop
+from zinf_cli.errors import ZinfError
+from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.text.token_stream import MASKED
+from zinf_cli.train.export import export
+from zinf_cli.train.figures import find_figures
+from zinf_cli.train.setup import open_model, open_text
+
+ROWS, STEPS = 16, 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictured")
+    write_rows(folder, ROWS)
+    save_word_tokenizer(folder / "plain", WORDS)
+    for name in PROCESSORS:
+        save_pictured(folder / name, name)
+    return folder
+
+
+def workshop_of(name: str, data: Path, folder: Path) -> Workshop:
+    workshop = Workshop(folder)
+    workshop.content["model"] = {"name_or_path": str(data / name)}
+    workshop.content["dataset"] = {
+        "path": str(data / "chats.jsonl"), "messages_field": "messages", "images_field": "images"
+    }  # fmt: skip
+    workshop.content["train"] = {
+        "seq_len": 52, "micro_batch_size": 2, "global_batch_size": 4, "max_steps": STEPS
+    }  # fmt: skip
+    workshop.content["optimizer"]["lr"] = 1e-3
+    workshop.content["checkpoint"] = {"interval": STEPS}
+    workshop.write()
+    return workshop
+
+
+def plain(workshop: Workshop, data: Path, folder: Path) -> tuple[list[float], nn.Module]:
+    """The losses of the model with its processor, a row after another, and the model."""
+    recipe = load_recipe(workshop.recipe)
+    processor = AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder).train()
+    rows = [json.loads(line) for line in (data / "chats.jsonl").read_text().splitlines()]
+    order = open_text(recipe, open_model(recipe, "fp32"), 1).order
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    losses = []
+    for step in range(STEPS):
+        batches = []
+        for row in (rows[window] for window in order.windows(step)):
+            images = [Image.open(data / name).convert("RGB") for name in row["images"]]
+            text = processor.apply_chat_template(row["messages"], tokenize=False)
+            batch = processor(
+                text=[text], images=[images] if images else None, return_tensors="pt", add_special_tokens=False
+            )
+            labels, learned = torch.full_like(batch["input_ids"], MASKED), False
+            for place, word in enumerate(processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])):
+                if learned:
+                    labels[0, place] = batch["input_ids"][0, place]
+                learned = word == "<bot>" or (learned and word != "<end>")
+            batches.append((batch, labels))
+        total = sum(int((labels[:, 1:] != MASKED).sum()) for _, labels in batches)
+        losses.append(0.0)
+        for batch, labels in batches:
+            loss = model(**batch, labels=labels).loss * (int((labels[:, 1:] != MASKED).sum()) / total)
+            loss.backward()
+            losses[-1] += loss.item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, model
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_losses_are_those_of_the_model_with_its_processor(
+    name: str, data: Path, forked: ForkedRanks, tmp_path: Path
+) -> None:
+    workshop = workshop_of(name, data, tmp_path)
+    one = workshop.fork(forked, "one")
+    losses, model = plain(workshop, data, data / name)
+    assert one.losses == pytest.approx(losses, abs=1e-6)
+    assert "note: " not in one.err
+    assert workshop.fork(forked, "two", ranks=2).losses == pytest.approx(losses, abs=1e-6)
+    export(one.run_dir, tmp_path / "exported")
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported")
+    AutoProcessor.from_pretrained(tmp_path / "exported")
+    trained = dict(model.named_parameters())
+    for path, ours in exported.named_parameters():
+        assert torch.allclose(ours, trained[path], atol=1e-5), path
+
+
+def test_a_text_has_the_token_of_a_picture(data: Path, forked: ForkedRanks, tmp_path: Path) -> None:
+    """All of it is learned but what stands for the picture; one that does not end within seq_len is left out."""
+    rows = [{"text": f"w1 w2 <image> w3 w{number}", "images": ["pictures/1.png"]} for number in range(8)]
+    rows.append({"text": " ".join(["w1"] * 30 + ["<image>"]), "images": ["pictures/1.png"]})
+    write(data / "texts.jsonl", rows)
+    workshop = workshop_of("llava", data, tmp_path)
+    workshop.content["dataset"] = {"path": str(data / "texts.jsonl"), "images_field": "images"}
+    workshop.content["train"]["seq_len"] = 16
+    workshop.write()
+    recipe = load_recipe(workshop.recipe)
+    text = open_text(recipe, open_model(recipe, "fp32"), 1)
+    assert text.lines == ("left out: 1 texts, with nothing to learn or half a picture in train.seq_len=16",)
+    assert text.train.num_windows(16) == 8
+    run = workshop.fork(forked, "run")
+    assert run.metrics[0]["tokens"] == 4 * (5 + 4)  # four words and the end, and four places for a picture
+
+
+def test_a_picture_that_has_changed_is_read_again(data: Path, tmp_path: Path) -> None:
+    own = data / "own.png"
+    own.write_bytes((data / "pictures" / "1.png").read_bytes())
+    write(data / "rows.jsonl", [chat("own.png")] * 8)
+    workshop = workshop_of("idefics3", data, tmp_path)
+    workshop.content["dataset"]["path"] = str(data / "rows.jsonl")
+    workshop.write()
+    recipe = load_recipe(workshop.recipe)
+    model = open_model(recipe, "fp32")
+    before = len(open_text(recipe, model, 1).train)
+    own.write_bytes((data / "pictures" / "2.png").read_bytes())
+    assert len(open_text(recipe, model, 1).train) < before
+
+
+def write(path: Path, rows: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat(*names: Any) -> dict[str, Any]:
+    return {"messages": turns(0), "images": list(names)}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "said"),
+    [
+        (chat("pictures/none.png"), [], "rows.jsonl:1: no such picture: FOLDER/pictures/none.png (paths are relative"),
+        (chat("rows.jsonl"), [], "rows.jsonl:1: not a picture, or none that Pillow reads: FOLDER/rows.jsonl"),
+        (chat("cut.png"), [], "rows.jsonl:1: a damaged picture: FOLDER/cut.png: "),
+        (chat("pictures/0.png", "pictures/1.png"), [], "rows.jsonl:1: the processor fails: "),
+        (chat(), [], "rows.jsonl:1: a turn has a part that is no text (image)"),
+        (chat(3), [], "rows.jsonl:1: expected a list of paths of pictures, got [3]"),
+        (chat("pictures/0.png"), ["dataset.packing=documents"], "dataset.packing: a text with pictures is a sequence"),
+        (chat("pictures/0.png"), ["dataset.tokenizer=FOLDER/plain"], "FOLDER/plain: no processor of pictures here"),
+    ],
+)
+def test_what_is_no_picture(row: Any, changes: list[str], said: str, data: Path, tmp_path: Path) -> None:
+    workshop = workshop_of("llava", data, tmp_path)
+    (data / "cut.png").write_bytes((data / "pictures" / "1.png").read_bytes()[:200])
+    write(data / "rows.jsonl", [row])
+    workshop.content["dataset"]["path"] = str(data / "rows.jsonl")
+    workshop.write()
+    with pytest.raises(ZinfError) as caught:
+        find_figures(load_recipe(workshop.recipe, [change.replace("FOLDER", str(data)) for change in changes]), 1)
+    assert said.replace("FOLDER", str(data)) in caught.value.line()

@@ -1,0 +1,190 @@
+"""A model's processor: it turns texts with pictures into tokens, and pictures into what the model takes of them.
+
+What stands for a picture in a text becomes as many tokens as the processor gives it, which depends on its size. So all
+pictures are read once, when a text becomes tokens, and a picture that is missing or broken is found before a run.
+Their pixels are computed anew whenever a batch is made: they would take more room than the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from zinf_cli.custom_code import custom_code_refused, names_custom_code
+from zinf_cli.errors import DatasetError
+from zinf_cli.text.cache import identity
+from zinf_cli.text.chats import PICTURES, render_chat
+from zinf_cli.text.documents import Document, refuse_halves
+from zinf_cli.text.token_stream import Seen
+from zinf_cli.version import version_of
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+class Pictured(NamedTuple):
+    """A text with pictures, as tokens."""
+
+    ids: list[int]
+    mask: list[bool]
+    """Where there is a loss: not at what stands for a picture."""
+    pictures: tuple[Seen, ...]
+
+
+class Processor:
+    """The processor of a checkpoint, opened with transformers. DatasetError if there is none, or no Pillow."""
+
+    def __init__(self, directory: Path) -> None:
+        if find_spec("PIL") is None:
+            raise DatasetError(
+                "pictures are read by Pillow, which is not installed", hint="pip install 'zinf[pictures]'"
+            )
+        from transformers import AutoProcessor
+
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a damaged file, or a missing library, may raise anything
+            for name in PROCESSOR_FILES:
+                if names_custom_code(directory, name):
+                    raise custom_code_refused(directory, name, DatasetError) from error
+            raise DatasetError(
+                f"no usable processor of pictures: {_first_line(error)}", where=str(directory), hint=_WITHOUT
+            ) from error
+        if getattr(self._processor, "image_processor", None) is None:
+            raise DatasetError("no processor of pictures here", where=str(directory), hint=_WITHOUT)
+        self._tokenizer: Any = self._processor.tokenizer
+        self._directory = directory
+
+    @staticmethod
+    def fingerprint(directory: Path) -> list[str]:
+        """What its tokens follow from, beside the tokenizer: hashes of its files, and a version."""
+        there = (directory / name for name in PROCESSOR_FILES if (directory / name).is_file())
+        hashes = [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in there]
+        return [*hashes, f"pillow {version_of('pillow')}"]
+
+    @property
+    def pad(self) -> int:
+        """The token that fills a sequence up."""
+        found = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        return next((int(token) for token in found if token is not None), 0)
+
+    @property
+    def stand_ins(self) -> list[int]:
+        """The tokens in whose place the model puts what it sees of a picture."""
+        several = getattr(self._processor, "image_token_ids", None)
+        return [int(token) for token in (several or [self._processor.image_token_id]) if token is not None]
+
+    def encode(self, document: Document, file: Path, roles: Sequence[str]) -> Pictured:
+        """The tokens of a text, or of chat messages of which `roles` are learned. `file` is the one it stands in.
+
+        A text ends with the end-of-text token, and all of it is learned. DatasetError if it is neither, or a picture
+        can't be read or has no place in it.
+        """
+        names = document.beside.get(PICTURES) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DatasetError(f"expected a list of paths of pictures, got {names!r:.60}", where=document.where)
+        paths = [file.parent / name for name in names]
+        text, said = self._text_of(document, roles)
+        pictures = [open_picture(path, document.where) for path in paths]
+        ids, offsets, spans = self._encoded(text, pictures, document)
+        moved = [tuple(_moved(place, spans) for place in span) for span in said] if said is not None else None
+        stand_in = set(self.stand_ins)
+        inside = [(first, last) for _, (first, last) in spans]
+        mask = [
+            token not in stand_in and not _within(place, inside) and (moved is None or _within(place, moved))
+            for token, place in zip(ids, offsets, strict=True)
+        ]
+        end = self._tokenizer.eos_token_id
+        if said is None and end is not None:
+            ids, mask = [*ids, int(end)], [*mask, True]
+        return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))
+
+    def beside(self, rows: Sequence[Sequence[str]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model takes beside the tokens of texts, by its argument's name.
+
+        That is of the pictures at the paths in `rows`, one a text, and which of `input_ids` (int64 [texts, length])
+        stand for them, if the model asks for that. DatasetError if a picture can't be read.
+        """
+        wanted = self._processor.model_input_names
+        opened = [[open_picture(Path(path), path) for path in row] for row in rows if row]
+        found: Any = self._processor.image_processor(opened, return_tensors="pt") if opened else {}
+        taken = {name: value for name, value in found.items() if name in wanted}
+        if "mm_token_type_ids" in wanted:
+            taken["mm_token_type_ids"] = torch.isin(input_ids, torch.tensor(self.stand_ins)).to(torch.int64)
+        return taken
+
+    def _text_of(self, document: Document, roles: Sequence[str]) -> tuple[str, list[tuple[int, int]] | None]:
+        """(the text, the spans that are learned; None: all of it)."""
+        if isinstance(document.content, str):
+            refuse_halves(document.content, document.where)
+            return document.content, None
+        if not isinstance(document.content, list):
+            raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
+        if not (self._processor.chat_template or self._tokenizer.chat_template):
+            raise DatasetError(
+                "this processor has no chat template", where=str(self._directory), hint="use dataset.text_field"
+            )
+        return render_chat(document, self._processor.apply_chat_template, roles)
+
+    def _encoded(
+        self, text: str, pictures: Sequence[Any], document: Document
+    ) -> tuple[list[int], list[int], list[tuple[tuple[int, int], tuple[int, int]]]]:
+        """(tokens, where each begins, (span in the text, span once pictures are put in) of each picture's place)."""
+        options = {"add_special_tokens": False, "return_offsets_mapping": True}
+        try:
+            if not pictures:
+                found = self._tokenizer([text], verbose=False, **options)
+                spans: list[Any] = []
+            else:
+                found = self._processor(
+                    text=[text], images=[list(pictures)], return_text_replacement_offsets=True, **options
+                )
+                spans = [
+                    (tuple(place["span"]), tuple(place["new_span"])) for place in found["text_replacement_offsets"][0]
+                ]
+        except Exception as error:  # foreign code
+            raise DatasetError(f"the processor fails: {_first_line(error)}", where=document.where) from error
+        if len(spans) != len(pictures):
+            raise DatasetError(
+                f"{len(pictures)} pictures and {len(spans)} places for them", where=document.where,
+                hint=f"write {self._processor.image_token} where a picture stands, or a part {{type: image}} in a chat",
+            )  # fmt: skip
+        return list(found["input_ids"][0]), [first for first, _ in found["offset_mapping"][0]], spans
+
+
+_WITHOUT = "give a model that takes pictures, with its processor's files, or leave dataset.images_field out"
+
+
+def open_picture(path: Path, where: str) -> Any:
+    """A picture, in RGB. DatasetError if it is missing, or none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError as error:
+        raise DatasetError(f"no such picture: {path}", where=where, hint="paths are relative to the file") from error
+    except UnidentifiedImageError as error:
+        raise DatasetError(f"not a picture, or none that Pillow reads: {path}", where=where) from error
+    except Exception as error:  # damaged bytes raise errors of many kinds
+        raise DatasetError(f"a damaged picture: {path}: {_first_line(error)}", where=where) from error
+
+
+def _within(place: int, spans: Sequence[tuple[int, ...]]) -> bool:
+    return any(first <= place < last for first, last in spans)
+
+
+def _moved(place: int, spans: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> int:
+    """A place in a text, once pictures have been put in before it."""
+    before = [(old, new) for old, new in spans if old[1] <= place]
+    return place + (before[-1][1][1] - before[-1][0][1] if before else 0)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
