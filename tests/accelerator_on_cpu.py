@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from benchmarks.priced import products_added_up
-from happens_before import DEVICE, Actor, CheckedEvent, Checker, Touches
+from happens_before import DEVICE, Actor, CheckedEvent, Checker
+from touches import Touches
 from zinf_cli.engine import ranks
 from zinf_cli.engine.compute import micro_batch
 from zinf_cli.tiers import nvme

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import zinf_cli
 from zinf_cli.model_state import PAGE
@@ -337,54 +335,6 @@ class CheckedEvent:
 
     def synchronize(self) -> None:
         self._checker.wait(self._checker.thread, self.clock)
-
-
-class Touches(TorchDispatchMode):
-    """Tells a checker what each operation of this thread touches."""
-
-    def __init__(self, checker: Checker) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._checker = checker
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._checker.has_found():
-            return func(*args, **(kwargs or {}))
-        schema = func._schema
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        if not is_view and schema.name != "aten::set_":
-            touched: list[tuple[int, int, bool]] = []
-            given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
-            given.update(kwargs or {})
-            for argument in schema.arguments:
-                writes = argument.alias_info is not None and argument.alias_info.is_write
-                value = given.get(argument.name)
-                tensors = value if isinstance(value, list | tuple) else (value,)
-                spans = [self._span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)]
-                touched.extend((*span, writes) for span in spans if span is not None)
-            if touched:
-                self._checker.launch(schema.name, touched)
-            if schema.name == "aten::_local_scalar_dense" and not self._checker.read_told(args[0]):
-                self._checker.thread.join(self._checker.current(DEVICE).reached())
-        result = func(*args, **(kwargs or {}))
-        if self._checker.may_use_allocated():
-            self._checker.uses_allocated(schema.name, *map(self._allocated, ((args, kwargs), result)))
-        return result
-
-    def _allocated(self, tree: Any) -> set[int]:
-        """The addresses of the storages of all tensors in a tree that lie in no arena."""
-        tensors = [leaf for leaf in tree_leaves(tree) if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
-        begins = {leaf.untyped_storage().data_ptr() for leaf in tensors if leaf.device.type == "cpu"}
-        return {begin for begin in begins if begin and not self._checker.in_arena(begin)}
-
-    def _span(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """The addresses [begin, end) of a tensor in an arena."""
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu" or not tensor.numel():
-            return None
-        begin = tensor.data_ptr()
-        if not self._checker.in_arena(begin):
-            return None
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _site() -> str:

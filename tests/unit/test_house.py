@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -77,13 +78,19 @@ APART = {
 }
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def modules() -> dict[str, set[str]]:
     """Each module and those it imports, anywhere in its file: also for types alone."""
     found: dict[str, set[str]] = {}
     for path in ROOT.rglob("*.py"):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
         names: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -131,9 +138,8 @@ def test_an_agent_leaves_the_device_alone_until_it_has_forked() -> None:
 
 def test_files_fit_in_a_sitting_and_functions_on_a_screen() -> None:
     for path in (*ROOT.rglob("*.py"), *TESTS.rglob("*.py")):
-        text = path.read_text()
-        assert len(text.splitlines()) < 400, path
-        for node in ast.walk(ast.parse(text)):
+        assert len(path.read_text().splitlines()) < 400, path
+        for node in nodes_of(path):
             if ROOT in path.parents and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno + 1 < 60, f"{path}: {node.name}"
@@ -144,7 +150,7 @@ def test_no_test_imports_another() -> None:
     paths = list(TESTS.rglob("test_*.py"))
     names = {path.stem for path in paths}
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             imported = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not names.intersection(name.split(".")[-1] for name in imported), path.name
@@ -153,7 +159,7 @@ def test_no_test_imports_another() -> None:
 def test_no_program_lives_in_a_string() -> None:
     """One line is no program. What a test starts is a file in tests/programs/, which is linted and typed."""
     for path in TESTS.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in parts)
             if "import " in text and ("\n" in text.strip() or len(text) > 100):
