@@ -21,10 +21,18 @@ fetch: install ## get the demo's model and text into data/ (SmolLM2-135M and the
 demo: fetch ## train SmolLM2-135M with its whole state on disk: 12 steps, a few minutes
 	.venv/bin/zinf launch recipes/smollm2-135m.yaml
 
-# Unit tests wait for a part of their time, so there is one more at once than there are cores. Ranks of tests that run
-# beside each other have more threads than there are cores: one that waits must not spin.
-test: install lab ## run the unit and integration tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses $$(($$(nproc) + 1)) --dist worksteal tests/unit tests/gpu
+# Integration tests wait for most of their time, so the unit tests have what cores they leave: there are two workers of
+# those and one more than there are cores of these, which step back. Ranks of tests that run beside each other have more
+# threads than there are cores: one that waits must not spin.
+test: install lab ## run the unit and integration tests, beside each other
+	@echo 'What the tests print comes when all of a kind are over, in some minutes.'
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-integration test-units
+
+.PHONY: test-units test-integration
+test-units: install
+	OMP_NUM_THREADS=1 nice -n 19 $(PYTHON) -m pytest --numprocesses $$(($$(nproc) + 1)) --dist worksteal tests/unit tests/gpu
+
+test-integration: install
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration
 
 test-crash: install ## kill a run 25 times in a row, on 1 and 2 ranks, in training and in the writes of checkpoints
