@@ -138,7 +138,7 @@ def open_blocks(
     options = replace(
         everything_on(mode.tier, folder), nvme_bytes=8 * MIB, slot_bytes=2 * MIB, resident_bytes=MIB, chunk_numel=4096,
         num_chunks=16, staging_bytes=2 * MIB, micro_batches_per_sweep=mode.per_sweep,
-        kept_units=frozenset(seen.order if mode.keep else ()),
+        kept_units=frozenset(seen.order if mode.keep else ()), spared=seen.spared,
     )  # fmt: skip
     order = seen.order if not seen.failure else None
     opened = Engine(model, seen.units, options, ranks, order=order, written=seen.written, notice=notice)

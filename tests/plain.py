@@ -175,6 +175,7 @@ def open_engine(
         staging_bytes=room * 2 * MIB,
         kept_units=frozenset(seen.order if keep else ()),
         glue_leaves=most is not None,
+        spared=seen.spared,
     )
     more = {"order": seen.order, "written": seen.written, "side_outputs": side, **more}
     engine = Engine(model, seen.units, options, ranks, **more)

@@ -156,7 +156,7 @@ def open_way(way: Way, folder: Path) -> Engine:
     engine = Engine(
         model,
         seen.units,
-        way.options(folder, len(seen.units)),
+        replace(way.options(folder, len(seen.units)), spared=seen.spared),
         ranks,
         order=seen.order,
         written=seen.written,

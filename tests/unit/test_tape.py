@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.micro_batch import UnitCall
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.spared import Spared
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.errors import ModelError
 from zinf_cli.tiers.memory import MemoryTier
@@ -63,6 +64,7 @@ def tape(trainable: Iterable[int] = (0, 1)) -> Tape:
         CPU,
         Activations(tier, None, lambda transfer: transfer.wait()),
         MovingState(nn.Module()),
+        Spared(nn.Module(), ()),
         trainable=set(trainable),
     )
 

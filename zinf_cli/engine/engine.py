@@ -27,6 +27,7 @@ from zinf_cli.engine.compute.activations import Activations
 from zinf_cli.engine.compute.dealing import Dealer
 from zinf_cli.engine.compute.micro_batch import SideOutputs, intercept
 from zinf_cli.engine.compute.moving_state import MovingState
+from zinf_cli.engine.compute.spared import Spared
 from zinf_cli.engine.compute.stored_places import restore, store
 from zinf_cli.engine.compute.sweep import Sweep
 from zinf_cli.engine.compute.sweep_member import MicroBatch
@@ -94,8 +95,7 @@ class Engine:
         self._options = options
         self._optimizer = optimizer
         self._ranks = ranks or Ranks()
-        self._notice_once = cache(notice)
-        self.verifies = options.nvme_verify
+        self._notice_once, self.verifies = cache(notice), options.nvme_verify
         self.trace = trace or Trace()
         to_placeholders(model, options.device)
         self.opened = open_tiers(options, self.trace, self._ranks.rank, notice)
@@ -109,7 +109,7 @@ class Engine:
         self._pipeline = Pipeline(self.units, self._ranks, self.memory, self.trace)
         staging = None if self.tiers.activations.in_place else Arena(options.staging_bytes, options.device)
         activations = Activations(self.tiers.activations, staging, self._pipeline.wait)
-        self._state = MovingState(model, self.memory.holds_weights)
+        self._state, self._spared = MovingState(model, self.memory.holds_weights), Spared(model, options.spared)
         self._sweep = Sweep(
             self._pipeline,
             activations,
@@ -119,6 +119,7 @@ class Engine:
             options.kept_units,
             options.staying_units,
             self._state,
+            self._spared,
             list(model.buffers()) if options.glue_leaves and staging is not None else None,
             self.trace,
         )
@@ -137,6 +138,7 @@ class Engine:
         touched = {id(p): partial(flat.touch, place) for flat in trained for place, p in enumerate(flat.params)}
         return [
             *add_up_in_products(self.model, self._options.device, touched),
+            *self._spared.replace_forwards(),
             *hold_constant(self.model, layouts, written),
             intercept(self.model, layouts, side_outputs),
         ]

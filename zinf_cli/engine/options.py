@@ -61,6 +61,8 @@ class EngineOptions:
     """Units whose inputs, and what autograd saves before them, stay in memory of the compute device."""
     glue_leaves: bool = False
     """Whether what autograd saves between units goes to the tier of activations as well."""
+    spared: frozenset[str] = frozenset()
+    """Names of Linears whose products a recompute leaves out (compute/spared.py)."""
     speculate: bool = False
     """Whether units that are not cached have shadows for speculative updates (see eager.py)."""
 

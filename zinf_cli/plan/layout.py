@@ -79,6 +79,8 @@ class UnitFigures:
     """Those of them that are in 16 bits."""
     whole_flops: float = 0.0
     """What it computes for their update, beside what it does with each element."""
+    spared_numel: int = 0
+    """Elements of matrices whose products its recompute leaves out (engine/compute/spared.py)."""
 
     @property
     def numel(self) -> int:
@@ -141,6 +143,8 @@ class ModelFigures:
     """Whether they are computed so."""
     notes: tuple[str, ...] = ()
     """What the user should know of how model and checkpoint go together."""
+    spared: tuple[str, ...] = ()
+    """Linears whose products a recompute leaves out."""
 
     @property
     def turn(self) -> int | None:

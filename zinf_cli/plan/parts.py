@@ -138,6 +138,7 @@ def _part(unit: UnitFigures, count: int) -> UnitFigures:
             "whole_numel",
             "whole_master_numel",
             "whole_flops",
+            "spared_numel",
             "master_numel",
             "input_bytes",
             "taken_bytes",

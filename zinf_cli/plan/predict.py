@@ -9,7 +9,7 @@ from pathlib import Path
 from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
 from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
-from zinf_cli.plan.layout import Figures, ModelFigures
+from zinf_cli.plan.layout import Figures, ModelFigures, UnitFigures
 from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
@@ -48,7 +48,8 @@ def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = Fals
 
     The step is clipped, so that speculative updates are made in the next forward; or `unclipped`, so that they hold.
     """
-    step = step_of_plan(plan, tokens)
+    speed = profile.flops(plan.precision, tokens) / profile.peak(plan.precision)
+    step = step_of_plan(plan, tokens, min(1.0, speed))
     if step.update == "speculative" and not unclipped:
         step = replace(step, update="deferred")
     return simulate(step, profile, cluster_of(plan, tokens))
@@ -59,8 +60,11 @@ def cluster_of(plan: Plan, tokens: int) -> Cluster:
     return Cluster(len(plan.hosts), plan.figures.ranks_per_host, plan.precision, tokens)
 
 
-def step_of_plan(plan: Plan, tokens: int) -> Step:
-    """The plan as a schedule, with `tokens` tokens in a micro-batch."""
+def step_of_plan(plan: Plan, tokens: int, speed: float = 1.0) -> Step:
+    """The plan as a schedule, with `tokens` tokens in a micro-batch.
+
+    `speed`: FLOP/s of a block's pass as a share of those of its products alone.
+    """
     figures, working = plan.figures, plan.working
     accelerator = bool(figures.machine.accelerators)
     choice = plan.choice
@@ -72,7 +76,7 @@ def step_of_plan(plan: Plan, tokens: int) -> Step:
     if not accelerator:
         placement = {state: "cpu" if tier == "device" else tier for state, tier in placement.items()}
     return Step(
-        _loads(figures, choice, tokens),
+        _loads(figures, choice, tokens, speed),
         plan.micro_batches,
         plan.per_sweep,
         plan.world_size,
@@ -95,7 +99,7 @@ def _grad_bytes(figures: Figures, choice: Choice, micro_batches: int) -> float:
     return total / max(1, sum(unit.trainable_numel for unit in units))
 
 
-def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
+def _loads(figures: Figures, choice: Choice, tokens: int, speed: float) -> list[UnitLoad]:
     """The visits of a forward pass. A unit that is called twice brings its parameters twice, and its gradient once."""
     model = figures.model
     moved = list(activations_moved(figures, choice))
@@ -113,7 +117,7 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
                 unit.trainable_numel if first else 0,
                 forward * weights[place],
                 moved[number][0] / max(1, unit.calls),
-                recomputed=number not in choice.kept and not unit.product,
+                recomputed=_recomputed(unit, speed) if number not in choice.kept else 0.0,
                 again=unit.chunkable_numel / max(1, unit.numel) if model.tokens_in_chunks else 0.0,
                 glue_bytes=unit.sent_bytes / max(1, unit.calls),
                 share=sweeps_share(unit, figures, choice),
@@ -128,6 +132,11 @@ def _loads(figures: Figures, choice: Choice, tokens: int) -> list[UnitLoad]:
             )
         )
     return loads
+
+
+def _recomputed(unit: UnitFigures, speed: float) -> float:
+    """The share of a unit's forward that backward computes again, where its activations are not kept."""
+    return 0.0 if unit.product else 1 - unit.spared_numel / max(1, unit.numel) * speed
 
 
 def _weight(model: ModelFigures, place: int) -> int:

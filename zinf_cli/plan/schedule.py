@@ -57,8 +57,8 @@ class UnitLoad:
     """FLOPs of the forward pass."""
     kept_bytes: float
     """Bytes that it sends to the tier of activations."""
-    recomputed: bool = True
-    """Whether the backward pass computes its forward again."""
+    recomputed: float = 1.0
+    """The share of its forward that the backward pass computes again."""
     again: float = 0.0
     """The share of its forward that backward computes once more: MLPs in chunks of tokens."""
     glue_bytes: float = 0.0
@@ -214,7 +214,7 @@ class _Sweeps:
         glue = unit.glue_bytes * batches * GLUE[step.accelerator]
         if kind != "backward" and glue:
             ready = [ops.handle(f"before {unit.name}", glue, ready)]
-        backward = unit.passes - (0 if unit.recomputed else 1)
+        backward = unit.passes - 1 + unit.recomputed
         passes = {"forward": 1, "turn": unit.passes + unit.again, "backward": backward + unit.again}[kind]
         pieces = min(batches, PIECES)
         for _ in range(pieces):

@@ -324,7 +324,7 @@ def _recompute(figures: Figures, choice: Choice) -> float:
     called = {number: unit.numel for number, unit in units.items() if unit.calls or unit.resident}
     passes = sum(numel * units[number].passes for number, numel in called.items())
     spared = {n for n, unit in units.items() if unit.product} | choice.kept | {figures.model.turn}
-    again = sum(numel for n, numel in called.items() if n not in spared)
+    again = sum(numel - units[n].spared_numel for n, numel in called.items() if n not in spared)
     if figures.model.tokens_in_chunks:
         again += sum(units[n].chunkable_numel for n in called)
     return 1 + again / max(1.0, passes)

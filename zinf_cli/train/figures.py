@@ -130,6 +130,7 @@ def model_figures(
                 _least_part(model, layout, whole),
                 _reached(model, layout, recipe.train.seq_len * recipe.train.sequences_at_once),
                 prepared.chunkable.get(number, ()),
+                seen.spared,
                 product=number in seen.products,
             )
             for number, layout in enumerate(seen.units)
@@ -149,6 +150,7 @@ def model_figures(
         loss_in_chunks=prepared.in_chunks,
         chunkable=tuple((found.path, found.shape) for each in prepared.chunkable.values() for found in each),
         notes=notes,
+        spared=tuple(sorted(seen.spared)),
     )
 
 
@@ -199,6 +201,7 @@ def _unit_figures(
     least: LeastPart,
     reached: float,
     chunkable: Sequence[Chunkable],
+    spared: Collection[str],
     *,
     product: bool,
 ) -> UnitFigures:
@@ -234,6 +237,7 @@ def _unit_figures(
         whole_numel=sum(flat.numel for flat in whole),
         whole_master_numel=sum(flat.numel for flat in whole if flat.dtype != torch.float32),
         whole_flops=sum(newton_schulz_flops(*place.shape) for flat in whole for place in flat.params),
+        spared_numel=sum(place.numel for place in layout.params() if place.name.removesuffix(".weight") in spared),
     )
 
 

@@ -51,6 +51,7 @@ def open_engine(
         cached_states=frozenset(plan.cached_states),
         cache_tier=plan.choice.cache_tier,
         glue_leaves=found.most is not None,
+        spared=frozenset(found.spared),
         speculate=plan.update == "speculative",
     )
     engine = Engine(

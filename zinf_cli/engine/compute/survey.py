@@ -25,6 +25,7 @@ from zinf_cli.engine.compute.meta_answers import answer_of
 from zinf_cli.engine.compute.micro_batch import SideOutputs
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import is_one_product
+from zinf_cli.engine.compute.spared import Unneeded
 from zinf_cli.engine.compute.trial import Trial, TrialWeights
 from zinf_cli.engine.compute.untouched import is_state, untouched
 from zinf_cli.engine.units.chunked_loss import temporary_bytes
@@ -80,6 +81,8 @@ class Survey:
     """Modules whose parameters are used outside of their own call. They are held for the whole step."""
     products: frozenset[int] = frozenset()
     """Indices of units that are not computed again in backward (products.py)."""
+    spared: frozenset[str] = frozenset()
+    """Names of Linears in units whose products are not computed again in backward (spared.py)."""
     failure: str = ""
     """Why the forward did not come to its end, if so. Then sizes are missing, and the order is module order."""
 
@@ -140,7 +143,7 @@ def survey(
         watch.calls.check(loss)
         order, learned = tuple(watch.order), tuple(watch.learned)
         sizes, products = (watch.glue_bytes, watch.tail_bytes, watch.live_bytes), frozenset(watch.products)
-        return Survey(units, order, learned, watch.uses, *sizes, written, demoted, products)
+        return Survey(units, order, learned, watch.uses, *sizes, written, demoted, products, watch.unneeded.found)
 
 
 def _trained(model: nn.Module) -> list[str]:
@@ -158,15 +161,13 @@ class _Watch(TorchFunctionMode):
         self, model: nn.Module, units: Sequence[UnitLayout], weights: TrialWeights | None, side: SideOutputs | None
     ) -> None:
         super().__init__()
-        self.calls = Calls()
+        self.calls, self.unneeded = Calls(), Unneeded(model)
         self._side = side
         self.order: list[int] = []
         self.learned: list[int] = []
         self.uses: dict[int, UnitUse] = {}
         self.misused, self.products = set[str](), set[int]()
-        self.glue_bytes = 0
-        self.tail_bytes = 0
-        self.live_bytes = 0
+        self.glue_bytes = self.tail_bytes = self.live_bytes = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         """Storages that were made between units, with their bytes."""
         self._model = model
@@ -285,7 +286,7 @@ class _Watch(TorchFunctionMode):
         self.glue_bytes += self.tail_bytes
         self.tail_bytes, self._tail, self._tail_again = 0, set(), {}
         self._count_live()
-        with self._active_in(number), self.calls.of(self._units[number].name):
+        with self._active_in(number), self.calls.of(self._units[number].name), self.unneeded.watching():
             entered = {key: through_door(tensor) for key, tensor in inputs.items()}
             reach.put(lambda value: entered.get(id(value), value))
             flat = [entered.get(id(leaf), leaf) for leaf in flat]
@@ -368,6 +369,7 @@ class _Watch(TorchFunctionMode):
         """Count what autograd saves. A meta tensor is saved in its place, since there is no backward."""
         storage, num_bytes = storage_of(tensor), _leaving(tensor.untyped_storage().nbytes())
         if self._active:
+            self.unneeded.save(tensor)
             if storage not in self._seen or storage in self._again:
                 self._note_seen([tensor])
                 self._again.discard(storage)

@@ -33,6 +33,7 @@ from zinf_cli.engine.compute.micro_batch import Finished
 from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.next_unit import Disagreement, NextUnit
 from zinf_cli.engine.compute.route import Experts, Route, back_visits, layers_of_experts, recorded
+from zinf_cli.engine.compute.spared import Spared
 from zinf_cli.engine.compute.sweep_member import MicroBatch, SweepMember, all_finished, prefetch
 from zinf_cli.engine.compute.tape import Tape
 from zinf_cli.engine.traffic.pipeline import Pipeline
@@ -53,6 +54,7 @@ class Sweep:
         kept: frozenset[int],
         staying: frozenset[int],
         state: MovingState,
+        spared: Spared,
         glue_leaves: Sequence[torch.Tensor] | None,
         trace: Trace,
     ) -> None:
@@ -65,7 +67,7 @@ class Sweep:
         self._activations = activations
         self._device = device
         self._kept, self._stay = kept, staying
-        self._state, self._trace = state, trace
+        self._state, self._trace, self._spared = state, trace, spared
         self._staying = glue_leaves
         self._members: list[SweepMember] = []
         self._checks = ["recompute"] if order is not None else ["leaks", "recompute"]
@@ -380,16 +382,10 @@ class Sweep:
             for member, batch in zip(members, batches, strict=True):
                 started.append(member)
                 tape = Tape(
-                    self._device,
-                    self._activations,
-                    self._state,
-                    trainable=self._trainable,
-                    staying=self._stay,
-                    compare=self._checks[:1] == ["recompute"],
-                    glue=self._glue_keeper() if grad else None,
-                    trace=self._trace,
-                    scale=batch.weight,
-                )
+                    self._device, self._activations, self._state, self._spared, trainable=self._trainable,
+                    staying=self._stay, compare=self._checks[:1] == ["recompute"],
+                    glue=self._glue_keeper() if grad else None, trace=self._trace, scale=batch.weight,
+                )  # fmt: skip
                 unseen = grad and (self._checks[:1] == ["leaks"] or self._state.may_leak)
                 member.start(batch, tape, grad=grad, at_home=self._resident_params() if unseen else None)
             yield members

@@ -30,6 +30,7 @@ from zinf_cli.engine.compute.moving_state import MovingState
 from zinf_cli.engine.compute.products import without_products
 from zinf_cli.engine.compute.recompute import compare, differs, some_of
 from zinf_cli.engine.compute.record import GlueTensor, Graph, Record, RngState
+from zinf_cli.engine.compute.spared import Spared
 from zinf_cli.engine.units.chunked_loss import backward_follows
 from zinf_cli.engine.units.written_weights import storage_of
 from zinf_cli.errors import ModelError
@@ -44,6 +45,7 @@ class Tape:
         device: torch.device,
         activations: Activations,
         state: MovingState,
+        spared: Spared,
         *,
         trainable: set[int],
         staying: frozenset[int] = frozenset(),
@@ -62,7 +64,7 @@ class Tape:
         self._state = state
         self._trainable, self._staying = trainable, staying
         self.compares = compare
-        self._scale = scale
+        self._scale, self._spared = scale, spared
         self._trace = trace or Trace()
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._taken: dict[tuple[int, int], GlueTensor] = {}
@@ -244,8 +246,7 @@ class Tape:
             values[id(glue)] = glue.saved.get()
         found = Reach([leaf for leaf in record.leaves if not isinstance(leaf, GlueTensor)])
         try:
-            product = without_products() if record.call.product else nullcontext()
-            with product, backward_follows(self._scale, results_wanted=record.results is not None):
+            with self._left_out(record), backward_follows(self._scale, results_wanted=record.results is not None):
                 outputs, _, _ = self._run(record, values)
         except StopIteration as error:  # the forward has used up an iterator that is an argument
             raise differs(record.label) from error
@@ -253,6 +254,12 @@ class Tape:
             compare(record.label, record.results, some_of(_results(outputs, record)))
         found.put()
         self._state.go_to(now)
+
+    def _left_out(self, record: Record) -> AbstractContextManager[Any]:
+        """A context for a recompute, which leaves out what nobody reads."""
+        if record.call.product:
+            return without_products()
+        return self._spared.recompute() if record.results is None else nullcontext()
 
     def _run_once(
         self, record: Record, values: dict[int, torch.Tensor], keeper: Keeper | None, *, grad: bool
