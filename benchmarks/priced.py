@@ -55,6 +55,36 @@ def products_added_up() -> Iterator[None]:
         library._destroy()
 
 
+@contextmanager
+def norms_in_one_kernel() -> Iterator[None]:
+    """A context in which the CPU has fused RMSNorms, as accelerators do: torch's are made of other operations."""
+
+    def forward(
+        x: torch.Tensor, shape: list[int], weight: torch.Tensor | None, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rstd = (x.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        normed = x.float() * rstd
+        return (normed if weight is None else normed * weight).to(x.dtype), rstd
+
+    def backward(
+        grad: torch.Tensor, x: torch.Tensor, shape: list[int], rstd: torch.Tensor, weight: torch.Tensor | None,
+        mask: list[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        normed = x.float() * rstd
+        of_normed = grad.float() if weight is None else grad * weight.float()
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        of_weight = None if weight is None else (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        return ((of_normed - normed * along) * rstd).to(x.dtype), of_weight
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_fused_rms_norm", forward, "CPU")
+    library.impl("_fused_rms_norm_backward", backward, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 class Priced(TorchDispatchMode):
     """Prices what runs within. Every thread enters a mode of its own on the same lanes."""
 
@@ -121,6 +151,8 @@ class Priced(TorchDispatchMode):
             num_bytes -= given[0].numel() * given[0].element_size()  # it is not read
         if func is aten.embedding.default:
             num_bytes = 2 * sum(tensor.numel() * tensor.element_size() for tensor in out)
+        if func is aten.index_put_.default:  # rows are read, and added to others
+            num_bytes = 3 * args[2].numel() * args[2].element_size()
         seconds = max(rates.kernel, num_bytes / rates.memory)
         if func in _ATTENTION:
             query, key = args[0:2] if func._schema.name.endswith("cpu") else args[1:3]

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.lanes import IN, KERNELS, OUT, Lanes, Rates
-from benchmarks.priced import DEVICE, Memory, Priced, products_added_up
+from benchmarks.priced import DEVICE, Memory, Priced, norms_in_one_kernel, products_added_up
 from benchmarks.results import add_save, report
 from zinf_cli.bench.block import Block, pass_over
 from zinf_cli.engine.compute.sweep_member import MicroBatch
@@ -213,6 +213,7 @@ def virtual(lanes: Lanes, memory: Memory) -> Iterator[None]:
         patch.object(Arena, "__init__", made),
         patch.object(threading.Thread, "run", priced),
         products_added_up(),
+        norms_in_one_kernel(),
         Priced(lanes, memory),
     ):
         yield

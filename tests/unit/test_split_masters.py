@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from happens_before import Checker
 from zinf_cli.engine.split_masters import join, split
+from zinf_cli.tiers import streams
 
 SIGN = -(2**31)
 
@@ -23,8 +25,11 @@ def masters() -> Iterator[tuple[str, torch.Tensor]]:
         yield f"random {seed}", (uppers | lowers).to(torch.int32).view(torch.float32)
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("carried", [0.0, 1e-45, 1e-8, torch.inf])
-def test_every_master_comes_back(carried: float) -> None:
+def test_every_master_comes_back(carried: float, accelerator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if accelerator:
+        monkeypatch.setitem(streams.implementations, "cpu", Checker())
     for lower, master in masters():
         before = master.clone()
         param, remainder = master.new_empty(2**16, dtype=torch.bfloat16), master.new_empty(2**16, dtype=torch.int16)
@@ -48,6 +53,21 @@ def test_ties_of_both_sides_share_a_parameter_and_a_remainder() -> None:
     assert param[0] == param[1]
     assert remainder[0] == remainder[1]
     assert carrier.tolist() == [-1, 1]
+
+
+def test_an_accelerator_stores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a run goes on elsewhere."""
+    for lower, master in masters():
+        found = []
+        for accelerator in (False, True):
+            with monkeypatch.context() as patch:
+                if accelerator:
+                    patch.setitem(streams.implementations, "cpu", Checker())
+                number = master[~master.isnan()]
+                param, remainder = torch.empty_like(number, dtype=torch.bfloat16), torch.empty_like(number).short()
+                split(number, param, remainder, carrier := torch.ones_like(number))
+            found.append((param.view(torch.int16), remainder, carrier))
+        assert all(map(torch.equal, *found)), lower
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

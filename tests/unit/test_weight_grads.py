@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from benchmarks.priced import products_added_up
 from happens_before import DEVICE, Checker
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
+from zinf_cli.engine.units import chunked_loss, weight_grads
 from zinf_cli.engine.units.weight_grads import add_up_in_products
 from zinf_cli.tiers import streams
 
@@ -86,6 +88,53 @@ def test_all_is_left_to_autograd_on_a_cpu_and_where_torch_has_no_such_kernel(mon
     assert add_up_in_products(layer, DEVICE, touched) == []
     with an_accelerator(monkeypatch):
         assert add_up_in_products(layer.float(), DEVICE, touched) == []
+
+
+@pytest.mark.parametrize("unlearned", [None, 3])
+def test_rows_that_were_looked_up_are_added_to_the_sum(unlearned: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(10, 4, padding_idx=unlearned, dtype=BF16)
+    weight, touched = table.weight, list[str]()
+    weight.grad_dtype = None
+    weight.grad, expected = torch.ones(10, 4), torch.ones(10, 4)
+    ids = torch.tensor([[3, 1, 1], [7, 3, 1]])
+    with an_accelerator(monkeypatch):
+        (undo,) = add_up_in_products(table, DEVICE, {id(weight): lambda: touched.append("weight")})
+        for _ in range(2):
+            grad = torch.randn(2, 3, 4).to(BF16)
+            found = table(ids)
+            assert torch.equal(found, weight[ids])
+            found.backward(grad)
+            for token, row in zip(ids.flatten().tolist(), grad.flatten(0, 1), strict=True):
+                expected[token] += 0.0 if token == unlearned else row.float()
+        undo()
+    assert touched == ["weight"] * 2
+    assert torch.equal(gradient(weight), expected)
+    weight.grad = None
+    with an_accelerator(monkeypatch):
+        add_up_in_products(table, DEVICE, {id(weight): lambda: pytest.fail("it has none")})
+        table(ids).sum().backward()
+    assert gradient(weight)[1].tolist() == [3.0] * 4
+
+
+def test_a_head_whose_loss_is_in_chunks_adds_its_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once for each micro-batch, although its logits are made in several chunks."""
+    monkeypatch.setattr(chunked_loss, "CHUNK", 7 * 96)
+    source = random_source("llama", tie_word_embeddings=False)
+    add, added = weight_grads._add_gradient, list[torch.Tensor]()
+
+    def adds(weight: torch.Tensor, *rest: Any) -> None:
+        added.append(weight)
+        add(weight, *rest)
+
+    monkeypatch.setattr(weight_grads, "_add_gradient", adds)
+    with an_accelerator(monkeypatch):
+        options = replace(everything_on("device", tmp_path), device=DEVICE)
+        engine = open_engine(source, options, dtype=BF16, in_chunks=True)
+        found = engine_losses(engine, 2, count=2, device=DEVICE)
+    assert [weight.shape[1] for weight in added] == [32] * 4
+    assert relative_difference(found, plain_losses(source, 2, count=2, dtype=BF16)) < 1e-3
+    assert not any(hasattr(param, "add_product") for param in engine.model.parameters())
 
 
 def test_every_placement_gives_the_same_bits(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from zinf_cli.engine.traffic.pipeline import Pipeline
 from zinf_cli.engine.traffic.state import StateSource, fields_of, load_params, load_state, save_state
 from zinf_cli.engine.traffic.visit import Kind, Visit
 from zinf_cli.engine.units.constant_weights import hold_constant
+from zinf_cli.engine.units.fused_norms import fuse_norms
 from zinf_cli.engine.units.store import Flat, TierSet, Unit, to_placeholders
 from zinf_cli.engine.units.units import UnitLayout
 from zinf_cli.engine.units.weight_grads import add_up_in_products
@@ -138,6 +139,7 @@ class Engine:
         touched = {id(p): partial(flat.touch, place) for flat in trained for place, p in enumerate(flat.params)}
         return [
             *add_up_in_products(self.model, self._options.device, touched),
+            *fuse_norms(self.model, self._options.device),
             *self._spared.replace_forwards(),
             *hold_constant(self.model, layouts, written),
             intercept(self.model, layouts, side_outputs),

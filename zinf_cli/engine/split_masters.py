@@ -10,11 +10,17 @@ That bit costs nothing. It lies in the sign of a field that is never negative, t
 
 Every fp32 value comes back with its bits, infinities, zeros of both signs and denormals among them. Of a NaN, a NaN
 comes back. A master that rounds to infinity has infinity as its parameter, as any cast gives it.
+
+An accelerator takes as long as its memory traffic. There operations take integers of several widths as they are, which
+moves 68 bytes for an element to join it and to split it, instead of 102. On a CPU that takes half as long again, since
+torch has no vector code for operands of several dtypes.
 """
 
 from __future__ import annotations
 
 import torch
+
+from zinf_cli.tiers.streams import streams_of
 
 _SIGN = -(2**31)
 _HALF = 2**16
@@ -26,8 +32,11 @@ def join(param: torch.Tensor, remainder: torch.Tensor, carrier: torch.Tensor) ->
     The carrier's sign is taken out of it.
     """
     master = remainder.view(torch.uint16).to(torch.int32)
-    upper = param.view(torch.int16).to(torch.int32)
-    upper.add_(carrier.view(torch.int32) >> 31)  # less one where the sign is set
+    if streams_of(param.device).on_cpu:
+        upper = param.view(torch.int16).to(torch.int32)
+        upper.add_(carrier.view(torch.int32) >> 31)  # less one where the sign is set
+    else:
+        upper = torch.add(param.view(torch.int16), torch.signbit(carrier), alpha=-1)
     master.add_(upper, alpha=_HALF)
     carrier.abs_()
     return master.view(torch.float32)
@@ -38,5 +47,9 @@ def split(master: torch.Tensor, param: torch.Tensor, remainder: torch.Tensor, ca
     param.copy_(master)
     bits = master.view(torch.int32)
     remainder.copy_(bits)  # their lower half
-    beyond = bits - param.float().view(torch.int32)  # less than zero where it was rounded up
-    carrier.view(torch.int32).bitwise_or_(beyond.bitwise_and_(_SIGN))
+    # less than zero where it was rounded up
+    if streams_of(param.device).on_cpu:
+        beyond = bits - param.float().view(torch.int32)
+        carrier.view(torch.int32).bitwise_or_(beyond.bitwise_and_(_SIGN))
+    else:
+        carrier.copysign_(torch.add(bits, param.view(torch.int16), alpha=-_HALF))

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from zinf_cli.engine.units.weight_grads import adds_products
 from zinf_cli.model_state import DEVICE_LOGITS
 from zinf_cli.tiers.streams import streams_of
 
@@ -163,7 +164,7 @@ class _Loss(torch.autograd.Function):
         if scale is None:
             ctx.save_for_backward(weight, hidden, bias, target)
         else:
-            ctx.scale = scale or 1.0
+            ctx.scale, ctx.weight = scale or 1.0, weight
             ctx.gradients = _Gradients(weight, bias, ctx.needs_input_grad)
         total = _pass(weight, hidden, bias, target, operations, learns, ctx.gradients, (scale or 1.0) / divisor)
         return (total / divisor).to(dtype)
@@ -172,7 +173,7 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if ctx.gradients is not None:
-            found = ctx.gradients.times(grad.float() / ctx.scale)
+            found = ctx.gradients.times(grad.float() / ctx.scale, adds_products(ctx.weight))
             ctx.gradients = None
             return (*found, *[None] * 6)
         weight, hidden, bias, target = ctx.saved_tensors
@@ -288,8 +289,7 @@ class _Gradients:
         """Add the product of what waits."""
         if not self._waiting:
             return
-        rows, of_logits = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._waiting, strict=True))
-        self._waiting.clear()
+        rows, of_logits = self._joined()
         if self._weight is None:
             self._weight = of_logits.T @ rows
         elif self._weight.dtype == of_logits.dtype == torch.float32:
@@ -297,13 +297,24 @@ class _Gradients:
         else:
             self._weight = self._weight.float().add_(of_logits.T @ rows)
 
+    def _joined(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What waits, which then waits no longer."""
+        rows, of_logits = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        return rows, of_logits
+
     def found(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Of the weight, of the input, and of the bias; None where it was not wanted."""
         self._multiply()
         return self._weight, None if self._input is None else torch.cat(self._input), self._bias
 
-    def times(self, factor: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """What `found` gives, times a scalar."""
+    def times(
+        self, factor: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], None] | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What `found` gives, times a scalar. If the weight's gradient is one product, that goes to `add`."""
+        if add is not None and self._weight is None and self._waiting:
+            rows, of_logits = self._joined()
+            add(of_logits.T, rows * factor.to(rows.dtype))
         found = self.found()
         if streams_of(factor.device).on_cpu and factor.item() == 1:  # elsewhere it would take longer to ask
             return found
