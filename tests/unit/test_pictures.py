@@ -153,7 +153,7 @@ def chat(*names: Any) -> dict[str, Any]:
         (chat("pictures/0.png", "pictures/1.png"), [], "rows.jsonl:1: the processor fails: "),
         (chat(), [], "rows.jsonl:1: a turn has a part that is no text (image)"),
         (chat(3), [], "rows.jsonl:1: expected a list of paths of pictures, got [3]"),
-        (chat("pictures/0.png"), ["dataset.packing=documents"], "dataset.packing: a text with pictures is a sequence"),
+        (chat("pictures/0.png"), ["dataset.packing=documents"], "dataset.packing: a text may have pictures"),
         (chat("pictures/0.png"), ["dataset.tokenizer=FOLDER/plain"], "FOLDER/plain: no processor of pictures here"),
     ],
 )

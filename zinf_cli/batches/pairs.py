@@ -6,6 +6,7 @@ where the loss mask ends.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,32 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from zinf_cli.text.token_stream import MASKED, TokenStream
+from zinf_cli.batches.rows import Rows
+from zinf_cli.text.token_stream import MASKED
 
 _BLOCK = 1 << 24
 """How many tokens of the mask are read at once."""
 
 
 @dataclass(frozen=True)
-class OfStream:
-    """Windows of a token stream that is otherwise as it is."""
-
-    stream: TokenStream
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    @property
-    def max_token(self) -> int:
-        return self.stream.max_token
-
-    @property
-    def fingerprint(self) -> str:
-        return self.stream.fingerprint
-
-
-@dataclass(frozen=True)
-class PairStream(OfStream):
+class PairStream(Rows):
     """A stream of pairs, each a sequence of its own; nothing is packed. `pad` is the token that pads a source."""
 
     pad: int
@@ -47,32 +31,26 @@ class PairStream(OfStream):
         """The number of pairs. A source or target that is longer than `seq_len` is cut."""
         return len(self._edges) // 2
 
-    def num_cut(self, seq_len: int) -> int:
-        """The number of pairs with a source or target that is longer than `seq_len`."""
+    def lines(self, seq_len: int) -> Iterator[str]:
         lengths = np.diff(self._edges, append=len(self)).reshape(-1, 2)
-        return int((lengths > seq_len).any(axis=1).sum())
+        if cut := int((lengths > seq_len).any(axis=1).sum()):
+            yield f"{cut} pairs are longer than train.seq_len={seq_len} and are cut there"
 
     def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(input_ids, labels, attention_mask) of pair `index`, each int64 [seq_len], padded if it is shorter.
 
         A source or target that is cut keeps its last token, by which a tokenizer marks the end.
         """
-        edges = self._edges
-        start, middle = int(edges[2 * index]), int(edges[2 * index + 1])
-        stop = int(edges[2 * index + 2]) if 2 * index + 2 < len(edges) else len(self)
+        start, middle, stop = (int(edge) for edge in np.append(self._edges[2 * index :][:3], len(self))[:3])
         source, target = (self._part(*bounds, seq_len) for bounds in ((start, middle), (middle, stop)))
         input_ids = torch.full((seq_len,), self.pad)
         attention, labels = torch.zeros_like(input_ids), torch.full((seq_len,), MASKED)
         input_ids[: len(source)], attention[: len(source)], labels[: len(target)] = source, 1, target
         return input_ids, labels, attention
 
-    def split(self, fraction: float) -> tuple[PairStream, PairStream]:
-        """(training, held out): the last `fraction` of the pairs is held out."""
-        pairs = len(self._edges) // 2
-        kept = pairs - int(pairs * fraction)
-        boundary = int(self._edges[2 * kept]) if kept < pairs else len(self)
-        parts = self.stream.part(0, boundary), self.stream.part(boundary, len(self))
-        return PairStream(parts[0], self.pad), PairStream(parts[1], self.pad)
+    @cached_property
+    def starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return np.append(self._edges[::2], len(self))
 
     def _part(self, start: int, stop: int, seq_len: int) -> torch.Tensor:
         tokens = self.stream.tokens[start:stop].astype(np.int64)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from zinf_cli.batches.pairs import OfStream
+from zinf_cli.batches.rows import Rows
 from zinf_cli.text.pictures import Processor
 from zinf_cli.text.token_stream import MASKED
 
 
 @dataclass(frozen=True)
-class PicturedStream(OfStream):
+class PicturedStream(Rows):
     """A stream of texts with pictures; nothing is packed.
 
     A text is left out if it has nothing to learn within `seq_len`, or a picture that does not end there.
@@ -34,7 +34,7 @@ class PicturedStream(OfStream):
         """(input_ids, labels, attention_mask) of text `index`, each int64 [seq_len], padded if it is shorter."""
         assert seq_len == self.seq_len
         assert self.stream.loss_mask is not None
-        start, stop = (int(bound) for bound in self._bounds[self._kept[index] :][:2])
+        start, stop = (int(bound) for bound in self.starts[self._kept[index] :][:2])
         part = slice(start, min(stop, start + seq_len))
         tokens = torch.from_numpy(self.stream.tokens[part].astype(np.int64))
         input_ids = torch.full((seq_len,), self.processor.pad)
@@ -48,26 +48,12 @@ class PicturedStream(OfStream):
         assert self.stream.pictures is not None
         return [picture.path for picture in self.stream.pictures[self._kept[index]]]
 
-    def lines(self) -> Iterator[str]:
-        """What is cut or left out, in words."""
-        lengths = np.diff(self._bounds)
+    def lines(self, seq_len: int) -> Iterator[str]:
+        lengths = np.diff(self.starts)
         if cut := int((lengths[self._kept] > self.seq_len).sum()):
             yield f"{cut} texts are longer than train.seq_len={self.seq_len} and are cut there"
         if left_out := len(lengths) - len(self._kept):
             yield f"left out: {left_out} texts, with nothing to learn or half a picture in train.seq_len={self.seq_len}"
-
-    def split(self, fraction: float) -> tuple[PicturedStream, PicturedStream]:
-        """(training, held out): the last `fraction` of the texts is held out."""
-        texts = len(self._bounds) - 1
-        boundary = int(self._bounds[texts - int(texts * fraction)])
-        parts = self.stream.part(0, boundary), self.stream.part(boundary, len(self))
-        return replace(self, stream=parts[0]), replace(self, stream=parts[1])
-
-    @cached_property
-    def _bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Where the texts begin, and the end of the last one."""
-        assert self.stream.ends is not None
-        return np.concatenate((np.zeros(1, dtype=np.int64), self.stream.ends))
 
     @cached_property
     def _kept(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -76,7 +62,7 @@ class PicturedStream(OfStream):
         assert mask is not None
         stand_ins = self.processor.stand_ins
         kept = []
-        for number, (start, stop) in enumerate(zip(self._bounds[:-1], self._bounds[1:], strict=True)):
+        for number, (start, stop) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             end = min(int(stop), int(start) + self.seq_len)
             whole = end == stop or not np.isin(tokens[end:stop], stand_ins).any()
             if whole and mask[start + 1 : end].any():  # nothing predicts the first token

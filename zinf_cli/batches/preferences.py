@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zinf_cli.batches.pairs import OfStream
+from zinf_cli.batches.rows import Rows
 from zinf_cli.text.token_stream import MASKED
 
 PAD = 0
@@ -26,7 +26,7 @@ PAD = 0
 
 
 @dataclass(frozen=True)
-class PreferenceStream(OfStream):
+class PreferenceStream(Rows):
     """A stream of pairs, each a window of two sequences. A pair is left out if an answer begins behind `seq_len`."""
 
     seq_len: int
@@ -55,8 +55,7 @@ class PreferenceStream(OfStream):
             labels[row, : len(tokens)] = tokens.masked_fill(torch.from_numpy(~mask[part]), MASKED)
         return input_ids, labels
 
-    def lines(self) -> Iterator[str]:
-        """What is cut or left out, in words."""
+    def lines(self, seq_len: int) -> Iterator[str]:
         lengths = np.diff(self._bounds).reshape(-1, 2)
         cut = int((lengths[self._kept] > self.seq_len).any(axis=1).sum())
         if cut:
@@ -64,12 +63,9 @@ class PreferenceStream(OfStream):
         if left_out := len(lengths) - len(self._kept):
             yield f"left out: {left_out} pairs, of which an answer lies behind train.seq_len={self.seq_len}"
 
-    def split(self, fraction: float) -> tuple[PreferenceStream, PreferenceStream]:
-        """(training, held out): the last `fraction` of the pairs is held out."""
-        pairs = (len(self._bounds) - 1) // 2
-        boundary = int(self._bounds[2 * (pairs - int(pairs * fraction))])
-        parts = self.stream.part(0, boundary), self.stream.part(boundary, len(self))
-        return PreferenceStream(parts[0], self.seq_len), PreferenceStream(parts[1], self.seq_len)
+    @cached_property
+    def starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return self._bounds[::2]
 
     @cached_property
     def _bounds(self) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.text.pictures import Processor
 from zinf_cli.text.token_stream import TokenStream, split_held_out
 
+R = TypeVar("R", PairStream, PreferenceStream, LabelledStream, PicturedStream)
 Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
 """A text for training, what is held out by name, and lines about how windows are made of it."""
 
@@ -27,48 +28,23 @@ Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
 def pairs_of(
     recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
 ) -> Windows:
-    """Pairs, each of which is a sequence of its own. `tokens` are those of each text that has a weight, or of all."""
-    fraction, seq_len = recipe.dataset.eval_fraction, recipe.train.seq_len
-    if recipe.dataset.packing != "auto":
-        raise DatasetError(
-            f"{type(model).__name__} reads pairs, and each is a sequence of its own: nothing is packed",
-            where="dataset.packing",
-            hint="leave dataset.packing out",
-        )
+    """Pairs of a source and its target. `tokens` are those of each text that has a weight, or of all."""
     pad = getattr(model.config, "pad_token_id", None) or 0
-    train = [PairStream(part, pad) for part in tokens]
-    other: dict[str, Stream] = {name: PairStream(part, pad) for name, part in held_out.items()}
-    if fraction is not None:
-        train, last = map(list, zip(*(part.split(fraction) for part in train), strict=True))
-        other = {"": _joined(recipe, last)}
-    count = sum(part.num_cut(seq_len) for part in train)
-    said = f"{count} pairs are longer than train.seq_len={seq_len} and are cut there"
-    return _joined(recipe, train), other, (said,) if count else ()
+    return _rows_of(recipe, f"{type(model).__name__} reads pairs", tokens, held_out, lambda part: PairStream(part, pad))
 
 
 def preferences_of(
     recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
 ) -> Windows:
-    """Pairs of answers, each answer a sequence of its own."""
+    """Pairs of answers."""
     dataset, seq_len = recipe.dataset, recipe.train.seq_len
-    if dataset.packing != "auto":
-        raise DatasetError(
-            "dpo compares two answers, and each is a sequence of its own: nothing is packed",
-            where="dataset.packing",
-            hint="leave dataset.packing out",
-        )
     if any(part.ends is None for part in (*tokens, *held_out.values())):
         raise DatasetError(
             "dpo needs pairs of answers, and .npy files have none",
             where=", ".join(map(str, dataset.all_paths)),
             hint=f"give .jsonl or .parquet rows with {dataset.chosen_field!r} and {dataset.rejected_field!r}",
         )
-    train = [PreferenceStream(part, seq_len) for part in tokens]
-    other: dict[str, Stream] = {name: PreferenceStream(part, seq_len) for name, part in held_out.items()}
-    if dataset.eval_fraction is not None:
-        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
-        other = {"": _joined(recipe, last)}
-    return _joined(recipe, train), other, tuple(line for part in train for line in part.lines())
+    return _rows_of(recipe, "dpo compares two answers", tokens, held_out, lambda part: PreferenceStream(part, seq_len))
 
 
 def labelled_of(
@@ -79,28 +55,14 @@ def labelled_of(
     *,
     special: frozenset[int],
 ) -> Windows:
-    """Texts with a label, each of which is a sequence of its own. `special` are the tokenizer's special tokens."""
-    dataset, seq_len = recipe.dataset, recipe.train.seq_len
-    if dataset.packing != "auto":
-        raise DatasetError(
-            f"{type(model).__name__} tells the label of a text, and each is a sequence of its own: nothing is packed",
-            where="dataset.packing",
-            hint="leave dataset.packing out",
-        )
+    """Texts with a label. `special` are the tokenizer's special tokens."""
     config: Any = model.config
     number = config.problem_type == "regression"
 
     def labelled(part: TokenStream) -> LabelledStream:
         return LabelledStream(part, config.pad_token_id, special, number)
 
-    train = [labelled(part) for part in tokens]
-    other: dict[str, Stream] = {name: labelled(part) for name, part in held_out.items()}
-    if dataset.eval_fraction is not None:
-        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
-        other = {"": _joined(recipe, last)}
-    count = sum(part.num_cut(seq_len) for part in train)
-    said = f"{count} texts are longer than train.seq_len={seq_len} and are cut there"
-    return _joined(recipe, train), other, (said,) if count else ()
+    return _rows_of(recipe, f"{type(model).__name__} tells the label of a text", tokens, held_out, labelled)
 
 
 def pictured_of(
@@ -111,20 +73,34 @@ def pictured_of(
     *,
     processor: Processor,
 ) -> Windows:
-    """Texts with pictures, each of which is a sequence of its own."""
-    dataset, seq_len = recipe.dataset, recipe.train.seq_len
-    if dataset.packing != "auto":
+    """Texts with pictures."""
+
+    def pictured(part: TokenStream) -> PicturedStream:
+        return PicturedStream(part, processor, recipe.train.seq_len)
+
+    return _rows_of(recipe, "a text may have pictures", tokens, held_out, pictured)
+
+
+def _rows_of(
+    recipe: Recipe,
+    reason: str,
+    tokens: Sequence[TokenStream],
+    held_out: Mapping[str, TokenStream],
+    of: Callable[[TokenStream], R],
+) -> Windows:
+    """Rows that are each a sequence of their own, for a `reason`."""
+    if recipe.dataset.packing != "auto":
         raise DatasetError(
-            "a text with pictures is a sequence of its own: nothing is packed",
+            f"{reason}, and each is a sequence of its own: nothing is packed",
             where="dataset.packing",
             hint="leave dataset.packing out",
         )
-    train = [PicturedStream(part, processor, seq_len) for part in tokens]
-    other: dict[str, Stream] = {name: PicturedStream(part, processor, seq_len) for name, part in held_out.items()}
-    if dataset.eval_fraction is not None:
-        train, last = map(list, zip(*(part.split(dataset.eval_fraction) for part in train), strict=True))
+    train = [of(part) for part in tokens]
+    other: dict[str, Stream] = {name: of(part) for name, part in held_out.items()}
+    if recipe.dataset.eval_fraction is not None:
+        train, last = map(list, zip(*(part.split(recipe.dataset.eval_fraction) for part in train), strict=True))
         other = {"": _joined(recipe, last)}
-    return _joined(recipe, train), other, tuple(line for part in train for line in part.lines())
+    return _joined(recipe, train), other, tuple(line for part in train for line in part.lines(recipe.train.seq_len))
 
 
 def windows_of(

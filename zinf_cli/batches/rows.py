@@ -1,0 +1,49 @@
+"""Rows of a text that are each a sequence of their own, or a few: pairs, preferences, texts with labels or pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from zinf_cli.text.token_stream import TokenStream
+
+R = TypeVar("R", bound="Rows")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a token stream; nothing is packed."""
+
+    stream: TokenStream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    @property
+    def max_token(self) -> int:
+        return self.stream.max_token
+
+    @property
+    def fingerprint(self) -> str:
+        return self.stream.fingerprint
+
+    @cached_property
+    def starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [rows + 1]: where rows begin in the stream, and where the last one ends. A row is a document."""
+        assert self.stream.ends is not None
+        return np.concatenate((np.zeros(1, dtype=np.int64), self.stream.ends))
+
+    def lines(self, seq_len: int) -> Iterator[str]:
+        """What is cut or left out, in words."""
+        raise NotImplementedError
+
+    def split(self: R, fraction: float) -> tuple[R, R]:
+        """(training, held out): the last `fraction` of the rows is held out."""
+        rows = len(self.starts) - 1
+        boundary = int(self.starts[rows - int(rows * fraction)])
+        first, last = self.stream.part(0, boundary), self.stream.part(boundary, len(self))
+        return replace(self, stream=first), replace(self, stream=last)
