@@ -1,12 +1,14 @@
 """`python -m benchmarks.launch_on_played SOCKET RECIPE HOSTS`: a launch on hosts that benchmarks.played_hosts plays.
 
-All of it is `zinf launch --hosts`, but for the transport.
+All of it is `zinf launch --hosts`, but for the transport. As with ssh, more than 256 hosts are behind relays, which
+benchmarks.played_relays starts.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from unittest import mock
@@ -14,9 +16,10 @@ from unittest import mock
 from rich.console import Console
 
 import zinf_cli.commands.launch
-from benchmarks.played_hosts import RANKS
+from benchmarks.played_hosts import LOGIN_S, RANKS
 from zinf_cli.errors import HostError, ZinfError
 from zinf_cli.launch.client_channel import allow_files
+from zinf_cli.launch.openssh import OpenSsh
 from zinf_cli.launch.transport import SILENCE_S, Channel
 from zinf_cli.recipe.hosts import Host
 
@@ -25,18 +28,27 @@ class Played:
     """The transport: a socket to each host."""
 
     name = "played"
+    most_direct = OpenSsh.most_direct
 
     def __init__(self, path: str) -> None:
         self._path = path
         allow_files()
 
     def open(self, host: Host, launch_id: str) -> Channel:
+        channel = self._connected(host, self._path)
+        channel.send(int(host.host.removeprefix("node")).to_bytes(4, "big"))
+        return channel
+
+    def open_relay(self, host: Host, launch_id: str) -> Channel:
+        time.sleep(LOGIN_S)
+        return self._connected(host, f"{self._path}-relays")
+
+    def _connected(self, host: Host, path: str) -> Channel:
         link = socket.socket(socket.AF_UNIX)
         try:
-            link.connect(self._path)
+            link.connect(path)
         except OSError as error:
             raise HostError(f"the player is gone: {error.strerror}", where=host.name) from error
-        link.send(int(host.host.removeprefix("node")).to_bytes(4, "big"))
         return _PlayedChannel(link)
 
     def close(self) -> None:

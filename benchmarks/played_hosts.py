@@ -1,4 +1,4 @@
-"""`python -m benchmarks.played_hosts SOCKET`: one process that plays many hosts, for benchmarks.scale.
+"""`python -m benchmarks.played_hosts SOCKET HOPS`: one process that plays many hosts, for benchmarks.scale.
 
 To the launcher each of them is a supervisor (zinf_cli/launch/supervisor.py) behind a link with latency: it logs in,
 greets, answers, beats every second, tells what its processes take, and mirrors the logs of its ranks. What a host does
@@ -34,8 +34,9 @@ from zinf_cli.version import code_digest
 
 LATENCY_S = 0.05
 """One way."""
-LOGIN_TRIPS = 9
-"""Round trips of a login by OpenSSH: TCP, versions, two of key exchange, service, two of a key, session, command."""
+LOGIN_S = 17 * LATENCY_S
+"""Nine round trips of a login by OpenSSH, without the last way back: TCP, versions, two of key exchange, service, two
+of a key, session, command."""
 FACTS_S = 0.5
 """What `python -m zinf_cli.launch.facts` takes on a host."""
 RANKS = 8
@@ -69,10 +70,11 @@ class Played:
 
 
 class World:
-    """All hosts. `say` is called with what has happened, for whoever measures."""
+    """All hosts, at the end of `hops` links. `say` is called with what has happened, for whoever measures."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], hops: int) -> None:
         self._say = say
+        self._latency_s = hops * LATENCY_S
         self._ready = selectors.DefaultSelector()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -112,9 +114,8 @@ class World:
         host = Played(link, number)
         self._hosts[number] = host
         self._ready.register(link, selectors.EVENT_READ, host)
-        login = (2 * LOGIN_TRIPS - 1) * LATENCY_S
-        self.at(login, lambda: self._send(host, {"event": "hello", "python": "3.11.2", "visible": ""}))
-        self.at(login, lambda: self._beat(host))
+        self.at(LOGIN_S, lambda: self._send(host, {"event": "hello", "python": "3.11.2", "visible": ""}))
+        self.at(LOGIN_S, lambda: self._beat(host))
 
     def _receive(self, host: Played) -> None:
         try:
@@ -158,8 +159,8 @@ class World:
             self._later(host, {"answer": answer})
 
     def _later(self, host: Played, message: Mapping[str, Any], seconds: float = 0.0) -> None:
-        """Send an answer to what will only arrive LATENCY_S from now."""
-        self.at(LATENCY_S + seconds, lambda: self._send(host, message))
+        """Send an answer to what will only arrive in a while."""
+        self.at(self._latency_s + seconds, lambda: self._send(host, message))
 
     def _find_figures(self, host: Played, question: str) -> None:
         done = subprocess.run(module_command("zinf_cli.train.question"), input=question, capture_output=True, text=True)
@@ -169,8 +170,8 @@ class World:
     def _start(self, host: Played) -> None:
         host.trains = True
         self._training += 1
-        self.at(LATENCY_S, lambda: self._write(host))
-        self.at(LATENCY_S, lambda: self._measure(host))
+        self.at(self._latency_s, lambda: self._write(host))
+        self.at(self._latency_s, lambda: self._measure(host))
         if self._training == len(self._hosts):
             self._say("started")
             self.at(STEADY_S, self._burst)
@@ -209,7 +210,7 @@ class World:
 
     def _file(self, host: Played, path: str, offset: int, data: bytes) -> None:
         text = b'{"event": "file", "path": "%s", "offset": %d, "data": "%s"}\n' % (path.encode(), offset, data)
-        self.at(LATENCY_S, partial(self._put, host, text))
+        self.at(self._latency_s, partial(self._put, host, text))
 
     def _fail(self) -> None:
         """One rank fails. A second later all others do, because of it, and every agent ends."""
@@ -245,7 +246,7 @@ class World:
 
     def _send(self, host: Played, message: Mapping[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
-        self.at(LATENCY_S, lambda: self._put(host, data))
+        self.at(self._latency_s, lambda: self._put(host, data))
 
     def _put(self, host: Played, data: bytes) -> None:
         if self._hosts.get(host.number) is host:
@@ -264,7 +265,7 @@ class World:
 
 
 def main() -> None:
-    World(lambda word: print(f"{time.time()} {word}", flush=True)).serve(sys.argv[1])
+    World(lambda word: print(f"{time.time()} {word}", flush=True), int(sys.argv[2])).serve(sys.argv[1])
 
 
 if __name__ == "__main__":

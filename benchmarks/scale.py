@@ -1,7 +1,8 @@
 """`python -m benchmarks.scale`: launches on 512 to 4096 hosts that one process plays (played_hosts.py), 8 ranks each.
 
 All that the launcher does is real but the transport: preflight, plan, start, heartbeats, mirrored logs, and the first
-of thousands of failures by its name. Each message takes 50 ms each way, and a login nine round trips. What the model
+of thousands of failures by its name. Relays are real, in processes of their own (played_relays.py). Each message takes
+50 ms each way, twice that where it passes a relay, and a login nine round trips. What the model
 takes was asked before, as in the second launch of a recipe.
 
 What a real connection costs the launcher's machine beside that is measured with `ssh` to a real sshd: `--clients`.
@@ -10,6 +11,7 @@ What a real connection costs the launcher's machine beside that is measured with
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import numpy as np
 import psutil
 import yaml
 
+from benchmarks.launch_on_played import Played
 from benchmarks.played_hosts import BURST_LINES, FAILING, LINE, RANKS
 from benchmarks.results import add_save, report
 from benchmarks.startup import LLAMA
@@ -83,7 +86,8 @@ def _launch(folder: Path, count: int) -> dict[str, Any]:
     recipe = _recipe(folder, count)
     _ask_for_figures(recipe, count)
     whole = BURST_LINES * len(LINE) * 3 // 4
-    with _player(folder) as said, (folder / "err").open("w") as errors:
+    by_relays = count > Played.most_direct
+    with _player(folder, hops=1 + by_relays) as said, (folder / "err").open("w") as errors:
         words = [sys.executable, "-m", "benchmarks.launch_on_played", str(folder / "socket"), str(recipe), str(count)]
         process = subprocess.Popen(words, stderr=errors, stdout=errors)
         launcher, mirrored = _Launcher(psutil.Process(process.pid)), None
@@ -103,6 +107,7 @@ def _launch(folder: Path, count: int) -> dict[str, Any]:
     return {
         "hosts": count,
         "ranks": count * RANKS,
+        "links": math.isqrt(count - 1) + 1 if by_relays else count,
         "ranks_started_s": at["started"] - launcher.began,
         "peak_memory_bytes": launcher.memory,
         "threads": launcher.threads,
@@ -123,18 +128,22 @@ def _ask_for_figures(recipe: Path, count: int) -> None:
 
 
 @contextmanager
-def _player(folder: Path) -> Iterator[Any]:
-    """A process that plays hosts; gives what reads what it has said."""
-    path = folder / "said"
-    with path.open("w") as said:
-        player = subprocess.Popen([sys.executable, "-m", "benchmarks.played_hosts", folder / "socket"], stdout=said)
+def _player(folder: Path, hops: int) -> Iterator[Any]:
+    """A process that plays hosts, and one that starts relays; gives what reads what the first has said."""
+    players = []
     try:
-        while "open" not in path.read_text():
-            time.sleep(_LOOK_S)
-        yield path.read_text
+        for name, *more in (("played_hosts", str(hops)), ("played_relays",)):
+            path = folder / name
+            with path.open("w") as said:
+                words = [sys.executable, "-m", f"benchmarks.{name}", str(folder / "socket"), *more]
+                players.append(subprocess.Popen(words, stdout=said))
+            while "open" not in path.read_text():
+                time.sleep(_LOOK_S)
+        yield (folder / "played_hosts").read_text
     finally:
-        player.kill()
-        player.wait()
+        for player in players:
+            player.kill()
+            player.wait()
 
 
 def _recipe(folder: Path, count: int) -> Path:

@@ -323,7 +323,7 @@ def _configure(lab: Lab, host: LabHost, *, address: str) -> Path:
     names = f"[{host.name}]:{host.port}" if host.port != 22 else f"{host.name},{address}"
     with lab.known_hosts.open("a") as known_hosts:
         known_hosts.write(f"{names} {key}\n")
-    shared = ("PYTHONPATH", "XDG_CACHE_HOME")
+    shared = ("PYTHONPATH", "XDG_CACHE_HOME", "PATH")  # by the last, hosts log in to each other as the user does
     variables = {"LAB_HOST": host.name, **{name: lab.environment[name] for name in shared}}
     config = host.folder / "sshd_config"
     config.write_text(

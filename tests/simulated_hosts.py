@@ -8,12 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from zinf_cli.launch.connection import Lifelines
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.program import Agent, Program
+from zinf_cli.launch.relay import Relay
 from zinf_cli.launch.runner import Outcome, World, run_ranks
 from zinf_cli.launch.transport import Channel
 from zinf_cli.recipe.hosts import Host
@@ -109,6 +111,71 @@ class SimulatedChannel:
 
     def close(self) -> None:
         self._here.close()
+
+
+class SimulatedTree(Simulated):
+    """Hosts that are played behind real relays, which run in threads here; with more than two of them."""
+
+    most_direct = 2
+
+    def __init__(self, answer: Answer = well) -> None:
+        super().__init__(answer)
+        self.relays: dict[str, RelayChannel] = {}
+        self.channels: dict[str, SimulatedChannel] = {}
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        channel = super().open(host, launch_id)
+        assert isinstance(channel, SimulatedChannel)
+        self.channels[host.name] = channel
+        return channel
+
+    def open_relay(self, host: Host, launch_id: str) -> Channel:
+        self.relays[host.name] = RelayChannel(self, launch_id)
+        return self.relays[host.name]
+
+
+class RelayChannel:
+    """A link to a relay that reaches its hosts by `transport`."""
+
+    silence_s = math.inf  # played hosts do not beat
+    first = b""
+
+    def __init__(self, transport: Simulated, launch_id: str, silence_s: float = 10.0) -> None:
+        self.link, there = socket.socketpair()
+        relay = Relay(there.fileno(), there.fileno(), launch_id, transport, transport, silence_s)
+
+        def serve() -> None:
+            with there:
+                relay.serve()
+
+        self._serves = threading.Thread(target=serve, daemon=True)
+        self._serves.start()
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def receive(self) -> bytes:
+        return self.link.recv(1 << 16)
+
+    def has_room(self) -> bool:
+        return True
+
+    def send(self, data: bytes) -> None:
+        self.link.sendall(data)
+
+    def hang_up(self) -> None:
+        self.abort()
+        self._serves.join()
+
+    def abort(self) -> None:
+        with suppress(OSError):
+            self.link.shutdown(socket.SHUT_RDWR)
+
+    def last_words(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self.link.close()
 
 
 def launch(transport: Simulated, run_dir: Path) -> Outcome:

@@ -17,11 +17,12 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from zinf_cli.errors import HostError, ZinfError, inside
+from zinf_cli.launch.branches import Branches, Relay
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.ssh import Ssh
 from zinf_cli.launch.switchboard import Switchboard
-from zinf_cli.launch.transport import Channel, Transport
+from zinf_cli.launch.transport import Channel, Gone, Transport
 from zinf_cli.recipe.hosts import Host
 
 _LOOK_S = 0.1
@@ -264,12 +265,15 @@ class Connection:
 
     def hear(self) -> bool:
         """Take in what has come. False if that was the end."""
+        why = "the connection was lost, or its supervisor killed"
         try:
             data = self._channel.receive()
+        except Gone as error:
+            data, why = b"", str(error)
         except OSError:
             data = b""
         if not data:
-            self._ended = self._ended or "the connection was lost, or its supervisor killed"
+            self._ended = self._ended or why
             self._answers.put(None)  # wakes whoever waits for an answer
             return False
         if self._ended != "closed":
@@ -326,6 +330,7 @@ class Lifelines:
         self._connections: list[Connection] = []
         self._obeys_terminal = False
         self._switchboard = Switchboard()
+        self._branches = Branches(transport, self.launch_id, self._switchboard)
 
     def __enter__(self) -> Lifelines:
         self._switchboard.start()
@@ -340,17 +345,21 @@ class Lifelines:
         if self._obeys_terminal:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         at_all(Connection.close, self._connections)
+        at_all(Relay.close, self._branches.relays)
         self._switchboard.close()
         self._transport.close()
 
-    @property
-    def transport(self) -> str:
-        """By what hosts are reached."""
-        return self._transport.name
+    def branch_out(self, hosts: Sequence[Host]) -> None:
+        """Before `connect` to each: where this machine would have no room to connect to all, let relays do it."""
+        at_all(self._branches.grow, self._branches.wanted(hosts))
+
+    def way_to(self, host: Host) -> str:
+        """By what a host is reached: the name of the transport, and of the relay if there is one."""
+        return self._branches.way_to(host)
 
     def connect(self, host: Host) -> Connection:
         """Start the supervisor of `host`; HostError says why that is not possible. Threads may call it at once."""
-        connection = Connection(host, self._transport.open(host, self.launch_id), self._switchboard)
+        connection = Connection(host, self._branches.open(host), self._switchboard)
         self._connections.append(connection)
         connection.greet()
         return connection
@@ -360,4 +369,5 @@ class Lifelines:
         with ExitStack() as held:
             for connection in tuple(self._connections):
                 held.enter_context(connection.held())
+            held.enter_context(self._branches.held())
             os.kill(os.getpid(), signal.SIGSTOP)

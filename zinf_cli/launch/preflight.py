@@ -100,6 +100,7 @@ def check_hosts(
     At least `min_hosts` have to answer, by default all. `ahead` is, for each host, the process that stands by there.
     """
     rows = [Row(host) for host in hosts]
+    lifelines.branch_out(hosts)
     question = json.dumps({"paths": list(paths), "nvme": list(nvme)})
     at_all(lambda one: _ask(one[0], lifelines, question, one[1]), list(zip_longest(rows, ahead)))
     absent = [row for row in rows if row.connection is None]
@@ -126,7 +127,7 @@ def _ask(row: Row, lifelines: Lifelines, question: str, ahead: Mapping[str, Any]
     except HostError as error:
         row.note("by", "no", f"{error.message} ({error.hint})" if error.hint else error.message)
         return
-    row.note("by", lifelines.transport)
+    row.note("by", lifelines.way_to(row.host))
     row.note("python", row.connection.python)
     command = module_command("zinf_cli.launch.facts")
     asked = time.time()

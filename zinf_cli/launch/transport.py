@@ -29,6 +29,10 @@ _LOADER = "import sys; exec(sys.stdin.buffer.read(int(sys.argv[1])))"
 """Runs the supervisor's program from the start of stdin. Without quotes and newlines, any shell takes it."""
 
 
+class Gone(OSError):  # noqa: N818
+    """Raised by a channel that knows why the supervisor is gone."""
+
+
 class Channel(Protocol):
     """Bytes to and from a supervisor."""
 
@@ -41,7 +45,7 @@ class Channel(Protocol):
         """What can be polled: `receive` does not wait once it can be read."""
 
     def receive(self) -> bytes:
-        """Wait for bytes, and return those that have come. b"" once the supervisor is gone."""
+        """Wait for bytes, and return those that have come. b"" or Gone once the supervisor is gone."""
 
     def has_room(self) -> bool:
         """Whether a few bytes can be sent without waiting for the supervisor."""

@@ -1,0 +1,44 @@
+"""Four real hosts over SSH. A launch connects to two, and relays on these to all, as it does with hundreds."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from host_faults import of_module
+from lab import namespace_lab
+from programs import command
+from workshop import ApartWorkshop, wait_for_steps
+
+
+class Workshop(ApartWorkshop):
+    def command(self, *arguments: str) -> list[str]:
+        words = super().command(*arguments)
+        return [*self.lab.launcher, *command("zinf_by_relays"), *words[words.index("launch") :]]
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> Iterator[Workshop]:
+    with namespace_lab(tmp_path, 4) as lab:
+        yield Workshop(tmp_path, lab)
+
+
+def test_a_relay_that_is_killed_is_named_and_nothing_is_left(apart: Workshop) -> None:
+    apart.content["train"]["global_batch_size"] = 8
+    process = apart.start("--hosts", apart.lab.hostfile(), "train.max_steps=100000")
+    wait_for_steps(apart.run_dir, 1)
+    assert len(apart.lab.named("zinf rank 3")) == 1
+    assert [len(of_module(apart.lab, host, "zinf_cli.launch.relay")) for host in range(4)] == [1, 0, 1, 0]
+    from_here = [line for line in apart.lab.connections() if "launch.relay" in line]
+    assert len(from_here) == 2
+    (relay,) = of_module(apart.lab, 2, "zinf_cli.launch.relay")
+    os.kill(relay, signal.SIGKILL)
+    ended = apart.end(process)
+    assert ended.code == 1, ended.err
+    assert "node3: the connection was lost, or the relay killed" in ended.message
+    assert apart.left_behind() == []
+    assert apart.lab.connections() == []

@@ -1,0 +1,196 @@
+"""Launches through relays: for whoever asks a host, it is as if there were none."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulated_hosts import AGENT, HOSTS, RelayChannel, SimulatedTree, launch, well
+from zinf_cli.errors import HostError
+from zinf_cli.launch.branches import groups_of
+from zinf_cli.launch.connection import _MOST_UNTAKEN, Connection, Lifelines, at_all
+from zinf_cli.launch.frames import MOST_BYTES, Frames, Kind, frame, frames_of
+from zinf_cli.launch.preflight import check_hosts
+from zinf_cli.launch.transport import Channel
+from zinf_cli.recipe.hosts import Host
+
+FOUR = HOSTS[:4]
+
+
+def connected(lifelines: Lifelines, hosts: tuple[Host, ...] = FOUR) -> list[Connection]:
+    lifelines.branch_out(hosts)
+    return at_all(lifelines.connect, hosts)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9, 10, 257, 1024, 4096])
+def test_groups_are_about_the_root_of_all_in_number_and_size(count: int) -> None:
+    hosts = [Host(f"node{number}", (0,)) for number in range(count)]
+    groups = groups_of(hosts)
+    assert [host for group in groups for host in group] == hosts
+    root = math.ceil(math.sqrt(count))
+    assert len(groups) == root
+    assert max(len(group) for group in groups) <= root
+
+
+@pytest.mark.parametrize("size", [11, 1 << 20])
+def test_frames_may_come_in_pieces(size: int) -> None:
+    data = bytes(range(256)) * 1000
+    sent = b"".join([frame(Kind.BEAT), *frames_of(3, data), frame(Kind.END, 3, b"bye")])
+    frames, found = Frames(), []
+    for start in range(0, len(sent), size):
+        found += list(frames.after(sent[start : start + size]))
+    assert found[0] == (Kind.BEAT, 0, b"")
+    assert found[-1] == (Kind.END, 3, b"bye")
+    assert b"".join(content for _, _, content in found[1:-1]) == data
+    assert max(len(content) for _, _, content in found) == MOST_BYTES
+
+
+def test_a_hundred_hosts_are_started_through_ten_relays(tmp_path: Path) -> None:
+    transport = SimulatedTree()
+    outcome = launch(transport, tmp_path)
+    assert (outcome.exit_code, outcome.failure) == (0, None)
+    assert sorted(transport.relays) == [f"node{number:03d}" for number in range(0, 100, 10)]
+    started = [host for host, do in transport.requests if do == "run"]
+    assert sorted(started) == sorted([host.name for host in HOSTS] * 2)
+    assert started[len(HOSTS)] == "node000"
+
+
+def never_ends(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The agent runs until it is killed."""
+    if request["do"] == "run" and request["command"] == AGENT.start()["command"]:
+        return [{"answer": 1}]
+    if request["do"] == "kill":
+        return [{"answer": None}, {"event": "ended", "code": -15, "output": "", "errors": ""}]
+    return well(host, request)
+
+
+def test_a_relay_that_is_lost_is_the_cause_of_its_group(tmp_path: Path) -> None:
+    def cut(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
+        said = never_ends(host, request)
+        if said == [{"answer": 1}]:
+            started.append(host.name)
+            if len(started) == len(HOSTS):
+                transport.relays["node050"].abort()
+        return said
+
+    started: list[str] = []
+    transport = SimulatedTree(cut)
+    outcome = launch(transport, tmp_path)
+    assert outcome.failure is not None
+    assert outcome.failure.host == "node050"
+    assert outcome.failure.error.message == "the connection was lost, or the relay killed"
+    assert outcome.others.startswith("node051, node052")
+    assert "lost as well; ended on node000" in outcome.others
+    swept = sorted(host for host, do in transport.requests if do == "sweep")
+    assert swept == [f"node{number:03d}" for number in range(50, 60)]
+
+
+def test_hosts_of_a_lost_relay_say_so() -> None:
+    transport = SimulatedTree()
+    with Lifelines(transport) as lifelines:
+        first, second, third, fourth = connected(lifelines)
+        transport.relays["node002"].abort()
+        for lost in (third, fourth):
+            assert lost.hear_event(20) is None
+        assert third.lost == "the connection was lost, or the relay killed"
+        assert fourth.lost == "its relay node002 is lost: the connection was lost, or the relay killed"
+        assert first.request("reach") == second.request("reach") == "eth0"
+
+
+def test_a_host_that_is_lost_behind_a_relay_is_lost_alone() -> None:
+    transport = SimulatedTree()
+    with Lifelines(transport) as lifelines:
+        *others, fourth = connected(lifelines)
+        transport.channels["node003"].hang_up()
+        assert fourth.hear_event(20) is None
+        assert fourth.lost == "the connection was lost, or its supervisor killed"
+        assert [other.request("reach") for other in others] == ["eth0"] * 3
+
+
+class Unwilling(SimulatedTree):
+    """`refuses` has a host once for each login that it refuses; on hosts of `without` there is no zinf."""
+
+    def __init__(self, refuses: list[str], without: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._refuses, self._without = refuses, without
+
+    def open(self, host: Host, launch_id: str) -> Channel:
+        if host.name in self._refuses:
+            self._refuses.remove(host.name)
+            raise HostError(f"no key is accepted, {len(self._refuses)} left", where=host.name, hint="add a key")
+        return super().open(host, launch_id)
+
+    def open_relay(self, host: Host, launch_id: str) -> Channel:
+        if host.name in self._without:
+            raise HostError("no zinf there", where=host.name)
+        return super().open_relay(host, launch_id)
+
+
+def test_a_host_that_only_the_launcher_reaches_is_reached_from_there() -> None:
+    with Lifelines(Unwilling(["node001"])) as lifelines:
+        rows = check_hosts(FOUR, lifelines).rows
+        by = ["simulated, node000", "simulated", "simulated, node002", "simulated, node002"]
+        assert [row.cells["by"] for row in rows] == by
+
+
+def test_a_host_that_nobody_reaches_has_both_reasons() -> None:
+    with Lifelines(Unwilling(["node001", "node001"])) as lifelines:
+        (problem,) = check_hosts(FOUR, lifelines).problems
+    assert problem == "node001: no key is accepted, 0 left; from node000: no key is accepted, 1 left (add a key)"
+
+
+def test_the_next_host_is_the_relay_where_the_first_can_not_be() -> None:
+    with Lifelines(Unwilling([], ("node000",))) as lifelines:
+        connected(lifelines)
+        ways = ["simulated", "simulated, node001", "simulated, node002", "simulated, node002"]
+        assert [lifelines.way_to(host) for host in FOUR] == ways
+
+
+def test_few_hosts_get_no_relay() -> None:
+    transport = SimulatedTree()
+    with Lifelines(transport) as lifelines:
+        connected(lifelines, FOUR[:2])
+    assert transport.relays == {}
+
+
+def test_a_host_that_talks_a_lot_waits_and_holds_up_no_other() -> None:
+    """Its events are not taken. Then they are, and none is missing."""
+    count, size = 4000, 1000
+    transport = SimulatedTree()
+    with Lifelines(transport) as lifelines:
+        *_, third, fourth = connected(lifelines)
+
+        def talk() -> None:
+            for number in range(count):
+                transport.channels["node003"]._say({"event": "file", "number": number, "data": "x" * size})
+
+        threading.Thread(target=talk, daemon=True).start()
+        waiting: Any = fourth._channel
+        most = 0
+        for _ in range(50):
+            assert third.request("reach") == "eth0"
+            most = max(most, len(waiting._come))
+        numbers = []
+        for _ in range(count):
+            event = fourth.hear_event(20)
+            assert event is not None
+            numbers.append(event["number"])
+            most = max(most, len(waiting._come))
+        assert numbers == list(range(count))
+        assert most < 16 * _MOST_UNTAKEN < count * size
+
+
+def test_a_relay_that_hears_nothing_hangs_up_on_its_hosts() -> None:
+    link = RelayChannel(SimulatedTree(), "id", silence_s=0.3)
+    asked = {"host": "node000", "user": None, "port": None, "own": True}
+    link.send(frame(Kind.OPEN, 1, json.dumps(asked).encode()))
+    frames, kinds = Frames(), []
+    while data := link.receive():
+        kinds += [kind for kind, _, _ in frames.after(data)]
+    assert {Kind.OPENED, Kind.DATA} <= set(kinds)
+    link.close()
