@@ -16,6 +16,8 @@ PAGE = 4096
 """Bytes. Buffers, extents and regions of files begin at a multiple, as direct I/O asks."""
 PIECE = 4 * 2**20
 """Bytes of a field that are moved at once, and that have one checksum. The cuts are at multiples from its start."""
+MAPPED = 16 * 2**20
+"""Bytes. malloc maps a block of as many by itself, and a freed one goes back to the kernel: it leaves no hole."""
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I16": 2}
 """Bytes of an element, by dtype as safetensors writes it."""
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}

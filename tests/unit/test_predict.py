@@ -19,10 +19,11 @@ from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.profile_file import Best, Links, Measured, Nvme, to_profile
 from zinf_cli.plan.exact import reasons_of
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import CLASSES, WORKSPACE_BYTES, Choice, compute_bytes
+from zinf_cli.plan.memory import CLASSES, Choice
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import best_plan
+from zinf_cli.plan.temporaries import WORKSPACE_BYTES, compute_bytes
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.train.figures import find_figures

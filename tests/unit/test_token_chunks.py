@@ -18,9 +18,9 @@ from zinf_cli.engine.units import token_chunks
 from zinf_cli.engine.units.row_wise import proof
 from zinf_cli.engine.units.token_chunks import in_chunks
 from zinf_cli.models.model import build_model
-from zinf_cli.plan.memory import compute_bytes
 from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.search import best_plan
+from zinf_cli.plan.temporaries import compute_bytes
 from zinf_cli.train.figures import find_figures
 
 SHAPE = (2, 64, 32)

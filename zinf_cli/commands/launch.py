@@ -29,6 +29,7 @@ from zinf_cli.launch.runner import Outcome, World, run_ranks
 from zinf_cli.launch.summary import merge_traces, summarise
 from zinf_cli.machine.hardware import Room, room_here, room_of, share_in_memory
 from zinf_cli.machine.profile_file import find_measured
+from zinf_cli.model_state import MAPPED
 from zinf_cli.plan.parts import plan_in_parts
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
@@ -249,7 +250,7 @@ def _least_room(preflight: Preflight) -> Room:
 
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(16 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(MAPPED),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
 }

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from zinf_cli.model_state import ADAMW, GRAD, PRECISIONS, OptimizerState
+from zinf_cli.model_state import ADAMW, GRAD, MAPPED, PRECISIONS, OptimizerState
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class UnitFigures:
     """What autograd saves before its calls, outside of units, without what it has saved there before."""
     again_bytes: int = 0
     """What it saves there, and had saved outside of units before."""
+    mapped_bytes: int = 0
+    """The part of `saved_bytes` in blocks that malloc maps by themselves: logits of a loss in chunks."""
     chunkable_bytes: int = 0
     """The part of `saved_bytes` that is not there if its MLP is computed in chunks of tokens."""
     chunkable_numel: int = 0
@@ -89,15 +91,26 @@ class UnitFigures:
 
     def inside_bytes(self, per_sweep: int) -> int:
         """Of compute in one call, or in those of several of `per_sweep` micro-batches (engine/compute/joined.py)."""
-        gradient = GRAD.item_bytes * self.largest_trained_numel
         each = 2 * self.call_bytes + self.output_bytes
-        joined = min(gradient, per_sweep * each) if self.product and per_sweep > 1 else 0
-        return self.saved_bytes // max(1, self.calls) + 2 * self.output_bytes + gradient + joined
+        joined = min(self.gradient_bytes, per_sweep * each) if self.product and per_sweep > 1 else 0
+        return self.saved_bytes // max(1, self.calls) + 2 * self.output_bytes + self.gradient_bytes + joined
 
     @property
     def turn_bytes(self) -> int:
         """Of compute where a sweep turns in this unit, without the loss."""
-        return self.saved_bytes + 3 * self.output_bytes + GRAD.item_bytes * self.largest_trained_numel
+        return self.saved_bytes + 3 * self.output_bytes + self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the largest gradient as compute makes it. One is there at a time, and is then added to the unit's."""
+        return GRAD.item_bytes * self.largest_trained_numel
+
+    def apart_bytes(self, calls: int) -> int:
+        """The part of `inside_bytes`, or of `turn_bytes`, that malloc maps by itself.
+
+        That is the gradient, and `mapped_bytes` of one of `calls` calls.
+        """
+        return (self.gradient_bytes if self.gradient_bytes >= MAPPED else 0) + self.mapped_bytes // max(1, calls)
 
     @property
     def passes(self) -> float:

@@ -13,12 +13,9 @@ from dataclasses import dataclass, replace
 
 from zinf_cli.model_state import (
     CHUNK_NUMEL,
-    DEVICE_BLOCK_NUMEL,
     DEVICE_CHUNK_NUMEL,
-    DEVICE_LOGITS,
     FP32_BYTES,
     GRAD,
-    ITEM_BYTES,
     PAGE,
     PIECE,
     SLICE_MULTIPLE,
@@ -33,21 +30,12 @@ CHURN_BYTES = 50 * MIB
 come and go."""
 LANE_BYTES = 11 * MIB
 """What each micro-batch of a sweep adds to CHURN_BYTES: each has a thread of its own."""
-WORKSPACE_BYTES = 32 * MIB
-"""What each thread that multiplies matrices on an accelerator has of it: cuBLAS's workspace, the largest of torch's
-defaults. Threads are those of the micro-batches, the one that computes and that of autograd."""
-UPDATE_TEMPORARIES = 5
-"""Tensors of an update's block that are there at once while masters are joined and split, and one of the kernel's."""
-WHOLE_TEMPORARIES = 20
-"""Bytes for each element of a matrix while it is updated whole: its momentum, and what Newton-Schulz makes of it."""
 LAUNCHER_BYTES = 122 * MIB
 """Per host: the launcher, and what torchrun's agent and the guards do not share with the ranks."""
 KEPT_MORE = 1.2
 """The memory of kept activations, divided by their bytes. They are many tensors, with gaps between them."""
-TEMPORARIES_MORE = 1.5
-"""The same for temporaries of compute: malloc does not always put one where the last one was."""
 LEAST_PART = 1 << 16
-"""Elements of the smallest part that a plan cuts a model into; a row of a matrix may have more."""
+"""Elements of the smallest part that any model is cut into; a row of a matrix may have more."""
 CLASSES = (*STATES, "activations")
 NAMES = {
     "params": "parameters",
@@ -310,8 +298,9 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
 
     Slots. A visit takes one *block* of the slot arena for parameters and gradient (`block_bytes`). While one unit is
     computed, the next one is fetched. So the least is the largest block and a typical one, the median, beside it. With
-    DEPTH typical ones beside the largest, reads run further ahead of compute. Loading uses the same arena before the
-    first step: a piece of the widest slice has to fit, too.
+    DEPTH typical ones beside the largest, reads run further ahead of compute. No more is taken than visits in a row
+    need: of a model with few units, a typical one may be the largest, which is visited seldom. Loading uses the same
+    arena before the first step: a piece of the widest slice has to fit, too.
 
     Resident. The resident unit is held for the whole step, in an arena of its own. It takes its block twice, since it
     is fetched for the next step before this step releases it.
@@ -337,9 +326,10 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
     load = 0
     if not (choice.in_place("params") and choice.in_place("optimizer")):
         load = min(PIECE, max(unit.numel * FP32_BYTES // figures.world_size for unit in units))
-    least = max(largest + typical, round_up(load))
+    route = [size for unit, size in (sizes[number] for number in _visits(figures)) if not unit.resident]
+    least = max(min(largest + typical, _in_a_row(route, 2)), round_up(load))
     return Working(
-        slot_bytes=max(least, largest + DEPTH * typical),
+        slot_bytes=max(least, min(largest + DEPTH * typical, _in_a_row(route + route[:DEPTH], DEPTH + 1))),
         least_slot_bytes=least,
         resident_bytes=2 * sum(resident) + PAGE,
         chunk_numel=chunk_numel,
@@ -348,6 +338,18 @@ def working_buffers(figures: Figures, choice: Choice, sweeps: int) -> Working:
         least_staging_bytes=2 * staging,
         least_chunk_bytes=least_chunk_bytes,
     )
+
+
+def _visits(figures: Figures) -> list[int]:
+    """The units that a sweep visits: forward, and backward without the one where it turns."""
+    model = figures.model
+    turns = model.learned[-1:] == model.order[-1:]
+    return [*model.order, *reversed(model.learned[:-1] if turns else model.learned)]
+
+
+def _in_a_row(blocks: Sequence[int], count: int) -> int:
+    """The most bytes that `count` blocks in a row take."""
+    return max((sum(blocks[first : first + count]) for first in range(len(blocks))), default=0)
 
 
 def _chunks(figures: Figures, choice: Choice) -> tuple[int, int, int]:
@@ -373,26 +375,3 @@ def _chunks(figures: Figures, choice: Choice) -> tuple[int, int, int]:
     least_chunks, fields = beside + gradient + param, beside + gradient * (choice.update != "eager")
     together = (whole + gradient + param) * max(unit.whole_numel for unit in units) * FP32_BYTES
     return chunk_numel, max(8 * fields, least_chunks, -(-together // (chunk_numel * FP32_BYTES))), together
-
-
-def compute_bytes(figures: Figures, choice: Choice) -> int:
-    """Bytes of compute at its peak, on the compute device: one unit of one micro-batch, and the glue between units."""
-    model = figures.model
-    joined = [choice.per_sweep if number != model.turn else 1 for number in range(len(model.units))]  # none at the turn
-    inside = max((unit.inside_bytes(count) for unit, count in zip(model.units, joined, strict=True)), default=0)
-    turn = 0 if model.turn is None else model.units[model.turn].turn_bytes + model.loss_bytes
-    if model.loss_in_chunks and choice.compute_tier == "device":
-        turn += 2 * DEVICE_LOGITS * ITEM_BYTES[figures.dtype]
-    waiting = max(model.live_bytes, *(unit.call_bytes for unit in model.units), 0)
-    if glue_leaves(figures, choice):
-        inside += max((unit.before_bytes for unit in model.units), default=0)
-    else:
-        waiting += model.glue_bytes
-    workspaces = 0
-    if choice.compute_tier == "device":
-        workspaces = WORKSPACE_BYTES * (choice.per_sweep + 2)
-        if choice.update != "deferred":  # beside compute, so in memory of its own
-            workspaces += UPDATE_TEMPORARIES * DEVICE_BLOCK_NUMEL * FP32_BYTES
-    updated = max((unit.largest_trained_numel for unit in model.units if unit.whole_numel), default=0)
-    peak = max(inside, turn, updated * WHOLE_TEMPORARIES)
-    return int(peak * TEMPORARIES_MORE) + waiting * choice.per_sweep + workspaces

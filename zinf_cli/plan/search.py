@@ -26,7 +26,6 @@ from zinf_cli.plan.memory import (
     Choice,
     Working,
     cached_bytes,
-    compute_bytes,
     framework_bytes,
     host_bytes,
     shadow_bytes,
@@ -38,6 +37,7 @@ from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan, SweepCost
 from zinf_cli.plan.predict import cluster_of, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
+from zinf_cli.plan.temporaries import compute_bytes
 from zinf_cli.plan.traffic import checkpoint_traffic, nvme_traffic
 from zinf_cli.recipe.hosts import Host, this_machine
 from zinf_cli.recipe.recipe import Recipe

@@ -222,6 +222,7 @@ def _unit_figures(
         input_bytes=use.input_bytes,
         call_bytes=use.call_bytes,
         saved_bytes=use.saved_bytes,
+        mapped_bytes=use.mapped_bytes,
         output_bytes=use.output_bytes,
         before_bytes=use.before_bytes,
         taken_bytes=use.taken_bytes,

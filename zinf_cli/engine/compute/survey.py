@@ -56,6 +56,8 @@ class UnitUse:
     """What autograd saves before its calls, in whole pages, without what it has saved between units before."""
     again_bytes: int = 0
     """What it saves there, and had saved between units before."""
+    mapped_bytes: int = 0
+    """The part of `saved_bytes` in blocks that malloc maps by themselves."""
 
 
 @dataclass
@@ -260,7 +262,8 @@ class _Watch(TorchFunctionMode):
         """Call a unit as the tape does, with doors for its inputs and outputs."""
         use = self.uses.setdefault(number, UnitUse())
         weights = self._units[number].flats[0]
-        use.saved_bytes += temporary_bytes(args, weights.params[0].shape, weights.dtype)
+        taken, mapped = temporary_bytes(args, weights.params[0].shape, weights.dtype)
+        use.saved_bytes, use.mapped_bytes = use.saved_bytes + taken, use.mapped_bytes + mapped
         flat, spec = opened(args, kwargs)
         reach = Reach(flat)
         leaves = [t for t in (*pytree.tree_leaves((args, kwargs)), *reach.tensors) if isinstance(t, torch.Tensor)]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from zinf_cli.engine.units.weight_grads import adds_products
-from zinf_cli.model_state import DEVICE_LOGITS
+from zinf_cli.model_state import DEVICE_LOGITS, MAPPED
 from zinf_cli.tiers.streams import streams_of
 
 CHUNK = 1 << 25
@@ -128,20 +128,22 @@ def joined(
     return (loss / _divisor(learns, reduction)).to(dtype)
 
 
-def temporary_bytes(args: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> int:
-    """What a call of a tile with `args` takes at its peak beside its arguments, if it is for the loss; else 0.
+def temporary_bytes(args: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> tuple[int, int]:
+    """What a call of a tile with `args` takes at its peak beside its arguments, and how much of that malloc maps by
+    itself; 0, 0 if the call is not for the loss.
 
     The tile's weight has `shape` and `dtype`. It takes logits and their softmax, what operations make of logits, the
     gradient of the input, and, of a 16-bit weight, the gradient that a chunk adds to the sum.
     """
     if not args or args[0] not in (loss_in_chunks, sums_in_chunks):
-        return 0
+        return 0, 0
     hidden: torch.Tensor = args[2]
     operations: tuple[Operation, ...] = args[5]
     logits = min(len(hidden), _rows_of_a_chunk(shape[0])) * shape[0]
     each = 8 + (2 * dtype.itemsize + 4 * len(operations) if operations or dtype != torch.float32 else 0)
     more = 0 if dtype == torch.float32 else math.prod(shape) * dtype.itemsize
-    return logits * each + 2 * hidden.numel() * dtype.itemsize + more
+    mapped = logits * each if logits * dtype.itemsize >= MAPPED else 0
+    return logits * each + 2 * hidden.numel() * dtype.itemsize + more, mapped
 
 
 class _Loss(torch.autograd.Function):
@@ -207,6 +209,7 @@ def _pass(
         total -= torch.where(learn, logs.gather(1, label.unsqueeze(1)).squeeze(1), 0.0).sum()
         if gradients is not None:
             gradients.add(rows, weight, back(_of_each(logs.exp_(), factor, label, -factor)))
+        del logs  # before the next chunk has its own
     return total
 
 
@@ -251,6 +254,7 @@ class _SumsOfTile(torch.autograd.Function):
             shares = F.softmax(logits, -1)
             del logits
             gradients.add(rows, weight, back(_of_each(shares, of_sum, label, of_label)))
+            del shares  # before the next chunk has its own
         return (*gradients.found(), *[None] * 4)
 
 
