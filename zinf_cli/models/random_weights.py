@@ -30,7 +30,7 @@ class RandomWeights:
     """A WeightSource of values drawn from `seed`: float32 on the CPU; the global generator is left as it was.
 
     Reading anything of a block moves the generator over the whole block: ask for a block's parameters together, or
-    for their parts in order, from one thread. Memory is that of what is asked for, a few MiB, and of parameters that
+    for one after another, from one thread. Memory is that of what is asked for, a few MiB, and of parameters that
     can't be made by ranges (see models/recorded.py).
     """
 
@@ -51,12 +51,18 @@ class RandomWeights:
         self._subtree_of = {name: subtree for subtree, names in self._members.items() for name in names}
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """float32 values of the parameters `names` (as in `model.named_parameters()`), in their shapes."""
+        """float32 values of the parameters `names` (as in `model.named_parameters()`), in their shapes.
+
+        Those of some of a block are drawn as ranges: it may be asked for the others next.
+        """
         sources = {name: self._drawn_as[name] for name in names}
         values: dict[str, torch.Tensor] = {}
         for subtree in dict.fromkeys(self._subtree_of[source] for source in sources.values()):
             asked = [source for source in sources.values() if self._subtree_of[source] == subtree]
-            drawn = self._latest.get(subtree) or self._draw(subtree, whole=asked)
+            if set(asked) == set(self._members[subtree]):
+                drawn = self._latest.get(subtree) or self._draw(subtree, whole=asked)
+            else:
+                drawn = self._ranges_of(subtree)
             for source in asked:
                 shape = self._skeleton.get_parameter(source).shape
                 values[source] = drawn[source].read(0, shape.numel()).view(shape)
@@ -68,11 +74,14 @@ class RandomWeights:
         The first part of a subtree draws it all, a piece at a time; later ones are drawn from where they begin.
         """
         source = self._drawn_as[name]
-        subtree = self._subtree_of[source]
+        return self._ranges_of(self._subtree_of[source])[source].read(first, last)
+
+    def _ranges_of(self, subtree: str) -> dict[str, Recording]:
+        """The parameters of a subtree, none of them real. The latest are kept."""
         if subtree not in self._latest:
             self._latest.clear()
             self._latest[subtree] = self._draw(subtree)
-        return self._latest[subtree][source].read(first, last)
+        return self._latest[subtree]
 
     def _draw(self, subtree: str, whole: Collection[str] = ()) -> dict[str, Recording]:
         """The parameters of a subtree; real from the start are those of `whole`."""

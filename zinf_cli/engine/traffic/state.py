@@ -146,6 +146,7 @@ def load_params(
         values = read([param.name for flat in flats for param in flat.layout.params])
         for flat in flats:
             _load(flat, flat.stored[:1] or (FROZEN,), partial(_whole_values, values), memory, writes)
+        del values  # before the next unit's are read
         told(number / len(units))
     while writes:
         _finish(writes)
