@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from in_process import run
 from tiny_models import CONFIGS, random_source, some_of
 from tiny_recipes import recipe_of
-from zinf_cli.amounts import parse_bytes
 from zinf_cli.machine.profiles import Drives
+from zinf_cli.plan import parts
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.parts import largest_that_fits, plan_in_parts
 from zinf_cli.plan.predict import profile_here
@@ -76,22 +77,45 @@ def test_a_model_is_cut_only_where_it_must_and_no_further(tmp_path: Path) -> Non
 
     needed = best_plan(recipe, figures).limits[0].needed
     frugal = min(best_plan(_with_memory(recipe, 1), figures).limits[0].needed, needed)
-    for more, parts in ((MIB, 0), (-40 * MIB, 1), (-110 * MIB, 1)):
+    for more, cuts in ((MIB, 0), (-40 * MIB, 1), (-110 * MIB, 1)):
         tight = _with_memory(recipe, frugal + more)
         asked.clear()
         plan = plan_in_parts(tight, figures, figures_of)
         assert plan.fits
-        assert len(asked) == parts
+        assert len(asked) == cuts
         assert plan.figures.model.most == (asked[-1] if asked else None)
     hopeless = _with_memory(recipe, figures.machine.process_bytes)
     assert largest_that_fits(hopeless, figures) is None
     asked.clear()
-    refused = refusal(plan_in_parts(hopeless, figures, figures_of), hopeless).message
+    refused = plan_in_parts(hopeless, figures, figures_of)
     assert not asked
-    assert "smallest parts; the largest, of model.layers.0." in refused
-    least = parse_bytes(re.findall(r"cpu needs (\S+ \S+),", refused)[0])
-    assert plan_in_parts(_with_memory(recipe, int(least * 1.05)), figures, figures_of).fits
-    assert not plan_in_parts(_with_memory(recipe, int(least * 0.95)), figures, figures_of).fits
+    assert "; the largest, of model.layers.0." in refusal(refused, hopeless, figures_of).message
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "qwen3_moe"])
+def test_the_least_that_a_refusal_names_is_enough_and_less_is_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 4 KiB and more: parts of the least size are as many as they are in a large model."""
+    monkeypatch.setattr(parts, "MOST_PARTS", 64)
+    recipe = recipe_of(tmp_path, name)
+    wide = {"t5": {"d_model": 512, "d_ff": 2048}}
+    widths = wide.get(name, {"hidden_size": 512, "intermediate_size": 2048})
+    config = {**(recipe.model.config or {}), **widths}
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
+    figures = find_figures(recipe, 1)
+
+    @cache
+    def figures_of(most: int) -> Figures:
+        return replace(find_figures(recipe, 1, most=most), machine=figures.machine)
+
+    hopeless = _with_memory(recipe, figures.machine.process_bytes)
+    refused = refusal(plan_in_parts(hopeless, figures, figures_of), hopeless, figures_of).message
+    least = int(re.findall(r"(\d+) MiB are enough", refused)[0])
+    enough, less = (plan_in_parts(_with_memory(recipe, mib * MIB), figures, figures_of) for mib in (least, least - 1))
+    assert enough.fits
+    assert enough.figures.model.most is not None
+    assert not less.fits
 
 
 def test_blocks_that_fit_whole_are_cut_if_the_step_gets_much_shorter_and_stay_so(tmp_path: Path) -> None:
@@ -136,8 +160,8 @@ def test_a_weight_that_cant_be_cut_stays_whole_and_is_named(tmp_path: Path, monk
     )
     needed = best_plan(_with_memory(recipe, 1), cut).limits[0].needed
     tight = _with_memory(recipe, needed - 16 * MIB)
-    refused = refusal(plan_in_parts(tight, figures, lambda _: cut), tight).message
-    assert re.search(r"parts; model\.layers\.\d\.mlp\.up_proj\.weight can't be cut, and takes 64\.1 MiB", refused)
+    refused = refusal(plan_in_parts(tight, figures, lambda _: cut), tight, lambda _: cut).message
+    assert re.search(r"them; model\.layers\.\d\.mlp\.up_proj\.weight can't be cut, and takes 64\.1 MiB", refused)
     tiny = recipe_of(tmp_path, "llama")
     whole = run(tiny, best_plan(tiny, find_figures(tiny, 1)))
     parts = run(tiny, best_plan(tiny, find_figures(tiny, 1, most=2000)))

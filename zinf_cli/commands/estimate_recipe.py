@@ -64,7 +64,8 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
                 figures_of = partial(found, recipe if same_model else asked, changed)
                 return plan_in_parts(asked, figures_of(None), figures_of, profile, hosts, room)
 
-            figures = found(recipe, lambda figures: figures, None)
+            figures_of = partial(found, recipe, lambda figures: figures)
+            figures = figures_of(None)
             if elsewhere is not None:
                 profile = _with_ranks(elsewhere, figures)
             else:
@@ -72,6 +73,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
                 profile = profile_here(figures, nvme_folders(recipe), measured)
             room = room_for(recipe, figures)
             plan = planned(recipe, lambda figures: figures, profile, room)
+            refused = None if plan.fits else refusal(plan, recipe, figures_of, hosts)
             others = list(alternatives(recipe, plan, profile, room, planned)) if flags.explain else []
     tokens = recipe.train.seq_len * recipe.train.micro_batch_size
     played = predict(plan, tokens, profile)
@@ -91,8 +93,8 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
         if flags.explain:
             console.print(alternatives_screen(plan, others, recipe.train.seq_len))
-    if not plan.fits:
-        raise refusal(plan, recipe, hosts)
+    if refused is not None:
+        raise refused
 
 
 def _elsewhere(hardware: str | None) -> Profile | None:

@@ -126,7 +126,7 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
         before = plan_in(recipe.output_dir) if resumed else None
         plan = plan_in_parts(recipe, figures, ready.figures_of, profile, ready.hosts, ready.room, before)
         if not plan.fits:
-            raise refusal(plan, recipe, ready.hosts, ready.room)
+            raise refusal(plan, recipe, ready.figures_of, ready.hosts, ready.room)
         if resumed:
             plan = replace(plan, resume=str(resumed[0]))
         rest = f"bytes by tier, and every default: --explain, or {PLAN} and {RECIPE} in {recipe.output_dir}"

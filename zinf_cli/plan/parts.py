@@ -2,7 +2,9 @@
 
 A unit that is computed takes room for its parameters and their gradient, so the largest unit decides what a rank needs
 at least. If no placement fits, the model is cut: blocks into their own modules, and matrices into tiles of rows
-(engine/units/tiles.py). Each part costs a visit, so parts are as large as fit.
+(engine/units/tiles.py). Each part costs a visit, and each tile brings its input back for its own backward. So parts are
+as large as fit. But a visit costs little beside the state of SMALL elements: where inputs are small as well, parts have
+no more, and memory does not follow the layer.
 
 Whole blocks may fit, and leave so little memory beside them that compute waits for the drive. Smaller units leave more,
 for what is read ahead and for cached units. So the model is cut as well if that makes the simulated step shorter, by
@@ -22,12 +24,20 @@ from zinf_cli.machine.profiles import Profile
 from zinf_cli.plan.layout import Figures, UnitFigures
 from zinf_cli.plan.memory import LEAST_PART
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.search import best_plan, fits
+from zinf_cli.plan.search import best_plan, fits, frugal_plan
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
 
 ATTEMPTS = 4
 """How many cuts are tried, each with half the elements of the one before. Only a cut shows what can't be cut."""
+SMALL = 1 << 23
+"""Elements of a part whose state takes a hundred times as long to move in a step as a visit costs: 200 MiB and more."""
+WIDENED, INPUTS = 4, 0.02
+"""How many times a block's input the widest input of a part is; and the share of that state which its bytes may be."""
+MOST_PARTS = 4096
+"""About how many parts a model is cut into at most: planning takes longer the more there are."""
+ESTIMATE = 0.1
+"""The share by which the memory of parts may be estimated too high."""
 GAIN = 0.1
 """A model that fits whole is cut if that spares this share of its step. Parts may cost half as much."""
 
@@ -68,12 +78,22 @@ def plan_in_parts(
         in_chunks = planned(_tokens_in_chunks(figures))
         if in_chunks.fits:
             return in_chunks
+    enough = _enough(figures, plan.micro_batches)
     for _ in range(ATTEMPTS):
         smaller = None if plan.fits else largest_that_fits(recipe, plan.figures, hosts, room)
         if smaller is None:
             break
-        plan = planned(figures_of(smaller))
+        plan = planned(figures_of(min(smaller, enough)))
+    least = least_part(figures)
+    if not plan.fits and _may_fit(frugal_plan(recipe, in_parts(plan.figures, least), hosts, room)):
+        smallest = planned(figures_of(least))
+        return smallest if smallest.fits else plan
     return plan
+
+
+def _may_fit(estimated: Plan) -> bool:
+    """Whether parts may fit of which this is estimated before the model is cut."""
+    return all(limit.needed <= limit.allowed * (1 + ESTIMATE) for limit in estimated.limits)
 
 
 def _seconds(plan: Plan) -> float:
@@ -86,19 +106,31 @@ def _largest(figures: Figures) -> int:
     return max((unit.numel for unit in figures.model.units if not unit.resident), default=0)
 
 
+def least_part(figures: Figures) -> int:
+    """Elements of the smallest parts that the model is cut into, as far as its parameters let it."""
+    return max(LEAST_PART, -(-figures.model.num_params // MOST_PARTS))
+
+
 def largest_that_fits(
     recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None
 ) -> int | None:
     """Elements of the largest parts with which some placement fits, as far as can be told before the model is cut.
 
-    None if no parts of LEAST_PART elements or more fit.
+    None if no parts of `least_part` elements or more fit.
     """
-    most = _largest(figures) // 2
-    while most >= LEAST_PART:
+    most, least = _largest(figures) // 2, least_part(figures)
+    while most >= least:
         if fits(recipe, in_parts(figures, most), hosts, room):
             return most
         most = most * 3 // 4
     return None
+
+
+def _enough(figures: Figures, micro_batches: int) -> int:
+    """Elements of a part of the model, than which larger ones would spare next to nothing; else of its largest unit."""
+    inputs = WIDENED * micro_batches * max((unit.call_bytes for unit in figures.model.units), default=0)
+    state = SMALL * figures.optimizer.moved_bytes_per_param
+    return SMALL if inputs <= INPUTS * state else _largest(figures)
 
 
 def _tokens_in_chunks(figures: Figures) -> Figures:
@@ -145,6 +177,7 @@ def _part(unit: UnitFigures, count: int) -> UnitFigures:
             "sent_bytes",
             "again_bytes",
             "saved_bytes",
+            "mapped_bytes",
             "output_bytes",
         )
     }

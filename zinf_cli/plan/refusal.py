@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room
-from zinf_cli.plan.memory import LEAST_PART, NAMES, block_bytes
-from zinf_cli.plan.parts import in_parts
+from zinf_cli.plan.layout import Figures
+from zinf_cli.plan.memory import MIB, NAMES, block_bytes
+from zinf_cli.plan.parts import least_part
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import CHECKPOINTS, frugal_plan
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
 
 
-def refusal(plan: Plan, recipe: Recipe, hosts: Sequence[Host] = (), room: Room | None = None) -> CapacityError:
-    """The error for a plan of `plan_in_parts` that does not fit.
+def refusal(
+    plan: Plan,
+    recipe: Recipe,
+    figures_of: Callable[[int], Figures],
+    hosts: Sequence[Host] = (),
+    room: Room | None = None,
+) -> CapacityError:
+    """The error for a plan of `plan_in_parts` that does not fit; arguments are those of that call.
 
-    If memory for compute is missing, it says what the smallest parts take, and which parameter makes them so large.
+    If memory for compute is missing, the model is cut into the smallest parts. It says how much these need, which is
+    the least that is accepted, and which parameter makes them so large.
     """
-    least = frugal_plan(recipe, in_parts(plan.figures, LEAST_PART), hosts, room)
-    tier = least.choice.compute_tier
-    if plan.over(tier) <= 0 or least.over(tier) <= 0:
+    tier = plan.choice.compute_tier
+    if plan.over(tier) <= 0:
+        return does_not_fit(plan)
+    least = frugal_plan(recipe, figures_of(least_part(plan.figures)), hosts, room)
+    if least.over(tier) <= 0:
         return does_not_fit(plan)
     sweeps = -(-least.micro_batches // least.per_sweep)
     sizes = [
@@ -33,7 +43,10 @@ def refusal(plan: Plan, recipe: Recipe, hosts: Sequence[Host] = (), room: Room |
     num_bytes, part = max(sizes, key=lambda size: size[0])
     size = f"takes {format_bytes(num_bytes)} of the buffers"
     largest = f"{part.param} can't be cut, and {size}" if part.whole else f"the largest, of {part.param}, {size}"
-    return does_not_fit(least, f"that is with the smallest parts; {largest}")
+    limit = next(limit for limit in least.limits if limit.tier == tier)
+    return does_not_fit(
+        least, f"that is with the smallest parts: {-(-limit.needed // MIB)} MiB are enough for them; {largest}"
+    )
 
 
 def does_not_fit(plan: Plan, why: str = "") -> CapacityError:
