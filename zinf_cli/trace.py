@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,21 +108,25 @@ def read_spans(path: Path) -> dict[int, list[Span]]:
         raise UsageError(f"not a trace: {type(error).__name__}: {error}", where=str(path)) from error
 
 
-def summarise_trace(path: Path, waits: int = 5) -> dict[str, Any]:
-    """What a trace.json says in short, rank by rank: seconds, the share of them each lane was busy, the longest waits.
+def summarise_trace(path: Path, rows: int = 5) -> dict[str, Any]:
+    """What a trace.json says in short, rank by rank: seconds, the share of them each lane was busy, the longest waits,
+    and what was computed longest in all: units or their parts, forward or backward.
 
     UsageError where there is no trace.
     """
-    return {"ranks": [_summarise_rank(rank, spans, waits) for rank, spans in read_spans(path).items()]}
+    return {"ranks": [_summarise_rank(rank, spans, rows) for rank, spans in read_spans(path).items()]}
 
 
-def _summarise_rank(rank: int, spans: Sequence[Span], waits: int) -> dict[str, Any]:
+def _summarise_rank(rank: int, spans: Sequence[Span], rows: int) -> dict[str, Any]:
     begin = min(span.start for span in spans)
     seconds = max(1e-6, max(span.end for span in spans) - begin)
     by_lane: dict[str, list[Span]] = defaultdict(list)
     for span in spans:
         by_lane[span.lane].append(span)
-    longest = sorted(by_lane["wait"], key=lambda span: span.start - span.end)[:waits]
+    longest = sorted(by_lane["wait"], key=lambda span: span.start - span.end)[:rows]
+    computed: Counter[str] = Counter()
+    for span in by_lane["compute"]:
+        computed[span.name] += span.end - span.start
     return {
         "rank": rank,
         "seconds": seconds,
@@ -137,6 +141,7 @@ def _summarise_rank(rank: int, spans: Sequence[Span], waits: int) -> dict[str, A
         "longest_waits": [
             {"what": span.name, "seconds": span.end - span.start, "at": span.start - begin} for span in longest
         ],
+        "most_compute": [{"what": name, "seconds": spent} for name, spent in computed.most_common(rows)],
     }
 
 

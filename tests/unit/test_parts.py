@@ -40,7 +40,7 @@ from zinf_cli.engine.units.units import discover
 from zinf_cli.errors import ModelError
 from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.models.model import build_model
-from zinf_cli.trace import LANES
+from zinf_cli.trace import LANES, summarise_trace
 from zinf_cli.train.setup import model_loss
 
 STEPS, COUNT = 3, 2
@@ -299,6 +299,10 @@ def test_a_trace_names_parts_and_tells_glue_from_compute(tmp_path: Path) -> None
     for number, place in product((1, 2), ("forward", "backward")):
         assert f"model.layers.1.mlp.gate_proj {number}/2 {place}" in {span["name"] for span in lanes["compute"]}
     assert {"after model.layers.1.mlp.gate_proj 2/2", "loss backward"} <= {span["name"] for span in lanes["glue"]}
+    (rank,) = summarise_trace(tmp_path / "trace.json", rows=1000)["ranks"]
+    spent = {row["what"]: row["seconds"] for row in rank["most_compute"]}
+    assert spent.keys() == {span["name"] for span in lanes["compute"]}
+    assert sum(spent.values()) == pytest.approx(sum(span["dur"] for span in lanes["compute"]) / 1e6)
     in_turn = sorted((span for lane in lanes.values() for span in lane), key=lambda span: span["ts"])
     assert all(one["ts"] + one["dur"] <= two["ts"] + 1 for one, two in pairwise(in_turn))  # microseconds
 

@@ -236,7 +236,7 @@ def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableTy
 
 
 def trace_screen(summary: dict[str, Any]) -> RenderableType:
-    """Of every rank: how busy its lanes were, and what it waited for longest."""
+    """Of every rank: how busy its lanes were, what it waited for longest, and what it computed longest."""
     parts: list[RenderableType] = []
     for rank in summary["ranks"]:
         lanes = Table(box=None, pad_edge=False)
@@ -253,5 +253,10 @@ def trace_screen(summary: dict[str, Any]) -> RenderableType:
             waits.add_column(heading, justify="left" if heading == "longest waits" else "right")
         for wait in rank["longest_waits"]:
             waits.add_row(wait["what"], f"{wait['seconds']:.3f}", f"{wait['at']:.2f} s")
-        parts += [lanes, Text(), waits, Text()]
+        computed = Table(box=None, pad_edge=False)
+        computed.add_column("most compute")
+        computed.add_column("seconds", justify="right")
+        for unit in rank["most_compute"]:
+            computed.add_row(unit["what"], f"{unit['seconds']:.3f}")
+        parts += [lanes, Text(), waits, Text(), computed, Text()]
     return Group(*parts)
