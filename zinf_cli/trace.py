@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,9 +124,10 @@ def _summarise_rank(rank: int, spans: Sequence[Span], rows: int) -> dict[str, An
     for span in spans:
         by_lane[span.lane].append(span)
     longest = sorted(by_lane["wait"], key=lambda span: span.start - span.end)[:rows]
-    computed: Counter[str] = Counter()
+    computed: dict[str, float] = defaultdict(float)
     for span in by_lane["compute"]:
         computed[span.name] += span.end - span.start
+    most = sorted(computed, key=lambda name: -computed[name])[:rows]
     return {
         "rank": rank,
         "seconds": seconds,
@@ -141,7 +142,7 @@ def _summarise_rank(rank: int, spans: Sequence[Span], rows: int) -> dict[str, An
         "longest_waits": [
             {"what": span.name, "seconds": span.end - span.start, "at": span.start - begin} for span in longest
         ],
-        "most_compute": [{"what": name, "seconds": spent} for name, spent in computed.most_common(rows)],
+        "most_compute": [{"what": name, "seconds": computed[name]} for name in most],
     }
 
 

@@ -1,5 +1,4 @@
-"""Surveys a model by one forward on the meta device: the order of units, what they keep for backward, and which modules
-can't be units.
+"""Surveys a model by one forward on the meta device: the order of units, what they keep, and which modules are none.
 
 Meta tensors have shapes and no values, so nothing is computed and no memory is taken. The plan has its figures for
 activations from here, and the sweep its first route. A model that asks for values is surveyed on real data (trial.py).
@@ -271,8 +270,7 @@ class _Watch(TorchFunctionMode):
         self._note_seen(t for t in leaves if not t.requires_grad)
         self._again = self._saved - {storage_of(t) for t in leaves if not t.requires_grad}
         on_demand = self._units[number].on_demand  # how many tokens an expert takes, only the text tells
-        on_tier = round_up if on_demand else _leaving
-        sizes = {key: on_tier(t.numel() * t.element_size()) for key, t in inputs.items()}
+        sizes = {key: (round_up if on_demand else _leaving)(t.numel() * t.element_size()) for key, t in inputs.items()}
         use.input_bytes += sum(sizes[key] for key, t in inputs.items() if self._is_new(t))
         use.call_bytes = max(use.call_bytes, sum(sizes.values()))
         use.taken_bytes += sum(sizes.values())
