@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +13,7 @@ from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError, ModelError
 from zinf_cli.model_state import PAGE, round_up
 from zinf_cli.tiers.arena import Arena, Buffer
+from zinf_cli.tiers.streams import Event, streams_of
 from zinf_cli.tiers.tier import Extent, Tier, Transfer
 
 SMALL = PAGE // 2
@@ -69,10 +71,20 @@ class Activations:
     def __init__(self, tier: Tier, staging: Arena | None, wait: Callable[[Transfer], object]) -> None:
         self._tier = tier
         self._staging = staging
+        self._stream = None if staging is None else streams_of(staging.device).new(staging.device)
         self.wait = wait
         self._leaving: deque[tuple[Transfer, Buffer]] = deque()
         self.ahead: list[Part] = []
         """What was prefetched and is not in use yet. What is needed last is at the end."""
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """A context for a read whose copy begins when its room is free on the device.
+
+        Copies of one stream begin in their order, and a parameter's copy may wait for room that compute gives back only
+        when it has these activations.
+        """
+        assert self._staging is not None
+        return streams_of(self._staging.device).use(self._stream)
 
     def keeps(self, num_bytes: int) -> bool:
         """Whether a tensor of `num_bytes` stays in memory."""
@@ -95,7 +107,7 @@ class Activations:
         starts = [0]
         for tensor in tensors:
             starts.append(starts[-1] + round_up(tensor.numel() * tensor.element_size()))
-        buffer = self.take(starts[-1])
+        buffer, _ = self.take(starts[-1])  # the stream that gave it back is the one that fills it
         for tensor, start in zip(tensors, starts, strict=False):
             _part(buffer.data, start, tensor.shape, tensor.dtype).copy_(tensor)
         extent = self._tier.allocate(starts[-1], f"{label} activations")
@@ -103,16 +115,17 @@ class Activations:
         parcel = Parcel(self, self._tier, extent)
         return [Offloaded(parcel, start, t.shape, t.dtype) for t, start in zip(tensors, starts, strict=False)]
 
-    def take(self, num_bytes: int) -> Buffer:
-        """A staging buffer. If none is free, wait for the oldest writes; then drop what was read ahead.
+    def take(self, num_bytes: int) -> tuple[Buffer, list[Event]]:
+        """A staging buffer, and what a stream waits for before it uses that (`Arena.allocate_ahead`).
 
-        CapacityError if the staging arena is too small for it.
+        If none is free, wait for the oldest writes; then drop what was read ahead. CapacityError if the staging arena
+        is too small for it.
         """
-        buffer = self.try_take(num_bytes)
-        while buffer is None:
+        found = self.try_take(num_bytes)
+        while found is None:
             if not self._leaving and self.ahead:
                 self.ahead[-1].evict()
-                buffer = self.try_take(num_bytes)
+                found = self.try_take(num_bytes)
                 continue
             if not self._leaving:
                 assert self._staging is not None
@@ -124,17 +137,17 @@ class Activations:
             transfer, leaving = self._leaving.popleft()
             self.wait(transfer)
             leaving.free()
-            buffer = self.try_take(num_bytes)
-        return buffer
+            found = self.try_take(num_bytes)
+        return found
 
-    def try_take(self, num_bytes: int) -> Buffer | None:
-        """A staging buffer, if one is free now."""
+    def try_take(self, num_bytes: int) -> tuple[Buffer, list[Event]] | None:
+        """The same, if one is free now."""
         while self._leaving and self._leaving[0][0].done():
             transfer, leaving = self._leaving.popleft()
             transfer.wait()
             leaving.free()
         assert self._staging is not None
-        return self._staging.allocate(num_bytes)
+        return self._staging.allocate_ahead(num_bytes)
 
 
 class Part:
@@ -195,11 +208,12 @@ class Part:
     def free(self) -> None:
         self.evict()
 
-    def _bring(self, buffer: Buffer | None) -> None:
-        if buffer is not None:
+    def _bring(self, found: tuple[Buffer, list[Event]] | None) -> None:
+        if found is not None:
             assert self._extent is not None
-            self._buffer = buffer
-            self._read = self._extent.read(self._start, buffer.data)
+            self._buffer, events = found
+            with self._home.beside():
+                self._read = self._extent.read(self._start, self._buffer.data, events)
 
 
 class Parcel(Part):
