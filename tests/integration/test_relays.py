@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from host_faults import of_module
-from lab import namespace_lab
+from host_faults import MOMENTS, of_module
+from lab import namespace_lab, wait_until
 from programs import command
 from workshop import ApartWorkshop, wait_for_steps
 
@@ -42,3 +42,16 @@ def test_a_relay_that_is_killed_is_named_and_nothing_is_left(apart: Workshop) ->
     assert "node3: the connection was lost, or the relay killed" in ended.message
     assert apart.left_behind() == []
     assert apart.lab.connections() == []
+
+
+@pytest.mark.skipif(MOMENTS == 1, reason="takes half a minute: make test-faults")
+def test_a_relay_behind_a_cut_cable_is_named_and_leaves_nothing(apart: Workshop) -> None:
+    apart.content["train"]["global_batch_size"] = 8
+    process = apart.start("--hosts", apart.lab.hostfile(), "train.max_steps=100000")
+    wait_for_steps(apart.run_dir, 1)
+    apart.lab.hosts[2].link("down")
+    ended = apart.end(process)
+    assert ended.code == 1, ended.err
+    assert "node3: gave no sign of life for 10 s" in ended.message
+    assert "node4 lost as well" in ended.err
+    wait_until(lambda: not apart.lab.processes(), 40)
