@@ -27,7 +27,7 @@ from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.models.side_outputs import CapturedOutputs
 from zinf_cli.models.tiled_weights import TiledWeights, cut_model
 from zinf_cli.models.weights import open_weights
-from zinf_cli.train.optimizer import update_matrices_whole
+from zinf_cli.train.optimizer import mark_whole
 from zinf_cli.train.setup import model_loss, place_buffers
 
 CPU = torch.device("cpu")
@@ -132,15 +132,15 @@ def open_engine(
     slot_bytes: int | None = None,
     in_chunks: bool = False,
     experts: str | None = None,
-    whole: bool = False,
+    whole: str = "",
     **more: Any,
 ) -> Engine:
     """An engine with the weights of `source` loaded; `engine.model` is its model. `keep`: recompute no unit.
 
     `room`: how many times as large buffers are as a model of width 32 needs. `most`: elements of a part of the model.
     `slot_bytes`: the slots have these instead.
-    `in_chunks`: the loss is computed in chunks. `experts`: as in plain_losses. `whole`: matrices of layers
-    are updated whole.
+    `in_chunks`: the loss is computed in chunks. `experts`: as in plain_losses. `whole`: the optimizer
+    that updates something whole.
     """
     model = build_model(source, dtype)
     if experts is not None:
@@ -149,7 +149,7 @@ def open_engine(
     freeze_params(model, freeze)
     if whole:
         assert isinstance(model, PreTrainedModel)
-        update_matrices_whole(model)
+        mark_whole(model, whole)
     weights = TiledWeights(open_weights(model, source), model)
     if most is not None:
         cut_model(model, most)

@@ -8,8 +8,10 @@ kernel in engine/traffic/kernel.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 PAGE = 4096
@@ -36,6 +38,8 @@ SCALE_BLOCK = 256
 """Elements that share a scale. A parameter begins at a multiple in its flat."""
 CHUNK_NUMEL = PIECE // FP32_BYTES
 """Elements of an update's chunk: a piece of each fp32 field."""
+_PASSES = 14
+"""Those of Adafactor over whole parameters."""
 BLOCK_NUMEL = 128 * 1024
 """Elements that stay in a processor's cache between operations, which is twice as fast as whole tensors."""
 DEVICE_CHUNK_NUMEL = 16 * CHUNK_NUMEL
@@ -86,9 +90,26 @@ def _in_chunks(numel: int, bytes_in: Callable[[int], int]) -> int:
     return chunks * round_up(bytes_in(CHUNK_NUMEL)) + round_up(bytes_in(rest))
 
 
+def num_factors(shape: Sequence[int]) -> int:
+    """Values of a parameter's factored field: one for each row and column of its matrices; of a vector, its elements.
+
+    The last two dimensions are those of a matrix.
+    """
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+
+def factors_of(shapes: Iterable[Sequence[int]]) -> tuple[tuple[tuple[int, int], ...], int]:
+    """(first and last value of each parameter's factors, all values with padding), of a flat with these `shapes`."""
+    ends = list(accumulate(map(num_factors, shapes)))
+    return tuple(zip((0, *ends), ends, strict=False)), round_up(ends[-1] if ends else 0, SLICE_MULTIPLE)
+
+
 @dataclass(frozen=True)
 class Field:
-    """A part of a parameter's state: one value for each of its elements, in a flat beside the parameter's own."""
+    """A part of a parameter's state: one value for each of its elements, or factors of these, in a flat beside the
+    parameter's own."""
 
     name: str
     stored: str = ""
@@ -99,6 +120,8 @@ class Field:
     """None: the parameter's own."""
     carries: bool = False
     """Whether it is never negative, so that its sign can carry a bit of something else."""
+    factored: bool = False
+    """Whether it has no value for each element, but `num_factors` of a parameter."""
 
     @property
     def item_bytes(self) -> int:
@@ -132,6 +155,11 @@ class OptimizerState:
     and a checkpoint has no others."""
 
     @property
+    def factored(self) -> bool:
+        """Whether it keeps factors of whole parameters."""
+        return any(field.factored for field in self.whole)
+
+    @property
     def param_class(self) -> str:
         """The class of the trained parameters themselves."""
         return "optimizer" if self.adapts else PARAM.state
@@ -157,7 +185,8 @@ class OptimizerState:
     @property
     def state_dtype(self) -> str:
         """How its fields are stored, a name of STATE_DTYPES; updates compute them in fp32."""
-        return next(name for name, dtype in STATE_DTYPES.items() if dtype == self.fields[0].dtype)
+        stored = (*self.fields, *self.whole)[0].dtype
+        return next(name for name, dtype in STATE_DTYPES.items() if dtype == stored)
 
     @property
     def carrier(self) -> Field | None:
@@ -178,8 +207,8 @@ class OptimizerState:
         return (PARAM, REMAINDER, *self.fields) if REMAINDER in beside else (PARAM, *self.fields)
 
     def num_bytes(self, dtype: str, numel: int) -> int:
-        """Bytes of the class "optimizer" of a slice of `numel` parameters of `dtype`."""
-        return sum(bytes_of(field.dtype or dtype, numel) for field in self.beside(dtype))
+        """Bytes of the class "optimizer" of a slice of `numel` parameters of `dtype`, without factors."""
+        return sum(bytes_of(field.dtype or dtype, numel) for field in self.beside(dtype) if not field.factored)
 
     def bytes_per_param(self, dtype: str) -> float:
         """The same of a parameter in a wide slice."""
@@ -187,7 +216,13 @@ class OptimizerState:
 
     @property
     def moved_bytes_per_param(self) -> int:
-        """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out."""
+        """What an update moves of memory: gradient, fp32 parameter and fields in, all but the gradient out.
+
+        With factors it passes over a parameter, its gradient and its step several times, and all are too large to stay
+        in a cache.
+        """
+        if self.factored:
+            return _PASSES * FP32_BYTES
         rounding = sum(ROUNDING_BYTES[field.dtype or "F32"] for field in self.fields)
         return GRAD.item_bytes + 2 * FP32_BYTES * (1 + len(self.fields)) + rounding
 
@@ -202,3 +237,5 @@ ADAMW = OptimizerState("adamw", (Field("exp_avg", "exp_avg"), Field("exp_avg_sq"
 SGD = OptimizerState("sgd", (Field("momentum_buffer", "momentum_buffer"),))
 LION = OptimizerState("lion", (Field("exp_avg", "exp_avg"),))
 MUON = OptimizerState("muon", ADAMW.fields, whole=SGD.fields)
+FACTORS = Field("factors", "factors", factored=True)
+ADAFACTOR = OptimizerState("adafactor", (), whole=(FACTORS,))

@@ -60,7 +60,7 @@ def test_it_trains_with_the_bits_of_torch(how: str, dtype: torch.dtype, tmp_path
     source = random_source("llama")
     losses = plain_losses(source, STEPS, clip=clip, dtype=dtype, parameters=expected, optimizer_of=MuonAndAdamW)
     options = replace(everything_on("cpu" if how == "in memory" else "nvme", tmp_path), speculate=how == "speculative")
-    engine = open_engine(source, options, optimizer=MUON.state, dtype=dtype, whole=True, chunk_numel=4096)
+    engine = open_engine(source, options, optimizer=MUON.state, dtype=dtype, whole="muon", chunk_numel=4096)
     assert engine_losses(engine, STEPS, clip=clip, eager=how == "eager", kernel=MUON, close=False) == losses
     found = {name: value for number in range(len(engine.units)) for name, value in engine.read_params(number).items()}
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -72,7 +72,7 @@ def test_its_momentum_may_be_rounded(stored: str, tmp_path: Path) -> None:
     expected = plain_losses(random_source("llama"), STEPS, optimizer_of=MuonAndAdamW)
     state = MUON.state.stored_as(stored)
     options = everything_on("nvme", tmp_path)
-    engine = open_engine(random_source("llama"), options, optimizer=state, whole=True, chunk_numel=2**20)
+    engine = open_engine(random_source("llama"), options, optimizer=state, whole="muon", chunk_numel=2**20)
     losses = engine_losses(engine, STEPS, kernel=MUON)
     assert losses != expected
     assert losses[-1] == pytest.approx(expected[-1], rel=0.02)

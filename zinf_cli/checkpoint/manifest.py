@@ -36,7 +36,7 @@ from xxhash import xxh3_64_hexdigest
 from zinf_cli.checkpoint.reading import read_whole
 from zinf_cli.errors import CheckpointError, DamagedError
 from zinf_cli.file_names import is_plain
-from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FROZEN, PIECE, SCALED, bytes_of, round_up
+from zinf_cli.model_state import ADAMW, CHUNK_NUMEL, FACTORS, FROZEN, PIECE, SCALED, bytes_of, factors_of, round_up
 
 VERSION = 3
 READABLE = (1, 2, 3)
@@ -86,6 +86,11 @@ class StoredFlat:
     carrier: str | None = None
     """The field whose sign is that of split masters, if masters are split (engine/split_masters.py)."""
 
+    @cached_property
+    def factors(self) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Of a factored field: first and last value of each parameter's, and the number of all with padding."""
+        return factors_of([param.shape for param in self.params])
+
 
 @dataclass(frozen=True)
 class StoredUnit:
@@ -134,7 +139,7 @@ class Layout:
                 alike = sum(other.trainable == flat.trainable for other in unit.flats[:number])
                 for part, dtype in flat.fields.items():
                     name = f"{unit.name}/{part}{f'.{alike}' if alike else ''}"
-                    numel = flat.numel // self.world_size
+                    numel = flat.factors[1] if part == FACTORS.stored else flat.numel // self.world_size
                     piece = bytes_of(dtype, CHUNK_NUMEL) if flat.trainable else PIECE
                     regions.append(Region(unit.name, number, part, name, dtype, numel, start, piece))
                     start += regions[-1].num_bytes

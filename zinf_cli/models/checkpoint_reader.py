@@ -29,6 +29,7 @@ from zinf_cli.engine.units.origins import shapes_of
 from zinf_cli.errors import CheckpointError, DamagedError, ZinfError
 from zinf_cli.model_state import (
     CHUNK_NUMEL,
+    FACTORS,
     FP32_BYTES,
     FROZEN,
     PARAM,
@@ -109,6 +110,8 @@ class CheckpointReader:
 
         CheckpointError if another optimizer has trained it: its count of updates would not fit to fields of zeros.
         """
+        if field == FACTORS.stored:
+            return self._read_place(self._places[name][0], field, first, last)
         parts = [
             self._read_place(place, field, max(first, place.param.first), min(last, place.last))
             for place in self._parts(name, first, last)
@@ -150,9 +153,11 @@ class CheckpointReader:
             skipped, blocks = self._stored_blocks(place, region, first, last)
             return decoded(blocks)[skipped:][: last - first]
         values = torch.empty(last - first, dtype=STORED[region.dtype])
-        done = 0
+        begin, done = param.offset + first - param.first, 0
+        if field == FACTORS.stored:
+            begin = place.flat.factors[0][place.flat.params.index(param)][0] + first
         while done < values.numel():
-            rank, inside = divmod(param.offset + first - param.first + done, region.numel)
+            rank, inside = divmod(begin + done, region.numel)
             count = min(region.numel - inside, values.numel() - done)
             self._read(rank_file(rank), region, inside * values.element_size(), values[done : done + count])
             done += count

@@ -65,7 +65,7 @@ def alternatives(recipe: Recipe, plan: Plan, profile: Profile, room: Room, plann
         return Alternative(change, planned(_with(recipe, section, **keys), _as_they_are, profile, room), other_results)
 
     for name, dtype in STATE_DTYPES.items():
-        if name != recipe.optimizer.state_dtype:
+        if name != recipe.optimizer.state_dtype and not plan.figures.optimizer.factored:
             rounding = _with(recipe, "optimizer", state_dtype=name)
             other = planned(rounding, partial(_stored_as, dtype), profile, room)
             yield Alternative(f"optimizer.state_dtype={name}", other, other_results=True)

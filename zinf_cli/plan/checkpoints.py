@@ -55,9 +55,10 @@ def stored_bytes(figures: Figures, unit: UnitFigures) -> dict[str, int]:
     """
     stored = Counter({"frozen": unit.frozen_bytes if figures.optimizer.frozen else 0})
     for kept, dtype, numel in figures.trained(unit):
-        for field in kept.stored(dtype):
+        for field in (field for field in kept.stored(dtype) if not field.factored):
             own = bytes_of(field.dtype or dtype, numel // figures.world_size)
             stored[figures.optimizer.class_of(field)] += own * figures.world_size
+    stored["optimizer"] += unit.factor_bytes
     return stored
 
 

@@ -83,6 +83,8 @@ class UnitFigures:
     """What it computes for their update, beside what it does with each element."""
     spared_numel: int = 0
     """Elements of matrices whose products its recompute leaves out (engine/compute/spared.py)."""
+    factor_bytes: int = 0
+    """Of factors that the optimizer keeps of them."""
 
     @property
     def numel(self) -> int:
@@ -237,7 +239,8 @@ class Figures:
     def moments_bytes(self, unit: UnitFigures) -> int:
         """Bytes of what an update reads and writes beside the unit's parameters, the slices of all ranks together."""
         ranks = self.world_size
-        return sum(kept.num_bytes(dtype, numel // ranks) * ranks for kept, dtype, numel in self.trained(unit))
+        each = (kept.num_bytes(dtype, numel // ranks) * ranks for kept, dtype, numel in self.trained(unit))
+        return sum(each) + unit.factor_bytes
 
     def param_bytes(self, unit: UnitFigures) -> Counter[str]:
         """Bytes of the unit's parameters on their tiers, by the class that they belong to."""

@@ -367,11 +367,13 @@ def _chunks(figures: Figures, choice: Choice) -> tuple[int, int, int]:
     most = DEVICE_CHUNK_NUMEL if choice.compute_tier == "device" else CHUNK_NUMEL
     chunk_numel = max(SLICE_MULTIPLE, min(most, widest))
     dtype = figures.dtype if any(unit.master_numel for unit in units) else "F32"
+    away = not choice.in_place("optimizer")
     beside, whole = (
-        len(figures.optimizer.of(whole=whole).beside(dtype)) * (not choice.in_place("optimizer"))
+        sum(not field.factored for field in figures.optimizer.of(whole=whole).beside(dtype)) * away
         for whole in (False, True)
     )
     gradient, param = (int(not choice.in_place(state)) for state in ("grads", figures.optimizer.param_class))
     least_chunks, fields = beside + gradient + param, beside + gradient * (choice.update != "eager")
     together = (whole + gradient + param) * max(unit.whole_numel for unit in units) * FP32_BYTES
+    together += max(unit.factor_bytes for unit in units) * away
     return chunk_numel, max(8 * fields, least_chunks, -(-together // (chunk_numel * FP32_BYTES))), together

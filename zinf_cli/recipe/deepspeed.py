@@ -154,7 +154,8 @@ def _optimizer(value: dict[str, Any], taken: Taken) -> None:
     params = _section(value, "params", "optimizer.")
     if name not in ("adam", "adamw"):
         taken.without.append(
-            f"optimizer.type {value.get('type')}: optimizer.name has sgd, lion and muon, whose settings are left to you"
+            f"optimizer.type {value.get('type')}: optimizer.name has sgd, lion, muon and adafactor, whose settings are "
+            "left to you"
         )
         return
     if name == "adam" and params.get("adam_w_mode", True) is False and params.get("weight_decay"):

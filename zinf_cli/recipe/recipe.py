@@ -144,17 +144,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "lion": {"betas": (0.9, 0.99)},
     "muon": {"momentum": 0.95, "betas": (0.9, 0.999)},
+    "adafactor": {},
 }
 """The keys that only some optimizers have, with their defaults."""
 
 
 class Optimizer(Section):
-    """adamw, sgd and muon are torch.optim's, bit for bit; lion is that of arXiv 2302.06675."""
+    """adamw, sgd, muon and adafactor are torch.optim's, bit for bit; lion is that of arXiv 2302.06675."""
 
-    name: Literal["adamw", "sgd", "lion", "muon"] = "adamw"
+    name: Literal["adamw", "sgd", "lion", "muon", "adafactor"] = "adamw"
     """sgd has momentum. lion wants a lr three to ten times smaller than adamw, and as much more weight_decay. muon is
     for the matrices of layers, with adamw beside it for all else; its steps have the size of adamw's
-    (match_rms_adamw), so both have one lr. It needs whole matrices: one rank."""
+    (match_rms_adamw), so both have one lr. adafactor keeps a value for each row and column of a matrix, and no moments;
+    its lr is relative to a parameter's size, such as 0.01. These two need whole matrices: one rank."""
     lr: Annotated[Number, Field(ge=0)] = 5e-5
     """Peak learning rate."""
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] | None = None
@@ -183,7 +185,10 @@ class Optimizer(Section):
             return values
         for key in ("betas", "momentum"):
             if key not in own and values.get(key) is not None:
-                raise ValueError(f"{name} has no {key}; its key is {next(iter(own))}")
+                instead = f"; its key is {next(iter(own))}" if own else ""
+                raise ValueError(f"{name} has no {key}{instead}")
+        if name == "adafactor" and values.get("state_dtype", "fp32") != "fp32":
+            raise ValueError("adafactor keeps too little to round: leave optimizer.state_dtype out")
         return {**values, **{key: default for key, default in own.items() if values.get(key) is None}}
 
     @field_validator("betas", "no_decay", mode="before")
@@ -347,8 +352,11 @@ class Recipe(Section):
     def _adapts_what_has_learned(self) -> Recipe:
         if self.adapter.type is not None and self.model.init == "random":
             raise ValueError("an adapter is for a model that has learned: model.name_or_path, with init: pretrained")
-        if self.adapter.type is not None and self.optimizer.name == "muon":
-            raise ValueError("optimizer.name: muon is for the matrices of a model; an adapter has adamw, sgd or lion")
+        if self.adapter.type is not None and self.optimizer.name in ("muon", "adafactor"):
+            raise ValueError(
+                f"optimizer.name: {self.optimizer.name} is for the matrices of a model; an adapter has adamw, sgd or "
+                "lion"
+            )
         if self.adapter.type is None and self.model.base_dtype != "auto":
             raise ValueError(
                 f"model.base_dtype={self.model.base_dtype} is for a model that stays as it is: train an adapter "

@@ -26,13 +26,14 @@ from zinf_cli.engine.units.tiles import Tile, cut_together
 from zinf_cli.engine.units.token_chunks import Chunkable
 from zinf_cli.engine.units.units import ParamLayout, UnitLayout
 from zinf_cli.machine.control_groups import cores_here
+from zinf_cli.model_state import FP32_BYTES
 from zinf_cli.models.positions import check_seq_len
 from zinf_cli.models.tiled_weights import TiledWeights
 from zinf_cli.plan.layout import DataFigures, Figures, LeastPart, MachineFigures, ModelFigures, UnitFigures
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.text.text_files import find_texts
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.optimizer import check_ranks, newton_schulz_flops, state_of, undecayed
+from zinf_cli.train.optimizer import check_ranks, state_of, undecayed, whole_flops
 from zinf_cli.train.process_memory import process_memory, return_free_memory
 from zinf_cli.train.resume import newest_manifest
 from zinf_cli.train.setup import (
@@ -132,6 +133,7 @@ def model_figures(
                 prepared.chunkable.get(number, ()),
                 seen.spared,
                 product=number in seen.products,
+                optimizer=recipe.optimizer.name,
             )
             for number, layout in enumerate(seen.units)
         ),
@@ -204,6 +206,7 @@ def _unit_figures(
     spared: Collection[str],
     *,
     product: bool,
+    optimizer: str,
 ) -> UnitFigures:
     packed = [flat for flat in layout.flats if flat.packing is not None]
     whole = [flat for flat in layout.flats if flat.whole]
@@ -237,8 +240,9 @@ def _unit_figures(
         unpacked_bytes=sum(flat.num_bytes for flat in packed),
         whole_numel=sum(flat.numel for flat in whole),
         whole_master_numel=sum(flat.numel for flat in whole if flat.dtype != torch.float32),
-        whole_flops=sum(newton_schulz_flops(*place.shape) for flat in whole for place in flat.params),
         spared_numel=sum(place.numel for place in layout.params() if place.name.removesuffix(".weight") in spared),
+        whole_flops=whole_flops(optimizer, [place.shape for flat in whole for place in flat.params]),
+        factor_bytes=sum(flat.factors[1] for flat in whole) * FP32_BYTES if optimizer == "adafactor" else 0,
     )
 
 

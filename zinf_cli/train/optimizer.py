@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from zinf_cli.engine.traffic.adafactor import Adafactor
 from zinf_cli.engine.traffic.adamw import AdamW
 from zinf_cli.engine.traffic.kernel import Kernel
 from zinf_cli.engine.traffic.lion import Lion
@@ -48,19 +49,25 @@ def undecayed(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     )
 
 
-def update_matrices_whole(model: PreTrainedModel) -> None:
-    """Mark what muon updates whole: the matrices of layers, but for packed experts."""
-    for _, module, name, param in matrices_of(model):
-        if param.dim() == 2:
-            update_whole(module, name)
+def mark_whole(model: PreTrainedModel, optimizer: str) -> None:
+    """Mark what an optimizer updates whole: muon the matrices of layers, but for packed experts; adafactor all."""
+    if optimizer == "muon":
+        for _, module, name, param in matrices_of(model):
+            if param.dim() == 2:
+                update_whole(module, name)
+    if optimizer == "adafactor":
+        for module in model.modules():
+            for name in (name for name, param in module._parameters.items() if param is not None):
+                update_whole(module, name)
 
 
 def check_ranks(recipe: Recipe, world_size: int) -> None:
     """RecipeError if an optimizer that updates whole matrices would get slices of them."""
-    if recipe.optimizer.name == "muon" and world_size > 1:
+    what = {"muon": "matrices", "adafactor": "parameters"}.get(recipe.optimizer.name)
+    if what is not None and world_size > 1:
         raise RecipeError(
-            [f"optimizer.name: muon updates whole matrices, and each of {world_size} ranks would have a slice of them: "
-             "run it on one rank (--slots 1), or take another optimizer"]
+            [f"optimizer.name: {recipe.optimizer.name} updates whole {what}, and each of {world_size} ranks would have "
+             "a slice of them: run it on one rank (--slots 1), or take another optimizer"]
         )  # fmt: skip
 
 
@@ -68,6 +75,11 @@ def newton_schulz_flops(rows: int, columns: int) -> float:
     """What muon's iteration takes for a matrix: five times a product with its transpose, and two with the result."""
     least, most = sorted((rows, columns))
     return 5.0 * (4 * least**2 * most + 2 * least**3)
+
+
+def whole_flops(optimizer: str, shapes: Iterable[tuple[int, ...]]) -> float:
+    """What an optimizer computes for what it updates whole, beside what it does with each element."""
+    return sum(newton_schulz_flops(*shape) for shape in shapes) if optimizer == "muon" else 0.0
 
 
 def _adamw(settings: Optimizer, lr: float) -> Kernel:
@@ -91,10 +103,15 @@ def _muon(settings: Optimizer, lr: float) -> Kernel:
     return Muon(lr, settings.momentum, *settings.betas, settings.eps, weight_decay=settings.weight_decay)
 
 
+def _adafactor(settings: Optimizer, lr: float) -> Kernel:
+    return Adafactor(lr, weight_decay=settings.weight_decay)
+
+
 KERNELS: dict[str, Callable[[Optimizer, float], Kernel]] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "lion": _lion,
     "muon": _muon,
+    "adafactor": _adafactor,
 }
 """The kernels by `optimizer.name`."""

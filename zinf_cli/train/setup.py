@@ -28,7 +28,7 @@ from zinf_cli.text.data import TextSource, open_token_stream, part_of_tokens
 from zinf_cli.text.token_stream import TokenStream
 from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
-from zinf_cli.train.optimizer import update_matrices_whole
+from zinf_cli.train.optimizer import mark_whole
 from zinf_cli.train.reading import reading_of
 from zinf_cli.train.samples import Prompts, open_prompts
 
@@ -88,8 +88,7 @@ def open_model(recipe: Recipe, precision: str) -> nn.Module:
     if recipe.adapter.type is not None:
         pack_base(model, recipe.model.base_dtype)
         adapt(model, recipe.adapter, recipe.model.folder)
-    if recipe.optimizer.name == "muon":
-        update_matrices_whole(model)
+    mark_whole(model, recipe.optimizer.name)
     opened: nn.Module = model
     return opened
 

@@ -176,7 +176,16 @@ def _load(
     memory: Memory,
     writes: deque[tuple[Transfer, Buffer]],
 ) -> None:
-    """Fill this rank's slice of `fields`, a piece of elements at a time."""
+    """Fill this rank's slice of `fields`, a piece of elements at a time; factors at once."""
+    for field in (field for field in fields if field.factored):
+        places, numel = flat.layout.factors
+        values = torch.zeros(numel)
+        for place, (first, last) in zip(flat.layout.params, places, strict=True):
+            piece = values_of(field, place, 0, last - first)
+            assert isinstance(piece, torch.Tensor)
+            values[first:last] = piece
+        _put(flat.at[field.name], 0, values, memory, writes)
+    fields = [field for field in fields if not field.factored]
     for begin in range(0, flat.layout.slice_numel, CHUNK_NUMEL):
         numel = min(CHUNK_NUMEL, flat.layout.slice_numel - begin)
         pieces = {field: _gather(values_of, flat, field, begin, numel) for field in fields if field is not REMAINDER}

@@ -137,7 +137,7 @@ class ChunkUpdate:
         most = end - start if at_once else DEVICE_BLOCK_NUMEL if kernel.fused else BLOCK_NUMEL
         for begin in range(start, end, most):
             last = min(end, begin + most)
-            block = {field: values[begin:last] for field, values in self._fields.items()}
+            block = {field: values[self._range(field, begin, last)] for field, values in self._fields.items()}
             moments = {field: self._moment(field, begin, last) for field in stored}
             master = block.get(MASTER, block[PARAM])
             if carrier is not None:
@@ -155,8 +155,16 @@ class ChunkUpdate:
     def _moment(self, field: Field, begin: int, end: int) -> torch.Tensor:
         """What the optimizer keeps of elements [begin, end): fp32, in place if it is kept so."""
         if field.dtype != SCALED:
-            return self._fields[field][begin:end].float()
+            return self._fields[field][self._range(field, begin, end)].float()
         return torch.cat([decoded(blocks) for _, blocks in self._blocks(field, begin, end)])[: end - begin]
+
+    def _range(self, field: Field, begin: int, end: int) -> slice:
+        """Where a field has its values of elements [begin, end): these are a parameter, if it is factored."""
+        if not field.factored:
+            return slice(begin, end)
+        layout = self._flat.layout
+        found = dict(zip((place.offset for place in layout.params), layout.factors[0], strict=True))
+        return slice(*found[begin])
 
     def _blocks(self, field: Field, begin: int, end: int) -> Iterator[tuple[int, Blocks]]:
         return blocks_in(self._fields[field], self._end - self._begin, begin, end)

@@ -24,6 +24,7 @@ from zinf_cli.engine.units.units import FlatLayout, ParamLayout, UnitLayout
 from zinf_cli.model_state import (
     BLOCK_NUMEL,
     DEVICE_BLOCK_NUMEL,
+    FP32_BYTES,
     GRAD,
     PARAM,
     REMAINDER,
@@ -116,7 +117,9 @@ class Flat:
         return self.dtype if field.dtype is None else STORED[field.dtype]
 
     def num_bytes(self, field: Field, numel: int) -> int:
-        """Bytes of `numel` elements of a field, from a cut between chunks on."""
+        """Bytes of `numel` elements of a field, from a cut between chunks on; of a factored one, all or none."""
+        if field.factored:
+            return self.layout.factors[1] * FP32_BYTES if numel else 0
         if self.layout.packing is not None and self._is_packed(field):
             return packed_bytes(self.layout.packing, numel)
         return bytes_of(SCALED, numel) if field.dtype == SCALED else numel * self.dtype_of(field).itemsize

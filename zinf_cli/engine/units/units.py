@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from zinf_cli.engine.units.origins import experts_of, packings_of, parts_of, shapes_of, updated_whole
 from zinf_cli.engine.units.tiles import Part, Tile
-from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE, packed_bytes
+from zinf_cli.model_state import SCALE_BLOCK, SLICE_MULTIPLE, factors_of, packed_bytes
 
 ALIGN = SCALE_BLOCK
 RESIDENT = "resident"
@@ -81,6 +82,11 @@ class FlatLayout:
 
     whole: bool = False
     """Whether it has hidden matrices that the optimizer updates whole (`OptimizerState.whole`)."""
+
+    @cached_property
+    def factors(self) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Of a factored field: first and last value of each parameter's, and the number of all with padding."""
+        return factors_of([place.shape for place in self.params])
 
     @property
     def num_bytes(self) -> int:
