@@ -1,6 +1,6 @@
 """`python -m benchmarks.adapters`: an adapter on a model on NVMe, beside that model trained whole and plain peft.
 
-The demo's model (recipes/fetch_smollm2.py) learns the demo's text in fp32. Trained whole, it has parameters, gradients
+The demo's model (recipes/fetch_smollm2.py) learns from chats in fp32. Trained whole, it has parameters, gradients
 and optimizer states on NVMe; with an adapter, its parameters lie there, and the plan places the rest. Both runs are
 watched from outside. A few steps of plain peft, in memory, have the losses that the adapter's have to be.
 """
@@ -28,11 +28,12 @@ from benchmarks.watch import Watched, watch
 from zinf_cli.batches.collator import kind_of_stream
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.setup import open_text
 
 WHOLE = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
 ADAPTED = {"params": "nvme", "activations": "cpu"}
-SEQ_LEN, SEQUENCES = 128, 4
+SEQ_LEN, SEQUENCES = 256, 2
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def recipe_of(data: Path, steps: int, out: Path, tiers: dict[str, str], adapter:
     return {
         "model": {"name_or_path": str(data / "smollm2-135m")},
         **({} if adapter is None else {"adapter": adapter}),
-        "dataset": {"path": str(data / "kjv" / "train.txt"), "packing": "stream"},
+        "dataset": {"path": str(data / "chats"), "messages_field": "messages"},
         "train": {"seq_len": SEQ_LEN, "global_batch_size": SEQUENCES, "max_steps": steps, "precision": "fp32"},
         "optimizer": {"lr": 2e-4},
         "activation_checkpointing": "unit",
@@ -112,9 +113,11 @@ def plain_losses(recipe_path: Path, r: int) -> list[float]:
     losses = []
     for step in range(recipe.train.max_steps or 0):
         losses.append(0.0)
-        for window in text.order.windows(step):
-            ids = kind_of_stream(text.train).window(window, SEQ_LEN)[0][None]
-            loss = model(input_ids=ids, labels=ids).loss / SEQUENCES
+        windows = [kind_of_stream(text.train).window(window, SEQ_LEN) for window in text.order.windows(step)]
+        targets = [int((labels[1:] != MASKED).sum()) for _, labels, *_ in windows]
+        for (ids, labels, *positions), count in zip(windows, targets, strict=True):
+            apart = {"position_ids": positions[0][None]} if positions else {}
+            loss = model(input_ids=ids[None], labels=labels[None], **apart).loss * (count / sum(targets))
             loss.backward()
             losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
