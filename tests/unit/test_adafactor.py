@@ -91,7 +91,9 @@ def test_the_plan_has_every_byte(tmp_path: Path, closed: list[Closed]) -> None:
     moved = sum(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in lines)
     assert moved / len(lines) == pytest.approx(plan.nvme_traffic, rel=0.08)  # some of it is of before and after
     trained = sum(unit.trainable_bytes for unit in figures.model.units)
-    assert sum(unit.factor_bytes for unit in figures.model.units) < trained / 3
+    assert (
+        sum(unit.factor_bytes for unit in figures.model.units) < trained / 2
+    )  # and most of that is padding, in a model as small
     assert closed == [Closed(plan.nvme_bytes, trained + len(lines) * plan.nvme_written)]
 
 
