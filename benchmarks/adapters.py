@@ -117,7 +117,9 @@ def plain_losses(recipe_path: Path, r: int) -> list[float]:
         targets = [int((labels[1:] != MASKED).sum()) for _, labels, *_ in windows]
         for (ids, labels, *positions), count in zip(windows, targets, strict=True):
             apart = {"position_ids": positions[0][None]} if positions else {}
-            loss = model(input_ids=ids[None], labels=labels[None], **apart).loss * (count / sum(targets))
+            loss = model(input_ids=ids[None], labels=labels[None], use_cache=False, **apart).loss * (
+                count / sum(targets)
+            )
             loss.backward()
             losses[-1] += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
