@@ -13,6 +13,8 @@ UPDATE_TEMPORARIES = 5
 """Tensors of an update's block that are there at once while masters are joined and split, and one of the kernel's."""
 WHOLE_TEMPORARIES = 20
 """Bytes for each element of a matrix while it is updated whole: its momentum, and what Newton-Schulz makes of it."""
+FACTORED_TEMPORARIES = 8
+"""The same of a parameter of which factors are kept: its step, and a product on the way to it."""
 TEMPORARIES_MORE = 1.5
 """The memory of temporaries, divided by their bytes: malloc does not always put one where the last one was."""
 
@@ -44,7 +46,7 @@ def _temporaries(figures: Figures, choice: Choice) -> int:
 
     before = max((unit.before_bytes for unit in model.units), default=0) if glue_leaves(figures, choice) else 0
     updated = max((unit.largest_trained_numel for unit in model.units if unit.whole_numel), default=0)
-    found = [more(updated * WHOLE_TEMPORARIES, 0)]
+    found = [more(updated * (FACTORED_TEMPORARIES if figures.optimizer.factored else WHOLE_TEMPORARIES), 0)]
     for number, unit in enumerate(model.units):
         joined = choice.per_sweep if number != model.turn else 1  # none at the turn
         found.append(more(unit.inside_bytes(joined) + before, unit.apart_bytes(unit.calls)))
