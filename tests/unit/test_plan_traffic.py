@@ -13,7 +13,7 @@ from in_process import run
 from tiny_models import CONFIGS
 from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.engine.engine import Engine
-from zinf_cli.plan import memory, search
+from zinf_cli.plan import buffers, memory, mixes, search
 from zinf_cli.plan.filling import stayable
 from zinf_cli.plan.placement import placements
 from zinf_cli.plan.search import best_plan
@@ -144,8 +144,8 @@ def test_memory_that_is_left_holds_units(
 ) -> None:
     recipe = recipe_of(tmp_path, "llama", precision=precision, max_grad_norm=clip, max_steps=12)
     config = {"model_type": "llama", **CONFIGS["llama"], "num_hidden_layers": 5}
-    monkeypatch.setattr(memory, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
-    monkeypatch.setattr(search, "UNSURE", 0.0)  # which is more than they take, of what Python does
+    monkeypatch.setattr(buffers, "CHUNK_NUMEL", 2048)  # else buffers take more than the states
+    monkeypatch.setattr(mixes, "UNSURE", 0.0)  # which is more than they take, of what Python does
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": config})})
     figures = find_figures(recipe, 1)
     streamed = best_plan(recipe, figures)

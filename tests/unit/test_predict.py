@@ -53,7 +53,7 @@ def test_all_placements_are_tried_and_the_frugal_one_comes_last() -> None:
     assert ways[-1] == {"params": "nvme", "grads": "cpu", "optimizer": "nvme"}
 
 
-def test_only_placements_that_nothing_beats_are_timed() -> None:
+def test_on_an_accelerator_only_placements_that_nothing_beats_are_timed() -> None:
     ways = [{"params": "cpu", "grads": "nvme"}, {"params": "nvme", "grads": "cpu"}, {"params": "nvme", "grads": "nvme"}]
     assert undominated([(way, number) for number, way in enumerate(ways)]) == [0, 1]
 

@@ -8,7 +8,8 @@ from typing import Any
 from zinf_cli.amounts import format_bytes
 from zinf_cli.machine.profiles import Profile
 from zinf_cli.model_state import STATES
-from zinf_cli.plan.memory import block_bytes, state_bytes
+from zinf_cli.plan.buffers import block_bytes
+from zinf_cli.plan.memory import state_bytes
 from zinf_cli.plan.placement import TIERS
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import cluster_of

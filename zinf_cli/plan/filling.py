@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import KEPT_MORE, Choice, cached_bytes, glue_leaves, staying_bytes
+from zinf_cli.plan.memory import KEPT_MORE, Choice, activations_left, cached_cost, glue_leaves, staying_cost
 
 
 def spread(number: int) -> float:
@@ -42,7 +41,7 @@ def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     if not glue_leaves(figures, choice) or not figures.model.surveyed:
         return frozenset()
     units = range(len(figures.model.units))
-    cost = {number: staying_bytes(figures, replace(choice, staying=frozenset([number]))) for number in units}
+    cost = {number: staying_cost(choice, sum(left)) for number, left in enumerate(activations_left(figures, choice))}
     if sum(cost.values()) <= room:  # then those without a cost find all that they need in memory
         return frozenset(units)
     staying = []
@@ -53,15 +52,24 @@ def stayable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
     return frozenset(staying)
 
 
-def cacheable(figures: Figures, choice: Choice, room: int) -> frozenset[int]:
-    """The units to cache in `room` bytes, spread over the sweep: while one is computed, the drive brings others."""
+def cacheable(figures: Figures, choice: Choice, room: int) -> list[int]:
+    """The units to cache in `room` bytes, the smallest first: so with more room these are among them.
+
+    Those that are alike are spread over the sweep, the first few of them too: while one is computed, the drive brings
+    others.
+    """
+    costs = {
+        number: cost
+        for number, unit in enumerate(figures.model.units)
+        if unit.calls and (cost := cached_cost(figures, choice, number))
+    }
     cached = []
-    for number in sorted(range(len(figures.model.units)), key=spread):
-        cost = sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
-        if 0 < cost <= room and figures.model.units[number].calls:
-            cached.append(number)
-            room -= cost
-    return frozenset(cached)
+    for number in sorted(costs, key=lambda number: (costs[number], spread(number))):
+        room -= costs[number]
+        if room < 0:
+            break
+        cached.append(number)
+    return cached
 
 
 def cacheable_on_device(figures: Figures, choice: Choice, room: int) -> Iterator[frozenset[int]]:
@@ -74,7 +82,7 @@ def cacheable_on_device(figures: Figures, choice: Choice, room: int) -> Iterator
     ends = {*model.order[:1], *model.order[-1:]}
     cached: list[int] = []
     for number in sorted(model.order, key=lambda number: (number not in ends, spread(number))):
-        room -= sum(cached_bytes(figures, replace(choice, cached=frozenset([number]))).values())
+        room -= cached_cost(figures, choice, number)
         if room < 0 or number in cached:
             break
         cached.append(number)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from zinf_cli.model_state import ADAMW, GRAD, MAPPED, PRECISIONS, OptimizerState
@@ -227,14 +227,14 @@ class Figures:
 
     def trained(self, unit: UnitFigures) -> tuple[tuple[OptimizerState, str, int], ...]:
         """The unit's trainable parameters: how many of each dtype, by what is kept of them."""
-        rest, whole = self.optimizer.of(whole=False), self.optimizer.of(whole=True)
         masters = unit.master_numel - unit.whole_master_numel
-        return (
-            (rest, "F32", unit.trainable_numel - unit.whole_numel - masters),
-            (rest, self.dtype, masters),
-            (whole, "F32", unit.whole_numel - unit.whole_master_numel),
-            (whole, self.dtype, unit.whole_master_numel),
+        counts = (
+            (False, "F32", unit.trainable_numel - unit.whole_numel - masters),
+            (False, self.dtype, masters),
+            (True, "F32", unit.whole_numel - unit.whole_master_numel),
+            (True, self.dtype, unit.whole_master_numel),
         )
+        return tuple((self.optimizer.of(whole=whole), dtype, numel) for whole, dtype, numel in counts if numel)
 
     def moments_bytes(self, unit: UnitFigures) -> int:
         """Bytes of what an update reads and writes beside the unit's parameters, the slices of all ranks together."""
@@ -242,11 +242,27 @@ class Figures:
         each = (kept.num_bytes(dtype, numel // ranks) * ranks for kept, dtype, numel in self.trained(unit))
         return sum(each) + unit.factor_bytes
 
-    def param_bytes(self, unit: UnitFigures) -> Counter[str]:
+    @cached_property
+    def moments(self) -> tuple[int, ...]:
+        """The same of every unit. A search for a plan asks for it thousands of times."""
+        return tuple(map(self.moments_bytes, self.model.units))
+
+    def param_bytes(self, unit: UnitFigures) -> dict[str, int]:
         """Bytes of the unit's parameters on their tiers, by the class that they belong to."""
-        found = Counter({"params": unit.frozen_bytes})
-        found[self.optimizer.param_class] += unit.trainable_bytes
-        return found
+        trained = self.optimizer.param_class
+        return {"params": unit.frozen_bytes, trained: unit.trainable_bytes + unit.frozen_bytes * (trained == "params")}
+
+    @cached_property
+    def states(self) -> tuple[dict[str, int], ...]:
+        """Of every unit, the bytes of its model states by class, the slices of all ranks together."""
+        return tuple(
+            {
+                **(params := self.param_bytes(unit)),
+                "grads": unit.trainable_numel * GRAD.item_bytes,
+                "optimizer": params.get("optimizer", 0) + moments,
+            }
+            for unit, moments in zip(self.model.units, self.moments, strict=True)
+        )
 
     @classmethod
     def from_json(cls, document: dict) -> Figures:  # type: ignore[type-arg]

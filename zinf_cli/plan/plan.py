@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from zinf_cli.checkpoint.reading import patiently
+from zinf_cli.plan.buffers import Working
 from zinf_cli.plan.io import Io
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import Choice, Working
+from zinf_cli.plan.memory import Choice
 from zinf_cli.recipe.hosts import Host
 
 

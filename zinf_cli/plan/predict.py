@@ -8,14 +8,16 @@ from pathlib import Path
 
 from zinf_cli.machine.profile_file import Measured, rates_between
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, Drives, Profile
-from zinf_cli.model_state import CHUNK_NUMEL, FP32_BYTES, GRAD, ITEM_BYTES
+from zinf_cli.model_state import CHUNK_NUMEL, ITEM_BYTES
 from zinf_cli.plan.layout import Figures, ModelFigures, UnitFigures
 from zinf_cli.plan.memory import Choice, activations_moved, sweeps_share
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.schedule import Step, UnitLoad
-from zinf_cli.plan.simulate import Cluster, Simulation, simulate
+from zinf_cli.plan.simulate import Cluster, Simulation, at_least, simulate
 from zinf_cli.plan.traffic import grad_bytes
 
+MOST_AHEAD = 8
+"""The most visits that a schedule has under way; the engine has more where buffers let it."""
 IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
 """How many parameters of an update are under way at once where all of it lies in memory."""
 
@@ -55,6 +57,15 @@ def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = Fals
     return simulate(step, profile, cluster_of(plan, tokens))
 
 
+def least_seconds(plan: Plan, tokens: int, profile: Profile) -> tuple[float, float]:
+    """Of a clipped and of an unclipped step, if nothing waits for data: bounds of what `predict` says."""
+    step, cluster = step_of_plan(plan, tokens), cluster_of(plan, tokens)
+    unclipped = clipped = at_least(step, profile, cluster)
+    if step.update == "speculative":
+        clipped = at_least(replace(step, update="deferred"), profile, cluster)
+    return clipped, unclipped
+
+
 def cluster_of(plan: Plan, tokens: int) -> Cluster:
     """The hosts and ranks of a plan, each with micro-batches of `tokens` tokens."""
     return Cluster(len(plan.hosts), plan.figures.ranks_per_host, plan.precision, tokens)
@@ -68,10 +79,7 @@ def step_of_plan(plan: Plan, tokens: int, speed: float = 1.0) -> Step:
     figures, working = plan.figures, plan.working
     accelerator = bool(figures.machine.accelerators)
     choice = plan.choice
-    blocks = sorted(unit.numel for unit in figures.model.units if unit.calls and not unit.resident)
-    both = FP32_BYTES + GRAD.item_bytes  # of a parameter with its gradient
-    typical = max(1, blocks[len(blocks) // 2] * both) if blocks else 1
-    fields = max(1, working.num_chunks // 8)
+    typical, fields = working.typical_block_bytes, working.streamed_fields
     placement = dict(plan.placement)
     if not accelerator:
         placement = {state: "cpu" if tier == "device" else tier for state, tier in placement.items()}
@@ -87,8 +95,8 @@ def step_of_plan(plan: Plan, tokens: int, speed: float = 1.0) -> Step:
         grad_bytes=_grad_bytes(figures, choice, plan.micro_batches),
         optimizer=figures.optimizer,
         update=plan.update,
-        depth=max(2, min(8, working.slot_bytes // typical)),
-        chunk_params=working.num_chunks * working.chunk_numel / fields if working.num_chunks >= 8 else IN_PLACE_CHUNK,
+        depth=max(2, min(MOST_AHEAD, working.slot_bytes // typical)) if typical else MOST_AHEAD,
+        chunk_params=working.num_chunks * working.chunk_numel / fields if fields else IN_PLACE_CHUNK,
     )
 
 

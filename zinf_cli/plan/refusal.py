@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from zinf_cli.amounts import format_bytes
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room
+from zinf_cli.plan.buffers import block_bytes
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import MIB, NAMES, block_bytes
+from zinf_cli.plan.memory import MIB, NAMES
 from zinf_cli.plan.parts import least_part
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import CHECKPOINTS, frugal_plan

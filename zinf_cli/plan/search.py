@@ -8,6 +8,7 @@ anything is loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,26 +17,24 @@ from pathlib import Path
 from zinf_cli.machine.drive_files import GROWTH
 from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.machine.profiles import ASSUMED_DRIVE_BANDWIDTH, MEMORY_SHARE, Profile
-from zinf_cli.model_state import STATES
+from zinf_cli.plan.buffers import Working, working_buffers
 from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes, checkpoint_drive
-from zinf_cli.plan.filling import cacheable, cacheable_on_device, keepable, stayable
 from zinf_cli.plan.io import choose_io
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import (
     CLASSES,
     Choice,
-    Working,
     cached_bytes,
     framework_bytes,
     host_bytes,
     shadow_bytes,
     state_bytes,
     staying_bytes,
-    working_buffers,
 )
+from zinf_cli.plan.mixes import mixes
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan, SweepCost
-from zinf_cli.plan.predict import cluster_of, predict, profile_here
+from zinf_cli.plan.predict import cluster_of, least_seconds, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.temporaries import compute_bytes
 from zinf_cli.plan.traffic import checkpoint_traffic, nvme_traffic
@@ -44,8 +43,8 @@ from zinf_cli.recipe.recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
 """Stands as a limit's tier for the file system of the run's folder."""
-UNSURE = 0.03
-"""The share by which a plan's memory may be wrong: benchmarks/README.md, "Predictions"."""
+AS_LONG = 1e-3
+"""Steps that differ by this share take as long."""
 
 
 def best_plan(
@@ -67,18 +66,32 @@ def best_plan(
     profile = profile or profile_here(figures, nvme_folders(recipe), None)
     for choices in _choices(recipe, figures, micro_batches):
         frugal = judge(choices[-1])
-        plans = [] if _hopeless(frugal) else [judge(choice) for choice in choices]
-        fitting = [(plan.placement, plan) for plan in plans if plan.fits]
-        if fitting:
-            # the last one leaves most memory for what may be kept or cached; so does, on an accelerator, the last that
-            # has activations there
-            lean = [plan for _, plan in fitting if plan.placement["activations"] == "device"]
-            chosen = {str(plan.placement): plan for plan in (*undominated(fitting), *lean[-1:], fitting[-1][1])}
-            ways = [way for plan in chosen.values() for way in _improvements(recipe, plan, judge)]
-            timed = (_with_time(plan, recipe, profile) for plan in ways)
-            best = min(timed, key=lambda plan: plan.step_s + plan.calm_step_s)
-            return _with_cost_of_sweeps(best, recipe, profile, judge)
+        ways: list[Plan] = []
+        for plan in () if _hopeless(frugal) else _worth_filling([judge(choice) for choice in choices]):
+            ways += mixes(recipe, plan, judge)
+            if _lacks_nothing(ways[-1]):
+                break
+        if ways:
+            return _with_cost_of_sweeps(_fastest(ways, recipe, profile), recipe, profile, judge)
     return _with_time(frugal, recipe, profile)
+
+
+def _worth_filling(plans: Sequence[Plan]) -> Sequence[Plan]:
+    """Of the plans of all placements, those that fit. On an accelerator, only those that none beats on every class, and
+    those that leave most memory, with activations on the device and without: the simulation is too fast where the
+    link's copies wait for each other, so it would prefer placements that are slower."""
+    fitting = [(plan.placement, plan) for plan in plans if plan.fits]
+    if not fitting or fitting[0][1].choice.compute_tier == "cpu":
+        return [plan for _, plan in fitting]
+    lean = [plan for placement, plan in fitting if placement["activations"] == "device"]
+    chosen = (*undominated(fitting), *lean[-1:], fitting[-1][1])
+    return list({str(plan.placement): plan for plan in chosen}.values())
+
+
+def _lacks_nothing(plan: Plan) -> bool:
+    """Whether nothing moves between tiers and nothing is computed again, so that no plan is faster."""
+    kept = {*plan.kept_units, plan.figures.model.turn}
+    return all(map(plan.choice.in_place, CLASSES)) and kept.issuperset(plan.figures.model.order)
 
 
 def _hopeless(frugal: Plan) -> bool:
@@ -127,50 +140,24 @@ def _judge(
     return partial(_plan, recipe, figures, hosts, room, micro_batches, sequences, drive), micro_batches
 
 
-def _improvements(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:
-    """Plans that fill the room that `plan` leaves: with shadows, with kept activations, with cached units.
-
-    Only the time of a step tells which of them is worth most.
-    """
-
-    def keeping(plan: Plan) -> Plan:
-        choice = plan.choice
-        if not choice.in_place("activations"):
-            if recipe.offload.activations != "auto":
-                return plan
-            room = plan.room(choice.compute_tier, UNSURE)
-            return judge(replace(choice, staying=stayable(plan.figures, choice, room)))
-        if recipe.activation_checkpointing != "auto":
-            return plan
-        return judge(replace(choice, kept=keepable(plan.figures, choice, plan.room(choice.compute_tier))))
-
-    def caching(plan: Plan) -> Plan:
-        choice = replace(plan.choice, cacheable=auto)
-        if choice.cache_tier == "device":
-            return plan
-        return judge(replace(choice, cached=cacheable(plan.figures, choice, plan.room("cpu", UNSURE))))
-
-    def both(plan: Plan) -> Iterator[Plan]:
-        yield (first := caching(keeping(plan)))
-        if (second := keeping(caching(plan))) != first:
-            yield second
-        choice = replace(plan.choice, cacheable=auto)
-        if choice.cache_tier == "device" and choice.cached_states:
-            for cached in cacheable_on_device(plan.figures, choice, plan.room("device", UNSURE)):
-                if (way := judge(replace(choice, cached=cached))).fits:
-                    yield keeping(way)
-
-    auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
-    trained = {plan.figures.optimizer.param_class, "optimizer"}
-    streamed = not any(map(plan.choice.in_place, trained))
-    if streamed and plan.update == "deferred" and plan.precision != "fp16":
-        speculative = judge(replace(plan.choice, update="speculative"))
-        if speculative.fits:
-            yield from both(speculative)
-            # without shadows memory holds more units
-            yield from (way for way in both(plan) if way.cached_units)
-            return
-    yield from both(plan)
+def _fastest(plans: Sequence[Plan], recipe: Recipe, profile: Profile) -> Plan:
+    """The plan whose steps, clipped and unclipped, take least together; of those that take as long, the one whose
+    bounds come first. Only those are played that could be it."""
+    if len(plans) == 1:
+        return _with_time(plans[0], recipe, profile)
+    tokens = recipe.train.seq_len * recipe.train.sequences_at_once
+    least = [least_seconds(plan, tokens, profile) for plan in plans]
+    best, worth = plans[0], math.inf
+    for plan, (clipped, unclipped) in sorted(zip(plans, least, strict=True), key=lambda item: sum(item[1])):
+        if clipped + unclipped >= worth:
+            break
+        seconds = predict(plan, tokens, profile).step_s
+        if seconds + unclipped >= worth:
+            continue
+        seconds += predict(plan, tokens, profile, unclipped=True).step_s if plan.update == "speculative" else seconds
+        if seconds < worth:
+            best, worth = plan, (1 - AS_LONG) * seconds
+    return _with_time(best, recipe, profile)
 
 
 def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
@@ -257,8 +244,9 @@ def _plan(
     folders = nvme_folders(recipe)
     lines = tuple(_lines(figures, choice, states, working, room))
     traffic = nvme_traffic(figures, choice, sweeps, micro_batches)
-    waiting = replace(choice, update="deferred" if choice.update == "speculative" else choice.update)
-    most_traffic = nvme_traffic(figures, waiting, sweeps, micro_batches).total
+    most_traffic = traffic.total
+    if choice.update == "speculative":
+        most_traffic = nvme_traffic(figures, replace(choice, update="deferred"), sweeps, micro_batches).total
     tokens = sequences * recipe.train.seq_len / figures.world_size
     return Plan(
         hosts=hosts,

@@ -11,7 +11,7 @@ import heapq
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from zinf_cli.durable import write_durably
@@ -44,14 +44,30 @@ class Cluster:
 class Simulation:
     """One step in its steady state."""
 
-    step_s: float
-    busy: Mapping[str, float]
-    """The share of the step that each lane is busy."""
-    bottleneck: str
-    """The resource that is busiest."""
+    begin: float
+    end: float
+    """Seconds at which the last compute of the step before ends, and that of the step itself."""
     ops: Sequence[Op]
     spans: Sequence[tuple[float, float]]
     """(start, end) of every operation, in seconds."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step."""
+        return self.end - self.begin
+
+    @cached_property
+    def busy(self) -> Mapping[str, float]:
+        """The share of the step that each lane is busy."""
+        busy = dict.fromkeys(LANES, 0.0)
+        for op, (start, stop) in zip(self.ops, self.spans, strict=True):
+            busy[op.lane] += max(0.0, min(stop, self.end) - max(start, self.begin)) / self.step_s
+        return busy
+
+    @property
+    def bottleneck(self) -> str:
+        """The resource that is busiest."""
+        return max(RESOURCES, key=lambda name: max(self.busy[lane] for lane in RESOURCES[name]))
 
     @property
     def waiting(self) -> float:
@@ -90,18 +106,39 @@ def simulate(step: Step, profile: Profile, cluster: Cluster) -> Simulation:
     return play(*sweep_steps(step), rates_of(profile, cluster))
 
 
+def at_least(step: Step, profile: Profile, cluster: Cluster) -> float:
+    """Seconds of a step if no operation waits for another: each lane has its work, and those that meet slow down.
+
+    A step that is played takes as long, but for what it leaves the next one to do, or longer. This is a tenth of the
+    work of playing it.
+    """
+    rates = rates_of(profile, cluster)
+    work = dict.fromkeys(LANES, 0.0)
+    for op in sweep_steps(step, count=1)[0]:
+        work[op.lane] += op.amount / rates[op.rate]
+    ways = work.pop("nvme read"), work.pop("nvme write")
+    drives = _side_by_side(*ways, *[_together(rates)] * 2)
+    compute = work.pop("compute")
+    return max(*work.values(), _side_by_side(drives, compute, rates["drive share"], rates["compute share"]))
+
+
+def _side_by_side(one: float, other: float, share: float, other_share: float) -> float:
+    """Seconds of two works, which take `one` and `other` alone and keep shares of their speed while both are."""
+    gain = share + other_share - 1  # of each second that both are at work
+    return one + other - max(0.0, gain) * min(one / share, other / other_share)
+
+
+def _together(rates: Mapping[str, float]) -> float:
+    """The share of its speed that a lane of the drive keeps while the other is at work."""
+    return min(1.0, rates["both"] / (rates["nvme read"] + rates["nvme write"]))
+
+
 def play(ops: Sequence[Op], ends: Sequence[int], rates: Mapping[str, float]) -> Simulation:
     """Play `ops` at `rates` (see `rates_of`). The step is what lies between the last two of `ends`."""
     seconds = [op.amount / rates[op.rate] for op in ops]
-    together = rates["both"] / (rates["nvme read"] + rates["nvme write"])
-    spans = _play(ops, seconds, min(1.0, together), rates["drive share"], rates["compute share"])
+    spans = _play(ops, seconds, _together(rates), rates["drive share"], rates["compute share"])
     begin, end = (spans[place][1] for place in ends[-2:])
-    step_s = end - begin
-    busy = dict.fromkeys(LANES, 0.0)
-    for op, (start, stop) in zip(ops, spans, strict=True):
-        busy[op.lane] += max(0.0, min(stop, end) - max(start, begin)) / step_s
-    load = {name: max(busy[lane] for lane in lanes) for name, lanes in RESOURCES.items()}
-    return Simulation(step_s, busy, max(load, key=lambda name: load[name]), ops, spans)
+    return Simulation(begin, end, ops, spans)
 
 
 def _play(

@@ -56,8 +56,8 @@ def nvme_traffic(figures: Figures, choice: Choice, sweeps: int, micro_batches: i
             read += moved * (calls - (share if update != "deferred" else 0))
             written += moved * (calls - (share if update == "eager" else 0))
         if "optimizer" in away:
-            read += figures.moments_bytes(unit) // ranks
-            written += figures.moments_bytes(unit) // ranks
+            read += figures.moments[number] // ranks
+            written += figures.moments[number] // ranks
     if choice.placement["activations"] == "nvme":
         sent, brought = zip(*activations_moved(figures, choice), strict=True)
         written += micro_batches * sum(sent)
