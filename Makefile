@@ -74,6 +74,7 @@ bench: install ## measure this machine, side by side with plain PyTorch
 
 bench-peer: install $(PEER_INSTALLED) ## the same with DeepSpeed beside it, and a sweep over 1 to 16 micro-batches
 	$(PYTHON) -m benchmarks.run --rounds 1 --steps 3 --cases 8x16 8x64 1x16 --contenders plain zinf-cpu zinf-nvme deepspeed deepspeed-small
+	$(PYTHON) -m benchmarks.run --rounds 2 --steps 3 --cases 1x16 --contenders plain zinf-in-3.2-gib deepspeed-small
 	$(PYTHON) -m benchmarks.run --rounds 1 --steps 2 --cases sweep --contenders zinf-nvme deepspeed
 
 gpu-check: ## the tests and benchmarks of an accelerator, in 10 minutes; without one, a rehearsal on the CPU

@@ -50,6 +50,20 @@ ROWS = (
     Row("216M, in 2.2 GiB", MODELS["216M"], ("offload.cpu_memory=2.2GiB", *STEP)),
     Row("50M, all NVMe, 2 ranks", SMALL, _nvme(*STEP), slots=2),
     Row("50M, all CPU", SMALL, ("train.seq_len=128", "train.global_batch_size=4")),
+    *(
+        Row(
+            f"216M, 1×16 in {budget} GiB{', not clipped' if clip == 'null' else ''}",
+            MODELS["216M"],
+            (
+                f"offload.cpu_memory={budget}GiB",
+                "train.seq_len=16",
+                "train.global_batch_size=1",
+                f"train.max_grad_norm={clip}",
+            ),
+        )
+        for clip in ("1.0", "null")
+        for budget in (1.2, 1.6, 2.4, 3.2)
+    ),
 )
 
 

@@ -29,7 +29,8 @@ Contender = Callable[[Case, int, Path], Watched]
 def launch_command(case: Case, tier: str | Mapping[str, str], steps: int, folder: Path) -> tuple[list[str], Path]:
     """A command that trains `case` on one rank, and its run's folder.
 
-    All four classes of state lie on `tier`, or each on the tier that it says.
+    All four classes of state lie on `tier`. Or it has keys of the recipe's section offload: a tier for each class, or a
+    budget.
     """
     name, tiers = ("zinf-mixed", tier) if isinstance(tier, Mapping) else (f"zinf-{tier}", dict.fromkeys(CLASSES, tier))
     run_dir = folder / name
@@ -65,8 +66,8 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
 
 
-def zinf(tier: str) -> Contender:
-    """zinf with all four classes of state on `tier`."""
+def zinf(tier: str | Mapping[str, str]) -> Contender:
+    """zinf with its state on `tier`: see launch_command."""
 
     def run(case: Case, steps: int, folder: Path) -> Watched:
         command, run_dir = launch_command(case, tier, steps + WARM_UP, folder)
@@ -104,6 +105,7 @@ CONTENDERS: dict[str, Contender] = {
     "plain": plain,
     "zinf-cpu": zinf("cpu"),
     "zinf-nvme": zinf("nvme"),
+    "zinf-in-3.2-gib": zinf({"cpu_memory": "3.2GiB"}),
     "deepspeed": deepspeed(small=False),
     "deepspeed-small": deepspeed(small=True),
 }

@@ -40,7 +40,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
     # The other flavour keeps recomputed weights by their memory, swap buffers overwritten before backward needs them.
-    model, settings = build(case, reentrant=True), config(case, str(folder), small)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    model, settings = build(case, reentrant=True, dtype=dtype), config(case, str(folder), small)
     # initialize() would give Init the model's dtype, which makes its buffers bf16 on a CPU without fp16: see findings/.
     deepspeed.zero.Init(module=model, remote_device="nvme", config_dict_or_path=settings)
     engine, *_ = deepspeed.initialize(model=model, config=settings)
@@ -70,6 +71,7 @@ def config(case: Case, folder: str, small: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.micro_batches,
         "gradient_clipping": case.clip or 0.0,
+        "bf16": {"enabled": case.precision == "bf16"},
         "steps_per_print": sys.maxsize,
         "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": WEIGHT_DECAY}},
         "zero_optimization": {
