@@ -4,8 +4,6 @@
 PYTHON ?= .venv/bin/python
 INSTALLED := .venv/.installed
 PEER_INSTALLED := .venv-peer/.installed
-# Of the cases of these, `make test` tries a third.
-SAMPLED := $(addprefix tests/unit/test_,exactness.py muon.py parts.py plan.py plan_parts.py rounded_moments.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install fetch demo test test-crash test-storage test-faults test-zoo test-speeds lab check bench bench-peer gpu-check clean
@@ -46,9 +44,9 @@ test-faults: install lab ## every fault of a run on many hosts, at ten moments e
 	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py tests/integration/test_bench_links.py --junitxml=.faults.xml
 	PYTHONPATH=tests $(PYTHON) -m programs.fault_table .faults.xml
 
-test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch
+test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch; and all that is sampled
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto tests/zoo
-	ZINF_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto $(SAMPLED)
+	ZINF_TEST_ALL=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses auto -m sampled tests/unit
 
 test-speeds: ## the tests as on a machine whose measured speeds are a tenth of this one's, and ten times them
 	ZINF_TEST_SPEED=0.1 $(MAKE) test

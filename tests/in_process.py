@@ -12,10 +12,11 @@ from zinf_cli.train import loop
 
 
 class Closed(NamedTuple):
-    """What a tier on drives had come to when it was closed, in bytes: the length of its files, what went into them."""
+    """What a tier on drives had come to when it was closed, in bytes: the length of its files, and the traffic."""
 
     allocated: int
     written: int
+    read: int
 
 
 def run(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:

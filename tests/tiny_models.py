@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from zinf_cli.models.model import ModelSource
-
-Case = TypeVar("Case")
 
 _SIZE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SIZE, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -76,11 +73,6 @@ def skip_unless_known(model_type: str) -> None:
     """Skip a test about a type that the installed transformers does not have: the oldest one has fewer."""
     if model_type not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"transformers {version('transformers')} has no {model_type}")
-
-
-def some_of(cases: Sequence[Case]) -> Sequence[Case]:
-    """Every third of the cases; all of them with ZINF_TEST_ALL (make test-zoo)."""
-    return cases if "ZINF_TEST_ALL" in os.environ else cases[::3]
 
 
 def random_source(name: str, seed: int = 0, **changes: Any) -> ModelSource:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from in_process import Closed
 from in_process import run as run_here
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
-from tiny_models import random_source, some_of
+from tiny_models import random_source
 from workshop import Workshop
 from zinf_cli.checkpoint.folder import find_checkpoint
 from zinf_cli.checkpoint.manifest import Manifest
@@ -32,9 +32,10 @@ ADAFACTOR = kernel_of(Optimizer(name="adafactor", lr=RATE, weight_decay=0.1), RA
 TORCH = partial(torch.optim.Adafactor, lr=RATE, weight_decay=0.1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("how", "dtype"),
-    some_of([*product(["in memory", "deferred", "speculative", "eager"], [torch.float32, torch.bfloat16])]),
+    [*product(["in memory", "deferred", "speculative", "eager"], [torch.float32, torch.bfloat16])],
 )
 def test_it_trains_with_the_bits_of_torch(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
     clip = {"eager": None, "speculative": 1.12}.get(how, 1.0)
@@ -94,7 +95,7 @@ def test_the_plan_has_every_byte(tmp_path: Path, closed: list[Closed]) -> None:
     assert (
         sum(unit.factor_bytes for unit in figures.model.units) < trained / 2
     )  # and most of that is padding, in a model as small
-    assert closed == [Closed(plan.nvme_bytes, trained + len(lines) * plan.nvme_written)]
+    assert closed[0][:2] == (plan.nvme_bytes, trained + len(lines) * plan.nvme_written)
 
 
 def test_whole_parameters_are_for_one_rank(tmp_path: Path) -> None:

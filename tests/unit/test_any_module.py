@@ -170,7 +170,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("mode", IN_MODES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_of_a_user_is_exact(kind: str, mode: Mode, tmp_path: Path) -> None:
-    assert_exact(KINDS[kind], mode, tmp_path)
+    """On some CPUs (AMD EPYC), vectorised kernels of complex numbers have other last bits at other places in memory."""
+    assert_exact(KINDS[kind], mode, tmp_path, within=1e-6 if kind == "complex" else 0.0)
 
 
 def keep_a_view(own: Any, x: torch.Tensor) -> torch.Tensor:

@@ -60,11 +60,13 @@ def assert_goes_on(name: str, tmp_path: Path, before: EngineOptions, after: Engi
     second.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
     assert_goes_on(name, tmp_path, everything_on("nvme", tmp_path / "a"), everything_on("cpu", tmp_path / "b"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("before", "after"), [("cpu", "nvme"), ("nvme", "nvme"), ("device", "cpu")])
 def test_every_placement_and_precision(before: str, after: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -82,6 +84,7 @@ PASSING = {2, 3, 5, 7}
 MIXED: dict[str, Any] = {"params": "cpu", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "how", ["deferred", "eager", "speculative", "in memory", "mixed", "another drive", "dropped", "cached"]

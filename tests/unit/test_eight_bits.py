@@ -132,6 +132,7 @@ def take_over(ranks: Ranks, folder: Path, dtype: torch.dtype, run_dir: Path) -> 
     engine.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("before", "after"), [(ADAMW, INT8), (INT8, ADAMW), (INT8, ADAMW.stored_as("BF16"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_goes_on_with_another_state_dtype(before: Any, after: Any, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -183,6 +184,7 @@ def test_frozen_parameters_and_those_without_decay_change_no_neighbour(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("state", "kernel"), [(SGD, Sgd(0.1)), (LION, Lion(1e-3)), (ADAMW, AdamW(0.0))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_optimizer_has_them(state: Any, kernel: Any, dtype: torch.dtype, tmp_path: Path) -> None:

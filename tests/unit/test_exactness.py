@@ -22,7 +22,7 @@ from plain import (
     plain_losses,
     relative_difference,
 )
-from tiny_models import CONFIGS, random_source, some_of
+from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.clips import Clips
 from zinf_cli.engine.compute.loss_scale import LossScale
 from zinf_cli.engine.compute.sweep_member import MicroBatch
@@ -73,6 +73,7 @@ def assert_agree(found: list[list[float]], expected: list[list[float]], name: st
     assert relative_difference(found, expected) < 1e-5
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_on_nvme_learns_as_plain_pytorch_does(name: str, tmp_path: Path) -> None:
     changes = NO_DROPOUT.get(name, {})
@@ -89,6 +90,7 @@ def test_activations_do_go_to_the_tier(tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "tier"), [*((name, "nvme") for name in CONFIGS), ("gpt2", "cpu"), ("t5", "cpu")])
 def test_kept_activations_give_the_same_losses(name: str, tier: str, tmp_path: Path) -> None:
     changes = DROPOUT.get(name, {})
@@ -116,6 +118,7 @@ def test_dropout_is_the_same_in_the_recompute(name: str, tmp_path: Path) -> None
     assert expected != reference(name, **NO_DROPOUT.get(name, {}))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("tier", ["device", "cpu", "nvme"])
 @pytest.mark.parametrize("state", [*CLASSES, "all"])
 def test_the_tier_changes_no_bit(state: str, tier: str, tmp_path: Path) -> None:
@@ -132,6 +135,7 @@ def test_stripes_over_several_drives_change_no_bit(folders: int, tmp_path: Path)
     assert train("llama", options) == reference("llama")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "t5", "mixtral", "mamba"])
 def test_sweeps_of_one_and_of_all_agree(name: str, tmp_path: Path) -> None:
     options = everything_on("nvme", tmp_path)
@@ -183,9 +187,10 @@ def test_bf16_has_fp32_masters_and_gradients(name: str, tier: str, tmp_path: Pat
     assert relative_difference(found, expected) < 2e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "tier", "per_sweep", "eager"),
-    some_of([*product(["llama", "llama-tied", "t5", "mixtral"], ["cpu", "nvme"], [None, 1], [False, True])]),
+    [*product(["llama", "llama-tied", "t5", "mixtral"], ["cpu", "nvme"], [None, 1], [False, True])],
 )
 def test_without_clipping(name: str, tier: str, per_sweep: int | None, eager: bool, tmp_path: Path) -> None:
     options = replace(everything_on(tier, tmp_path), micro_batches_per_sweep=per_sweep)
@@ -202,11 +207,10 @@ def test_an_eager_update_moves_no_gradient(tmp_path: Path) -> None:
     engine.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "world"),
-    some_of(
-        [*product(["llama", "llama-tied", "t5", "qwen3_moe"], ["one sweep", "sweeps of one", "bf16", "in memory"])]
-    ),
+    [*product(["llama", "llama-tied", "t5", "qwen3_moe"], ["one sweep", "sweeps of one", "bf16", "in memory"])],
 )
 def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     """The clip is set so that it bites in some of the steps; then what was updated ahead must not count."""
@@ -244,16 +248,15 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
         assert_agree(found, reference(name, LONG, clip=clip), name)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("how", "name"),
-    some_of(
-        [
-            *product(
-                ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"],
-                ["llama", "llama-tied", "t5", "qwen3_moe"],
-            )
-        ]
-    ),
+    [
+        *product(
+            ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"],
+            ["llama", "llama-tied", "t5", "qwen3_moe"],
+        )
+    ],
 )
 def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None:
     source = random_source(name)

@@ -75,6 +75,7 @@ def test_buffers_are_those_of_from_pretrained_too(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["cpu", "nvme", "eager", "speculative", "cached", "sweeps of one"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_losses_are_those_of_plain_pytorch(name: str, how: str, tmp_path: Path) -> None:

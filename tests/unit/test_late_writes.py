@@ -61,6 +61,7 @@ def train(folder: Path, options: EngineOptions, dtype: torch.dtype, how: str, *,
     return losses, {path.step: path for path in map(Manifest.load, folders.checkpoints_of(folder))}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["speculative", "eager"])
@@ -71,6 +72,7 @@ def test_a_late_drive_changes_no_bit(how: str, dtype: torch.dtype, save: bool, t
         assert train(tmp_path / "late", options, dtype, how, save=save) == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("late", ["embed_tokens", "layers.0", "lm_head", "resident", "grads", "exp_avg"])
 def test_nor_does_one_that_is_late_with_some(late: str, tmp_path: Path) -> None:
     options = replace(everything_on("nvme", tmp_path), speculate=True)

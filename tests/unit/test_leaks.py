@@ -134,6 +134,7 @@ class AsksForData(Collecting):
         return super().forward(x)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_where_no_survey_sees_it_the_first_step_does(place: str, mode: Mode, tmp_path: Path) -> None:
@@ -199,6 +200,7 @@ class LeavesLate(Siding):
         return super().forward(x)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_leak_on_a_way_that_the_survey_did_not_take_ends_the_run(place: str, mode: Mode, tmp_path: Path) -> None:
@@ -214,6 +216,7 @@ def test_a_layer_that_once_takes_a_gradient_past_its_arguments(*, leaves: bool, 
         engine(partial(LeavesLate, leaves=leaves, given=detached), mode, tmp_path)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("given", [detached, without_grad])
 @pytest.mark.parametrize("place", PLACES)
@@ -221,6 +224,7 @@ def test_a_statistic_without_a_gradient_is_exact(place: str, given: Give, mode: 
     assert_exact(partial(Collecting, place, given, USES["stack"]), mode, tmp_path)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_what_the_loss_does_not_depend_on_is_exact(place: str, mode: Mode, tmp_path: Path) -> None:

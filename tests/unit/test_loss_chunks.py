@@ -61,6 +61,7 @@ def in_chunks(name: str, options: EngineOptions, **more: Any) -> Engine:
     return open_engine(random_source(name, **MODELS[name]), options, in_chunks=True, **more)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "most"), [*((name, None) for name in MODELS), *((name, SOME_ROWS) for name in IN_TILES)]
 )

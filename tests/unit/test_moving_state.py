@@ -226,6 +226,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_forward_changes_is_what_plain_pytorch_has(kind: str, mode: Mode, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from in_process import run as run_here
 from plain import engine_losses, everything_on, open_engine, plain_losses
-from tiny_models import CONFIGS, random_source, some_of
+from tiny_models import CONFIGS, random_source
 from workshop import Workshop
 from zinf_cli.errors import RecipeError
 from zinf_cli.model_state import SCALED
@@ -49,9 +49,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
 MUON = kernel_of(Optimizer(name="muon", lr=RATE, weight_decay=0.1), RATE)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("how", "dtype"),
-    some_of([*product(["in memory", "deferred", "speculative", "eager"], [torch.float32, torch.bfloat16])]),
+    [*product(["in memory", "deferred", "speculative", "eager"], [torch.float32, torch.bfloat16])],
 )
 def test_it_trains_with_the_bits_of_torch(how: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Chunks of other updates are smaller than matrices."""

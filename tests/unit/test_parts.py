@@ -29,7 +29,7 @@ from plain import (
     plain_losses,
     relative_difference,
 )
-from tiny_models import CONFIGS, random_source, some_of
+from tiny_models import CONFIGS, random_source
 from zinf_cli.engine.compute import joined as joined_backward
 from zinf_cli.engine.compute.sweep_member import MicroBatch
 from zinf_cli.engine.engine import Engine
@@ -53,7 +53,8 @@ NO_DROPOUT: dict[str, dict[str, Any]] = {
     "opt": {"dropout": 0.0},
     "t5": {"dropout_rate": 0.0},
 }
-PLACED = ["llama", "qwen3_moe", "t5"]
+PLACED = 9
+"""How many placements there are of a cut."""
 CLASSES = ("params", "grads", "optimizer", "activations")
 
 
@@ -66,13 +67,9 @@ def in_parts(name: str, options: EngineOptions, most: int | None, **more: Any) -
     return open_engine(random_source(name, **NO_DROPOUT.get(name, {})), options, most=most, **more)
 
 
-def one_on_nvme(state: str, folder: Path) -> EngineOptions:
-    placement: dict[str, Any] = {state: "nvme"}
-    return EngineOptions(nvme_folders=(folder,), **placement)
-
-
+@pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("name", "most"), [*((name, TILES) for name in CONFIGS), *((name, MODULES) for name in some_of([*CONFIGS]))]
+    ("name", "most"), [*((name, TILES) for name in CONFIGS), *((name, MODULES) for name in [*CONFIGS])]
 )
 def test_every_architecture_learns_as_plain_pytorch_does(name: str, most: int, tmp_path: Path) -> None:
     engine = in_parts(name, everything_on("nvme", tmp_path), most)
@@ -80,26 +77,44 @@ def test_every_architecture_learns_as_plain_pytorch_does(name: str, most: int, t
     assert relative_difference(engine_losses(engine, STEPS, count=COUNT), whole(name)) < 1e-6
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_all_placements_of_one_cut_have_the_same_bits(name: str, tmp_path: Path) -> None:
-    """Of each model `make test` tries a third, beginning with another one."""
-    nvme = everything_on("nvme", tmp_path)
-    placements = [
-        EngineOptions(),
+def one_on_nvme(state: str, nvme: EngineOptions) -> EngineOptions:
+    placement: dict[str, Any] = {state: "nvme"}
+    return EngineOptions(nvme_folders=nvme.nvme_folders, **placement)
+
+
+def placed(number: int, nvme: EngineOptions) -> EngineOptions:
+    """The placement of this number of PLACED."""
+    return [
+        nvme,
         EngineOptions("device", "device", "device", "device"),
-        *(one_on_nvme(state, tmp_path) for state in CLASSES),
+        *(one_on_nvme(state, nvme) for state in CLASSES),
         replace(nvme, speculate=True),
         every_other_unit_cached(nvme),
         replace(nvme, staying_units=frozenset(range(0, 1000, 2))),
-    ]
+    ][number]
+
+
+@cache
+def in_memory(name: str, count: int) -> list[list[float]]:
+    return engine_losses(in_parts(name, EngineOptions(), TILES), STEPS, count=count)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5"])
+@pytest.mark.parametrize("number", range(PLACED))
+def test_all_placements_of_one_cut_have_the_same_bits(name: str, number: int, tmp_path: Path) -> None:
+    options = placed(number, everything_on("nvme", tmp_path))
     count = 3 if name == "llama" else COUNT  # a sum of three has an order
-    expected = engine_losses(in_parts(name, nvme, TILES), STEPS, count=count)
-    first = PLACED.index(name)
-    for options in some_of([*placements[first:], *placements[:first]]):
-        assert engine_losses(in_parts(name, options, TILES), STEPS, count=count) == expected, options
-    for options, keep in ((nvme, True), (replace(nvme, micro_batches_per_sweep=1), False)):  # sums in another order
-        losses = engine_losses(in_parts(name, options, TILES, keep=keep), STEPS, count=count)
-        assert relative_difference(losses, expected) < 1e-6
+    assert engine_losses(in_parts(name, options, TILES), STEPS, count=count) == in_memory(name, count), options
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "t5"])
+@pytest.mark.parametrize(("per_sweep", "keep"), [(None, True), (1, False)])
+def test_sums_in_another_order_are_close(name: str, per_sweep: int | None, *, keep: bool, tmp_path: Path) -> None:
+    options = replace(everything_on("nvme", tmp_path), micro_batches_per_sweep=per_sweep)
+    losses = engine_losses(in_parts(name, options, TILES, keep=keep), STEPS, count=COUNT)
+    assert relative_difference(losses, in_memory(name, COUNT)) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gemma2"])
@@ -181,6 +196,7 @@ def test_dropout_draws_the_same_numbers(tmp_path: Path) -> None:
     assert relative_difference(engine_losses(engine, STEPS), plain_losses(source, STEPS)) < 1e-6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("before", "after"), [(None, TILES), (TILES, None), (TILES, MODULES), (MODULES, 700)])
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3_moe"])
 def test_a_checkpoint_goes_on_with_another_cut(

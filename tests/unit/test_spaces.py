@@ -199,6 +199,7 @@ def steps(opened: Engine, numbers: range) -> list[float]:
     return losses
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", [*WAYS, "a hook", "attributes"])
 def test_a_run_that_goes_on_from_a_checkpoint_has_it_too(way: str, tmp_path: Path) -> None:
     make = partial(Blocks, Keeping) if way == "attributes" else _counting(way)
@@ -234,6 +235,7 @@ def test_what_no_checkpoint_can_hold_is_said(tmp_path: Path) -> None:
     goes_on.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", IN_MEMORY, ids=str)
 @pytest.mark.parametrize("way", [*WAYS, "a hook"])
 def test_state_that_only_helpers_name_is_what_plain_pytorch_has(way: str, mode: Mode, tmp_path: Path) -> None:

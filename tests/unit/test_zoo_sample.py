@@ -25,6 +25,7 @@ SAMPLE = (
 )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("model_type", SAMPLE)
 @pytest.mark.filterwarnings("ignore")
 def test_agrees_with_plain_pytorch(model_type: str) -> None:
