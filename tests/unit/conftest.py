@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from in_process import Closed
     from zinf_cli.tiers.nvme import NvmeTier
+
+
+settings.register_profile("on any machine", deadline=None)
+settings.load_profile("on any machine")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -54,6 +54,7 @@ def test_the_losses_are_those_of_peft_on_every_tier(forked: ForkedRanks, tmp_pat
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [
@@ -113,6 +114,7 @@ def test_in_16_bits_the_adapter_stays_in_32(forked: ForkedRanks, tmp_path: Path)
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_a_step_reads_the_model_twice_and_writes_none_of_it(name: str, precision: str, tmp_path: Path) -> None:
@@ -201,6 +203,7 @@ def test_only_an_adapter_can_be_merged(forked: ForkedRanks, tmp_path: Path) -> N
         export(tmp_path / "run", tmp_path / "merged", merge=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("target", ["auto", "all-linear"])
 def test_blocks_in_parts_have_adapters(target: str, tmp_path: Path) -> None:
     workshop = adapted_workshop(tmp_path, adapter={"target_modules": target})

@@ -51,7 +51,7 @@ def whole(kind: str) -> bytes:
     return file.getvalue()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(KINDS), st.data())
 def test_damaged_files(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, data: Any) -> None:
     content = bytearray(whole(kind))
@@ -64,7 +64,7 @@ def test_damaged_files(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
     tried(TextSource((path,), tokenizer=tokenizer), folder / "cache")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.fixed_dictionaries({}, optional={"m": st.lists(TURN, max_size=3) | VALUES, "tools": VALUES}), max_size=3

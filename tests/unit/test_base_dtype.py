@@ -46,6 +46,7 @@ def workshops(tmp_path: Path, base_dtype: str, name: str = "llama", **adapter: A
     return packed, other
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("base_dtype", "precision"), [("bf16", "fp32"), ("int8", "fp32"), ("nf4", "bf16")])
 def test_losses_are_those_of_the_rounded_model(
     base_dtype: str, precision: str, forked: ForkedRanks, tmp_path: Path
@@ -72,6 +73,7 @@ def assert_merged_into_what_was_trained_on(run: Ended, trained: Any, folder: Pat
         assert torch.allclose(merged.eval()(**batch()).logits, trained.eval()(**batch()).logits, atol=1e-4)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [

@@ -193,7 +193,7 @@ def flipped(path: Path, offset: int) -> Iterator[None]:
         file.write(bytes([byte]))
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_flipped_bit_anywhere_is_found_and_named(checkpoint: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(sorted(path for path in checkpoint.iterdir())))

@@ -74,6 +74,7 @@ def test_learns_as_plain_pytorch_does(
     assert relative_difference(found, plain_losses(random_source(name, **MODELS[name]), STEPS)) < 1e-6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "most"), [("llama", None), ("gemma2", None), ("gemma2", SOME_ROWS)])
 def test_all_placements_have_the_same_bits(name: str, most: int | None, tmp_path: Path) -> None:
     nvme = everything_on("nvme", tmp_path)
@@ -94,6 +95,7 @@ def test_a_kept_graph_of_the_head_has_its_gradients(most: int | None) -> None:
     assert relative_difference(found, plain_losses(random_source("gemma2", **MODELS["gemma2"]), 3)) < 1e-6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "most"), [("llama", None), ("gemma2", None), ("gemma2", SOME_ROWS)])
 def test_in_bf16_chunks_change_nothing_but_rounding(name: str, most: int | None) -> None:
     expected = plain_losses(random_source(name, **MODELS[name]), STEPS, dtype=torch.bfloat16)

@@ -87,6 +87,7 @@ def workshop_of(folder: Path) -> Workshop:
     return workshop
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_goes_on_in_the_least_memory(precision: str, tmp_path: Path) -> None:
     workshop = workshop_of(tmp_path)

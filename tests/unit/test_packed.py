@@ -61,7 +61,7 @@ def test_a_block_of_zeros_stays_zeros(packing: str) -> None:
     st.sampled_from([256, BLOCK_NUMEL]),
 )
 @example("nf4", torch.bfloat16, (CHUNK_NUMEL + BLOCK_NUMEL) // SLICE_MULTIPLE + 1, BLOCK_NUMEL)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_comes_into_the_end_of_a_slot_is_unpacked_from_its_front(
     packing: str, dtype: torch.dtype, pages: int, block: int
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,7 +17,6 @@ Shapes = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size
 
 
 @given(Shapes, st.integers(1, 7))
-@settings(deadline=None)
 def test_slices_cover_every_parameter_once(shapes: list[list[int]], world_size: int) -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Module()])
