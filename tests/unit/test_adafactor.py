@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from in_process import Closed
+from in_process import Closed, assert_goes_on_in_the_least_memory
 from in_process import run as run_here
 from plain import engine_losses, everything_on, open_engine, plain_losses, relative_difference
 from tiny_models import random_source
@@ -70,16 +70,7 @@ def workshop_of(folder: Path) -> Workshop:
 @pytest.mark.sampled
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_goes_on_in_the_least_memory(precision: str, tmp_path: Path) -> None:
-    workshop = workshop_of(tmp_path)
-    losses = []
-    for name, steps in (("whole", [4]), ("parts", [2, 4])):
-        for last in steps:
-            at = [f"output_dir={tmp_path / name}", f"train.precision={precision}", f"train.max_steps={last}"]
-            recipe = load_recipe(workshop.recipe, [*at, "checkpoint.interval=2"])
-            plan = best_plan(recipe, find_figures(recipe, 1))
-            lines = run_here(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
-        losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0] == losses[1]
+    recipe = assert_goes_on_in_the_least_memory(workshop_of(tmp_path).recipe, precision)
     layout = Manifest.load(find_checkpoint(tmp_path / "whole")).layout
     assert sum(region.num_bytes for region in layout.regions) == checkpoint_bytes(find_figures(recipe, 1))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from in_process import assert_goes_on_in_the_least_memory
 from in_process import run as run_here
 from plain import engine_losses, everything_on, open_engine, plain_losses
 from tiny_models import CONFIGS, random_source
@@ -90,16 +91,7 @@ def workshop_of(folder: Path) -> Workshop:
 @pytest.mark.sampled
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_goes_on_in_the_least_memory(precision: str, tmp_path: Path) -> None:
-    workshop = workshop_of(tmp_path)
-    losses = []
-    for name, steps in (("whole", [4]), ("parts", [2, 4])):
-        for last in steps:
-            at = [f"output_dir={tmp_path / name}", f"train.precision={precision}", f"train.max_steps={last}"]
-            recipe = load_recipe(workshop.recipe, [*at, "checkpoint.interval=2"])
-            plan = best_plan(recipe, find_figures(recipe, 1))
-            lines = run_here(recipe, replace(plan, working=plan.working.shrunk(1 << 60)))
-        losses.append([line["loss"] for line in lines if "loss" in line])
-    assert losses[0] == losses[1]
+    assert_goes_on_in_the_least_memory(workshop_of(tmp_path).recipe, precision)
 
 
 def test_the_plan_has_every_byte_and_a_cut_leaves_matrices_whole(tmp_path: Path) -> None:

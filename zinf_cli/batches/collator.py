@@ -95,13 +95,11 @@ class Collator:
             input_ids, labels = input_ids.flatten(0, 1), labels.flatten(0, 1)
             num_tokens = sum(_num_real(*_at(stream, sample.window, self.seq_len)) for sample in samples)
             return Batch(input_ids, labels, num_targets, index, num_tokens, reference=torch.zeros(len(rows)))
-        if isinstance(kind, LabelledStream):
-            num_tokens = int(third[0].sum()) if samples else 0
-            return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if isinstance(kind, PairStream):
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
-        if isinstance(kind, PicturedStream):
-            beside = self._beside(stream, samples or (Sample(0, 0),), input_ids)
+        if isinstance(kind, LabelledStream | PicturedStream):
+            pictured = isinstance(kind, PicturedStream)
+            beside = self._beside(stream, samples or (Sample(0, 0),), input_ids) if pictured else {}
             num_tokens = int(third[0].sum()) if samples else 0
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0], beside=beside)
         if not num_targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ R = TypeVar("R", bound="Rows")
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(ABC):
     """The rows of a token stream; nothing is packed."""
 
     stream: TokenStream
@@ -37,9 +38,9 @@ class Rows:
         assert self.stream.ends is not None
         return np.concatenate((np.zeros(1, dtype=np.int64), self.stream.ends))
 
+    @abstractmethod
     def lines(self, seq_len: int) -> Iterator[str]:
         """What is cut or left out, in words."""
-        raise NotImplementedError
 
     def split(self: R, fraction: float) -> tuple[R, R]:
         """(training, held out): the last `fraction` of the rows is held out."""
