@@ -1,8 +1,9 @@
 """`python -m benchmarks.adapters`: an adapter on a model on NVMe, beside that model trained whole and plain peft.
 
 The demo's model (recipes/fetch_smollm2.py) learns from chats in fp32. Trained whole, it has parameters, gradients
-and optimizer states on NVMe; with an adapter, its parameters lie there, and the plan places the rest. Both runs are
-watched from outside. A few steps of plain peft, in memory, have the losses that the adapter's have to be.
+and optimizer states on NVMe; with an adapter, the model's parameters alone. Both have the same memory, in which the plan
+keeps what then is not recomputed. Both runs are watched from outside. A few steps of plain peft, in memory, have the
+losses that the adapter's have to be.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.setup import open_text
 
 WHOLE = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
-ADAPTED = {"params": "nvme", "activations": "cpu"}
+ADAPTED = {"params": "nvme", "grads": "cpu", "optimizer": "cpu", "activations": "cpu"}
+BUDGET = "1100MiB"
 SEQ_LEN, SEQUENCES = 256, 2
 
 
@@ -69,8 +71,7 @@ def recipe_of(data: Path, steps: int, out: Path, tiers: dict[str, str], adapter:
         "dataset": {"path": str(data / "chats"), "messages_field": "messages"},
         "train": {"seq_len": SEQ_LEN, "global_batch_size": SEQUENCES, "max_steps": steps, "precision": "fp32"},
         "optimizer": {"lr": 2e-4},
-        "activation_checkpointing": "unit",
-        "offload": {**tiers, "nvme_path": str(out / "nvme")},
+        "offload": {**tiers, "cpu_memory": BUDGET, "nvme_path": str(out / "nvme")},
         "logging": {"tensorboard": False, "report": False},
         "output_dir": str(out),
     }

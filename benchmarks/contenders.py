@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.case import Case
+from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.watch import Watched, watch
 from zinf_cli.run_folder.names import METRICS, PLAN
 
@@ -72,7 +72,9 @@ def zinf(tier: str | Mapping[str, str]) -> Contender:
     def run(case: Case, steps: int, folder: Path) -> Watched:
         command, run_dir = launch_command(case, tier, steps + WARM_UP, folder)
         watched = watch(command, environment(folder), run_dir / METRICS, WARM_UP)
-        return dataclasses.replace(watched, planned_bytes=json.loads((run_dir / PLAN).read_text())["nvme_traffic"])
+        plan = json.loads((run_dir / PLAN).read_text())
+        planned = plan["nvme_traffic" if case.clip in (None, NEVER_CLIPS) else "nvme_traffic_clipped"]
+        return dataclasses.replace(watched, planned_bytes=planned)
 
     return run
 
@@ -105,6 +107,8 @@ CONTENDERS: dict[str, Contender] = {
     "plain": plain,
     "zinf-cpu": zinf("cpu"),
     "zinf-nvme": zinf("nvme"),
+    "zinf-in-1.2-gb": zinf({"cpu_memory": "1.2GB"}),
+    "zinf-in-2-gib": zinf({"cpu_memory": "2GiB"}),
     "zinf-in-3.2-gib": zinf({"cpu_memory": "3.2GiB"}),
     "deepspeed": deepspeed(small=False),
     "deepspeed-small": deepspeed(small=True),

@@ -37,7 +37,7 @@ CASES = {
 }
 SWEEP = tuple(Case(count, 16) for count in (1, 2, 4, 8, 16))
 LOSS_TOLERANCE = 1e-3
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _rows(case: Case, runs: dict[str, list[Watched]], drive: float) -> Sequence[
         waits = [wait for run in watched for wait in run.wait_s]
         read = statistics.median(run.read_bytes for run in watched)
         written = statistics.median(run.write_bytes for run in watched)
-        moved = read + written
+        moved = read + written if read + written >= MIB else 0  # what is less is the files of a run, not its state
         planned = watched[0].planned_bytes
         rows.append(
             {
