@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from benchmarks.case import MODELS
+from benchmarks.drive import bench_hardware
 from benchmarks.results import add_save, report
 
 SMALL = {**MODELS["216M"], "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
@@ -78,18 +79,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="accuracy-", dir=arguments.folder)).absolute()
     try:
         for number in arguments.rows:
-            _bench(folder, "links")
-            _bench(folder, "nvme", str(folder), "--size", "1GiB", "--block-sizes", "4MiB", "--threads", "2")
+            bench_hardware(folder)
             summary = _run(ROWS[number], arguments.steps, folder)
             report(ROWS[number].name, [_row(summary)], arguments.save)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _bench(folder: Path, *what: str) -> None:
-    """Into the hardware.yaml beside the recipe."""
-    command = [sys.executable, "-m", "zinf_cli.cli", "bench", *what, "--out", str(folder / "hardware.yaml")]
-    subprocess.run(command, capture_output=True, check=True)
 
 
 def _run(row: Row, steps: int, folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import CONTENDERS
-from benchmarks.drive import drive_rate
+from benchmarks.drive import bench_hardware, drive_rate
 from benchmarks.results import add_save, report
 from benchmarks.watch import Watched
 
@@ -57,6 +57,7 @@ def main() -> None:
     try:
         for case in cases:
             runs: dict[str, list[Watched]] = {name: [] for name in arguments.contenders}
+            bench_hardware(folder)
             drive = [drive_rate(folder)]
             for _ in range(arguments.rounds):
                 for name in runs:
