@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from zinf_cli.commands.options import (
+    DEBUG,
     AsJson,
     EstimateHosts,
     Exclude,
@@ -68,7 +69,7 @@ _debug = False
 
 
 @app.callback()
-def common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def common(debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False) -> None:
     """Options of every command."""
     global _debug
     _debug = debug

@@ -169,12 +169,14 @@ def plain_of(workshop: Workshop, tmp_path: Path) -> tuple[list[float], nn.Module
         (["dataset.label_field=text2"], "rows.jsonl:1: expected one of bad, so so, good in 'text2', got None"),
         (["dataset.path=FOLDER/tokens.npy"], "LlamaForSequenceClassification tells the label of a text, and .npy has"),
         (["dataset.packing=documents"], "dataset.packing: LlamaForSequenceClassification tells the label of a text"),
+        (["dataset.path=FOLDER/stars.jsonl", "dataset.labels=[1, 2, 3]"], "expected one of 1, 2, 3 in 'label', got 0"),
         (["samples.prompts=[w1]"], "samples.prompts: LlamaForSequenceClassification does not go on with a text"),
         (["dataset.path=FOLDER/empty.jsonl"], "empty.jsonl:1: expected text, got ''"),
     ],
 )
 def test_what_is_no_text_with_a_label(changes: list[str], said: str, workshop: Workshop, tmp_path: Path) -> None:
     write(tmp_path / "empty.jsonl", [{"text": "", "label": "good"}])
+    write(tmp_path / "stars.jsonl", [row(number, number % 4) for number in range(40)])
     workshop.write()
     with pytest.raises(ZinfError) as caught:
         find_figures(load_recipe(workshop.recipe, [change.replace("FOLDER", str(tmp_path)) for change in changes]), 1)

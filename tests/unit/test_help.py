@@ -9,7 +9,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from zinf_cli import cli
 from zinf_cli.cli import app
+from zinf_cli.errors import RecipeError
 
 
 def commands(command: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -31,3 +33,11 @@ def test_commands_stand_in_the_order_of_their_use() -> None:
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300"}).output.split("Commands")[1]
     names = [words[1] for words in map(str.split, shown.splitlines()) if len(words) > 2]
     assert names == ["init", "launch", "report", "export", "estimate", "doctor", "bench", "trace", "clean", "recipe"]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_debug_may_stand_anywhere(place: int) -> None:
+    words = ["launch", "missing.yaml"]
+    ended = CliRunner().invoke(app, [*words[:place], "--debug", *words[place:]])
+    assert isinstance(ended.exception, RecipeError)
+    assert cli._debug

@@ -376,3 +376,7 @@ def test_what_has_no_counterpart_is_told() -> None:
         "optimizer.type Lamb", "scheduler.type OneCycle", "sparse_attention",
     ]  # fmt: skip
     assert {choice.key: choice.value for choice in taken.choices}["train.max_grad_norm"] == 0.5
+    adam = {"type": "Adam", "params": {"bias_correction": False, "adam_w_mode": False, "weight_decay": 0.1}}
+    assert [line.split()[0] for line in from_deepspeed({"optimizer": adam}, None).without] == [
+        "optimizer.params.adam_w_mode", "optimizer.params.bias_correction",
+    ]  # fmt: skip

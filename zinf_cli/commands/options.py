@@ -81,12 +81,17 @@ Timeline = Annotated[Path | None, typer.Option(help="Write the simulated steps, 
 Out = Annotated[Path | None, typer.Option(help="The profile (default: ~/.config/zinf/hardware.yaml).")]
 
 
+DEBUG = "--debug"
 _ORDER = ("init", "launch", "report", "export", "estimate", "doctor", "bench", "trace", "clean", "recipe")
 """In which a newcomer needs the commands."""
 
 
 class InOrder(TyperGroup):
-    """Commands as `zinf --help` lists them."""
+    """Commands as `zinf --help` lists them; `--debug`, which is of every command, may stand behind any word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        others = [word for word in args if word != DEBUG]
+        return super().parse_args(ctx, [DEBUG, *others] if others != args else args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.index)

@@ -160,6 +160,8 @@ def _optimizer(value: dict[str, Any], taken: Taken) -> None:
         return
     if name == "adam" and params.get("adam_w_mode", True) is False and params.get("weight_decay"):
         taken.without.append(f"{path}adam_w_mode false: weight decay is decoupled from the gradient here")
+    if params.get("bias_correction", True) is False:
+        taken.without.append(f"{path}bias_correction false: moments are corrected here")
     decay = 0.01 if params.get("torch_adam") else 0.0
     for key, default in (("lr", 1e-3), ("betas", None), ("eps", None), ("weight_decay", decay)):
         if key in params:

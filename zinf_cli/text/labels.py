@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +20,17 @@ class Labels:
     """In the order of the model's outputs. None: a label is a number (regression)."""
 
     def of(self, document: Document) -> float:
-        """The number of a document's label among the names, or the number that it is. DatasetError if it is neither."""
+        """The number of a document's label among the names, or the number that it is. DatasetError if it is neither.
+
+        Where no name is a number, a number is a place among the names, from 0.
+        """
         value = document.beside.get(self.field)
         if not self.names and type(value) in (int, float):
             return float(value)  # type: ignore[arg-type]
         if self.names and (isinstance(value, str) or type(value) is int):
             if str(value) in self.names:
                 return float(self.names.index(str(value)))
-            if type(value) is int and 0 <= value < len(self.names):
+            if type(value) is int and 0 <= value < len(self.names) and not any(map(_is_number, self.names)):
                 return float(value)
         wanted = f"one of {shown(self.names)}" if self.names else "a number"
         raise DatasetError(
@@ -34,6 +38,11 @@ class Labels:
             where=document.where,
             hint="set dataset.label_field to the field that holds it, or dataset.labels to all that there are",
         )
+
+
+def _is_number(name: str) -> bool:
+    """Whether a label is a number itself: then another number in a text is no place among the labels."""
+    return re.fullmatch(r"-?\d+", name) is not None
 
 
 def shown(names: Iterable[Any]) -> str:
