@@ -273,6 +273,34 @@ def test_what_has_not_moved_is_compared_and_not_copied_again() -> None:
     assert state.moving == {("layers.0", "mean")}
 
 
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "another value": lambda kept: kept["a dict"].update(b=3),
+    "another key": lambda kept: kept["a dict"].update(c=kept["a dict"].pop("b")),
+    "another order": lambda kept: kept["a dict"].update(a=kept["a dict"].pop("a")),
+    "an item more": lambda kept: kept["a list"].append(None),
+    "another item": lambda kept: kept["a list"].__setitem__(0, True),
+    "of a set": lambda kept: (kept["a set"].discard(1), kept["a set"].add(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_a_list_dict_or_set_is_seen(change: str) -> None:
+    kept: dict[str, Any] = {"a dict": {"a": 1, "b": 2}, "a list": [1, 2], "a set": {1, 2}}
+    model = Blocks()
+    vars(model).update(kept)
+    state = MovingState(model)
+    for _ in range(2):
+        state.begin()
+        state.look()
+        assert not state.moved
+    CHANGES[change](kept)
+    state.look()
+    assert len(state.moved) == 1
+    state.put_back()
+    assert kept == {"a dict": {"a": 1, "b": 2}, "a list": [1, 2], "a set": {1, 2}}
+    assert list(kept["a dict"]) == ["a", "b"]
+
+
 class Answers(TorchDispatchMode):
     """Counts what a CPU would wait for."""
 

@@ -15,7 +15,7 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ _Place = tuple[str, Any]
 """The place of a value in an object: ("item", key or index), ("attribute", name), ("slot", its descriptor), ("cell",
 its number in a closure) or ("partial", 0 for the function, 1 for its arguments, 2 for its named arguments)."""
 
+BARE = frozenset({dict, list, set})
+"""Types of objects that hold items and nothing else. Most objects that models keep are of these."""
 _ENDS = (
     type(None),
     bool,
@@ -153,7 +155,7 @@ def ends_walk(value: Any) -> bool:
 
 
 def holds_values(value: Any) -> bool:
-    return isinstance(value, list | dict | set | deque) or hasattr(value, "__dict__") or bool(_slots(value))
+    return isinstance(value, list | dict | set | deque) or hasattr(value, "__dict__") or bool(_slots(type(value)))
 
 
 def read_carrier(owner: Any) -> dict[_Place, Any]:
@@ -170,8 +172,10 @@ def read_carrier(owner: Any) -> dict[_Place, Any]:
     elif isinstance(owner, types.FunctionType):
         cells = enumerate(owner.__closure__ or ())
         held.update((("cell", number), cell.cell_contents) for number, cell in cells if is_filled(cell))
+    if type(owner) in BARE:
+        return held
     held.update((("attribute", name), value) for name, value in getattr(owner, "__dict__", {}).items())
-    for slot in _slots(owner):
+    for slot in _slots(type(owner)):
         try:
             held["slot", slot] = slot.__get__(owner)
         except AttributeError:
@@ -207,7 +211,7 @@ def _write(owner: Any, held: dict[_Place, Any]) -> None:
     if hasattr(owner, "__dict__"):
         owner.__dict__.clear()
         owner.__dict__.update(attributes)
-    for slot in _slots(owner):
+    for slot in _slots(type(owner)):
         if ("slot", slot) in held:
             slot.__set__(owner, held["slot", slot])
         elif ("slot", slot) in before:
@@ -228,11 +232,13 @@ def _fill_dict(kind: Any, owner: Any, items: dict[Any, Any]) -> None:
         kind.__setitem__(owner, key, value)
 
 
-def _slots(owner: Any) -> Sequence[types.MemberDescriptorType]:
+@cache
+def _slots(kind: type) -> Sequence[types.MemberDescriptorType]:
+    """Those of the objects of a class."""
     return [
         slot
-        for kind in type(owner).__mro__
-        if "__slots__" in kind.__dict__
-        for slot in kind.__dict__.values()
+        for base in kind.__mro__
+        if "__slots__" in base.__dict__
+        for slot in base.__dict__.values()
         if isinstance(slot, types.MemberDescriptorType)
     ]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from zinf_cli.engine.compute.carriers import Carrier, Reach, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.compute.carriers import BARE, Carrier, Reach, ends_walk, holds_values, read_carrier
 from zinf_cli.engine.compute.spaces import ABSENT, PLAIN, Search
 from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.errors import ModelError
@@ -206,14 +206,17 @@ class MovingState:
         for label, space in self._search.spaces.items():
             for name, value in space.values().items():
                 place = label, name
-                if type(value) not in PLAIN:
+                known = self._before.get(place)
+                if type(value) in PLAIN:  # most values: what was held before is that same object
+                    now[place] = known if known is not None and known.value is value else _Held(value)
+                elif known is not None and id(value) not in seen and _is_still(value, known):
+                    seen.add(id(value))
+                    now[place] = known
+                else:
                     answers: list[torch.Tensor] | None = None if asked is None else []
                     now[place] = _held(value, seen, self._states, answers)
                     if asked is not None:
                         asked.extend((place, differs) for differs in answers or ())
-                else:  # most values: what was held before is that same object
-                    known = self._before.get(place)
-                    now[place] = known if known is not None and known.value is value else _Held(value)
         self._states = {id(pair[0]): pair for held in now.values() for pair in held.states}
         return now
 
@@ -241,7 +244,11 @@ def _held(value: Any, seen: set[int], known: _States, asked: list[torch.Tensor] 
         kind = type(part)
         if kind in PLAIN or id(part) in seen:
             continue
-        if isinstance(part, tuple):
+        if kind in BARE:
+            seen.add(id(part))
+            carriers.append(Carrier(part, read_carrier(part)))
+            ahead.extend(reversed(carriers[-1].held.values()))
+        elif isinstance(part, tuple):
             ahead.extend(reversed(part))
         elif kind is MethodType:
             ahead.append(part.__self__)
@@ -257,6 +264,20 @@ def _held(value: Any, seen: set[int], known: _States, asked: list[torch.Tensor] 
             carriers.append(Carrier(part, read_carrier(part)))
             ahead.extend(reversed(carriers[-1].held.values()))
     return _Held(value, carriers, states)
+
+
+def _is_still(value: Any, known: _Held) -> bool:
+    """Whether `value` is the list, dict or set that was `known`, with the very items, none of which can change.
+
+    Most objects that models keep are such, so that nothing is made anew for them.
+    """
+    if type(value) not in BARE or known.value is not value or len(known.carriers) != 1:
+        return False
+    held, keyed = known.carriers[0].held, isinstance(value, dict)
+    return len(held) == len(value) and all(
+        old is item and type(item) in PLAIN and (not keyed or before[1] is key)
+        for (before, old), (key, item) in zip(held.items(), value.items() if keyed else enumerate(value), strict=True)
+    )
 
 
 def _still(tensor: torch.Tensor, state: torch.Tensor, asked: list[torch.Tensor] | None) -> bool:
