@@ -42,17 +42,38 @@ class Actor:
     def __init__(self, number: int, name: str) -> None:
         self.number, self.name = number, name
         self.clock: Clock = {number: 1}
+        self.changes = 0
+        """How often the clock has changed."""
+        self._followed: dict[int, int] = {}
+        """The changes of other actors, up to which this has followed them."""
         self.before: Clock = {}
         """Of a drive's thread and its stream: what earlier jobs of this thread have done. It orders touches of the
         thread's own bounce memory, and nothing else: another thread might have made those jobs."""
 
     def join(self, clock: Clock) -> None:
-        _join(self.clock, clock)
+        self.learn(self.unknown(clock))
+
+    def unknown(self, clock: Clock) -> Clock:
+        """What of `clock` this does not come after yet."""
+        known = self.clock
+        return {number: time for number, time in clock.items() if known.get(number, 0) < time}
+
+    def learn(self, unknown: Clock) -> None:
+        if unknown:
+            self.clock.update(unknown)
+            self.changes += 1
+
+    def follow(self, other: Actor) -> None:
+        """Come after all that `other` has done. Most often that is what it had done the last time."""
+        if self._followed.get(other.number) != other.changes:
+            self.join(other.clock)
+            self._followed[other.number] = other.changes
 
     def release(self) -> Clock:
         """The clock of what comes behind all that was done so far."""
         clock = dict(self.clock)
         self.clock[self.number] += 1
+        self.changes += 1
         return clock
 
 
@@ -161,9 +182,10 @@ class Checker:
     def wait(self, waits: Actor, clock: Clock) -> bool:
         """`waits` comes after `clock` from now on. False where this is the wait that was removed."""
         with self._lock:
-            if self.is_removed(tells=any(waits.clock.get(number, 0) < time for number, time in clock.items())):
+            unknown = waits.unknown(clock)
+            if self.is_removed(tells=bool(unknown)):
                 return False
-            waits.join(clock)
+            waits.learn(unknown)
             return True
 
     def is_removed(self, *, tells: bool = False) -> bool:
@@ -207,7 +229,7 @@ class Checker:
         """An operation on the thread's current stream: (first address, end, whether it writes) of each tensor."""
         with self._lock:
             stream = self.current(DEVICE).actor
-            stream.join(self.thread.clock)
+            stream.follow(self.thread)
             stream.before = self.thread.before
             self.launches += 1
             if stream is self._compute.actor:
@@ -308,7 +330,7 @@ class CheckedStream:
 
     def reached(self) -> Clock:
         """The clock of what comes behind all that is queued here."""
-        self.actor.join(self._checker.thread.clock)
+        self.actor.follow(self._checker.thread)
         return self.actor.release()
 
 

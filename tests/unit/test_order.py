@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -367,9 +368,10 @@ def test_gathers_run_beside_compute(case: str) -> None:
     assert run(case, chance=0.0).gathers_beside_compute
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_nothing_races_and_every_wait_is_needed_for_that() -> None:
-    """Each place of the source that waits is reached. Without it, some case has a race.
+    """Each place of the source that waits is reached. Without it, some case has a race: make test tries every third.
 
     A race is likeliest where the wait tells something new most often, so such cases come first. It is one test, because
     what it finds of the whole code serves for all waits.
@@ -383,10 +385,10 @@ def test_nothing_races_and_every_wait_is_needed_for_that() -> None:
         cases.sort(key=partial(_rarely_tells, site))
     places = places_of_waits()
     assert not [site for site in sites if not any(place.covers(site) for place in places)], "the source has more waits"
+    assert {str(place) for place in places if not any(map(place.covers, sites))} == NAMED.keys()
     # Drives' threads run as they like: what no case has shown is tried with other answers of what is under way.
-    needed = [s for s, cases in sites.items() if any(run(c, s, seed=n).races for n in range(4) for c in cases)]
-    assert needed == list(sites)
-    assert {str(place) for place in places if not any(map(place.covers, needed))} == NAMED.keys()
+    tried = list(sites)[:: 1 if "ZINF_TEST_ALL" in os.environ else 3]
+    assert [s for s in tried if any(run(c, s, seed=n).races for n in range(4) for c in sites[s])] == tried
 
 
 def _rarely_tells(site: str, case: str) -> float:
