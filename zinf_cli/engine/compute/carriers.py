@@ -155,7 +155,7 @@ def ends_walk(value: Any) -> bool:
 
 
 def holds_values(value: Any) -> bool:
-    return isinstance(value, list | dict | set | deque) or hasattr(value, "__dict__") or bool(_slots(type(value)))
+    return isinstance(value, list | dict | set | deque) or hasattr(value, "__dict__") or bool(_slots(value))
 
 
 def read_carrier(owner: Any) -> dict[_Place, Any]:
@@ -175,7 +175,7 @@ def read_carrier(owner: Any) -> dict[_Place, Any]:
     if type(owner) in BARE:
         return held
     held.update((("attribute", name), value) for name, value in getattr(owner, "__dict__", {}).items())
-    for slot in _slots(type(owner)):
+    for slot in _slots(owner):
         try:
             held["slot", slot] = slot.__get__(owner)
         except AttributeError:
@@ -211,7 +211,7 @@ def _write(owner: Any, held: dict[_Place, Any]) -> None:
     if hasattr(owner, "__dict__"):
         owner.__dict__.clear()
         owner.__dict__.update(attributes)
-    for slot in _slots(type(owner)):
+    for slot in _slots(owner):
         if ("slot", slot) in held:
             slot.__set__(owner, held["slot", slot])
         elif ("slot", slot) in before:
@@ -232,8 +232,13 @@ def _fill_dict(kind: Any, owner: Any, items: dict[Any, Any]) -> None:
         kind.__setitem__(owner, key, value)
 
 
+def _slots(owner: Any) -> Sequence[types.MemberDescriptorType]:
+    kind: Any = type(owner)
+    return _slots_of(kind)
+
+
 @cache
-def _slots(kind: type) -> Sequence[types.MemberDescriptorType]:
+def _slots_of(kind: Any) -> Sequence[types.MemberDescriptorType]:
     """Those of the objects of a class."""
     return [
         slot
