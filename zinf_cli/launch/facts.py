@@ -18,11 +18,12 @@ from typing import Any
 from zinf_cli.errors import PreflightError
 from zinf_cli.machine.control_groups import cores_here
 from zinf_cli.machine.hardware import accelerators_here, available_memory, drive_space, huge_pages
+from zinf_cli.machine.nodes import nodes_of_accelerators, nodes_of_drive
 from zinf_cli.version import code_digest, version_of
 
 
 def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
-    """Versions, accelerators, cores, CPU memory in bytes, drives, the files at `paths`, and the time."""
+    """Versions, accelerators, cores, CPU memory in bytes, drives, NUMA nodes, the files at `paths`, and the time."""
     return {
         "code": code_digest(),
         "torch": version_of("torch") or "of unknown version",
@@ -30,6 +31,10 @@ def facts(paths: Sequence[str], nvme: Sequence[str]) -> dict[str, Any]:
         "cores": cores_here(),
         "memory": available_memory(),
         "drives": {folder: _drive(Path(folder)) for folder in nvme},
+        "nodes": {
+            "accelerators": sorted(nodes_of_accelerators()),
+            "drives": sorted(set().union(*(nodes_of_drive(Path(folder)) for folder in nvme))),
+        },
         "paths": {path: _contents(Path(path)) for path in paths},
         "huge_pages": huge_pages(),
         "memlock": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],

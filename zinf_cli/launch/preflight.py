@@ -200,7 +200,16 @@ def _judge_drive(row: Row, drive: dict[str, Any]) -> None:
         spaces = drives_of(row.facts)
         how = "memory" if any(space.in_memory for space in spaces) else "buffered"
         direct = all(space.direct for space in spaces)
-        row.note("nvme", format_bytes(room_of(spaces)) + ("" if direct else f", {how}"))
+        row.note("nvme", format_bytes(room_of(spaces)) + ("" if direct else f", {how}") + _far(row.facts["nodes"]))
+
+
+def _far(nodes: Mapping[str, Sequence[int]]) -> str:
+    """Where drives hang on other nodes than accelerators do: what one moves to the other crosses between sockets."""
+    drives, accelerators = nodes["drives"], nodes["accelerators"]
+    if not drives or not accelerators or drives == accelerators:
+        return ""
+    here, there = (", ".join(map(str, some)) for some in (drives, accelerators))
+    return f", node {here} (accelerators: {there})"
 
 
 def drives_of(facts: dict[str, Any]) -> list[Space]:

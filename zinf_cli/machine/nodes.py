@@ -1,18 +1,60 @@
-"""Which memory and which cores lie together (NUMA), and which are near an accelerator, as /sys tells."""
+"""Which memory and which cores lie together (NUMA), and which are near an accelerator or a drive, as /sys tells."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 
 def cores_near(device: str, root: Path = Path("/")) -> frozenset[int]:
     """The cores on the node of a PCI device, such as 0000:3b:00.0. None where the kernel knows no node for it."""
+    node = _node_of(root / f"sys/bus/pci/devices/{device}")
+    return frozenset() if node is None else _cores_on(node, root)
+
+
+def cores_near_drives(folders: Iterable[Path], root: Path = Path("/")) -> frozenset[int]:
+    """The cores on the node of the drives under `folders`. None where they are on several, or the kernel knows none."""
+    nodes = frozenset[int]().union(*(nodes_of_drive(folder, root) for folder in folders))
+    return _cores_on(next(iter(nodes)), root) if len(nodes) == 1 else frozenset()
+
+
+def nodes_of_drive(folder: Path, root: Path = Path("/")) -> frozenset[int]:
+    """The nodes that the drives of a folder's file system hang on. None for a file system that is not on drives."""
+    with suppress(OSError):
+        device = next(place for place in (folder, *folder.parents) if place.exists()).stat().st_dev
+        return _nodes_of_block((root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve())
+    return frozenset()
+
+
+def nodes_of_accelerators(root: Path = Path("/")) -> frozenset[int]:
+    """The nodes that this machine's accelerators hang on, as far as the kernel knows."""
+    gpus = root.glob("proc/driver/nvidia/gpus/*")
+    nodes = (_node_of(root / f"sys/bus/pci/devices/{gpu.name.lower()}") for gpu in gpus)
+    return frozenset(node for node in nodes if node is not None)
+
+
+def _nodes_of_block(block: Path) -> frozenset[int]:
+    """Of a block device: the drive, the partition, or what is made of several, such as a RAID."""
+    for place in (block, *block.parents):
+        if (node := _node_of(place)) is not None:
+            return frozenset((node,))
+    parts = (_nodes_of_block(part.resolve()) for part in block.glob("slaves/*"))
+    return frozenset[int]().union(*parts)
+
+
+def _node_of(device: Path) -> int | None:
     with suppress(OSError, ValueError):
-        node = int((root / f"sys/bus/pci/devices/{device}/numa_node").read_text())
-        if node >= 0:
-            return _numbers((root / f"sys/devices/system/node/node{node}/cpulist").read_text())
+        node = int((device / "numa_node").read_text())
+        return node if node >= 0 else None
+    return None
+
+
+def _cores_on(node: int, root: Path) -> frozenset[int]:
+    with suppress(OSError, ValueError):
+        return _numbers((root / f"sys/devices/system/node/node{node}/cpulist").read_text())
     return frozenset()
 
 

@@ -36,7 +36,7 @@ from zinf_cli.trace import Trace
 from zinf_cli.train.blow_ups import BlowUps
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
 from zinf_cli.train.evaluation import Evaluation
-from zinf_cli.train.near import stay_near
+from zinf_cli.train.near import stay_near, stay_near_drives
 from zinf_cli.train.open_engine import open_engine
 from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
@@ -95,6 +95,7 @@ def train(run_dir: Path) -> int:
 
 def _device(plan: Plan) -> torch.device:
     if not plan.figures.machine.accelerators:
+        stay_near_drives(plan.nvme_folders, plan.figures.ranks_per_host, plan.threads_per_rank)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     streams_of(device).set_device(device)
