@@ -41,7 +41,8 @@ test-storage: install ## fail every call that reads, writes, syncs or names a fi
 
 test-faults: install lab ## every fault of a run on many hosts, at ten moments each, by SSH and by srun: an hour
 	ZINF_FAULT_MOMENTS=10 $(PYTHON) -m pytest --numprocesses 2 --dist loadgroup tests/integration/test_faults.py \
-	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py tests/integration/test_bench_links.py --junitxml=.faults.xml
+	  tests/integration/test_ssh.py tests/integration/test_preflight.py tests/integration/test_slurm_jobs.py tests/integration/test_bench_links.py \
+	  tests/integration/test_relays.py --junitxml=.faults.xml
 	PYTHONPATH=tests $(PYTHON) -m programs.fault_table .faults.xml
 
 test-zoo: install ## every model type of the installed transformers, made tiny, against plain PyTorch; and all that is sampled

@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from zinf_cli.recipe.hosts import Host
 from zinf_cli.run_folder.names import rank_log
 
 _LOOK_S = 0.1
+_RELAYS_S = 2.0
+"""Between two looks at the memory of relays, which take a while."""
 
 
 def main() -> None:
@@ -80,6 +82,21 @@ class _Launcher:
         return (taken[-1][1] - taken[0][1]) / (taken[-1][0] - taken[0][0])
 
 
+@dataclass
+class _Relays:
+    """What the relay that took the most has taken so far, of its own."""
+
+    starts_them: psutil.Process
+    memory: int = 0
+    due: float = 0.0
+
+    def look(self) -> None:
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + _RELAYS_S
+            with suppress(psutil.Error):
+                self.memory = max([self.memory, *(one.memory_full_info().uss for one in self.starts_them.children())])
+
+
 def _launch(folder: Path, count: int) -> dict[str, Any]:
     """A row of the table."""
     folder.mkdir()
@@ -87,19 +104,19 @@ def _launch(folder: Path, count: int) -> dict[str, Any]:
     _ask_for_figures(recipe, count)
     whole = BURST_LINES * len(LINE) * 3 // 4
     by_relays = count > Played.most_direct
-    with _player(folder, hops=1 + by_relays) as said, (folder / "err").open("w") as errors:
+    with _players(folder, hops=1 + by_relays) as (said, relays), (folder / "err").open("w") as errors:
         words = [sys.executable, "-m", "benchmarks.launch_on_played", str(folder / "socket"), str(recipe), str(count)]
         process = subprocess.Popen(words, stderr=errors, stdout=errors)
         launcher, mirrored = _Launcher(psutil.Process(process.pid)), None
         last = folder / "run" / rank_log(count * RANKS - 1)
         while process.poll() is None:
             launcher.look()
+            relays.look()
             if mirrored is None and last.exists() and last.stat().st_size > whole:
                 mirrored = time.time()
             time.sleep(_LOOK_S)
         over = time.time()
-        happened = dict(reversed(line.split()[:2]) for line in said().splitlines())
-    at = {word: float(when) for word, when in happened.items()}
+        at = {word: float(when) for when, word, *_ in map(str.split, said().splitlines())}
     failed = (folder / "err").read_text().splitlines()[-1]
     assert f":rank {FAILING % (count * RANKS)}: out of memory" in failed, failed
     assert "silent" not in at
@@ -110,6 +127,7 @@ def _launch(folder: Path, count: int) -> dict[str, Any]:
         "links": math.isqrt(count - 1) + 1 if by_relays else count,
         "ranks_started_s": at["started"] - launcher.began,
         "peak_memory_bytes": launcher.memory,
+        "a_relay_bytes": relays.memory if by_relays else None,
         "threads": launcher.threads,
         "open_files": launcher.files,
         "busy_cores": launcher.cores(at["started"] + 2, at["burst"]),
@@ -128,8 +146,8 @@ def _ask_for_figures(recipe: Path, count: int) -> None:
 
 
 @contextmanager
-def _player(folder: Path, hops: int) -> Iterator[Any]:
-    """A process that plays hosts, and one that starts relays; gives what reads what the first has said."""
+def _players(folder: Path, hops: int) -> Iterator[tuple[Callable[[], str], _Relays]]:
+    """A process that plays hosts, and one that starts relays; gives what reads what the first has said, and these."""
     players = []
     try:
         for name, *more in (("played_hosts", str(hops)), ("played_relays",)):
@@ -139,7 +157,7 @@ def _player(folder: Path, hops: int) -> Iterator[Any]:
                 players.append(subprocess.Popen(words, stdout=said))
             while "open" not in path.read_text():
                 time.sleep(_LOOK_S)
-        yield (folder / "played_hosts").read_text
+        yield (folder / "played_hosts").read_text, _Relays(psutil.Process(players[-1].pid))
     finally:
         for player in players:
             player.kill()

@@ -133,6 +133,16 @@ class SimulatedTree(Simulated):
         self.relays[host.name] = RelayChannel(self, launch_id)
         return self.relays[host.name]
 
+    def talk_on(self, host: str, count: int, size: int) -> None:
+        """Let a host say far more than anybody takes in."""
+
+        def talk() -> None:
+            with suppress(OSError):  # somebody has left it
+                for number in range(count):
+                    self.channels[host]._say({"event": "file", "number": number, "data": "x" * size})
+
+        threading.Thread(target=talk, daemon=True).start()
+
 
 class RelayChannel:
     """A link to a relay that reaches its hosts by `transport`."""

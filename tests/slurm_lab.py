@@ -31,7 +31,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{proctrack}
 TaskPlugin=task/none
 TaskProlog={folder}/prolog
 SelectType=select/cons_tres
@@ -45,7 +45,7 @@ JobAcctGatherType=jobacct_gather/none
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
-"""proctrack/linuxproc signals every process of a step; proctrack/cgroup, which most clusters have, only its tasks.
+"""proctrack/linuxproc signals every process of a step; proctrack/cgroup, which most clusters have, only its task.
 
 cred_expire is how long a job that is requeued waits.
 """
@@ -65,6 +65,8 @@ class SlurmLab(Lab):
     daemons: list[subprocess.Popen[bytes]]
     allocation: Sequence[str] = ()
     """More words for salloc."""
+    program: Sequence[str] = (sys.executable, "-m", "zinf_cli.cli")
+    """What `zinf` is for a batch script."""
 
     def zinf(self, *arguments: str) -> list[str]:
         command, at = super().zinf(*arguments), len(self.launcher)
@@ -93,7 +95,7 @@ class SlurmLab(Lab):
     def submit(self, *words: str) -> str:
         """Submit the example of a batch script (hostfiles/slurm.sh), with `words` for its size. Returns its number."""
         zinf = self.home / "bin" / "zinf"
-        zinf.write_text(f'#!/bin/sh\nexec {sys.executable} -m zinf_cli.cli "$@"\n')
+        zinf.write_text(f'#!/bin/sh\nexec {" ".join(self.program)} "$@"\n')
         zinf.chmod(0o755)
         lines = (ROOT / "hostfiles" / "slurm.sh").read_text().splitlines(keepends=True)
         example = self.folder / "slurm.sh"
@@ -129,15 +131,16 @@ class SlurmLab(Lab):
 
 
 @contextmanager
-def slurm_lab(folder: Path, nodes: Sequence[Node]) -> Iterator[SlurmLab]:
+def slurm_lab(folder: Path, nodes: Sequence[Node], proctrack: str = "linuxproc") -> Iterator[SlurmLab]:
     """A cluster of node1, node2, ... They are the hosts of a namespace lab, so SSH reaches them as well."""
     if missing := [name for name, path in _DAEMONS.items() if path is None]:
         pytest.skip(f"no {missing[0]} here: apt-get install slurm-wlm munge")
-    with namespace_lab(folder, len(nodes)) as hosts:
+    groups = folder / "cgroup" / "freezer"
+    with _control_groups(groups, proctrack), namespace_lab(folder, len(nodes)) as hosts:
         lab = SlurmLab(folder, hosts.hosts, hosts.launcher)
         lab.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         lab.daemons = []
-        _configure(lab, nodes)
+        _configure(lab, nodes, proctrack)
         try:
             lab.daemon(
                 "munged",
@@ -167,13 +170,31 @@ def slurm_lab(folder: Path, nodes: Sequence[Node]) -> Iterator[SlurmLab]:
             lab.end()
 
 
-def _configure(lab: SlurmLab, nodes: Sequence[Node]) -> None:
+@contextmanager
+def _control_groups(at: Path, proctrack: str) -> Iterator[None]:
+    """For proctrack/cgroup: the freezer, where nodes see it. `ip netns exec` hides /sys/fs/cgroup."""
+    if proctrack != "cgroup":
+        yield
+        return
+    at.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "cgroup", "-o", "freezer", "none", str(at)], capture_output=True).returncode:
+        pytest.skip("no control groups of version 1 here")
+    try:
+        yield
+    finally:
+        for group in sorted(at.glob("slurm_node*/**/"), reverse=True):
+            with suppress(OSError):  # of another lab
+                group.rmdir()
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def _configure(lab: SlurmLab, nodes: Sequence[Node], proctrack: str) -> None:
     lines = [
         f"NodeName={host.name} NodeAddr=10.77.0.{number} CPUs={node.cpus} RealMemory=1000"
         + (f" Gres=gpu:{node.gpus}" if node.gpus else "")
         for number, (host, node) in enumerate(zip(lab.hosts, nodes, strict=True), 1)
     ]
-    (lab.folder / "slurm.conf").write_text(_CONF.format(folder=lab.folder, nodes="\n".join(lines)))
+    (lab.folder / "slurm.conf").write_text(_CONF.format(folder=lab.folder, nodes="\n".join(lines), proctrack=proctrack))
     (lab.folder / "gres.conf").write_text(
         "".join(
             f"NodeName={host.name} Name=gpu File=/dev/tty[0-{node.gpus - 1}]\n"
@@ -184,7 +205,7 @@ def _configure(lab: SlurmLab, nodes: Sequence[Node]) -> None:
     prolog = lab.folder / "prolog"
     prolog.write_text("#!/bin/sh\necho export LAB_HOST=$SLURMD_NODENAME\n")
     prolog.chmod(0o755)
-    (lab.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+    (lab.folder / "cgroup.conf").write_text(f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={lab.folder}/cgroup\n")
     for name in ("state", *(f"spool-{host.name}" for host in lab.hosts)):
         (lab.folder / name).mkdir()
     key = lab.folder / "key"

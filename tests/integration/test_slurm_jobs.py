@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from host_faults import FAULTS, MOMENTS, Fault, check_fault
+from host_faults import FAULTS, MOMENTS, Fault, check_fault, of_module
 from lab import Lab, wait_until
+from programs import command
 from slurm_lab import Node, SlurmLab, slurm_lab
 from workshop import ApartWorkshop, FarWorkshop, wait_for_steps
 from zinf_cli.checkpoint.manifest import Manifest
@@ -125,6 +126,58 @@ def test_the_gpus_of_a_job_are_those_of_its_ranks(cluster: Cluster) -> None:
     assert psutil.Process(second).environ()["CUDA_VISIBLE_DEVICES"] == "0"
     cluster.lab.slurm("scancel", job, other)
     cluster.stopped(job)
+
+
+def found(lab: SlurmLab, *arguments: str, allocation: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """By what each node of a job is reached, and its slots."""
+    lab.allocation = allocation
+    words = lab.zinf("doctor", "--hosts", "slurm", "--json", *arguments)
+    done = subprocess.run(words, env=lab.environment, capture_output=True, text=True, check=True)
+    checks = [report["checks"] for report in json.loads(done.stdout)]
+    return [(check["by"].split()[0], check["slots"].split(",")[0]) for check in checks]
+
+
+@LONG
+def test_ways_to_ask_for_nodes(cluster: Cluster) -> None:
+    lab = cluster.lab
+    assert found(lab, allocation=("--gpus=3",)) == [("srun", "2 CPU"), ("srun", "1 CPU")]
+    assert found(lab, allocation=("--gres=gpu:1",)) == [("srun", "1 CPU")] * 2
+    assert found(lab, allocation=("--ntasks=5", "--ntasks-per-node=3")) == [("srun", "2 CPU"), ("srun", "3 CPU")]
+    assert found(lab, "--ssh") == [("OpenSSH", "1 CPU")] * 2
+    words = [*lab.launcher, "salloc", "-Q", "-N2", *command("zinf_by_relays"), "doctor", "--hosts", "slurm", "--json"]
+    done = subprocess.run(words, env=lab.environment, capture_output=True, text=True, check=True)
+    assert [report["checks"]["by"].split()[2:] for report in json.loads(done.stdout)] == [
+        [],
+        [],
+    ]  # no relay (linuxproc)
+    words = [*lab.launcher, "salloc", "-Q", "-N1", ":", "-N1", *lab.zinf("doctor", "--hosts", "slurm")[-6:]]
+    refused = subprocess.run(words, env=lab.environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2, refused.stderr
+    assert "a heterogeneous job" in refused.stderr
+
+
+@LONG
+def test_a_warning_that_comes_to_steps_alone_leaves_a_checkpoint(cluster: Cluster) -> None:
+    """As by --signal=USR1@120, which has no B:."""
+    job = cluster.submit("--nodes=2", "--ntasks-per-node=1")
+    wait_for_steps(cluster.run_dir, 1)
+    cluster.lab.slurm("scancel", "--signal=USR1", job)
+    assert cluster.stopped(job) >= 1
+
+
+@LONG
+def test_a_job_whose_nodes_are_behind_relays_is_cancelled_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """The step of a relay has the sruns of its group, which the end of the job must not end."""
+    with slurm_lab(tmp_path, [Node()] * 4, proctrack="cgroup") as lab:
+        lab.program = command("zinf_by_relays")
+        cluster = Cluster(tmp_path, lab)
+        cluster.content["train"]["global_batch_size"] = 8
+        job = cluster.submit("--nodes=4", "--ntasks-per-node=1")
+        wait_for_steps(cluster.run_dir, 2)
+        found = [of_module(lab, host, "zinf_cli.launch.relay") for host in range(4)]
+        assert [sum(psutil.Process(pid).name() != "srun" for pid in pids) for pids in found] == [1, 0, 1, 0]
+        lab.slurm("scancel", job)
+        assert cluster.stopped(job) >= 2
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from zinf_cli.cli import main
 from zinf_cli.launch.openssh import OpenSsh
+from zinf_cli.launch.srun import Srun
 
-OpenSsh.most_direct = 1
+OpenSsh.most_direct = Srun.most_direct = 1
 main()

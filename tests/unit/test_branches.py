@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simulated_hosts import AGENT, HOSTS, RelayChannel, SimulatedTree, launch, well
+from simulated_hosts import AGENT, HOSTS, SimulatedTree, launch, well
 from zinf_cli.errors import HostError
 from zinf_cli.launch.branches import groups_of
-from zinf_cli.launch.connection import _MOST_UNTAKEN, Connection, Lifelines, at_all
-from zinf_cli.launch.frames import MOST_BYTES, Frames, Kind, frame, frames_of
+from zinf_cli.launch.connection import Connection, Lifelines, at_all
+from zinf_cli.launch.frames import WINDOW
 from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.transport import Channel
 from zinf_cli.recipe.hosts import Host
 
 FOUR = HOSTS[:4]
+ONE_READ = 1 << 16
+"""What a channel may give at once."""
 
 
 def connected(lifelines: Lifelines, hosts: tuple[Host, ...] = FOUR) -> list[Connection]:
@@ -35,19 +38,6 @@ def test_groups_are_about_the_root_of_all_in_number_and_size(count: int) -> None
     root = math.ceil(math.sqrt(count))
     assert len(groups) == root
     assert max(len(group) for group in groups) <= root
-
-
-@pytest.mark.parametrize("size", [11, 1 << 20])
-def test_frames_may_come_in_pieces(size: int) -> None:
-    data = bytes(range(256)) * 1000
-    sent = b"".join([frame(Kind.BEAT), *frames_of(3, data), frame(Kind.END, 3, b"bye")])
-    frames, found = Frames(), []
-    for start in range(0, len(sent), size):
-        found += list(frames.after(sent[start : start + size]))
-    assert found[0] == (Kind.BEAT, 0, b"")
-    assert found[-1] == (Kind.END, 3, b"bye")
-    assert b"".join(content for _, _, content in found[1:-1]) == data
-    assert max(len(content) for _, _, content in found) == MOST_BYTES
 
 
 def test_a_hundred_hosts_are_started_through_ten_relays(tmp_path: Path) -> None:
@@ -164,12 +154,7 @@ def test_a_host_that_talks_a_lot_waits_and_holds_up_no_other() -> None:
     transport = SimulatedTree()
     with Lifelines(transport) as lifelines:
         *_, third, fourth = connected(lifelines)
-
-        def talk() -> None:
-            for number in range(count):
-                transport.channels["node003"]._say({"event": "file", "number": number, "data": "x" * size})
-
-        threading.Thread(target=talk, daemon=True).start()
+        transport.talk_on("node003", count, size)
         waiting: Any = fourth._channel
         most = 0
         for _ in range(50):
@@ -182,15 +167,28 @@ def test_a_host_that_talks_a_lot_waits_and_holds_up_no_other() -> None:
             numbers.append(event["number"])
             most = max(most, len(waiting._come))
         assert numbers == list(range(count))
-        assert most < 16 * _MOST_UNTAKEN < count * size
+        assert most < WINDOW + ONE_READ < count * size
 
 
-def test_a_relay_that_hears_nothing_hangs_up_on_its_hosts() -> None:
-    link = RelayChannel(SimulatedTree(), "id", silence_s=0.3)
-    asked = {"host": "node000", "user": None, "port": None, "own": True}
-    link.send(frame(Kind.OPEN, 1, json.dumps(asked).encode()))
-    frames, kinds = Frames(), []
-    while data := link.receive():
-        kinds += [kind for kind, _, _ in frames.after(data)]
-    assert {Kind.OPENED, Kind.DATA} <= set(kinds)
-    link.close()
+def test_a_login_that_fails_in_a_way_of_its_own_is_refused_all_the_same() -> None:
+    class Odd(Unwilling):
+        def open(self, host: Host, launch_id: str) -> Channel:
+            if host.name == "node001" and threading.current_thread().name.startswith("serves host"):
+                raise RuntimeError("no such cipher")
+            return super().open(host, launch_id)
+
+    with Lifelines(Odd([])) as lifelines:
+        connected(lifelines)
+        assert lifelines.way_to(FOUR[1]) == "simulated"
+
+
+def test_a_machine_without_room_for_another_connection_says_so() -> None:
+    class Full(SimulatedTree):
+        def open(self, host: Host, launch_id: str) -> Channel:
+            if host.name == "node001":
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return super().open(host, launch_id)
+
+    with Lifelines(Full()) as lifelines:
+        (problem,) = check_hosts(FOUR[:2], lifelines).problems
+    assert problem == "node001: this machine can't connect to it: Too many open files (see ulimit -n and ulimit -u)"

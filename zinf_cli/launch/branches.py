@@ -10,27 +10,26 @@ from __future__ import annotations
 import json
 import math
 import os
-import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from itertools import count, pairwise
 from typing import Protocol, runtime_checkable
 
 from zinf_cli.errors import HostError
-from zinf_cli.launch.frames import Frames, Kind, frame, frames_of
+from zinf_cli.launch.frames import WINDOW, Frames, Kind, frame, frames_of, taken
 from zinf_cli.launch.patience import Patience
+from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.switchboard import Switchboard
 from zinf_cli.launch.transport import SILENCE_S, Channel, Gone, Transport
 from zinf_cli.recipe.hosts import Host
 
 _TRIES = 3
 """How many hosts of a group are tried, until a relay runs on one."""
-_MOST_WAITING = 1 << 16
-"""Bytes that may wait for the link to a relay before heartbeats are left out, or of a host before it has to wait."""
 _HOLD_S = 0.5
+"""How long Ctrl-Z, or the end, waits for what is still being sent to relays."""
 _LATER_S = 3.0
 """A host behind a relay may be silent for so much longer than the relay: if that is lost, it is the cause."""
 
@@ -82,6 +81,13 @@ class Branches:
 
     def open(self, host: Host) -> Channel:
         """A channel to the supervisor of `host`, which is started. HostError says why that is not possible."""
+        try:
+            return self._open(host)
+        except OSError as error:  # no program, no descriptor
+            why, hint = f"this machine can't connect to it: {error.strerror}", "see ulimit -n and ulimit -u"
+            raise HostError(why, where=host.name, hint=hint) from error
+
+    def _open(self, host: Host) -> Channel:
         relay = self._by_host.get(host)
         if relay is None or relay.lost is not None:
             return self._transport.open(host, self._launch_id)
@@ -98,27 +104,37 @@ class Branches:
     def way_to(self, host: Host) -> str:
         """By what the host is reached."""
         relay = self._by_host.get(host)
-        return self._transport.name if relay is None else f"{self._transport.name}, {relay.host.name}"
+        through = "" if relay is None or relay.lost is not None else f", {relay.host.name}"
+        return self._transport.name + through
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Tell all relays that this process will be stopped. Inside, nothing else is sent."""
-        with ExitStack() as held:
-            for relay in tuple(self.relays):
-                held.enter_context(relay.held())
+        """Tell all relays that this process will be stopped, behind what hosts are told. Inside, nothing else is sent.
+
+        As a handler of signals calls it, it takes no lock that the main thread may hold.
+        """
+        holds = [relay.sender.hold(frame(Kind.STOPPING)) for relay in tuple(self.relays)]
+        until = time.monotonic() + _HOLD_S
+        try:
+            for hold in holds:
+                hold.reached.wait(max(0.0, until - time.monotonic()))
             yield
+        finally:
+            for hold in holds:
+                hold.released.set()
 
 
 class Relay:
     """The launcher's end of the link to a relay: a Line of the switchboard. `lost` says why the relay is gone.
 
-    Nothing that is sent waits for the relay: a thread sends it.
+    Nothing that is sent waits for the relay: `sender` does.
     """
 
     def __init__(self, host: Host, channel: Channel, switchboard: Switchboard) -> None:
         self.host = host
         self.lost: str | None = None
         self.silence_s = channel.silence_s
+        self.sender = Sender(channel.send, f"sends to relay {host.name}")
         self._channel = channel
         self._switchboard = switchboard
         self._patience = Patience(channel.silence_s)
@@ -126,11 +142,6 @@ class Relay:
         self._hosts: dict[int, RelayedChannel] = {}
         self._numbers = count(1)
         self._changing = threading.Lock()
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._num_waiting = 0
-        self._sending = threading.Lock()
-        self._sends = threading.Thread(target=self._send, name=f"sends to relay {host.name}", daemon=True)
-        self._sends.start()
         self._take_in(channel.first)
         switchboard.join(self)
 
@@ -144,49 +155,14 @@ class Relay:
             lost = self.lost
         if lost is not None:
             there.end(lost)
-        asked = {"host": host.host, "user": host.user, "port": host.port, "own": own}
-        self.say(frame(Kind.OPEN, number, json.dumps(asked).encode()))
+        asked = {name: getattr(host, name) for name in ("host", "user", "port", "job", "gpus")} | {"own": own}
+        self.sender.say(frame(Kind.OPEN, number, json.dumps(asked).encode()))
         try:
             there.opened.result()
         except HostError:
             there.close()
             raise
         return there
-
-    def say(self, *frames: bytes) -> None:
-        """Queue frames for the relay."""
-        for one in frames:
-            with self._changing:
-                self._num_waiting += len(one)
-            self._outgoing.put(one)
-
-    @property
-    def has_room(self) -> bool:
-        return self._num_waiting < _MOST_WAITING
-
-    def _send(self) -> None:
-        while (one := self._outgoing.get()) is not None:
-            with self._sending, suppress(OSError):  # its end will be heard
-                if self.lost is None:
-                    self._channel.send(one)
-            with self._changing:
-                self._num_waiting -= len(one)
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """As Connection.held. What its hosts are told has gone by then."""
-        until = time.monotonic() + _HOLD_S
-        while self._num_waiting and time.monotonic() < until:
-            time.sleep(0.005)
-        silent = self._sending.acquire(timeout=max(0.0, until - time.monotonic()))
-        try:
-            if silent and self.lost is None:
-                with suppress(OSError):
-                    self._channel.send(frame(Kind.STOPPING))
-            yield
-        finally:
-            if silent:
-                self._sending.release()
 
     def forget(self, number: int) -> None:
         with self._changing:
@@ -204,36 +180,44 @@ class Relay:
             self._lose("the connection was lost, or the relay killed")
             return False
         self._patience.renew()
-        self._take_in(data)
+        if self.lost is None:  # else its hosts have been told
+            self._take_in(data)
         return True
 
     def _take_in(self, data: bytes) -> None:
-        for kind, number, content in self._frames.after(data):
-            with self._changing:
-                there = self._hosts.get(number)
-            if there is not None:
-                there.take(kind, content)
+        try:
+            for kind, number, content in self._frames.after(data):
+                with self._changing:
+                    there = self._hosts.get(number)
+                if there is not None:
+                    there.take(kind, content)
+        except ValueError:
+            self._give_up("what came from it is not what a relay says: something else prints there")
 
     def beat(self) -> None:
-        if self.lost is None and self.has_room:
-            self.say(frame(Kind.BEAT))
+        if self.lost is None and self.sender.has_room:
+            self.sender.say(frame(Kind.BEAT))
 
     def judge(self) -> None:
         if self.lost is None and self._patience.is_over:
-            self._lose(f"gave no sign of life for {self._channel.silence_s:.0f} s")
-            threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
+            self._give_up(f"gave no sign of life for {self._channel.silence_s:.0f} s")
+
+    def _give_up(self, why: str) -> None:
+        self._lose(why)
+        threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
 
     def _lose(self, why: str) -> None:
         with self._changing:
-            self.lost = self.lost or why
+            if self.lost is not None:
+                return
+            self.lost = why
             hosts = list(self._hosts.values())
         for there in hosts:
-            there.end(self.lost)
+            there.end(why)
 
     def close(self) -> None:
         """End the relay. All channels through it are closed by then."""
-        self._outgoing.put(None)
-        self._sends.join(_HOLD_S)
+        self.sender.close(_HOLD_S)
         if self.lost is None:
             self._channel.hang_up()
         else:
@@ -243,7 +227,10 @@ class Relay:
 
 
 class RelayedChannel:
-    """A Channel (transport.py) through a relay. Its descriptor is a counter in the kernel: what comes waits here."""
+    """A Channel (transport.py) through a relay. Its descriptor is a counter in the kernel: what comes waits here.
+
+    `take`, `receive` and, but for a channel that is not open yet, `end` are called by the switchboard's thread.
+    """
 
     first = b""
 
@@ -254,7 +241,8 @@ class RelayedChannel:
         self._ready = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._changing = threading.Lock()
         self._come = bytearray()
-        self._paused = False
+        self._untold = 0
+        """Bytes that were taken in, of which the relay has not been told."""
         self._lost: str | None = None
         self._words = ""
         self._over = threading.Event()
@@ -273,21 +261,17 @@ class RelayedChannel:
             with self._changing:
                 self._come += content
                 self._signal()
-                pause = len(self._come) > _MOST_WAITING and not self._paused
-                self._paused = self._paused or pause
-            if pause:
-                self._relay.say(frame(Kind.PAUSE, self._number))
 
     def end(self, why: str) -> None:
         """The relay is gone."""
         self._lost = self._cause + why
-        with suppress(InvalidStateError):
+        if not self.opened.done():
             self.opened.set_exception(HostError(why))
         self._tell_end()
 
     def _tell_end(self) -> None:
-        self._over.set()
         with self._changing:
+            self._over.set()
             self._signal()
 
     def _signal(self) -> None:
@@ -301,30 +285,32 @@ class RelayedChannel:
         with self._changing:
             data = bytes(self._come)
             self._come.clear()
-            if not self._over.is_set():  # else it can be read for ever: after the last bytes comes the end
+            over = self._over.is_set()
+            if not over:  # else it can be read for ever: after the last bytes comes the end
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._ready)
-            resume, self._paused = self._paused, False
-        if resume:
-            self._relay.say(frame(Kind.RESUME, self._number))
-        if not data and self._lost is not None:
+        self._untold += len(data)
+        if self._untold >= WINDOW // 2:
+            self._relay.sender.say(taken(self._number, self._untold))
+            self._untold = 0
+        if not data and over and self._lost is not None:
             raise Gone(self._lost)
-        return data if data or self._over.is_set() else b"\n"  # called in vain; b"" would be the end
+        return data if data or over else b"\n"  # called in vain; b"" would be the end
 
     def has_room(self) -> bool:
-        return self._relay.has_room
+        return self._relay.sender.has_room
 
     def send(self, data: bytes) -> None:
         if self._over.is_set():
             raise BrokenPipeError(self._lost or "the connection was lost")
-        self._relay.say(*frames_of(self._number, data))
+        self._relay.sender.say(*frames_of(self._number, data))
 
     def hang_up(self) -> None:
-        self._relay.say(frame(Kind.HANG_UP, self._number))
+        self._relay.sender.say(frame(Kind.HANG_UP, self._number))
         self._over.wait(SILENCE_S)  # the supervisor ends its descendants first, then itself
 
     def abort(self) -> None:
-        self._relay.say(frame(Kind.ABORT, self._number))
+        self._relay.sender.say(frame(Kind.ABORT, self._number))
 
     def last_words(self) -> str:
         return self._words

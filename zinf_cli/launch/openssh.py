@@ -16,6 +16,7 @@ from typing import Any
 
 from zinf_cli.errors import HostError
 from zinf_cli.launch.client_channel import ClientChannel, allow_files, end_group
+from zinf_cli.launch.frames import language
 from zinf_cli.launch.jump_hosts import JumpHosts
 from zinf_cli.launch.openssh_errors import refusal
 from zinf_cli.launch.openssh_route import Destination, Route, route
@@ -63,7 +64,8 @@ class OpenSsh:
 
     def open_relay(self, host: Host, launch_id: str) -> Channel:
         """Start a relay (relay.py) there, which has to have zinf in the same place."""
-        return self._start(host, module_command("zinf_cli.launch.relay"), f"{launch_id}\n".encode(), launch_id)
+        command = module_command("zinf_cli.launch.relay", language(), "ssh")
+        return self._start(host, command, f"{launch_id}\n".encode(), launch_id)
 
     def _start(self, host: Host, command: Sequence[str], program: bytes, launch_id: str) -> Channel:
         """Run `command` there, send `program` to it and wait for its greeting."""

@@ -16,12 +16,18 @@ from zinf_cli.recipe.hosts import Host
 
 
 class Pipes:
-    """Channels to supervisors on this machine."""
+    """Channels to supervisors on this machine. These end after so many seconds of silence.
+
+    The kernel itself tells a supervisor that the launcher is gone. It does not tell that a relay hangs.
+    """
 
     name = "not needed"
 
+    def __init__(self, silence_s: float = math.inf) -> None:
+        self._silence_s = silence_s
+
     def open(self, host: Host, launch_id: str) -> Channel:
-        program = supervisor_program(launch_id, _PipeChannel.silence_s)
+        program = supervisor_program(launch_id, self._silence_s)
         channel = _PipeChannel(supervisor_command(sys.executable, program))
         channel.send(program)
         return channel

@@ -115,7 +115,8 @@ def _become(
             signal.set_wakeup_fd(-1)
             for number in (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
             for target, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, target)
             os.execve(command[0], list(command), {**environment, AGENT_PID: str(os.getpid())})

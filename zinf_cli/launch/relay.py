@@ -7,7 +7,11 @@ launcher and supervisors say: it opens channels, and passes bytes on in frames. 
 launcher are such bytes, so a host counts as lost when it would without a relay. When the launcher is gone or silent,
 the relay hangs up on all its hosts, and their supervisors end what runs there.
 
-SIGTERM is the launcher's to obey, as for a supervisor. It needs zinf itself on its host, as ranks do.
+The thread that hears the launcher and the one that hears hosts never wait for anybody: what a host is told, and what
+the launcher is, is sent by threads of their own. How much of a host waits here is limited by what the launcher has
+taken in of it (frames.WINDOW).
+
+SIGTERM and SIGUSR1 are the launcher's to obey, as for a supervisor. It needs zinf itself on its host, as ranks do.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ from functools import partial
 
 from zinf_cli.errors import HostError
 from zinf_cli.launch.connection import find_ssh
-from zinf_cli.launch.frames import Frames, Kind, frame, frames_of
+from zinf_cli.launch.frames import MOST_BYTES, WINDOW, Frames, Kind, bytes_taken, frame, frames_of, language
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
+from zinf_cli.launch.process_tree import become_subreaper, end_descendants
+from zinf_cli.launch.sender import Sender
+from zinf_cli.launch.srun import Srun
 from zinf_cli.launch.switchboard import Switchboard
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, Transport
 from zinf_cli.recipe.hosts import Host
@@ -54,7 +61,7 @@ class Relay:
         self._launch_id = launch_id
         self._own, self._others = own, others
         self._patience = Patience(silence_s)
-        self._saying = threading.Lock()
+        self._sender = Sender(self._write, "sends to the launcher")
         self._hosts: dict[int, _Relayed] = {}
         self._switchboard = Switchboard()
 
@@ -66,7 +73,7 @@ class Relay:
         try:
             while True:
                 if select.select([self._heard], [], [], _LOOK_S)[0]:
-                    data = os.read(self._heard, 1 << 16)
+                    data = self._read()
                     if not data:
                         break
                     self._patience.renew()
@@ -76,63 +83,50 @@ class Relay:
                     break
                 if time.monotonic() >= due:
                     due = time.monotonic() + _HEARTBEAT_S
-                    self._beat()
+                    if self._sender.has_room:
+                        self._sender.say(frame(Kind.BEAT))
         finally:
             self._end()
 
-    def say(self, *frames: bytes) -> None:
-        """Tell the launcher. While it takes nothing more, this waits: so a host has to wait whom nobody reads."""
-        with self._saying, contextlib.suppress(OSError):  # a launcher that is gone is noticed by its silence
-            for one in frames:
-                left = memoryview(one)
-                while left:
-                    left = left[os.write(self._told, left) :]
+    def _read(self) -> bytes:
+        with contextlib.suppress(OSError):
+            return os.read(self._heard, 1 << 16)
+        return b""
 
-    def _beat(self) -> None:
-        """Send a heartbeat, unless something else is being sent."""
-        if self._saying.acquire(blocking=False):
-            try:
-                room = select.poll()
-                room.register(self._told, select.POLLOUT)
-                if room.poll(0):
-                    os.write(self._told, frame(Kind.BEAT))
-            except OSError:
-                pass  # its end will be heard
-            finally:
-                self._saying.release()
+    def _write(self, message: bytes) -> None:
+        left = memoryview(message)
+        while left:
+            left = left[os.write(self._told, left) :]
 
     def _do(self, kind: Kind, number: int, content: bytes) -> None:
-        """Do what a frame asks, without waiting for any host."""
+        """Do what a frame asks."""
         if kind is Kind.STOPPING:
             self._patience.hold()
         elif kind is Kind.OPEN:
             asked = json.loads(content)
             transport = self._own if asked.pop("own") else self._others
             opening = partial(transport.open, Host(slots=(), **asked), self._launch_id)
-            self._hosts[number] = _Relayed(number, opening, self.say, self._switchboard)
+            self._hosts[number] = _Relayed(number, opening, self._sender.say, self._switchboard)
         elif (host_there := self._hosts.get(number)) is None:
             return
         elif kind is Kind.DATA:
             host_there.pass_on(content)
-        elif kind in (Kind.PAUSE, Kind.RESUME):
-            host_there.listen(kind is Kind.RESUME)
+        elif kind is Kind.TAKEN:
+            host_there.go_on(bytes_taken(content))
         elif kind in (Kind.HANG_UP, Kind.ABORT):
             del self._hosts[number]
             host_there.leave(at_once=kind is Kind.ABORT)
 
     def _end(self) -> None:
-        hosts = list(self._hosts.values())
+        hosts = [host for host in self._hosts.values() if host.is_open]  # where a login goes on, nothing runs yet
         for host in hosts:
             host.leave()
-        until = time.monotonic() + _END_S
-        stuck = [host for host in hosts if not host.is_left(max(0.0, until - time.monotonic()))]
+        stuck = _wait_for(hosts, _END_S)
         for host in stuck:
             host.leave(at_once=True)
-        for host in stuck:
-            host.is_left(_GIVE_UP_S)
-        closing = threading.Thread(target=self._switchboard.close, daemon=True)  # it may wait for the launcher
-        closing.start()
-        closing.join(_GIVE_UP_S)
+        _wait_for(stuck, _GIVE_UP_S)
+        self._sender.close(_GIVE_UP_S)  # the launcher may take nothing more
+        self._switchboard.close()
         self._others.close()
 
 
@@ -147,6 +141,8 @@ class _Relayed:
         self._say = say
         self._switchboard = switchboard
         self._channel: Channel | None = None
+        self._room = WINDOW
+        self._changing_room = threading.Lock()
         self._ended = threading.Event()
         self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._serves = threading.Thread(target=self._serve, name=f"serves host {number}", daemon=True)
@@ -161,6 +157,10 @@ class _Relayed:
         if at_once and self._channel is not None:
             threading.Thread(target=self._channel.abort, name=f"gives up host {self._number}", daemon=True).start()
 
+    @property
+    def is_open(self) -> bool:
+        return self._channel is not None
+
     def is_left(self, within: float) -> bool:
         self._serves.join(within)
         return not self._serves.is_alive()
@@ -168,13 +168,14 @@ class _Relayed:
     def _serve(self) -> None:
         try:
             channel = self._channel = self._opening()
-        except (HostError, OSError) as error:
-            told: dict[str, str | None] = {"message": str(error)}
+        except Exception as error:  # whatever it is, the launcher waits for an answer
+            told: dict[str, str | None] = {"message": f"{type(error).__name__}: {error}"}
             if isinstance(error, HostError):
                 told = {"message": error.message, "hint": error.hint}
             self._say(frame(Kind.REFUSED, self._number, json.dumps(told).encode()))
             return
-        self._say(frame(Kind.OPENED, self._number), *frames_of(self._number, channel.first))
+        self._say(frame(Kind.OPENED, self._number))
+        self._tell(channel.first)
         self._switchboard.join(self)
         while (data := self._waiting.get()) is not None:
             with contextlib.suppress(OSError):  # its end is heard
@@ -185,10 +186,21 @@ class _Relayed:
         self._switchboard.leave(self)
         channel.close()
 
-    def listen(self, on: bool) -> None:
-        """Go on to hear the host, or stop it."""
-        with contextlib.suppress(OSError, ValueError):  # it is gone
-            (self._switchboard.resume if on else self._switchboard.pause)(self)
+    def go_on(self, num_bytes: int) -> None:
+        """Count what the launcher has taken in. Hear the host again if it had to wait for that."""
+        with self._changing_room:
+            waits = self._room <= 0
+            self._room += num_bytes
+            goes_on = waits and self._room > 0
+        if goes_on:
+            self._switchboard.resume(self)
+
+    def _tell(self, data: bytes) -> bool:
+        """Pass on what the host says. Whether the launcher takes more."""
+        self._say(*frames_of(self._number, data))
+        with self._changing_room:
+            self._room -= len(data)
+            return self._room > 0
 
     def fileno(self) -> int:
         assert self._channel is not None
@@ -200,11 +212,12 @@ class _Relayed:
             data = self._channel.receive()
         except OSError:
             data = b""
-        if data:
-            self._say(*frames_of(self._number, data))
-        else:
-            self._say(frame(Kind.END, self._number, self._channel.last_words().encode()))
+        if not data:
+            words = self._channel.last_words().encode()[-MOST_BYTES:]
+            self._say(frame(Kind.END, self._number, words))
             self._ended.set()
+        elif not self._tell(data):
+            self._switchboard.pause(self)
         return bool(data)
 
     def beat(self) -> None:
@@ -214,19 +227,37 @@ class _Relayed:
         """The launcher judges it."""
 
 
+def _wait_for(hosts: list[_Relayed], seconds: float) -> list[_Relayed]:
+    """The hosts that are not left within so many seconds."""
+    until = time.monotonic() + seconds
+    return [host for host in hosts if not host.is_left(max(0.0, until - time.monotonic()))]
+
+
 def main() -> None:
-    """Greet with the mark of the launch, whose id is the first line of stdin. Then serve."""
+    """Greet with the mark of the launch, whose id is the first line of stdin. Then serve.
+
+    The first argument is the launcher's frames.language(); the second by what to reach hosts, "ssh" or "srun".
+    """
+    spoken, by = sys.argv[1:]
+    if spoken != language():
+        sys.exit("its zinf is not the launcher's")
+    heard, told = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nothing else here may take, or add, a byte of the link
+    os.dup2(2, 1)
     launch_id = b""
-    while not launch_id.endswith(b"\n") and (byte := os.read(0, 1)):
+    while not launch_id.endswith(b"\n") and (byte := os.read(heard, 1)):
         launch_id += byte
     with contextlib.suppress(OSError):
         os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: None)  # ignored, they would be so by each ssh as well
+    become_subreaper()
     own = launch_id.decode().strip()
-    relay = Relay(0, 1, own, Pipes(), find_ssh())
-    os.write(1, Greeting(own).words)
+    relay = Relay(heard, told, own, Pipes(SILENCE_S), Srun() if by == "srun" else find_ssh())
+    os.write(told, Greeting(own).words)
     with contextlib.suppress(KeyboardInterrupt):
         relay.serve()
+    end_descendants()  # what is still logging in, or does not hear of the end
     sys.stderr.flush()
     os._exit(0)  # a thread may still wait for a host
 

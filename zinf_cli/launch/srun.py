@@ -7,13 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from zinf_cli.errors import HostError, UsageError
 from zinf_cli.launch.client_channel import ClientChannel, allow_files
+from zinf_cli.launch.frames import language
 from zinf_cli.launch.process_tree import LAUNCH_ID
 from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
+from zinf_cli.search_path import module_command
 
 _START_S = 60.0
 """Seconds until the supervisor of a node runs. Where a node has no room for a step, srun itself would wait for ever."""
@@ -27,6 +30,9 @@ _STEP = (
 class Srun:
     """Starts supervisors on the nodes of a job, with this process's own interpreter."""
 
+    most_direct = 256
+    """Each takes two programs, of 10 MiB together."""
+
     def __init__(self) -> None:
         srun = shutil.which("srun")
         if srun is None:
@@ -38,18 +44,40 @@ class Srun:
         allow_files()
 
     def open(self, host: Host, launch_id: str) -> Channel:
-        assert host.job is not None
-        greeting = Greeting(launch_id)
-        program = supervisor_program(launch_id, SILENCE_S, greeting)
-        where = [f"--jobid={host.job}", f"--nodelist={host.host}"]
-        gpus = [f"--gpus={host.gpus}"] if host.gpus else []
+        program = supervisor_program(launch_id, SILENCE_S, Greeting(launch_id))
         # A supervisor does not hear of the end of its srun, so another one has to find it (Supervisor.do_sweep).
-        mark = f"--export=ALL,{LAUNCH_ID}={launch_id}"
-        command = [self._srun, *_STEP, *where, *gpus, mark, *supervisor_command(sys.executable, program)]
+        mark = f",{LAUNCH_ID}={launch_id}"
+        return self._start(host, supervisor_command(sys.executable, program), program, launch_id, mark)
+
+    def open_relay(self, host: Host, launch_id: str) -> Channel:
+        """Start a relay (relay.py) in a step, which starts the steps of its group.
+
+        Where Slurm signals all processes of a step, it is refused: the end of the job would end each srun at once.
+        """
+        if self._signals_all:
+            raise HostError("Slurm signals all processes of a step (ProctrackType)", where=host.name)
+        command = module_command("zinf_cli.launch.relay", language(), "srun")
+        return self._start(host, command, f"{launch_id}\n".encode(), launch_id)
+
+    def _start(
+        self, host: Host, command: Sequence[str], program: bytes, launch_id: str, variables: str = ""
+    ) -> Channel:
+        """Run `command` in a step on a node, send `program` to it and wait for its greeting."""
+        assert host.job is not None
+        where = [f"--jobid={host.job}", f"--nodelist={host.host}", f"--export=ALL{variables}"]
+        gpus = [f"--gpus={host.gpus}"] if host.gpus else []
+        words = [self._srun, *_STEP, *where, *gpus, *command]
         try:
-            return _SrunChannel(command, program, greeting, _environment(os.environ))
+            return _SrunChannel(words, program, Greeting(launch_id), _environment(os.environ))
         except HostError as error:
             raise HostError(error.message, where=host.name, hint=error.hint) from error
+
+    @cached_property
+    def _signals_all(self) -> bool:
+        """Whether a signal for a step comes to more than its task. With proctrack/cgroup it does not."""
+        words = ["scontrol", "show", "config"]
+        said = subprocess.run(words, capture_output=True, text=True, check=False, env=_environment(os.environ)).stdout
+        return re.search(r"^ProctrackType\s*= proctrack/cgroup$", said, re.MULTILINE) is None
 
     def close(self) -> None:
         pass

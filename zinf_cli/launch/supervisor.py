@@ -8,7 +8,8 @@ JSON object a line, and empty lines, which are the launcher's heartbeats. On std
 supervisor's own heartbeats.
 
 SIGTERM is the launcher's to obey: at the end of a Slurm job, or of a service, all processes get it, and the run has
-some seconds for its step and a checkpoint. So the supervisor tells the launcher of it. Agent and ranks do nothing.
+some seconds for its step and a checkpoint. So the supervisor tells the launcher of it. Agent and ranks do nothing. The
+same holds for SIGUSR1, by which Slurm warns (--signal=USR1@120): without a B: it comes to the steps, and not to zinf.
 
 No process of the run outlives its supervisor or the launcher. When the lifeline closes or is silent for too long, when
 another signal comes or the agent ends, the supervisor kills all its descendants until none is left. It is a sub-reaper,
@@ -84,7 +85,8 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         for number in ENDING_SIGNALS:
             signal.signal(number, _raise_signalled)
-        signal.signal(signal.SIGTERM, self._be_told_to_end)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._be_told_to_end)
         try:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             self._send({"event": "hello", "python": sys.version.split()[0], "visible": visible})

@@ -46,12 +46,15 @@ class Switchboard:
     def close(self) -> None:
         self._over.set()
         self._thread.join()
-        self._heard.close()
+        with self._changing:
+            self._lines.clear()
+            self._heard.close()
 
     def join(self, line: Line) -> None:
         with self._changing:
-            self._lines[line.fileno()] = line
-            self._heard.register(line.fileno(), select.EPOLLIN)
+            if not self._heard.closed:
+                self._lines[line.fileno()] = line
+                self._heard.register(line.fileno(), select.EPOLLIN)
 
     def leave(self, line: Line) -> None:
         """From now on nothing of the line is called, and its descriptor may be closed."""
