@@ -30,7 +30,8 @@ def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
         faster = [name for name in TIERS[: TIERS.index(tier)] if name in left]
         room = [f"{name} has {format_bytes(max(0, left[name]))} left for it" for name in faster]
         why = ", ".join(room) if room else "the fastest tier"
-        some = f" but for {len(plan.cached_units)} units" if state in plan.cached_states else ""
+        count = len(plan.cached_units)
+        some = f" but for {count} {'unit' if count == 1 else 'units'}" if state in plan.cached_states else ""
         reasons[state] = f"{tier}{some}: {format_bytes(sizes[state])} a rank; {why}"
     return reasons
 

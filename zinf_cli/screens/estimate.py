@@ -239,21 +239,24 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
 
 
 def alternatives_screen(plan: Plan, others: Sequence[Alternative], seq_len: int) -> RenderableType:
-    """What each choice would buy, beside the plan: seconds, tokens a second, bytes to and from drives, CPU memory."""
+    """What each choice would buy, beside the plan: speed, seconds, bytes to and from drives, CPU memory."""
     from zinf_cli.plan.alternatives import Alternative
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for title in ("a step", "tokens/s", "NVMe a step", "CPU memory"):
+    for title in ("speed", "a step", "NVMe a step", "CPU memory"):
         table.add_column(title, justify="right")
-    for row in (Alternative("as planned", plan), *others):
+    planned = Alternative("as planned", plan)
+    speed = planned.tokens_per_s(seq_len)
+    for row in (planned, *others):
         figures = (
+            f"{row.tokens_per_s(seq_len) / speed:.2f}",
             format_seconds(row.plan.step_s),
-            f"{row.tokens_per_s(seq_len):.0f}",
             format_bytes(row.plan.nvme_traffic_clipped),
             format_bytes(row.cpu_bytes),
         )
         cells = figures if row.plan.fits else (Text("does not fit", style="bold red"), "", "", figures[-1])
         table.add_row(outside(row.change + (" *" if row.other_results else "")), *cells)
-    note = Text("steps are clipped ones, with all that max_grad_norm costs; * changes results", style="dim")
-    return Panel(Group(table, Text(), note), title="what each choice would buy", expand=False)
+    clipped = " Steps are clipped ones, which take longest." if plan.update == "speculative" else ""
+    note = f"A speed of 1 is {speed:.3g} tokens a second.{clipped} CPU memory is a host's. * Trains to other results."
+    return Panel(Group(table, Text(), Text(note, style="dim")), title="what each choice would buy", expand=False)

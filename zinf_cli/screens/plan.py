@@ -90,15 +90,17 @@ def _answers(plan: Plan) -> dict[str, str]:
         f"{_TIERS.get(limit.tier, limit.tier)} {format_bytes(limit.needed)} of {format_bytes(limit.allowed)}"
         for limit in plan.limits
     )
-    tiers = {
-        tier: [NAMES[state] for state in CLASSES if plan.placement[state] == tier] for tier in plan.placement.values()
-    }
-    place = _PLACES[plan.choice.cache_tier]
-    cached = f", but for {len(plan.cached_units)} units {place}" if plan.cached_units else ""
+    tiers = {tier: [state for state in CLASSES if plan.placement[state] == tier] for tier in plan.placement.values()}
+    cached = f", but for {_count(len(plan.cached_units), 'unit', 'units')} {_PLACES[plan.choice.cache_tier]}"
+    lies = [
+        f"{', '.join(NAMES[state] for state in states)} {_PLACES[tier]}"
+        + (cached if plan.cached_units and set(states) & set(plan.cached_states) else "")
+        for tier, states in tiers.items()
+    ]
     steps = f"{format_seconds(plan.max_steps * plan.step_s)} for {_steps(plan)}, " if plan.resume is None else ""
     return {
         "fits" if plan.fits else "too large": ", ".join(sizes),
-        "lies": "; ".join(f"{', '.join(names)} {_PLACES[tier]}" for tier, names in tiers.items()) + cached,
+        "lies": "; ".join(lies),
         "takes": f"{steps}{format_seconds(plan.step_s)} a step, bound by {plan.bottleneck}",
     }
 
@@ -160,7 +162,7 @@ def _recomputed(plan: Plan) -> str:
     kept = len(set(units) & set(plan.kept_units))
     if not kept:
         return "recomputes the activations of every unit but the last"
-    return f"keeps the activations of {'all' if kept == len(set(units)) else kept} units"
+    return f"keeps the activations of {'all units' if kept == len(set(units)) else _count(kept, 'unit', 'units')}"
 
 
 def _expectation(plan: Plan) -> str:
