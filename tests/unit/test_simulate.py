@@ -61,7 +61,7 @@ def test_the_lane_takes_what_comes_first_in_the_schedule() -> None:
     st.integers(1, 4),
     st.integers(1, 4),
     st.integers(1, 4),
-    st.sampled_from(["deferred", "speculative", "eager"]),
+    st.sampled_from(["deferred", "speculative", "in vain", "eager"]),
     st.booleans(),
     st.lists(st.sampled_from(["device", "cpu", "nvme"]), min_size=4, max_size=4),
 )
@@ -81,13 +81,14 @@ def test_any_step_can_be_played_and_moves_the_planned_bytes(
     own = 120 / world
     away = {state for state, tier in placement.items() if tier == "nvme"}
     visits = sweeps * (2 * units - 1)
+    updates = 2 if update == "in vain" else 1
     planned = {
-        "params": (own * 2 * visits, own * 2 * units),
+        "params": (own * 2 * visits, own * 2 * units * updates),
         "grads": (
-            own * 4 * units * (sweeps - (update != "deferred")),
+            own * 4 * units * (sweeps - (update in ("speculative", "eager"))),
             own * 4 * units * (sweeps - (update == "eager")),
         ),
-        "optimizer": (own * 10 * units,) * 2,
+        "optimizer": (own * 10 * units * updates,) * 2,
         "activations": (5 * micro_batches * (units - 1),) * 2,
     }
     for lane, direction in (("nvme read", 0), ("nvme write", 1)):

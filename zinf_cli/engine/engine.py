@@ -129,7 +129,7 @@ class Engine:
         self._dealer = Dealer(options.micro_batches_per_sweep, self._state, self._ranks, notice)
         self._left: list[StateSink] = []
         """Completed checkpoints that units may still lie in."""
-        self._clips = Clips()
+        self._clips = Clips(options.clips_worth)
         self._add_shadows()
 
     def _replace_forwards(

@@ -65,6 +65,8 @@ class EngineOptions:
     """Names of Linears whose products a recompute leaves out (compute/spared.py)."""
     speculate: bool = False
     """Whether units that are not cached have shadows for speculative updates (see eager.py)."""
+    clips_worth: float = 0.5
+    """The share of steps that clip below which these updates pay (see clips.py)."""
 
     @property
     def placement(self) -> tuple[str, str, str, str]:

@@ -111,6 +111,8 @@ class Plan:
     """Expected seconds of a step, as simulated. Where updates are speculative: of a clipped step."""
     calm_step_s: float = 0.0
     """The same of an unclipped step. The name is that of the key in plan.json."""
+    clips_worth: float = 0.5
+    """Where updates are speculative: the share of steps that clip below which they pay."""
     bottleneck: str = "compute"
     """The resource that is busiest in a step."""
     busy: dict[str, float] = field(default_factory=dict)

@@ -18,6 +18,9 @@ from zinf_cli.plan.traffic import grad_bytes
 
 MOST_AHEAD = 8
 """The most visits that a schedule has under way; the engine has more where buffers let it."""
+LEAST_CLIPS, MOST_CLIPS = 0.1, 0.8
+"""Bounds of the share of clipped steps up to which updates in backward pay. The least is what a single clip counts for:
+training that hardly ever clips has them on every machine. Beyond the most, few steps are left that they hold in."""
 IN_PLACE_CHUNK = 8 * CHUNK_NUMEL
 """How many parameters of an update are under way at once where all of it lies in memory."""
 
@@ -45,16 +48,27 @@ def profile_here(figures: Figures, folders: Sequence[Path], measured: Measured |
     )  # fmt: skip
 
 
-def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = False) -> Simulation:
+def predict(plan: Plan, tokens: int, profile: Profile, *, unclipped: bool = False, in_vain: bool = False) -> Simulation:
     """Play a step of `plan` with `tokens` tokens in a micro-batch.
 
-    The step is clipped, so that speculative updates are made in the next forward; or `unclipped`, so that they hold.
+    The step is expected to be clipped, so that speculative updates are made in the next forward; or `unclipped`, so
+    that they hold; or they were made `in_vain`, since it is clipped after all.
     """
     speed = profile.flops(plan.precision, tokens) / profile.peak(plan.precision)
     step = step_of_plan(plan, tokens, min(1.0, speed))
     if step.update == "speculative" and not unclipped:
-        step = replace(step, update="deferred")
+        step = replace(step, update="in vain" if in_vain else "deferred")
     return simulate(step, profile, cluster_of(plan, tokens))
+
+
+def clips_worth(expected_s: float, unclipped_s: float, in_vain_s: float) -> float:
+    """The share of steps that clip below which updates in backward pay, by what three kinds of step take (`predict`).
+
+    With a share p of them, steps with such updates take p in_vain_s + (1 - p) unclipped_s on average, and steps without
+    take expected_s.
+    """
+    lost = in_vain_s - unclipped_s
+    return min(MOST_CLIPS, max(LEAST_CLIPS, (expected_s - unclipped_s) / lost if lost > 0 else MOST_CLIPS))
 
 
 def least_seconds(plan: Plan, tokens: int, profile: Profile) -> tuple[float, float]:

@@ -101,7 +101,8 @@ class Step:
     """Bytes of one parameter's gradient as it goes to its tier."""
     optimizer: OptimizerState = ADAMW
     update: str = "deferred"
-    """When a unit is updated: see Choice. With "speculative", the step is an unclipped one."""
+    """When a unit is updated: see Choice. With "speculative", the step is an unclipped one. With "in vain", it is
+    clipped after all, and what backward has updated is updated in the next forward once more."""
     depth: int = 4
     """How many visits fit into memory, the one that is computed included."""
     chunk_params: float = 8 * 2**20
@@ -198,7 +199,7 @@ class _Sweeps:
     ) -> None:
         step, ops, unit = self.step, self.ops, self.step.units[number]
         room = self._released[-step.depth : len(self._released) - step.depth + 1] if step.depth else []
-        updated = update and self._update_of(unit) == "deferred"
+        updated = update and self._update_of(unit) in ("deferred", "in vain")
         share = 1.0 if updated else unit.share  # an update reads what it changes, visit or not
         ready = self._bring_params(unit, share, [*room, *self._params[number]])
         if updated:
@@ -261,7 +262,7 @@ class _Sweeps:
             self._grads[number] = ops.send("grads", unit, moved, reduced)
 
     def _update_of(self, unit: UnitLoad) -> str:
-        return "deferred" if self.step.update == "speculative" and unit.cached else self.step.update
+        return "deferred" if self.step.update in ("speculative", "in vain") and unit.cached else self.step.update
 
     def _update(self, number: int, after: Sequence[int], ready: list[int], *, with_grad: bool) -> list[int]:
         """Update this rank's slice, piece by piece. Returns what the next use of the slot waits for."""

@@ -34,7 +34,7 @@ from zinf_cli.plan.memory import (
 from zinf_cli.plan.mixes import mixes
 from zinf_cli.plan.placement import placements, undominated
 from zinf_cli.plan.plan import CheckpointStep, Limit, Line, Plan, SweepCost
-from zinf_cli.plan.predict import cluster_of, least_seconds, predict, profile_here
+from zinf_cli.plan.predict import clips_worth, cluster_of, least_seconds, predict, profile_here
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.temporaries import compute_bytes
 from zinf_cli.plan.traffic import checkpoint_traffic, nvme_traffic
@@ -165,6 +165,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
     tokens = recipe.train.seq_len * recipe.train.sequences_at_once
     played = predict(plan, tokens, profile)
     unclipped = predict(plan, tokens, profile, unclipped=True) if plan.update == "speculative" else played
+    in_vain = predict(plan, tokens, profile, in_vain=True) if plan.update == "speculative" else played
     rates = rates_of(profile, cluster_of(plan, tokens))
     figures = plan.figures
     cores = 0 if figures.machine.accelerators else plan.threads_per_rank
@@ -184,6 +185,7 @@ def _with_time(plan: Plan, recipe: Recipe, profile: Profile) -> Plan:
         nvme_s=plan.nvme_traffic_clipped / rates["both"],
         step_s=played.step_s,
         calm_step_s=unclipped.step_s,
+        clips_worth=clips_worth(played.step_s, unclipped.step_s, in_vain.step_s),
         bottleneck=played.bottleneck,
         busy=dict(played.busy),
         drives_measured=profile.drives.measured,

@@ -53,6 +53,7 @@ def open_engine(
         glue_leaves=found.most is not None,
         spared=frozenset(found.spared),
         speculate=plan.update == "speculative",
+        clips_worth=plan.clips_worth,
     )
     engine = Engine(
         model,
