@@ -13,7 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -67,6 +69,24 @@ def save_pictured(folder: Path, name: str) -> None:
     assert len(processor.tokenizer) <= model.get_input_embeddings().weight.shape[0]
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def save_patched(folder: Path) -> None:
+    """A processor that cuts pictures into patches, of a token each, by settings of its own."""
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28})
+    special = (
+        "<image>",
+        "<|START_OF_IMG|>",
+        "<|END_OF_IMG|>",
+        "<|IMG_LINE_BREAK|>",
+        "TILE",
+        "TILE_GLOBAL",
+        "<|IMG_PATCH|>",
+    )
+    AyaVisionProcessor(images, _tokenizer(*special), patch_size=28, img_size=28, downsample_factor=1).save_pretrained(
+        folder
+    )
+    _tokenizer(*special).save_pretrained(folder)
 
 
 def picture(number: int) -> Image.Image:

@@ -12,13 +12,18 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
 
 from forked_ranks import ForkedRanks
-from pictured_models import PROCESSORS, save_pictured, turns, write_rows
+from pictured_models import PROCESSORS, picture, save_patched, save_pictured, turns, write_rows
 from tiny_models import WORDS, save_word_tokenizer
 from workshop import Workshop
+from zinf_cli.batches.collator import Sample
 from zinf_cli.errors import ZinfError
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.text.chats import PICTURES
+from zinf_cli.text.documents import Document
+from zinf_cli.text.pictures import Processor, open_picture
 from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
@@ -57,7 +62,7 @@ def plain(workshop: Workshop, data: Path, folder: Path) -> tuple[list[float], nn
     recipe = load_recipe(workshop.recipe)
     processor = AutoProcessor.from_pretrained(folder)
     model: Any = AutoModelForImageTextToText.from_pretrained(folder).train()
-    rows = [json.loads(line) for line in (data / "chats.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in recipe.dataset.paths[0].read_text().splitlines()]
     order = open_text(recipe, open_model(recipe, "fp32"), 1).order
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     losses = []
@@ -136,6 +141,73 @@ def test_a_picture_that_has_changed_is_read_again(data: Path, tmp_path: Path) ->
     assert len(open_text(recipe, model, 1).train) < before
 
 
+FORMS: list[Any] = [
+    lambda path: {"type": "image", "image": path},
+    lambda path: {"type": "image", "path": path, "text": None},
+    lambda path: {"type": "image_url", "image_url": {"url": path}},
+    lambda path: {"type": "image_url", "image_url": path},
+    lambda path: {"type": "image", "url": f"file://{path}"},
+]
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
+def test_parts_of_a_chat_name_their_pictures(form: int, data: Path, tmp_path: Path) -> None:
+    """Tokens, places and pixels are those of paths in a field; one of two parts may take its path from there."""
+    pictures = [str(data / "pictures" / name) for name in ("1.png", "2.png")]
+    named = [FORMS[form](pictures[0]), {"type": "image"}]
+    written = [chat(*pictures), {**of_parts(*named), "images": [pictures[1]]}, of_parts(*map(FORMS[form], pictures))]
+    written[0]["messages"] = of_parts({"type": "image"}, {"type": "image"})["messages"]
+    found = []
+    for number, row in enumerate(written):
+        write(data / f"form-{number}.jsonl", [row] * 4)
+        workshop = workshop_of("idefics3", data, tmp_path)
+        workshop.content["dataset"]["path"] = str(data / f"form-{number}.jsonl")
+        workshop.write()
+        recipe = load_recipe(workshop.recipe)
+        text = open_text(recipe, open_model(recipe, "fp32"), 1)
+        found.append(text.collator.collate(text.train, [Sample(0, 0), Sample(1, 1)], 0).inputs(torch.device("cpu")))
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+    assert "pixel_values" in found[0]
+
+
+def test_texts_without_pictures_beside_those_with_them(data: Path, forked: ForkedRanks, tmp_path: Path) -> None:
+    """Some micro-batches call nothing that sees; the plan is made for those that do."""
+    workshop = workshop_of("llava", data, tmp_path)
+    workshop.content["train"] |= {"micro_batch_size": 1}
+    workshop.content["dataset"]["shuffle"] = False
+    rows = [json.loads(line) for line in (data / "chats.jsonl").read_text().splitlines()]
+    rows = [*rows[4::5], *rows[:4]]  # the first have none
+    assert not rows[0]["images"]
+    write(data / "mixed.jsonl", rows)
+    workshop.content["dataset"]["path"] = str(data / "mixed.jsonl")
+    run = workshop.fork(forked, "one")
+    losses, _ = plain(workshop, data, data / "llava")
+    assert run.losses == pytest.approx(losses, abs=1e-6)
+
+
+def test_a_picture_is_upright_as_its_camera_says(tmp_path: Path) -> None:
+    path = tmp_path / "turned.png"
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned.save(path, exif=exif)
+    assert open_picture(path, "").size == (2, 4)
+    assert open_picture(path, "").tobytes() == load_image(str(path)).tobytes()
+
+
+def test_pixels_are_made_with_the_settings_of_tokens(tmp_path: Path) -> None:
+    """Of a processor that has its pictures cut into patches, whose part for pictures alone would not cut them."""
+    save_patched(tmp_path)
+    picture(1).resize((112, 28)).save(tmp_path / "wide.png")
+    processor = Processor(tmp_path)
+    document = Document("here", "w1 <image> w2", beside={PICTURES: ["wide.png"]})
+    found = processor.encode(document, tmp_path / "rows.jsonl", ("assistant",))
+    seen = found.ids.count(AutoProcessor.from_pretrained(tmp_path).image_token_id)
+    pixels = processor.beside([[str(tmp_path / "wide.png")]], torch.tensor([found.ids]))["pixel_values"]
+    assert seen == len(pixels) > 1  # a token for each patch
+
+
 def write(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -144,14 +216,57 @@ def chat(*names: Any) -> dict[str, Any]:
     return {"messages": turns(0), "images": list(names)}
 
 
+def of_parts(*parts: dict[str, Any]) -> dict[str, Any]:
+    """A chat whose pictures are in its parts."""
+    question, answer = turns(0, of_picture=False)
+    return {"messages": [{**question, "content": [*parts, *question["content"]]}, answer]}
+
+
 @pytest.mark.parametrize(
     ("row", "changes", "said"),
     [
         (chat("pictures/none.png"), [], "rows.jsonl:1: no such picture: FOLDER/pictures/none.png (paths are relative"),
         (chat("rows.jsonl"), [], "rows.jsonl:1: not a picture, or none that Pillow reads: FOLDER/rows.jsonl"),
         (chat("cut.png"), [], "rows.jsonl:1: a damaged picture: FOLDER/cut.png: "),
-        (chat("pictures/0.png", "pictures/1.png"), [], "rows.jsonl:1: the processor fails: "),
-        (chat(), [], "rows.jsonl:1: a turn has a part that is no text (image)"),
+        (
+            chat("pictures/0.png", "pictures/1.png"),
+            [],
+            "rows.jsonl:1: 1 parts {type: image} have no path of their own, a",
+        ),
+        (chat(), [], "rows.jsonl:1: 1 parts {type: image} have no path of their own, and 0 paths are beside the chat"),
+        (
+            chat(),
+            ["dataset.images_field=null"],
+            "rows.jsonl:1: a turn has a part that is no text (image), and text alone",
+        ),
+        (chat(), ["dataset.images_field=null"], "(set dataset.images_field for chats with pictures)"),
+        (
+            chat("https://a.org/b.png"),
+            [],
+            "rows.jsonl:1: a picture is somewhere else, and nothing is downloaded: https:",
+        ),
+        (
+            of_parts({"type": "image_url", "image_url": {"url": "http://a.org/b.png"}}),
+            [],
+            "(download it beside the text",
+        ),
+        (
+            of_parts({"type": "image", "image": "data:image/png;base64,iVBORw0KGgo"}),
+            [],
+            "a picture stands in the text it",
+        ),
+        (
+            of_parts({"type": "image_url", "image_url": {}}),
+            [],
+            "expected the path of a picture, got {'type': 'image_url'",
+        ),
+        (
+            of_parts({"type": "image", "image": "pictures/none.png"}),
+            [],
+            "rows.jsonl:1: no such picture: FOLDER/pictures/no",
+        ),
+        (of_parts({"type": "image", "image": "cut.png"}), [], "rows.jsonl:1: a damaged picture: FOLDER/cut.png: "),
+        (of_parts({"type": "text", "text": "<image>"}), [], "rows.jsonl:1: 0 pictures and 1 places for them"),
         (chat(3), [], "rows.jsonl:1: expected a list of paths of pictures, got [3]"),
         (chat("pictures/0.png"), ["dataset.packing=documents"], "dataset.packing: a text may have pictures"),
         (chat("pictures/0.png"), ["dataset.tokenizer=FOLDER/plain"], "FOLDER/plain: no processor of pictures here"),

@@ -55,16 +55,26 @@ class PicturedStream(Rows):
         if left_out := len(lengths) - len(self._kept):
             yield f"left out: {left_out} texts, with nothing to learn or half a picture in train.seq_len={self.seq_len}"
 
-    @cached_property
+    @property
+    def seen(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """int64 [texts]: how many tokens of each stand for what the model sees of pictures."""
+        return self._judged[1]
+
+    @property
     def _kept(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The texts that are trained on."""
+        return self._judged[0]
+
+    @cached_property
+    def _judged(self) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
         mask, tokens = self.stream.loss_mask, self.stream.tokens
         assert mask is not None
         stand_ins = self.processor.stand_ins
-        kept = []
+        kept, seen = [], []
         for number, (start, stop) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             end = min(int(stop), int(start) + self.seq_len)
-            whole = end == stop or not np.isin(tokens[end:stop], stand_ins).any()
-            if whole and mask[start + 1 : end].any():  # nothing predicts the first token
+            stands_in = np.isin(tokens[start:stop], stand_ins)
+            if not stands_in[end - start :].any() and mask[start + 1 : end].any():  # nothing predicts the first token
                 kept.append(number)
-        return np.array(kept, dtype=np.int64)
+                seen.append(int(stands_in.sum()))
+        return np.array(kept, dtype=np.int64), np.array(seen, dtype=np.int64)

@@ -142,7 +142,9 @@ def _text_of(message: dict[str, Any], document: Document) -> str | None:
         if not isinstance(text, str):
             kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
             raise DatasetError(
-                f"a turn has a part that is no text ({kind}), and text alone is trained on", where=document.where
+                f"a turn has a part that is no text ({kind}), and text alone is trained on",
+                where=document.where,
+                hint="set dataset.images_field for chats with pictures" if kind in ("image", "image_url") else None,
             )
         texts.append(text)
     return "".join(texts)

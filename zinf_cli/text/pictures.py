@@ -18,12 +18,11 @@ import torch
 from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.cache import identity
-from zinf_cli.text.chats import PICTURES, render_chat
+from zinf_cli.text.chats import render_chat
 from zinf_cli.text.documents import Document, refuse_halves
+from zinf_cli.text.picture_parts import PROCESSOR_FILES, with_pictures
 from zinf_cli.text.token_stream import Seen
 from zinf_cli.version import version_of
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 class Pictured(NamedTuple):
@@ -78,7 +77,9 @@ class Processor:
     def stand_ins(self) -> list[int]:
         """The tokens in whose place the model puts what it sees of a picture."""
         several = getattr(self._processor, "image_token_ids", None)
-        return [int(token) for token in (several or [self._processor.image_token_id]) if token is not None]
+        return [
+            int(token) for token in (several or [getattr(self._processor, "image_token_id", None)]) if token is not None
+        ]
 
     def encode(self, document: Document, file: Path, roles: Sequence[str]) -> Pictured:
         """The tokens of a text, or of chat messages of which `roles` are learned. `file` is the one it stands in.
@@ -86,10 +87,7 @@ class Processor:
         A text ends with the end-of-text token, and all of it is learned. DatasetError if it is neither, or a picture
         can't be read or has no place in it.
         """
-        names = document.beside.get(PICTURES) or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise DatasetError(f"expected a list of paths of pictures, got {names!r:.60}", where=document.where)
-        paths = [file.parent / name for name in names]
+        document, paths = with_pictures(document, file)
         text, said = self._text_of(document, roles)
         pictures = [open_picture(path, document.where) for path in paths]
         ids, offsets, spans = self._encoded(text, pictures, document)
@@ -103,6 +101,8 @@ class Processor:
         end = self._tokenizer.eos_token_id
         if said is None and end is not None:
             ids, mask = [*ids, int(end)], [*mask, True]
+        if not ids:
+            raise DatasetError("a text has no tokens", where=document.where)
         return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))
 
     def beside(self, rows: Sequence[Sequence[str]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,11 +113,19 @@ class Processor:
         """
         wanted = self._processor.model_input_names
         opened = [[open_picture(Path(path), path) for path in row] for row in rows if row]
-        found: Any = self._processor.image_processor(opened, return_tensors="pt") if opened else {}
+        found: Any = self._processor.image_processor(opened, **self._settings) if opened else {}
         taken = {name: value for name, value in found.items() if name in wanted}
         if "mm_token_type_ids" in wanted:
             taken["mm_token_type_ids"] = torch.isin(input_ids, torch.tensor(self.stand_ins)).to(torch.int64)
         return taken
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the processor tells its part for pictures when it makes tokens of a text, such as to cut them."""
+        options = {"tokenizer_init_kwargs": self._tokenizer.init_kwargs, "return_tensors": "pt"}
+        merged = self._processor._merge_kwargs(self._processor.valid_processor_kwargs, **options)
+        settings: dict[str, Any] = merged["images_kwargs"]
+        return settings
 
     def _text_of(self, document: Document, roles: Sequence[str]) -> tuple[str, list[tuple[int, int]] | None]:
         """(the text, the spans that are learned; None: all of it)."""
@@ -150,24 +158,26 @@ class Processor:
                 ]
         except Exception as error:  # foreign code
             raise DatasetError(f"the processor fails: {_first_line(error)}", where=document.where) from error
-        if len(spans) != len(pictures):
+        ids, stand_ins = list(found["input_ids"][0]), set(self.stand_ins)
+        places = len(spans) if pictures else sum(token in stand_ins for token in ids)
+        if places != len(pictures):
             raise DatasetError(
-                f"{len(pictures)} pictures and {len(spans)} places for them", where=document.where,
+                f"{len(pictures)} pictures and {places} places for them", where=document.where,
                 hint=f"write {self._processor.image_token} where a picture stands, or a part {{type: image}} in a chat",
             )  # fmt: skip
-        return list(found["input_ids"][0]), [first for first, _ in found["offset_mapping"][0]], spans
+        return ids, [first for first, _ in found["offset_mapping"][0]], spans
 
 
 _WITHOUT = "give a model that takes pictures, with its processor's files, or leave dataset.images_field out"
 
 
 def open_picture(path: Path, where: str) -> Any:
-    """A picture, in RGB. DatasetError if it is missing, or none."""
-    from PIL import Image, UnidentifiedImageError
+    """A picture, in RGB and upright, as transformers loads it. DatasetError if it is missing, or none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError as error:
         raise DatasetError(f"no such picture: {path}", where=where, hint="paths are relative to the file") from error
     except UnidentifiedImageError as error:
