@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers import AutoTokenizer as Tokenizers
@@ -172,13 +173,36 @@ def plain_of(workshop: Workshop, tmp_path: Path) -> tuple[list[float], nn.Module
         (["dataset.path=FOLDER/stars.jsonl", "dataset.labels=[1, 2, 3]"], "expected one of 1, 2, 3 in 'label', got 0"),
         (["samples.prompts=[w1]"], "samples.prompts: LlamaForSequenceClassification does not go on with a text"),
         (["dataset.path=FOLDER/empty.jsonl"], "empty.jsonl:1: expected text, got ''"),
+        (
+            ["dataset.path=FOLDER/nan.jsonl", "dataset.labels=[score]"],
+            "nan.jsonl:1: expected a finite number in 'label'",
+        ),
     ],
 )
 def test_what_is_no_text_with_a_label(changes: list[str], said: str, workshop: Workshop, tmp_path: Path) -> None:
     write(tmp_path / "empty.jsonl", [{"text": "", "label": "good"}])
     write(tmp_path / "stars.jsonl", [row(number, number % 4) for number in range(40)])
+    write(tmp_path / "nan.jsonl", [{"text": "w1", "label": float("nan")}])
     workshop.write()
     with pytest.raises(ZinfError) as caught:
         find_figures(load_recipe(workshop.recipe, [change.replace("FOLDER", str(tmp_path)) for change in changes]), 1)
     error = caught.value
     assert said in (error.problems[0] if isinstance(error, FileError) else error.line())
+
+
+def test_what_a_configuration_learns_otherwise_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    """Trained with one label, a model of several at once would silently learn another loss than its own."""
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"problem_type": "multi_label_classification"}))
+    workshop.write()
+    with pytest.raises(ZinfError, match="with 3 outputs has problem_type multi_label_classification, and what is trai"):
+        find_figures(load_recipe(workshop.recipe), 1)
+
+
+def test_a_new_head_stands_for_no_lost_weight(workshop: Workshop, tmp_path: Path) -> None:
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+    workshop.write()
+    with pytest.raises(ZinfError, match=r"1 missing: model\.norm\.weight"):
+        find_figures(load_recipe(workshop.recipe), 1)

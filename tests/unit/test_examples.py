@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "preferences.jsonl").write_text(f"{json.dumps(pair)}\n" * 300)
     texts = [{"text": "one two three yes" if good else "no two", "label": "good" if good else "bad"} for good in (0, 1)]
     (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts) * 150)
+    row = {"query": "w1 w2", "positive": "w3 w4 w5", "negative": ["w6"]}
+    (folder / "queries.jsonl").write_text(f"{json.dumps(row)}\n" * 200)
     other_kinds(folder)
     save_pictured(folder / "llava", "llava")
     write_rows(folder / "pictured", 12)
@@ -57,6 +60,7 @@ def other_kinds(folder: Path) -> None:
         for file in (folder / "made" / name).iterdir():
             file.rename(folder / name / file.name)
         if name == "bert":
+            shutil.copytree(folder / name, folder / "minilm")
             (folder / data).mkdir()
         Path(made["path"]).rename(folder / "text" / "some.txt" if name == "bert" else folder / "pairs.jsonl")
 

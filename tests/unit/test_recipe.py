@@ -264,7 +264,7 @@ def test_no_text_breaks_the_reader(content: str) -> None:
 def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = path.read_text()
     monkeypatch.chdir(tmp_path)
-    for name in ("smollm2-135m", "bert", "t5", "llava"):
+    for name in ("smollm2-135m", "bert", "t5", "llava", "minilm"):
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / "config.json").write_text("{}")
     (tmp_path / "data/kjv").mkdir()
@@ -275,7 +275,7 @@ def test_shipped_recipes_are_valid(path: Path, tmp_path: Path, monkeypatch: pyte
         (tmp_path / f"data/chats/{name}.jsonl").write_text("{}")
     (tmp_path / "data/text").mkdir()
     (tmp_path / "data/pictured").mkdir()
-    for name in ("preferences", "reviews", "pairs", "pictured/chats"):
+    for name in ("preferences", "reviews", "pairs", "queries", "pictured/chats"):
         (tmp_path / f"data/{name}.jsonl").write_text("{}")
     copy = tmp_path / path.name
     copy.write_text(content)

@@ -64,8 +64,8 @@ def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: 
     """This rank's micro-batches of a global batch.
 
     Ranks get contiguous shares that differ by at most one window. Each share is dealt to the same number of
-    micro-batches, of at most `micro_batch_size`; the last one of a smaller share may be empty. All shares together are
-    `windows`, which are one for each rank at least.
+    micro-batches, of at most `micro_batch_size`; those of a smaller share may be empty. All shares together are
+    `windows`.
     """
     first, last = _share(len(windows), rank, world_size)
     mine = tuple(windows[first:last])
@@ -81,6 +81,17 @@ def deal(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: 
         dealt.append(mine[start : start + size])
         start += size
     return dealt
+
+
+def deal_whole(windows: Sequence[Item], rank: int, world_size: int, micro_batch_size: int) -> list[tuple[Item, ...]]:
+    """This rank's micro-batches, if it matters which windows are in one together: they are the same on any ranks.
+
+    Each has `micro_batch_size` windows, in their order; the last one of all has what is left. Every rank gets as many;
+    those that it has less than others are empty.
+    """
+    firsts = range(0, len(windows), micro_batch_size)
+    whole = [tuple(windows[first : first + micro_batch_size]) for first in firsts]
+    return [share[0] if share else () for share in deal(whole, rank, world_size, 1)]
 
 
 def in_turn(items: Sequence[Item], ranks: Ranks) -> tuple[list[Item], list[Item]]:

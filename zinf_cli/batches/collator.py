@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from zinf_cli.batches.compared import ComparedStream, together
 from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.mixture import MixedStream, Part
 from zinf_cli.batches.packing import PackedStream
@@ -39,7 +40,8 @@ class Batch:
     """int64 [sequences, seq_len]."""
     labels: torch.Tensor
     """int64 [sequences, seq_len], -100 where there is no loss. Without any target these are the tokens, and the loss
-    has weight 0: a mean over nothing would be NaN. Of texts with a label, [sequences]."""
+    has weight 0: a mean over nothing would be NaN. Of texts with a label, [sequences]; of texts that are compared,
+    [rows]: for each query the number of its own text."""
     num_targets: int
     """Labels that the loss averages over."""
     index: int
@@ -47,7 +49,7 @@ class Batch:
     num_tokens: int
     """Tokens of the text, without what fills up a window."""
     attention_mask: torch.Tensor | None = None
-    """int64 [sequences, seq_len], 0 where a source or a text with a label is padded. None if nothing is."""
+    """int64 [sequences, seq_len], 0 where a source, or a text that is a sequence, is padded. None if nothing is."""
     position_ids: torch.Tensor | None = None
     """int64 [sequences, seq_len], from 0 in each document. None if documents are not kept apart."""
     reference: torch.Tensor | None = None
@@ -95,6 +97,10 @@ class Collator:
             input_ids, labels = input_ids.flatten(0, 1), labels.flatten(0, 1)
             num_tokens = sum(_num_real(*_at(stream, sample.window, self.seq_len)) for sample in samples)
             return Batch(input_ids, labels, num_targets, index, num_tokens, reference=torch.zeros(len(rows)))
+        if isinstance(kind, ComparedStream):
+            input_ids, attention, num_tokens = together(input_ids), together(third[0]), int(third[0].sum())
+            labels, num_tokens = torch.arange(len(rows)), num_tokens if samples else 0
+            return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=attention)
         if isinstance(kind, PairStream):
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if isinstance(kind, LabelledStream | PicturedStream):
@@ -121,7 +127,7 @@ class Collator:
             return all(map(self.has_targets, stream.parts))
         if isinstance(stream, PackedStream | PreferenceStream | PicturedStream):
             return stream.num_windows(self.seq_len) > 0
-        if isinstance(stream, PairStream | LabelledStream) or stream.loss_mask is None:
+        if isinstance(stream, PairStream | LabelledStream | ComparedStream) or stream.loss_mask is None:
             return True
         first = 0 if self.objective is Objective.MASKED_TOKENS else 1  # nothing predicts the first token
         windows = stream.num_windows(self.seq_len)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from zinf_cli.batches.rows import Rows
+from zinf_cli.batches.rows import Rows, padded
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class LabelledStream(Rows):
     pad: int
     """The token that pads a text."""
     ends_with: frozenset[int]
-    """The special tokens by which a tokenizer marks the end: a text that is cut keeps its own."""
+    """See `padded`."""
     number: bool
     """Whether a label is a number to come close to, and not that of a class."""
 
@@ -37,11 +37,6 @@ class LabelledStream(Rows):
         """
         assert self.stream.labels is not None
         start, stop = (int(bound) for bound in self.starts[index : index + 2])
-        tokens = self.stream.tokens[start:stop].astype(np.int64)
-        if len(tokens) > seq_len:
-            last = tokens[-1:] if int(tokens[-1]) in self.ends_with else tokens[:0]
-            tokens = np.concatenate((tokens[: seq_len - len(last)], last))
-        input_ids, attention = torch.full((seq_len,), self.pad), torch.zeros(seq_len, dtype=torch.int64)
-        input_ids[: len(tokens)], attention[: len(tokens)] = torch.from_numpy(tokens), 1
+        input_ids, attention = padded(self.stream.tokens[start:stop], seq_len, self.pad, self.ends_with)
         kind = torch.float32 if self.number else torch.int64
         return input_ids, torch.tensor(float(self.stream.labels[index])).to(kind), attention

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from zinf_cli.batches.batches import BatchOrder
+from zinf_cli.batches.compared import ComparedStream
 from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.packing import PackedStream
 from zinf_cli.batches.pairs import PairStream
@@ -22,7 +23,7 @@ from zinf_cli.batches.pictured import PicturedStream
 from zinf_cli.batches.preferences import PreferenceStream
 from zinf_cli.text.token_stream import TokenStream, digest
 
-Part = TokenStream | PackedStream | PairStream | PreferenceStream | LabelledStream | PicturedStream
+Part = TokenStream | PackedStream | PairStream | PreferenceStream | LabelledStream | PicturedStream | ComparedStream
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The golden ratio's fraction, of 2**64."""
 _BLOCK = 1 << 20

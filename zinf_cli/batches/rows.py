@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from zinf_cli.text.token_stream import TokenStream
 
@@ -48,3 +49,19 @@ class Rows(ABC):
         boundary = int(self.starts[rows - int(rows * fraction)])
         first, last = self.stream.part(0, boundary), self.stream.part(boundary, len(self))
         return replace(self, stream=first), replace(self, stream=last)
+
+
+def padded(
+    tokens: np.ndarray[Any, Any], seq_len: int, pad: int, ends_with: frozenset[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of a text, each int64 [seq_len]: cut there, or padded, where the mask is 0.
+
+    `ends_with` are the special tokens by which a tokenizer marks the end: a text that is cut keeps its own.
+    """
+    tokens = tokens.astype(np.int64)
+    if len(tokens) > seq_len:
+        last = tokens[-1:] if int(tokens[-1]) in ends_with else tokens[:0]
+        tokens = np.concatenate((tokens[: seq_len - len(last)], last))
+    input_ids, attention = torch.full((seq_len,), pad), torch.zeros(seq_len, dtype=torch.int64)
+    input_ids[: len(tokens)], attention[: len(tokens)] = torch.from_numpy(tokens), 1
+    return input_ids, attention

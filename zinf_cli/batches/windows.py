@@ -1,4 +1,5 @@
-"""Makes windows of the tokens of a recipe's texts: pairs, two answers, packed documents, or consecutive tokens."""
+"""Makes windows of the tokens of a recipe's texts: rows that are each a sequence, packed documents, or consecutive
+tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from zinf_cli.batches.apart import why_not_apart
 from zinf_cli.batches.collator import Stream
+from zinf_cli.batches.compared import ComparedStream
 from zinf_cli.batches.labelled import LabelledStream
 from zinf_cli.batches.mixture import MixedStream, Part
 from zinf_cli.batches.packing import pack, split_packed
@@ -20,7 +22,7 @@ from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.text.pictures import Processor
 from zinf_cli.text.token_stream import TokenStream, split_held_out
 
-R = TypeVar("R", PairStream, PreferenceStream, LabelledStream, PicturedStream)
+R = TypeVar("R", PairStream, PreferenceStream, LabelledStream, PicturedStream, ComparedStream)
 Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
 """A text for training, what is held out by name, and lines about how windows are made of it."""
 
@@ -63,6 +65,29 @@ def labelled_of(
         return LabelledStream(part, config.pad_token_id, special, number)
 
     return _rows_of(recipe, f"{type(model).__name__} tells the label of a text", tokens, held_out, labelled)
+
+
+def compared_of(
+    recipe: Recipe,
+    model: nn.Module,
+    tokens: Sequence[TokenStream],
+    held_out: Mapping[str, TokenStream],
+    *,
+    texts_of_a_row: int,
+    pad: int,
+    special: frozenset[int],
+    pooled_by: str,
+) -> Windows:
+    """Rows of texts that are compared. `special` are the tokenizer's special tokens, `pooled_by` is for the plan."""
+
+    def compared(part: TokenStream) -> ComparedStream:
+        return ComparedStream(part, texts_of_a_row, pad, special)
+
+    reason = "embedding compares the texts of rows"
+    stream, other, lines = _rows_of(recipe, reason, tokens, held_out, compared)
+    own, others = texts_of_a_row - 2, (recipe.train.micro_batch_size - 1) * (texts_of_a_row - 1)
+    what = f"a query is compared with {own} negatives of its own and {others} texts of its micro-batch's other rows"
+    return stream, other, (f"embeddings are {pooled_by}; {what}", *lines)
 
 
 def pictured_of(

@@ -44,8 +44,9 @@ READABLE = (1, 2, 3)
 MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 REFERENCE = "reference.safetensors"
 """Of a run that learns preferences: what the model thought of them as it began."""
-CHAT_TEMPLATES = "additional_chat_templates"
-"""The only folder in the folder of a model, as transformers writes it."""
+CHAT_TEMPLATES, POOLING = "additional_chat_templates", "1_Pooling"
+FOLDERS = (CHAT_TEMPLATES, POOLING)
+"""The folders in the folder of a model, as transformers and sentence-transformers write them."""
 UNFINISHED = "manifest.json.partial"
 """A file that exists while a checkpoint is written or removed. Its "files" are those that are the run's."""
 _HEAD, _DIGITS = b'{"xxh3": "', 16
@@ -272,7 +273,8 @@ class Manifest:
                 hint="another version of zinf wrote it, and reads it",
             )
         for name in document["files"]:
-            if not is_plain(name.removeprefix(f"{CHAT_TEMPLATES}/")):
+            inner = next((inner for inner in FOLDERS if name.startswith(f"{inner}/")), None)
+            if not is_plain(name if inner is None else name.removeprefix(f"{inner}/")):
                 raise DamagedError(f"{name!r} is not the name of a file in this folder", where=str(path))
         document["units"] = tuple(map(_unit, document["units"]))
         document["files"] = {

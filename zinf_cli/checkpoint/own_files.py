@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from zinf_cli.checkpoint.manifest import BUFFERS, CHAT_TEMPLATES, MANIFEST, REFERENCE, UNFINISHED
+from zinf_cli.checkpoint.manifest import BUFFERS, FOLDERS, MANIFEST, REFERENCE, UNFINISHED
 from zinf_cli.checkpoint.reading import names_in
 from zinf_cli.durable import final_name, sync_folder
 
@@ -24,8 +24,8 @@ def own_files(folder: Path) -> list[Path]:
         final = final_name(name)
         return final in listed or _NAMED.fullmatch(final) is not None
 
-    templates = [] if (folder / CHAT_TEMPLATES).is_symlink() else names_in(folder / CHAT_TEMPLATES)
-    names = [*names_in(folder), *(f"{CHAT_TEMPLATES}/{name}" for name in templates)]
+    within = [inner for inner in FOLDERS if not (folder / inner).is_symlink()]
+    names = [*names_in(folder), *(f"{inner}/{name}" for inner in within for name in names_in(folder / inner))]
     paths = [folder / name for name in names if is_own(name)]
     return [path for path in paths if path.is_symlink() or not path.is_dir()]
 
@@ -47,8 +47,9 @@ def remove(folder: Path) -> list[Path]:
         if path not in (manifest, unfinished):
             path.unlink(missing_ok=True)
     unfinished.unlink(missing_ok=True)
-    with suppress(OSError):
-        (folder / CHAT_TEMPLATES).rmdir()  # only where it is empty
+    for inner in FOLDERS:
+        with suppress(OSError):
+            (folder / inner).rmdir()  # only where it is empty
     left = [folder / name for name in names_in(folder)]
     if not left:
         with suppress(FileNotFoundError):

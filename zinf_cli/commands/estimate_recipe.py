@@ -75,14 +75,15 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             plan = planned(recipe, lambda figures: figures, profile, room)
             refused = None if plan.fits else refusal(plan, recipe, figures_of, hosts)
             others = list(alternatives(recipe, plan, profile, room, planned)) if flags.explain else []
-    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    tokens = recipe.train.seq_len * recipe.train.sequences_at_once
+    each = tokens // recipe.train.micro_batch_size  # of a pair, or of a row of texts, where these are compared
     played = predict(plan, tokens, profile)
     if flags.timeline is not None:
         save_timeline(played, flags.timeline)
     if flags.as_json:
         document = plan_document(plan, tokens, profile)
         if flags.explain:
-            document["alternatives"] = [other.to_json(recipe.train.seq_len) for other in others]
+            document["alternatives"] = [other.to_json(each) for other in others]
         print(json.dumps(document, indent=2))
     else:
         from zinf_cli.screens.estimate import alternatives_screen, time_screen
@@ -92,7 +93,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
         known = elsewhere is not None or (profile.measured and profile.drives.measured)
         console.print(time_screen(plan, played, reasons_of(plan, recipe), known=known))
         if flags.explain:
-            console.print(alternatives_screen(plan, others, recipe.train.seq_len))
+            console.print(alternatives_screen(plan, others, each))
     if refused is not None:
         raise refused
 
@@ -157,7 +158,7 @@ def _with_ranks(elsewhere: Profile, figures: Figures) -> Profile:
 def _there(elsewhere: Profile, figures: Figures, recipe: Recipe) -> Figures:
     """The figures, with the machine of a profile in the words of the plan."""
     profile = _with_ranks(elsewhere, figures)
-    tokens = recipe.train.seq_len * recipe.train.micro_batch_size
+    tokens = recipe.train.seq_len * recipe.train.sequences_at_once
     machine = replace(
         figures.machine,
         name=profile.name,

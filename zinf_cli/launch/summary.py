@@ -15,7 +15,7 @@ from zinf_cli.launch.runner import Outcome
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.traffic import experts_reached
 from zinf_cli.plan.wear import step_bytes
-from zinf_cli.run_folder.metrics import HELD_OUT, Watch, held_out_of, sequences_of
+from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT, Watch, sequences_of
 from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
 
@@ -53,7 +53,9 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         **_first_and_last("loss", [line["loss"] for line in trained]),
         **_first_and_last(HELD_OUT, [line[HELD_OUT] for line in watch.lines if HELD_OUT in line]),
         "best_eval": _best(watch.lines),
-        "held_out": _held_out(watch.lines),
+        "held_out": _held_out(watch.lines, HELD_OUT),
+        "perplexity": plan.figures.data.of_tokens,
+        "accuracy": _accuracy(watch.lines),
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "endurance_bytes": plan.endurance_bytes,
         "moments": moments if moments == "fp32" else f"{moments}, rounded",
@@ -101,11 +103,17 @@ def _best(lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     return None if step is None else {"step": step, "eval_loss": losses[step]}
 
 
-def _held_out(lines: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Of each held-out text that has a name: the first and the last loss."""
-    keys = [key for line in lines[-1:] for key in line if key.startswith(held_out_of(""))]
-    losses = {key: [line[key] for line in lines if key in line] for key in keys}
-    return {key.removeprefix(held_out_of("")): [of_it[0], of_it[-1]] for key, of_it in losses.items()}
+def _held_out(lines: Sequence[dict[str, Any]], what: str) -> dict[str, list[float | None]]:
+    """Of each held-out text that has a name: the first and the last loss, or `what` else."""
+    keys = [key for line in lines[-1:] for key in line if key.startswith(f"{what}/")]
+    found = {key: [line[key] for line in lines if key in line] for key in keys}
+    return {key.removeprefix(f"{what}/"): [of_it[0], of_it[-1]] for key, of_it in found.items()}
+
+
+def _accuracy(lines: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The first and the last share of right choices: of all held-out texts (""), and of each that has a name."""
+    of_all = [line[ACCURACY] for line in lines if ACCURACY in line]
+    return {"": [of_all[0], of_all[-1]], **_held_out(lines, ACCURACY)} if of_all else {}
 
 
 def _sources(plan: Plan, steps: Sequence[dict[str, Any]]) -> dict[str, int]:

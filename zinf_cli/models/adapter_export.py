@@ -24,7 +24,7 @@ from zinf_cli.models.adapters import NAME, adapt, base_name
 from zinf_cli.models.base_digest import base_digest
 from zinf_cli.models.base_packing import pack_base
 from zinf_cli.models.checkpoint_reader import CheckpointReader
-from zinf_cli.models.model import ModelSource, build_model, load_class
+from zinf_cli.models.model import Head, ModelSource, build_model, head_for, load_class
 from zinf_cli.models.weights import RangedWeights, load_buffers, open_weights, tied_names
 from zinf_cli.recipe.adapter import Adapter
 
@@ -45,9 +45,13 @@ def adapter_of(reader: CheckpointReader) -> tuple[Adapter, Path]:
 def _source_of(reader: CheckpointReader) -> ModelSource:
     """The model that an adapter is for: of a classifier, with its labels."""
     recipe = reader.manifest.recipe
-    classifies = recipe["train"].get("objective") == "classification"
     labels = tuple(recipe["dataset"].get("labels", ()))
-    return ModelSource(adapter_of(reader)[1], None, "pretrained", recipe["seed"], classifies, labels)
+    return ModelSource(adapter_of(reader)[1], None, "pretrained", recipe["seed"], head_of(reader), labels)
+
+
+def head_of(reader: CheckpointReader) -> Head:
+    """What the model of a checkpoint has on top."""
+    return head_for(reader.manifest.recipe["train"].get("objective", "auto"))
 
 
 def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> int:
@@ -55,7 +59,7 @@ def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> in
     from peft import get_peft_model_state_dict
 
     settings, folder = adapter_of(reader)
-    model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0), torch.float32)
+    model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0, head_of(reader)), torch.float32)
     adapted: Any = adapt(model, settings, folder)
     named = {f"base_model.model.{name}": reader.param(name).to(dtype) for name in reader.shapes}
     weights = get_peft_model_state_dict(adapted, named, NAME, save_embedding_layers=False)

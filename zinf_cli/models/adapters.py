@@ -34,6 +34,7 @@ NAME = "default"
 """peft's name for the adapter, in names of parameters."""
 _TASKS = {Objective.NEXT_TOKEN: "CAUSAL_LM", Objective.NEXT_TOKEN_GIVEN: "CAUSAL_LM"}
 _TASKS |= {Objective.TARGET_OF_SOURCE: "SEQ_2_SEQ_LM", Objective.LABEL_OF_TEXT: "SEQ_CLS"}
+_TASKS |= {Objective.SIMILARITY: "FEATURE_EXTRACTION"}
 
 
 def peft_config(model: PreTrainedModel, settings: Adapter, base: Path) -> Any:

@@ -16,7 +16,7 @@ from zinf_cli.checkpoint.folder import is_checkpoint
 from zinf_cli.checkpoint.manifest import Manifest, rank_file
 from zinf_cli.errors import CheckpointError
 from zinf_cli.model_state import PAGE
-from zinf_cli.models.safetensors_files import tensor_files
+from zinf_cli.models.headers import tensor_files
 
 
 def base_digest(folder: Path) -> str:

@@ -35,7 +35,8 @@ from transformers.models.auto.modeling_auto import (
 
 from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import ModelError
-from zinf_cli.models.objective import CLASSIFIER, check_trainable, sees_both_ways
+from zinf_cli.models.headers import CLASSIFIER
+from zinf_cli.models.objective import check_trainable, is_headless, sees_both_ways
 from zinf_cli.models.side_outputs import install_hooks
 from zinf_cli.stand_ins import stand_in
 
@@ -45,6 +46,15 @@ _TRAINABLE = (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
 )
+
+
+Head = Literal["own", "classifier", "none"]
+
+
+def head_for(objective: str) -> Head:
+    """What a recipe's `train.objective` has on top of a model."""
+    heads: dict[str, Head] = {"classification": "classifier", "embedding": "none"}
+    return heads.get(objective, "own")
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,8 @@ class ModelSource:
     init: Literal["pretrained", "random"]
     seed: int
     """The seed of random weights, and of buffers that a model draws."""
-    classifies: bool = False
-    """Whether it is a classifier of texts, with a new head if the checkpoint is none."""
+    head: Head = "own"
+    """classifier: one of texts, a new one if the checkpoint has none; none: hidden states are what it gives."""
     labels: tuple[str, ...] = ()
     """Those of a classifier; none: as its configuration says."""
 
@@ -204,12 +214,21 @@ def load_class(source: ModelSource) -> tuple[type[PreTrainedModel], PreTrainedCo
     Of a model of several parts (text, vision) whose configuration names no class, that is the language model alone.
     """
     config = _load_config(source)
-    model_class = (_classifier if source.classifies else _model_class)(config, _where(source))
+    choose = {"own": _model_class, "classifier": _classifier, "none": _headless}[source.head]
+    model_class = choose(config, _where(source))
     if source.labels:
         config.id2label = dict(enumerate(source.labels))
         config.label2id = {label: number for number, label in enumerate(source.labels)}
     if model_class.__name__.endswith(CLASSIFIER):  # its first forward would find it out, and change the configuration
-        config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+        of_labels = "regression" if config.num_labels == 1 else "single_label_classification"
+        if config.problem_type not in (None, of_labels):
+            raise ModelError(
+                f"{model_class.__name__} with {config.num_labels} outputs has problem_type {config.problem_type}, and "
+                f"what is trained is {of_labels}",
+                where=_where(source),
+                hint="set problem_type to null in its config.json, if that is what it is to learn",
+            )
+        config.problem_type = of_labels
     if model_class.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
         config = config.get_text_config()
     return model_class, config
@@ -312,6 +331,20 @@ def _classifier(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
     raise ModelError(
         f"transformers has no classifier of type {config.model_type!r}", where=where, hint="leave train.objective out"
     )
+
+
+def _headless(config: PreTrainedConfig, where: str) -> type[PreTrainedModel]:
+    """The class of the configuration's type that has no head, as AutoModel chooses it."""
+    found: Any = MODEL_MAPPING.get(type(config), ())
+    classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
+    if config.is_encoder_decoder or not classes or not is_headless(classes[0]):
+        what = "is an encoder-decoder" if config.is_encoder_decoder else "has no class without a head"
+        raise ModelError(
+            f"{config.model_type} {what}, and embedding pools the hidden states of one stack of layers",
+            where=where,
+            hint="train an encoder or a causal model, or leave train.objective out",
+        )
+    return next((named for named in _named_classes(config.architectures) if named in classes), classes[0])
 
 
 def _named_classes(architectures: Sequence[str] | None) -> Iterator[type[PreTrainedModel]]:

@@ -7,6 +7,7 @@
     TARGET_OF_SOURCE   the source     the target                      logits t of the decoder with label t
     PREFERENCE         both answers   the answers                     logits t with label t + 1, of both answers
     LABEL_OF_TEXT      the text       [sequences]                     logits of the text with its label
+    SIMILARITY         see compared.py  [rows]                        the embedding of a query with those of all texts
 
 A micro-batch has the weight of its targets, so that a step is the same however it is dealt. They are counted here.
 """
@@ -25,6 +26,7 @@ from transformers.models.auto import modeling_auto as auto_classes
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LMS
 
 from zinf_cli.errors import ModelError
+from zinf_cli.models.headers import CLASSIFIER
 from zinf_cli.text.token_stream import MASKED
 
 GIVEN = {
@@ -68,8 +70,12 @@ _LANGUAGE_MODELS = {
 }
 _ENDINGS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 """Ends of the names of other language models."""
-CLASSIFIER = "ForSequenceClassification"
-"""The end of the names of models that tell the label of a text."""
+_HEADLESS = {
+    name
+    for names in auto_classes.MODEL_MAPPING_NAMES.values()
+    for name in (names if isinstance(names, tuple | list) else (names,))
+    if name.endswith("Model")
+}
 
 
 class Objective(Enum):
@@ -81,16 +87,27 @@ class Objective(Enum):
     TARGET_OF_SOURCE = auto()
     PREFERENCE = auto()
     LABEL_OF_TEXT = auto()
+    SIMILARITY = auto()
+
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether the loss is that of telling tokens, so that it has a perplexity."""
+        return self not in (Objective.PREFERENCE, Objective.LABEL_OF_TEXT, Objective.SIMILARITY)
 
     def num_targets(self, labels: torch.Tensor) -> int:
         """How many `labels` (int64 [sequences, length]) the loss averages over; of preferences, how many pairs.
 
-        The labels of preferences are [pairs, 2, length], those of texts [sequences].
+        The labels of preferences are [pairs, 2, length], those of texts [sequences], those of queries [rows].
         """
-        if self in (Objective.PREFERENCE, Objective.LABEL_OF_TEXT):
+        if not self.is_of_tokens:
             return labels.shape[0]
         compared = labels[:, 1:] if self is Objective.NEXT_TOKEN else labels
         return int((compared != MASKED).sum())
+
+
+def is_headless(model_class: type[nn.Module]) -> bool:
+    """Whether what a class of transformers gives are hidden states."""
+    return model_class.__name__ in _HEADLESS
 
 
 def check_trainable(model_class: type[PreTrainedModel], where: str) -> None:
@@ -141,6 +158,8 @@ def objective_of(model: nn.Module) -> Objective:
     config: Any = model.config
     if name.endswith(CLASSIFIER):
         return Objective.LABEL_OF_TEXT
+    if is_headless(type(model)):
+        return Objective.SIMILARITY
     if config.is_encoder_decoder:
         return Objective.TARGET_OF_SOURCE
     if name in MASKED_LMS.values() and (sees_both_ways(config) or name not in GIVEN):

@@ -6,7 +6,6 @@ positions have no end if they are computed and not looked up.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +13,7 @@ import torch
 from torch import nn
 
 from zinf_cli.errors import ModelError
-
-_TABLE = re.compile(r"(^|\.)(\w*pos\w*|wpe|embed_positions|pos_encoding)$")
-_NOT_OF_TEXT = re.compile(
-    r"vision|visual|image|patch|pixel|audio|video|speech|qformer|2d|entity|(^|[._])rel(ative)?[._]"
-)
+from zinf_cli.models.headers import is_of_text, is_table
 
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
@@ -44,9 +39,9 @@ def _limits(model: nn.Module) -> Iterator[tuple[int, str]]:
         yield config.max_seq_len, "max_seq_len"
     known = getattr(config, "max_position_embeddings", None)
     for name, module in model.named_modules():
-        if _NOT_OF_TEXT.search(name):
+        if not is_of_text(name):
             continue
-        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not hasattr(module, "make_weight"):
+        if isinstance(module, nn.Embedding) and is_table(name) and not hasattr(module, "make_weight"):
             rows = module.num_embeddings - _first_row(module)
             yield (min(rows, known) if isinstance(known, int) else rows), name
         for key in ("embed_positions", "pos_encoding"):  # GPT-J's and CTRL's, which are no modules

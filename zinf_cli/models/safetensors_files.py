@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from zinf_cli.errors import CheckpointError
-from zinf_cli.file_names import is_plain
-from zinf_cli.stand_ins import stand_in
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+from zinf_cli.models.headers import errors_of, shapes_in, tensor_files
 
 
 class SafetensorsFiles:
@@ -26,10 +21,9 @@ class SafetensorsFiles:
         self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
         for path in tensor_files(directory):
-            with _errors_of(path), safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    self._file_of[key] = path
-                    self._shapes[key] = file.get_slice(key).get_shape()
+            shapes = shapes_in(path)
+            self._shapes |= shapes
+            self._file_of |= dict.fromkeys(shapes, path)
 
     def keys(self) -> list[str]:
         return list(self._shapes)
@@ -55,52 +49,10 @@ class SafetensorsFiles:
 
             def fetch(key: str) -> torch.Tensor:
                 path = self._file_of[key]
-                with _errors_of(path):
+                with errors_of(path):
                     if path not in files:
                         files[path] = stack.enter_context(safe_open(path, framework="pt"))
                     tensor: torch.Tensor = files[path].get_tensor(key)
                 return tensor
 
             yield fetch
-
-
-def tensor_files(directory: Path) -> list[Path]:
-    """The files that hold the tensors. CheckpointError if there is none, or one is missing."""
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    index = directory / _INDEX
-    if not index.is_file():
-        raise CheckpointError(f"no {_SINGLE} and no {_INDEX} here", where=str(directory), hint=_hint(directory))
-    try:
-        names = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"not a safetensors index: {error}", where=str(index)) from error
-    for name in names:
-        if not is_plain(name):
-            raise CheckpointError(f"{name!r} is not the name of a file in this folder", where=str(index))
-    files = [directory / name for name in names]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{len(absent)} of {len(files)} shards are missing: {', '.join(absent[:10])}",
-            where=str(index),
-            hint="copy the whole checkpoint directory",
-        )
-    return files
-
-
-def _hint(directory: Path) -> str | None:
-    if not any(directory.glob("pytorch_model*.bin")):
-        return None
-    return "only safetensors are read: convert the .bin files with from_pretrained and save_pretrained"
-
-
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if found := stand_in(path):
-            raise CheckpointError(found[0], where=str(path), hint=found[1]) from error
-        message = f"not a whole safetensors file: {error}"
-        raise CheckpointError(message, where=str(path), hint="copy the file again") from error

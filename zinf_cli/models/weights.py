@@ -66,7 +66,7 @@ def open_weights(
     if is_checkpoint(source.name_or_path):
         return StoredWeights(source.name_or_path, model)
     files = SafetensorsFiles(source.name_or_path)
-    return PretrainedWeights(model, files, source.seed, notice, new_head=source.classifies)
+    return PretrainedWeights(model, files, source.seed, notice, new_head=source.head != "own")
 
 
 def load_buffers(model: nn.Module, source: ModelSource) -> None:
@@ -248,7 +248,7 @@ def _judge(
     verdict = LoadStateDictInfo(absent, set(homeless), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(verdict)  # drops what the model class says to ignore
     missing = sorted(verdict.missing_keys, key=dot_natural_key)
-    if new_head and (drawn := _of_new_modules(missing, yields)):
+    if new_head and (drawn := _of_a_head(model, missing, yields)):
         notice(f"new, and drawn from the seed: {_some(drawn)}")
         missing = [name for name in missing if name not in drawn]
     homeless = {name: homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)}
@@ -267,10 +267,15 @@ def _judge(
     return origins
 
 
-def _of_new_modules(missing: Sequence[str], known: Collection[str]) -> list[str]:
-    """The `missing` tensors that are in no layer, and of a module of which no tensor is `known`."""
+def _of_a_head(model: PreTrainedModel, missing: Sequence[str], known: Collection[str]) -> list[str]:
+    """The `missing` tensors of modules that are a head, or a pooler, and of which no tensor is `known`."""
     modules = {name.rpartition(".")[0] for name in known}
-    return [name for name in missing if not re.search(r"\.\d+\.", name) and name.rpartition(".")[0] not in modules]
+    below = "" if model.base_model is model else f"{model.base_model_prefix}."
+    return [
+        name
+        for name in missing
+        if (not name.startswith(below) or ".pooler." in f".{name}") and name.rpartition(".")[0] not in modules
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

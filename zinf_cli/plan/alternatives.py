@@ -40,11 +40,11 @@ class Alternative:
         """CPU memory of a host."""
         return next(limit.needed for limit in self.plan.limits if limit.tier == "cpu")
 
-    def tokens_per_s(self, seq_len: int) -> float:
-        """Of all ranks, in sequences of `seq_len` tokens."""
-        return self.plan.sequences_per_step * seq_len / self.plan.step_s
+    def tokens_per_s(self, each: int) -> float:
+        """Of all ranks, where what a step takes has `each` so many tokens."""
+        return self.plan.sequences_per_step * each / self.plan.step_s
 
-    def to_json(self, seq_len: int) -> dict[str, Any]:
+    def to_json(self, each: int) -> dict[str, Any]:
         """For `zinf estimate --explain --json`."""
         return {
             "change": self.change,
@@ -52,7 +52,7 @@ class Alternative:
             "fits": self.plan.fits,
             "step_s": self.plan.step_s,
             "calm_step_s": self.plan.calm_step_s,
-            "tokens_per_s": self.tokens_per_s(seq_len),
+            "tokens_per_s": self.tokens_per_s(each),
             "nvme_traffic_bytes": self.plan.nvme_traffic,
             "cpu_bytes": self.cpu_bytes,
         }

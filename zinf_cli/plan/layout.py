@@ -182,6 +182,8 @@ class DataFigures:
     """Of the text, what was looked at."""
     about: bool = False
     """Whether `max_steps` was counted by less than all of it."""
+    of_tokens: bool = True
+    """Whether a loss is that of telling tokens, so that it has a perplexity."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class Dataset(Section):
     """Instead of text: a field with chat messages; loss on the turns of dataset.roles_to_train only."""
     images_field: str | None = None
     """A field with a list of paths of pictures, relative to the file: a text has the processor's image token for each,
-    a chat a part {type: image}. The model's processor reads them (the extra `pictures`)."""
+    a chat a part {type: image}, which may have its path itself (image: PATH, or image_url: {url: PATH}); then the field
+    may be missing. The model's processor reads them (the extra `pictures`)."""
     roles_to_train: Annotated[tuple[str, ...], Field(min_length=1)] = ("assistant",)
     """Whose turns in chats are learned. A template that marks what the assistant says decides that itself."""
     source_field: str = "source"
@@ -51,6 +52,12 @@ class Dataset(Section):
     output."""
     labels: tuple[str, ...] = ()
     """The labels, in the order of the outputs; by default those that the model's configuration names."""
+    query_field: str = "query"
+    """For train.objective embedding: the field with a text that asks."""
+    positive_field: str = "positive"
+    """The field with the text that it belongs with."""
+    negative_field: str = "negative"
+    """The field with a text that it does not belong with, or a list of them, of which train.num_negatives count."""
     packing: Literal["auto", "documents", "stream"] = "auto"
     """documents: attention stays inside a document, chats are whole; stream: windows of consecutive tokens, which cross
     documents; auto: documents, where the text has several and the model can keep them apart."""

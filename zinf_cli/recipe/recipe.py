@@ -91,13 +91,22 @@ class Train(Section):
 
     seq_len: Annotated[int, Field(ge=2)] = 1024
     """Tokens of a sequence."""
-    objective: Literal["auto", "dpo", "classification"] = "auto"
+    objective: Literal["auto", "dpo", "classification", "embedding"] = "auto"
     """auto: the model's own loss; dpo: to prefer chosen answers to rejected ones (arXiv 2305.18290); classification:
-    to tell the label of a text, by a new head if the model is no classifier yet."""
+    to tell the label of a text, by a new head if the model is no classifier yet; embedding: to bring a query's
+    embedding near that of the text it belongs with, by the model without its head (InfoNCE, arXiv 1807.03748)."""
     dpo_beta: Annotated[Number, Field(gt=0)] = 0.1
     """Of dpo: how much a model that departs from what it was is held back."""
+    pooling: Literal["auto", "mean", "cls", "lasttoken"] = "auto"
+    """Of embedding: which of a text's tokens are its embedding, in sentence-transformers' words. auto: as the model's
+    1_Pooling/config.json says, or else the last token of a causal model and the mean of any other."""
+    temperature: Annotated[Number, Field(gt=0)] = 0.05
+    """Of embedding: cosines are divided by it; 0.05 is sentence-transformers' scale of 20."""
+    num_negatives: Annotated[int, Field(ge=0)] = 0
+    """Of embedding: how many of its row's negatives a query is compared with, the first ones. Beside them it is
+    compared with all texts of the other rows of its micro-batch, and with those of no other micro-batch."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
-    """Sequences a rank computes at once; of dpo, pairs of them."""
+    """Sequences a rank computes at once; of dpo, pairs of them; of embedding, rows of a query and its texts."""
     global_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences of a step, over all ranks; or give gradient_accumulation_steps."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] | None = None
@@ -127,10 +136,29 @@ class Train(Section):
             raise ValueError("give either max_steps or epochs, and null for the other")
         return self
 
+    @model_validator(mode="after")
+    def _compares(self) -> Train:
+        """Of embedding: a query has something to be compared with, in micro-batches that are alike."""
+        micro, sequences = self.micro_batch_size, self.global_batch_size
+        if self.objective != "embedding":
+            return self
+        if micro == 1 and not self.num_negatives:
+            raise ValueError(
+                "embedding compares a query with the texts of its micro-batch, and has none but its own: raise "
+                "micro_batch_size, or num_negatives"
+            )
+        if sequences is not None and sequences % micro:
+            raise ValueError(
+                f"global_batch_size {sequences} is no multiple of micro_batch_size {micro}, and embedding compares the "
+                "rows of whole micro-batches"
+            )
+        return self
+
     @property
     def sequences_at_once(self) -> int:
         """The sequences of a micro-batch."""
-        return self.micro_batch_size * (2 if self.objective == "dpo" else 1)
+        of_each = {"dpo": 2, "embedding": 2 + self.num_negatives}
+        return self.micro_batch_size * of_each.get(self.objective, 1)
 
     def sequences_per_step(self, world_size: int) -> int:
         """The global batch of `world_size` ranks. Errors are those of batch.py."""

@@ -23,7 +23,7 @@ from zinf_cli.report.ink import (
     steps_below,
 )
 from zinf_cli.report.run import Run
-from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
+from zinf_cli.run_folder.metrics import held_out_of
 
 _MOST_POINTS = 300
 """Points of a curve. Of more steps, each point is the mean of some, in a band from the least of them to the most."""
@@ -112,8 +112,7 @@ def _loss(runs: Sequence[Run]) -> Picture:
         legend.append(Mark(role, "line", f"{name}loss"))
         for place, text in enumerate(run.held_out):
             mark = role if len(runs) > 1 else PALETTE[1 + place % (len(PALETTE) - 1)]
-            key = held_out_of(text) if text else HELD_OUT
-            steps, held_out = run.curve(key)
+            steps, held_out = run.curve(held_out_of(text))
             (line,) = axes.plot(steps, held_out, color=colour(mark), linestyle=(0, (3, 2)), marker="o", markersize=4)
             line.set_gid(f"curve-eval_loss-{number}" + (f"-{place}" if text else ""))
             legend.append(Mark(mark, "dots", f"{name}held-out{f', {text}' if text else ''}"))

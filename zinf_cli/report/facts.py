@@ -10,7 +10,7 @@ from typing import Any
 
 from zinf_cli.amounts import format_bytes, format_count, format_seconds
 from zinf_cli.report.run import Run
-from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
+from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT, held_out_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def facts(run: Run) -> Iterator[Fact]:
     """The numbers of a run that are known, in one order for all runs."""
     predicted = run.summary.get("predicted") or {}
     texts = {
-        f"held-out loss{f', {text}' if text else ''}": held_out_of(text) if text else HELD_OUT for text in run.held_out
+        f"held-out {word}{f', {text}' if text else ''}": held_out_of(text, what)
+        for word, what in (("loss", HELD_OUT), ("accuracy", ACCURACY))
+        for text in run.held_out
     }
     for label, key in {"loss": "loss", **texts}.items():
         values = [line[key] for line in run.lines if line.get(key) is not None]

@@ -19,7 +19,7 @@ from zinf_cli.plan.plan import Plan
 from zinf_cli.run_folder.error_records import errors_in
 from zinf_cli.run_folder.folder import plan_in
 from zinf_cli.run_folder.log_end import last_lines
-from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of, lines_in
+from zinf_cli.run_folder.metrics import HELD_OUT, lines_in
 from zinf_cli.run_folder.names import LOGS, RECIPE, SUMMARY, TRACE, rank_log
 from zinf_cli.trace import summarise_trace
 
@@ -68,7 +68,7 @@ class Run:
     @property
     def held_out(self) -> list[str]:
         """The names of held-out texts, as their losses come; "" is all of them together, or the only one."""
-        before = held_out_of("")
+        before = f"{HELD_OUT}/"
         keys = dict.fromkeys(key for line in self.lines for key in line if key == HELD_OUT or key.startswith(before))
         return ["" if key == HELD_OUT else key.removeprefix(before) for key in keys]
 

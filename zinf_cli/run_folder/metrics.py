@@ -26,13 +26,13 @@ _MOST_PENDING = 64 * 2**20
 """Most bytes of lines that wait for room on a full drive."""
 
 
-HELD_OUT = "eval_loss"
-"""The key of a line for the loss over all held-out texts."""
+HELD_OUT, ACCURACY = "eval_loss", "eval_accuracy"
+"""The keys of a line for the loss over all held-out texts, and for the share of right choices."""
 
 
-def held_out_of(name: str) -> str:
-    """The key of a line for the loss over the held-out text of that name."""
-    return f"{HELD_OUT}/{name}"
+def held_out_of(name: str, what: str = HELD_OUT) -> str:
+    """The key of a line for the loss, or `what` else, over the held-out text of that name; "" is all of them."""
+    return f"{what}/{name}" if name else what
 
 
 def sequences_of(source: int) -> str:

@@ -238,7 +238,7 @@ def time_screen(plan: Plan, played: Simulation, reasons: Mapping[str, str], *, k
     return Panel(table, title="placement and time", expand=False)
 
 
-def alternatives_screen(plan: Plan, others: Sequence[Alternative], seq_len: int) -> RenderableType:
+def alternatives_screen(plan: Plan, others: Sequence[Alternative], each: int) -> RenderableType:
     """What each choice would buy, beside the plan: speed, seconds, bytes to and from drives, CPU memory."""
     from zinf_cli.plan.alternatives import Alternative
 
@@ -247,10 +247,10 @@ def alternatives_screen(plan: Plan, others: Sequence[Alternative], seq_len: int)
     for title in ("speed", "a step", "NVMe a step", "CPU memory"):
         table.add_column(title, justify="right")
     planned = Alternative("as planned", plan)
-    speed = planned.tokens_per_s(seq_len)
+    speed = planned.tokens_per_s(each)
     for row in (planned, *others):
         figures = (
-            f"{row.tokens_per_s(seq_len) / speed:.2f}",
+            f"{row.tokens_per_s(each) / speed:.2f}",
             format_seconds(row.plan.step_s),
             format_bytes(row.plan.nvme_traffic_clipped),
             format_bytes(row.cpu_bytes),

@@ -20,6 +20,7 @@ from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.wear import on_drives
+from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT
 from zinf_cli.screen import outside
 
 _MOST_HOSTS_SHOWN = 16
@@ -83,7 +84,7 @@ class RunView:
                 self._live.update(self._panel())
         elif "loss" not in metrics:
             if "eval_loss" in metrics:
-                self.say(f"before the first step: eval_loss {_number(metrics['eval_loss'], '.4f')}")
+                self.say(f"before the first step:{_evaluated(metrics, ' ')}")
         elif metrics["step"] % self._interval == 0 or metrics["step"] == self._plan.max_steps:
             slow = self._straggler(metrics)
             self.say(step_line(metrics, self._plan.max_steps) + (f"  waits for {slow}" if slow else ""))
@@ -140,14 +141,19 @@ def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]], slow: str | None = None
 
 def step_line(values: dict[str, Any], max_steps: int) -> str:
     """A step on one line of a log."""
-    held_out = f"  eval_loss {_number(values['eval_loss'], '.4f')}" if "eval_loss" in values else ""
     loss = "skipped" if values.get("skipped") else f"loss {_number(values['loss'], '.4f')}"
     return (
-        f"step {values['step']}/{max_steps}  {loss}{held_out}  "
+        f"step {values['step']}/{max_steps}  {loss}{_evaluated(values)}  "
         f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
         f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}"
         + (f"  nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}" if _uses_drives(values) else "")
     )
+
+
+def _evaluated(values: dict[str, Any], before: str = "  ") -> str:
+    """What a line of metrics.jsonl has of held-out text."""
+    loss = f"{before}eval_loss {_number(values[HELD_OUT], '.4f')}" if HELD_OUT in values else ""
+    return loss + (f"  eval_accuracy {values[ACCURACY]:.1%}" if ACCURACY in values else "")
 
 
 def _uses_drives(values: dict[str, Any]) -> bool:
@@ -207,8 +213,12 @@ def _losses(summary: dict[str, Any]) -> Iterator[str]:
     ends = {"": [summary["first_eval_loss"], summary["last_eval_loss"]], **summary["held_out"]}
     for name, (first, last) in ends.items():
         if first is not None and last is not None:
-            of_name = f" {name}" if name else ""
-            yield (f"held-out{of_name} {first:.4f} → {last:.4f}, perplexity {_perplexity(first)} → {_perplexity(last)}")
+            told = f"held-out{f' {name}' if name else ''} {first:.4f} → {last:.4f}"
+            if summary["perplexity"]:
+                told += f", perplexity {_perplexity(first)} → {_perplexity(last)}"
+            if name in summary["accuracy"]:
+                told += ", accuracy {:.1%} → {:.1%}".format(*summary["accuracy"][name])
+            yield told
     if (best := summary["best_eval"]) is not None and best["eval_loss"] != summary["last_eval_loss"]:
         yield f"the lowest held-out loss is {best['eval_loss']:.4f}, after step {best['step']}"
 

@@ -10,8 +10,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import astuple, dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from zinf_cli.durable import publish
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.cache import identity, private_folder
 from zinf_cli.text.chats import ANSWERS, PICTURES, TOOLS
+from zinf_cli.text.compared import Compared
 from zinf_cli.text.documents import PIECE, Document, read_documents
 from zinf_cli.text.labels import Labels
 from zinf_cli.text.pictures import Processor
@@ -58,6 +59,8 @@ class TextSource:
     """The fields of a chosen answer, a rejected one and their prompt, instead of text."""
     labels: Labels | None = None
     """Of texts that have a label."""
+    compared: Compared | None = None
+    """Of texts that are compared, instead of text."""
     pictures: str | None = None
     """Of texts with pictures: the field with their paths."""
 
@@ -125,6 +128,7 @@ def _fingerprint(source: TextSource, files: Sequence[Path]) -> str:
     if source.pictures is not None and source.tokenizer is not None:
         parts += [source.pictures, *Processor.fingerprint(source.tokenizer)]
     parts += [source.labels.field, source.labels.names] if source.labels is not None else []
+    parts += astuple(source.compared) if source.compared is not None else ()
     parts += [(str(file), *identity(file)) for file in files]
     if source.tokenizer is not None and kind_of(files[0]) != ".npy":
         parts += Tokenizer.fingerprint(source.tokenizer)
@@ -217,6 +221,10 @@ def _text_blocks(source: TextSource) -> Callable[[Path], Iterator[TokenBlock]]:
             return [[tokenizer.encode_pair(document, source.pair_fields[1])] for document in documents]
         if source.labels is not None:
             return [[(ids, None)] for ids in tokenizer.encode_whole(documents)]
+        if source.compared is not None:
+            rows = [list(source.compared.texts(document)) for document in documents]
+            of_all = iter(tokenizer.encode_whole(list(chain.from_iterable(rows))))
+            return [[(next(of_all), None) for _ in row] for row in rows]
         if source.messages_field is not None:
             return [[chat] for chat in tokenizer.encode_chats(documents, source.roles)]
         return [[(ids, None)] for ids in tokenizer.encode_texts(documents)]
@@ -273,6 +281,8 @@ def _documents(file: Path, source: TextSource) -> Iterator[Document]:
         return read_documents(file, source.pair_fields[0], beside=source.pair_fields[1:])
     if source.labels is not None:
         return read_documents(file, source.text_field, beside=(source.labels.field,))
+    if (compared := source.compared) is not None:
+        return read_documents(file, compared.query, beside=(compared.positive, compared.negative))
     if source.pictures is not None:
         field = source.messages_field or source.text_field
         found = read_documents(file, field, beside=(TOOLS, source.pictures))

@@ -10,6 +10,9 @@ from typing import Any
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.documents import Document
 
+_LARGEST = 3.4e38
+"""Of a number in fp32."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -25,14 +28,14 @@ class Labels:
         Where no name is a number, a number is a place among the names, from 0.
         """
         value = document.beside.get(self.field)
-        if not self.names and type(value) in (int, float):
-            return float(value)  # type: ignore[arg-type]
+        if not self.names and (isinstance(value, float) or type(value) is int) and abs(value) <= _LARGEST:
+            return float(value)
         if self.names and (isinstance(value, str) or type(value) is int):
             if str(value) in self.names:
                 return float(self.names.index(str(value)))
             if type(value) is int and 0 <= value < len(self.names) and not any(map(_is_number, self.names)):
                 return float(value)
-        wanted = f"one of {shown(self.names)}" if self.names else "a number"
+        wanted = f"one of {shown(self.names)}" if self.names else "a finite number"
         raise DatasetError(
             f"expected {wanted} in {self.field!r}, got {value!r:.40}",
             where=document.where,

@@ -149,7 +149,10 @@ class Tokenizer:
         return frozenset(self._tokenizer.all_special_ids)
 
     def encode_whole(self, documents: Sequence[Document]) -> list[list[int]]:
-        """The tokens of texts with their special tokens, as a classifier reads them. DatasetError for an empty one."""
+        """The tokens of texts with their special tokens, as classifiers and embedding models read them.
+
+        DatasetError for an empty one.
+        """
         for document in documents:
             if not isinstance(document.content, str) or not document.content:
                 raise DatasetError(f"expected text, got {document.content!r:.40}", where=document.where)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zinf_cli.durable import write_durably
-from zinf_cli.run_folder.metrics import held_out_of
+from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT
 from zinf_cli.run_folder.names import tracker_id
 
 SCALARS = (
-    "loss", "eval_loss", "lr", "grad_norm", "reward_margin", "reward_accuracy", "tokens_per_s", "tflops_per_rank",
-    "wait_s", "step_s",
+    "loss", HELD_OUT, ACCURACY, "lr", "grad_norm", "reward_margin", "reward_accuracy", "tokens_per_s",
+    "tflops_per_rank", "wait_s", "step_s",
 )  # fmt: skip
 _PATIENCE_S = 60.0
 """For what a tracker still has to send when the run is over."""
@@ -52,7 +52,7 @@ class Tracking:
     def write(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl. What is not a finite number in it is left out."""
         if line["step"] % self._interval == 0 and not line.get("skipped"):
-            of_texts = (name for name in line if name.startswith(held_out_of("")))
+            of_texts = (name for name in line if name.startswith((f"{HELD_OUT}/", f"{ACCURACY}/")))
             values = {name: line[name] for name in (*SCALARS, *of_texts) if line.get(name) is not None}
             for follower in self._followers:
                 follower.news.put((values, line["step"]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from zinf_cli.batches.collator import Sample, Stream
 from zinf_cli.engine.engine import Engine
-from zinf_cli.run_folder.metrics import HELD_OUT, held_out_of
+from zinf_cli.run_folder.metrics import ACCURACY, held_out_of
 from zinf_cli.text.token_stream import digest
 from zinf_cli.train.rank_batches import RankBatches
 
@@ -56,30 +56,36 @@ class Evaluation:
     def losses(self) -> dict[str, float]:
         """The mean loss over all held-out windows, and that over those of each text with a name, by their keys.
 
-        All ranks together.
+        Of a loss that chooses, also the share of right choices. All ranks together.
         """
         sums = {name: self._sum(text) for name, text in self.texts.items()}
         if not sums:
             return {}
-        total, targets = (sum(column) for column in zip(*sums.values(), strict=True))
-        of_each = {held_out_of(name): loss / max(1.0, count) for name, (loss, count) in sums.items() if name}
-        return {HELD_OUT: total / max(1.0, targets), **of_each}
+        of_all = tuple(map(sum, zip(*sums.values(), strict=True)))
+        found: dict[str, float] = {}
+        for name, (loss, right, targets) in {"": of_all, **sums}.items():
+            found[held_out_of(name)] = loss / max(1.0, targets)
+            if self.batches.chooses is not None:
+                found[held_out_of(name, ACCURACY)] = right / max(1.0, targets)
+        return found
 
-    def _sum(self, held_out: Stream) -> tuple[float, float]:
-        """(the sum of the loss over all targets of a text, their number), of all ranks together."""
+    def _sum(self, held_out: Stream) -> tuple[float, float, float]:
+        """(the sum of the loss over all targets of a text, how many were chosen rightly, their number), of all ranks
+        together."""
         model, ranks, train = self.batches.model, self.batches.ranks, self.batches.recipe.train
         windows = held_out.num_windows(train.seq_len)
         per_pass = max(ranks.world_size, self.per_sweep * train.micro_batch_size * ranks.world_size)
         model.eval()
-        loss = targets = 0.0
+        loss = right = targets = 0.0
         for first in range(0, windows, per_pass):
             samples = [Sample(window, window) for window in range(first, min(first + per_pass, windows))]
-            padding = max(0, ranks.world_size - len(samples))
-            mine = self.batches.of(held_out, samples + [samples[0]] * padding)
+            mine = self.batches.of(held_out, samples)
             losses = self.engine.evaluate([self.batches.work(batch, 0.0, 0) for batch in mine])
-            real = [batch.num_targets if padding == 0 or ranks.rank < len(samples) else 0 for batch in mine]
-            loss += sum(value * n for value, n in zip(losses, real, strict=True) if n)
-            targets += sum(real)
+            real = [(value, batch) for value, batch in zip(losses, mine, strict=True) if batch.num_targets]
+            loss += sum(value * batch.num_targets for value, batch in real)
+            right += sum(int(self.batches.right[batch.index].sum()) for _, batch in real if self.batches.chooses)
+            targets += sum(batch.num_targets for _, batch in real)
+            self.batches.right.clear()
         model.train()
-        loss, targets = ranks.totals([loss, targets])
-        return loss, targets
+        loss, right, targets = ranks.totals([loss, right, targets])
+        return loss, right, targets

@@ -28,7 +28,7 @@ from zinf_cli.checkpoint.verify import read_file
 from zinf_cli.durable import PARTIAL, publish
 from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import TierError, UsageError
-from zinf_cli.models.adapter_export import Merged, write_adapter
+from zinf_cli.models.adapter_export import Merged, head_of, write_adapter
 from zinf_cli.models.checkpoint_reader import CheckpointReader, check_params, load_buffers_of
 from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.models.model_files import CONFIG
@@ -121,7 +121,7 @@ class _Trained:
 
     def __init__(self, reader: CheckpointReader, dtype: torch.dtype) -> None:
         self._reader = reader
-        model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0), dtype)
+        model: Any = build_model(ModelSource(reader.folder, None, "pretrained", 0, head_of(reader)), dtype)
         self.model: PreTrainedModel = model
         self._dtypes = {name: param.dtype for name, param in model.named_parameters()}
         check_params(reader, model)

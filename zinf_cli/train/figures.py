@@ -94,7 +94,8 @@ def find_figures(
     if text.share < 1:
         lines += (f"looked at {text.share:.2%} of it for this plan; a launch reads and checks all of it",)
     about = text.share < 1 and recipe.train.max_steps is None
-    data = DataFigures(text.max_steps(recipe.train), lines, tuple(notes), sources, text.share, about)
+    of_tokens = text.collator.objective.is_of_tokens
+    data = DataFigures(text.max_steps(recipe.train), lines, tuple(notes), sources, text.share, about, of_tokens)
     shape = (recipe.train.seq_len * recipe.train.sequences_at_once, _hidden(model))
     machine = _machine(device, precision, ranks, forked_with, shape)
     figures = model_figures(model, prepared, recipe, seen, tuple(left_out))

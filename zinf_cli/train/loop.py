@@ -42,6 +42,7 @@ from zinf_cli.train.optimizer import kernel_of, undecayed
 from zinf_cli.train.process_memory import PeakMemory, mapped_apart, return_free_memory, returning_free_memory
 from zinf_cli.train.rank_batches import RankBatches
 from zinf_cli.train.rank_process import stop_requested
+from zinf_cli.train.reading import pooling_files_of
 from zinf_cli.train.reference import References, find_references, references_file, stored_references
 from zinf_cli.train.resume import Start, plain, resume
 from zinf_cli.train.same_bits import keep_order
@@ -192,7 +193,11 @@ class Run:
 
     def _files(self, notice: Callable[[str], None]) -> Iterator[tuple[str, bytes]]:
         """(name, content) of the small files of a checkpoint."""
-        yield from model_files(model_source(self.recipe), self.model, self.recipe.dataset.tokenizer, notice)
+        ours = dict(pooling_files_of(self.recipe, self.model))
+        for name, content in model_files(model_source(self.recipe), self.model, self.recipe.dataset.tokenizer, notice):
+            if name not in ours:
+                yield name, content
+        yield from ours.items()
         if references := self._batches.references:
             yield references_file(references)
 

@@ -6,7 +6,7 @@ windows of their tokens. The model's own loss does the rest (`model_loss` in set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -15,10 +15,20 @@ from typing import Any
 
 from torch import nn
 
-from zinf_cli.batches.windows import Windows, labelled_of, pairs_of, pictured_of, preferences_of, windows_of
+from zinf_cli.batches.windows import (
+    Windows,
+    compared_of,
+    labelled_of,
+    pairs_of,
+    pictured_of,
+    preferences_of,
+    windows_of,
+)
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.models.objective import Objective
+from zinf_cli.models.pooling import Pooling, pooling_files, pooling_of
 from zinf_cli.recipe.recipe import Recipe
+from zinf_cli.text.compared import Compared
 from zinf_cli.text.documents import read_documents
 from zinf_cli.text.labels import Labels, shown
 from zinf_cli.text.pictures import Processor
@@ -73,6 +83,8 @@ def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Readin
         )
     if objective is Objective.LABEL_OF_TEXT:
         return _of_labels(recipe, model)
+    if objective is Objective.SIMILARITY:
+        return _of_rows(recipe, model)
     return Reading(windows_of)
 
 
@@ -117,6 +129,43 @@ def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
     )
 
 
+def _of_rows(recipe: Recipe, model: nn.Module) -> Reading:
+    """How texts that are compared are read."""
+    dataset, config = recipe.dataset, model.config
+    directory = dataset.tokenizer or recipe.model.name_or_path
+    if directory is None:
+        raise DatasetError("texts that are compared need a tokenizer", hint="set dataset.tokenizer")
+    tokenizer = Tokenizer(directory)
+    compared = Compared(dataset.query_field, dataset.positive_field, dataset.negative_field, recipe.train.num_negatives)
+    pad = getattr(config, "pad_token_id", None)
+    pooling, why = pooling_in(recipe, model)
+    make = partial(
+        compared_of,
+        texts_of_a_row=compared.texts_of_a_row,
+        pad=tokenizer.pad if pad is None else pad,
+        special=tokenizer.special,
+        pooled_by=f"{_POOLED[pooling]} ({why})",
+    )
+    return Reading(make, {"compared": compared}, "compares the texts of a row")
+
+
+_POOLED = {"mean": "the mean of a text's tokens", "cls": "a text's first token", "lasttoken": "a text's last token"}
+
+
+def pooling_in(recipe: Recipe, model: nn.Module) -> tuple[Pooling, str]:
+    """(how a recipe pools what its model gives, why). Errors are those of pooling_of()."""
+    config: Any = model.config
+    named = next(iter(config.architectures or ()), "")
+    return pooling_of(recipe.model.name_or_path, recipe.train.pooling, named)
+
+
+def pooling_files_of(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files of a checkpoint that say so; none where nothing is pooled."""
+    config: Any = model.config
+    if recipe.train.objective == "embedding":
+        yield from pooling_files(recipe.model.name_or_path, pooling_in(recipe, model)[0], config.hidden_size)
+
+
 def _are_made_up(names: Sequence[str]) -> bool:
     """Whether these are the names that transformers gives to labels of which it knows nothing, and there are two."""
     return list(names) == ["LABEL_0", "LABEL_1"]
@@ -141,6 +190,8 @@ def _hint(recipe: Recipe, reading: Reading) -> str:
             f"give .jsonl or .parquet rows with the fields {dataset.text_field!r} and {dataset.label_field!r} "
             "(dataset.text_field, dataset.label_field)"
         )
+    if "compared" in reading.fields:
+        return f"give .jsonl or .parquet rows with the fields {dataset.query_field!r} and {dataset.positive_field!r}"
     return (
         f"give .jsonl or .parquet rows with the fields {dataset.source_field!r} and {dataset.target_field!r} "
         "(dataset.source_field, dataset.target_field), or train a causal model"

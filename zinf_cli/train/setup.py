@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from zinf_cli.batches.batches import BatchOrder
 from zinf_cli.batches.collator import Collator, Stream, kind_of_stream
+from zinf_cli.batches.compared import comparison_loss
 from zinf_cli.batches.mixture import MixedOrder, MixedStream
 from zinf_cli.batches.packing import PackedStream
 from zinf_cli.batches.preferences import preference_loss
@@ -19,7 +21,7 @@ from zinf_cli.engine.precision import DTYPES
 from zinf_cli.errors import DatasetError, ModelError
 from zinf_cli.models.adapters import AdaptedWeights, adapt
 from zinf_cli.models.base_packing import pack_base
-from zinf_cli.models.model import ModelSource, build_model
+from zinf_cli.models.model import ModelSource, build_model, head_for
 from zinf_cli.models.objective import Objective, objective_of, wants_more_than_text
 from zinf_cli.models.weights import RangedWeights, open_weights
 from zinf_cli.recipe.recipe import Recipe, Train
@@ -29,7 +31,7 @@ from zinf_cli.text.token_stream import TokenStream
 from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.optimizer import mark_whole
-from zinf_cli.train.reading import reading_of
+from zinf_cli.train.reading import pooling_in, reading_of
 from zinf_cli.train.samples import Prompts, open_prompts
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
@@ -70,14 +72,14 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def model_source(recipe: Recipe) -> ModelSource:
-    """The source of the recipe's model: of a classifier, with its labels."""
+    """The source of the recipe's model: of a classifier, with its labels; of embeddings, without a head."""
     model = recipe.model
     return ModelSource(
         model.name_or_path,
         model.config,
         model.init or "random",
         recipe.seed,
-        recipe.train.objective == "classification",
+        head_for(recipe.train.objective),
         recipe.dataset.labels,
     )
 
@@ -112,7 +114,20 @@ def model_loss(
     **beside: torch.Tensor,
 ) -> torch.Tensor:
     """The model's own mean loss over `labels` that are not -100. All tensors are int64 [sequences, seq_len], but for
-    the labels of a classifier, [sequences].
+    the labels of a classifier, [sequences]. Errors are those of model_output()."""
+    loss: torch.Tensor = model_output(model, input_ids, labels, attention_mask, position_ids, **beside).loss
+    return loss
+
+
+def model_output(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **beside: torch.Tensor,
+) -> Any:
+    """What the model gives, with its loss and logits.
 
     With an `attention_mask` the inputs of an encoder-decoder are a source, and the labels are its target. The decoder
     sees the target moved by one, as in transformers' DataCollatorForSeq2Seq. With `position_ids` a token attends to its
@@ -127,20 +142,41 @@ def model_loss(
         if (moved := getattr(model, "prepare_decoder_input_ids_from_labels", None)) is not None:
             more["decoder_input_ids"] = moved(labels=labels.clone())
     try:
-        loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False, **more).loss
+        return model(input_ids=input_ids, labels=labels, use_cache=False, **more)
     except (TypeError, ValueError) as error:
         if (refusal := wants_more_than_text(model, error)) is not None:
             raise refusal from error
         raise
-    return loss
 
 
-def loss_of(recipe: Recipe) -> Callable[..., torch.Tensor]:
+def loss_of(recipe: Recipe, model: nn.Module) -> Callable[..., torch.Tensor]:
     """The loss that a run learns by: a function of the model and a batch's inputs, by name. A scalar."""
+    if (chooses := choice_of(recipe, model)) is not None:
+        return lambda model, **inputs: chooses(model, **inputs)[0]
     if recipe.train.objective != "dpo":
         return model_loss
     beta = recipe.train.dpo_beta
     return lambda model, **inputs: preference_loss(model, **inputs, beta=beta)[0]
+
+
+def choice_of(recipe: Recipe, model: nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Of a loss that is right or wrong about each of a batch's labels (int64 [n]): that loss, and scores [n, choices].
+
+    None for other losses.
+    """
+    objective = objective_of(model)
+    if objective is Objective.SIMILARITY:
+        pooling, _ = pooling_in(recipe, model)
+        return partial(comparison_loss, pooling=pooling, temperature=recipe.train.temperature)
+    config: Any = model.config
+    if objective is Objective.LABEL_OF_TEXT and config.problem_type != "regression":
+        return _label_loss
+    return None
+
+
+def _label_loss(model: nn.Module, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    found = model_output(model, **inputs)
+    return found.loss, found.logits
 
 
 def place_buffers(model: nn.Module, device: torch.device) -> None:

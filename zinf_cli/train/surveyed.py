@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
 from zinf_cli.batches.collator import Batch, Sample
+from zinf_cli.batches.mixture import MixedStream
+from zinf_cli.batches.pictured import PicturedStream
 from zinf_cli.engine.compute.meta_answers import packed_positions
 from zinf_cli.engine.compute.survey import Survey, survey
 from zinf_cli.engine.compute.trial import Trial
@@ -140,18 +143,20 @@ def survey_model(
     ids = torch.zeros((recipe.train.sequences_at_once, recipe.train.seq_len), dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids}
     objective = objective_of(model)
-    if objective in (Objective.TARGET_OF_SOURCE, Objective.LABEL_OF_TEXT):
+    if objective in (Objective.TARGET_OF_SOURCE, Objective.LABEL_OF_TEXT, Objective.SIMILARITY):
         inputs["attention_mask"] = torch.ones_like(ids)
     if objective is Objective.LABEL_OF_TEXT:
         number = model.config.problem_type == "regression"  # type: ignore[union-attr]
         inputs["labels"] = ids[:, 0].float() if number else ids[:, 0]
+    if objective is Objective.SIMILARITY:
+        inputs["labels"] = torch.arange(recipe.train.micro_batch_size, device="meta")
     if packed:
         inputs["position_ids"] = packed_positions(ids)
     if like is not None:
         inputs = {name: tensor.to("meta") for name, tensor in like.inputs(torch.device("cpu")).items()}
     if recipe.train.objective == "dpo":
         inputs["reference"] = torch.zeros(len(ids) // 2, device="meta")
-    forward = partial(loss_of(recipe), model, **inputs)
+    forward = partial(loss_of(recipe, model), model, **inputs)
     return survey(model, forward, world_size, side=CapturedOutputs(), most=most)
 
 
@@ -177,7 +182,7 @@ def survey_on_data(
     why = f"it can't be tried without data, and one micro-batch takes {flops / 1e12:.0f} TFLOP"
     if flops <= TRIAL_FLOPS[trial.device.type]:
         load_buffers(model, model_source(recipe))
-        forward = partial(loss_of(recipe), model, **batch.inputs(trial.device))
+        forward = partial(loss_of(recipe, model), model, **batch.inputs(trial.device))
         seen = survey(model, forward, world_size, trial, dry.demoted, CapturedOutputs(), most)
         return_free_memory()
         if trial.device.type == "cuda":
@@ -189,10 +194,14 @@ def survey_on_data(
 
 
 def first_micro_batch(text: Text, recipe: Recipe, step: int) -> Batch:
-    """The first micro-batch of the step that a run begins with, on its first rank."""
+    """The first micro-batch of the step that a run begins with, on its first rank; of texts with pictures, that of
+    those with most to see, since others call fewer units, and take less."""
     first, size = text.order.sequences_before(step), recipe.train.micro_batch_size
     there = text.train.num_windows(recipe.train.seq_len)
     windows = [window % there for window in text.order.windows(step)[:size]]  # a part of a text has fewer
+    parts = text.train.parts if isinstance(text.train, MixedStream) else (text.train,)
+    if seen := [part.seen for part in parts if isinstance(part, PicturedStream)]:
+        windows = np.argsort(-np.concatenate(seen), kind="stable")[:size].tolist()
     return text.collator.collate(text.train, [Sample(window, first + n) for n, window in enumerate(windows)], 0)
 
 
