@@ -137,6 +137,7 @@ def init(
     hostfile: Annotated[
         str | None, typer.Option(metavar="HOSTFILE", help="Its ranks, for the sizes of DeepSpeed's batch.")
     ] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Train an adapter (LoRA) in the model's place.")] = False,
 ) -> None:
     """Write a recipe that runs, each choice with its reason."""
     from zinf_cli.commands.init import InitRequest
@@ -144,7 +145,7 @@ def init(
     from zinf_cli.screen import Screen
 
     slots = sum(len(host.slots) for host in chosen_hosts(hostfile, None, None)) if hostfile else None
-    write(InitRequest(model, tuple(texts), out, from_deepspeed, slots), Screen())
+    write(InitRequest(model, tuple(texts), out, from_deepspeed, slots, adapter), Screen())
 
 
 @app.command()

@@ -12,32 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from checkpoints import save
 from plain import open_engine
-from tiny_models import CONFIGS, random_source
+from tiny_models import random_source
+from written_recipes import TURNS, holding, records, saved, written
 from zinf_cli.commands.init import InitRequest, init
 from zinf_cli.engine.options import EngineOptions
 from zinf_cli.errors import UsageError, ZinfError
 from zinf_cli.models.model import build_model
 from zinf_cli.recipe.deepspeed import from_deepspeed
 from zinf_cli.recipe.draft import Choice, draft
-from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.screen import Screen
 from zinf_cli.train.first_look import look_at_model
-
-
-def saved(name: str, folder: Path) -> Path:
-    config = AutoConfig.for_model(name, **CONFIGS[name])
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    auto.from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,25 +41,6 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved("t5", tmp_path_factory.mktemp("models") / "t5")
 
 
-def written(model: Path, *texts: Path, deepspeed: Path | None = None, num_ranks: int | None = None) -> Recipe:
-    out = texts[0].parent / "new.yaml"
-    init(InitRequest(model, texts, out, deepspeed, num_ranks), Screen(stderr=True))
-    return load_recipe(out)
-
-
-def records(path: Path, *values: Any) -> Path:
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(values)), path)
-    else:
-        path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    return path
-
-
-def holding(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 def array(path: Path, values: Any) -> Path:
     np.save(path, values)
     return path
@@ -79,9 +51,6 @@ def mixed(folder: Path, *values: Any) -> Path:
     for number, value in enumerate(values):
         records(folder / f"{number}.jsonl", value)
     return folder
-
-
-TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

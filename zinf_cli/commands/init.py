@@ -30,6 +30,13 @@ _ENOUGH_TO_HOLD_OUT = 40
 """Sequences."""
 _FEWEST_STEPS = 8
 _LARGE_MODEL = 10**9
+_COMPARED = 16
+"""Rows of a micro-batch, each of whose texts the queries of all are compared with."""
+_SHORTEST_ROW = 32
+_REASONS = {
+    "dataset.labels": "those of the first records: all have to be here, in the order of the outputs",
+    "train.num_negatives": "of each row, as the first one has them",
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +49,18 @@ class InitRequest:
     deepspeed: Path | None
     num_ranks: int | None
     """Slots of a hostfile, where one is given."""
+    adapter: bool = False
+    """Whether an adapter is trained in the model's place."""
 
 
 def init(request: InitRequest, console: Console) -> None:
     """Write the recipe; say where it is, what it means and what comes next."""
     path = request.out or Path(f"{request.model.absolute().name}.yaml")
     model = look_at_model(request.model)
-    text = look_at_text(request.texts, model.is_encoder_decoder)
+    text = look_at_text(request.texts, model.reads)
     taken = Taken() if request.deepspeed is None else _deepspeed(request.deepspeed, request.num_ranks)
-    choices = [*_what(request, path, text), *_how(model, text, {choice.key: choice.value for choice in taken.choices})]
+    given = {choice.key: choice.value for choice in taken.choices}
+    choices = [*_what(request, path, text), *_how(model, text, given, adapter=request.adapter)]
     _write(path, draft([*choices, *taken.choices], _heading(request, taken)))
     for line in _told(path, model, text, taken):
         console.print(outside(line.replace("\n", "\\n")), soft_wrap=True)
@@ -79,8 +89,12 @@ def _what(request: InitRequest, path: Path, text: TextFacts) -> Iterator[Choice]
     yield Choice("model.name_or_path", _as_written(request.model))
     paths = list(map(_as_written, request.texts))
     yield Choice("dataset.path", paths if len(paths) > 1 else paths[0])
-    for key, name in text.fields.items():
-        yield Choice(f"dataset.{key}", name, f"found in the first record: {text.kind}")
+    for key, name in text.found.fields.items():
+        yield Choice(f"dataset.{key}", name, f"found in the first record: {text.found.kind}")
+    for key, value in text.found.more.items():
+        yield Choice(key, value, _REASONS.get(key, f"for {text.found.kind}"))
+    if request.adapter:
+        yield Choice("adapter.type", "lora", "an adapter is trained, and the model stays as it is")
     yield Choice("output_dir", plain(_new_run(path.stem)), "state that does not fit into memory lies there as well")
 
 
@@ -95,13 +109,14 @@ def _as_written(path: Path) -> Any:
     return plain(path.absolute() if str(path).startswith("~") else path)
 
 
-def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterator[Choice]:
+def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any], *, adapter: bool) -> Iterator[Choice]:
     """How it is trained. What is `given` counts where another choice follows from it."""
     accelerated = accelerators_here() > 0
     longest = min(_LONGEST[accelerated], model.context or _LONGEST[accelerated])
-    seq_len = longest if text.kind == "pairs" else max(2, min(longest, 2 ** (text.num_tokens.bit_length() - 2)))
-    sequences = text.num_tokens // seq_len
-    micro = given.get("train.micro_batch_size", 1)
+    seq_len, why_so_long = _length(model, text, longest, accelerated=accelerated)
+    sequences = text.num_tokens // seq_len if text.num_rows is None else text.num_rows
+    objective = text.found.more.get("train.objective")
+    micro = given.get("train.micro_batch_size", max(2, min(_COMPARED, sequences)) if objective == "embedding" else 1)
     most = max(1, min(_TOKENS_A_STEP[accelerated] // seq_len, sequences // _FEWEST_STEPS) // micro)
     accumulated = given.get("train.gradient_accumulation_steps")
     batch = given.get("train.global_batch_size", micro * (accumulated or most))
@@ -112,28 +127,50 @@ def _how(model: ModelFacts, text: TextFacts, given: Mapping[str, Any]) -> Iterat
         share = 0.01 if sequences >= 100 * _ENOUGH_TO_HOLD_OUT else 0.05
         held = max(1, round(sequences * share))
         yield Choice("dataset.eval_fraction", share, f"the end of the text, about {held} sequences")
-    why = f"the model's longest is {model.context}" if model.context else "the model names no longest sequence"
-    why = why if accelerated else f"short, for a CPU; {why}"
-    yield Choice("train.seq_len", seq_len, why if seq_len == longest else "short, as the text is")
-    yield Choice("train.micro_batch_size", micro, "the least memory; a step's micro-batches pass the model together")
+    yield Choice("train.seq_len", seq_len, why_so_long)
+    why = "the least memory; a step's micro-batches pass the model together"
+    why = why if micro == 1 else "rows whose texts are compared; more are harder to tell apart"
+    yield Choice("train.micro_batch_size", micro, why)
     if accumulated is None:
         whole = micro * most
         yield Choice("train.global_batch_size", whole, f"sequences a step on all ranks, with {whole * seq_len} tokens")
     if "train.max_steps" not in given:
-        tokens = f"{'' if text.kind == 'tokens' else 'about '}{format_count(text.num_tokens)} tokens"
+        tokens = f"{'' if text.found.kind == 'tokens' else 'about '}{format_count(text.num_tokens)} tokens"
         yield Choice("train.epochs", 1, f"{tokens}, so about {steps} steps")
     if held_out:
         yield Choice("train.eval_interval", every := max(1, steps // 10), f"about {steps // every} times in the run")
     yield Choice("train.precision", "auto", "bf16 on an accelerator, fp32 on a CPU")
-    small = model.num_parameters < _LARGE_MODEL
-    why = (
-        f"usual for fine-tuning a model of {'less than 1B' if small else '1B'} parameters{'' if small else ' or more'}"
-    )
-    yield Choice("optimizer.lr", 5e-5 if small else 2e-5, why)
+    yield Choice("optimizer.lr", *_rate(model, objective, adapter=adapter))
     yield Choice("lr_scheduler.name", "cosine")
     yield Choice("lr_scheduler.warmup_steps", max(1, steps * 3 // 100), "3 % of the steps")
     yield Choice("checkpoint.interval", min(max(1, steps // 5), 500), "steps; a crash costs no more than these")
     yield Choice("checkpoint.keep_latest_k", 2, "older ones are removed")
+
+
+def _length(model: ModelFacts, text: TextFacts, longest: int, *, accelerated: bool) -> tuple[int, str]:
+    """(train.seq_len, why)."""
+    why = f"the model's longest is {model.context}" if model.context else "the model names no longest sequence"
+    why = why if accelerated else f"short, for a CPU; {why}"
+    if "images_field" in text.found.fields or text.found.kind == "pairs":
+        return longest, why
+    if text.num_rows is not None:
+        enough = max(_SHORTEST_ROW, 2 ** (2 * text.row_tokens).bit_length())
+        return (longest, why) if enough >= longest else (enough, "some times as long as the first text; others are cut")
+    seq_len = max(2, min(longest, 2 ** (text.num_tokens.bit_length() - 2)))
+    return seq_len, why if seq_len == longest else "short, as the text is"
+
+
+def _rate(model: ModelFacts, objective: str | None, *, adapter: bool) -> tuple[float, str]:
+    """(optimizer.lr, why)."""
+    small = model.num_parameters < _LARGE_MODEL
+    size = f"a model of {'less than 1B' if small else '1B'} parameters{'' if small else ' or more'}"
+    if objective == "dpo":
+        return (5e-6 if adapter else 5e-7), "usual for preferences: they are learned in small steps"
+    if adapter:
+        return 2e-4, "usual for an adapter, which begins at nothing"
+    if objective is not None:
+        return 2e-5, f"usual for {objective}"
+    return (5e-5 if small else 2e-5), f"usual for fine-tuning {size}"
 
 
 def _heading(request: InitRequest, taken: Taken) -> Iterator[str]:
@@ -146,7 +183,7 @@ def _heading(request: InitRequest, taken: Taken) -> Iterator[str]:
 def _told(path: Path, model: ModelFacts, text: TextFacts, taken: Taken) -> Iterator[str]:
     size = f"{format_count(model.num_parameters)} parameters"
     files = "1 file" if text.num_files == 1 else f"{text.num_files} files"
-    yield f"{path}: {size}, {files} of {text.kind} ({format_bytes(text.num_bytes)})"
+    yield f"{path}: {size}, {files} of {text.found.kind} ({format_bytes(text.num_bytes)})"
     if taken.choices:
         yield f"taken over: {', '.join(dict.fromkeys(choice.key for choice in taken.choices))}"
     for key, why in taken.needless.items():

@@ -71,6 +71,11 @@ def about_tokens(file: Path) -> int:
     return -(-file.stat().st_size * (_PACKED_TIMES if is_packed(file) else 1) // _BYTES_PER_TOKEN)
 
 
+def about_tokens_of(text: str) -> int:
+    """About how many tokens a text has."""
+    return -(-len(text.encode(errors="replace")) // _BYTES_PER_TOKEN)
+
+
 def find_texts(paths: Sequence[Path]) -> list[Texts]:
     """The data files of each path, in sorted order. Folders are searched recursively.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,18 @@ from typing import Any
 from zinf_cli.checkpoint.folder import checkpoints_of, is_checkpoint
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import DatasetError, ModelError
-from zinf_cli.models.model import ModelSource, build_model
-from zinf_cli.models.positions import most_positions
-from zinf_cli.models.safetensors_files import SafetensorsFiles
+from zinf_cli.models.headers import CLASSIFIER, is_table, shapes_in, tensor_files
 from zinf_cli.recipe.recipe import ADAPTER, MERGE_FIRST
 from zinf_cli.text.chats import messages_of
 from zinf_cli.text.documents import first_record, read_documents
-from zinf_cli.text.text_files import RECORDS, about_tokens, find_texts, kind_of
+from zinf_cli.text.picture_parts import PROCESSOR_FILES
+from zinf_cli.text.text_files import RECORDS, about_tokens, about_tokens_of, find_texts, kind_of
+from zinf_cli.train.first_fields import Found, Reader, find_fields
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 """Names under which configurations keep the longest sequence."""
-_CHATS = ("messages", "conversations", "conversation", "chat")
-_TEXTS = ("text", "content", "document", "body")
-_PAIRS = (("source", "target"), ("input", "output"), ("document", "summary"), ("article", "highlights"))
+_SEES = ("vision_config", "vision_tower", "visual")
+"""Keys of a configuration whose model has a part that sees."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ModelFacts:
     num_parameters: int
     context: int | None
     """Tokens of the longest sequence that its configuration names, or its table of positions has."""
-    is_encoder_decoder: bool
+    reads: Reader
+    """What it takes of records."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ class TextFacts:
     num_bytes: int
     num_tokens: int
     """Exact for .npy, else by the bytes."""
-    fields: Mapping[str, str]
-    """Keys of the recipe's dataset section, and the fields of records that they name."""
-    kind: str
-    """In words: text, chats, pairs, tokens."""
+    found: Found
+    """What it holds."""
+    num_rows: int | None = None
+    """About how many records, if each is a sequence."""
+    row_tokens: int = 0
+    """About how many tokens the longest text of the first one has."""
 
 
 def look_at_model(folder: Path) -> ModelFacts:
@@ -66,79 +69,85 @@ def look_at_model(folder: Path) -> ModelFacts:
         raise ModelError("is no configuration of a model", where=str(path))
     parts = [config, *(config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), dict))]
     lengths = [value for of in parts for key in _LENGTHS if isinstance(value := of.get(key), int)]
-    if (most := most_positions(build_model(ModelSource(newest, None, "pretrained", 0)))) is not None:
-        lengths.append(most[0])  # a table may begin with rows for padding, as RoBERTa's
+    shapes = _shapes(newest)
+    if any(len(shape) == 2 and is_table(name.removesuffix(".weight")) for name, shape in shapes.items()):
+        lengths += _positions(newest)
     return ModelFacts(
-        num_parameters=_num_parameters(newest),
+        num_parameters=sum(map(math.prod, shapes.values())),
         context=min((length for length in lengths if length > 1), default=None),
-        is_encoder_decoder=bool(config.get("is_encoder_decoder")),
+        reads=_reads(newest, config),
     )
 
 
-def _num_parameters(folder: Path) -> int:
+def _reads(folder: Path, config: Mapping[str, Any]) -> Reader:
+    """What a model takes of records, by its configuration."""
+    architectures, names = config.get("architectures"), config.get("id2label")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    labels = tuple(map(str, names.values())) if isinstance(names, dict) else ()
+    made_up = all(label.startswith("LABEL_") for label in labels)
+    classifies = named.endswith(CLASSIFIER)
+    return Reader(
+        pairs=bool(config.get("is_encoder_decoder")) and not classifies,
+        classifies=classifies,
+        labels=labels if classifies and not made_up else (),
+        both_ways=named.endswith(("ForMaskedLM", "ForPreTraining")),
+        pictures=any(key in config for key in _SEES) and any((folder / name).is_file() for name in PROCESSOR_FILES),
+    )
+
+
+def _positions(folder: Path) -> list[int]:
+    """The rows of its table of positions for text, which may begin with some for padding, as RoBERTa's."""
+    from zinf_cli.models.model import ModelSource, build_model  # with torch, which others do without
+    from zinf_cli.models.positions import most_positions
+
+    most = most_positions(build_model(ModelSource(folder, None, "pretrained", 0)))
+    return [] if most is None else [most[0]]
+
+
+def _shapes(folder: Path) -> dict[str, Sequence[int]]:
+    """The shape of each tensor of a model, by name."""
     if is_checkpoint(folder):
         flats = (flat for unit in Manifest.load(folder).units for flat in unit.flats)
-        return sum(param.numel for flat in flats for param in flat.params)
-    files = SafetensorsFiles(folder)
-    return sum(files.on_meta(key).numel() for key in files.keys())  # noqa: SIM118 (not a dict)
+        return {param.name: param.shape for flat in flats for param in flat.params}
+    return {name: shape for path in tensor_files(folder) for name, shape in shapes_in(path).items()}
 
 
-def look_at_text(paths: Sequence[Path], pairs: bool) -> TextFacts:
-    """`pairs`: the model reads a source and writes a target. DatasetError if the text is not what it needs."""
+def look_at_text(paths: Sequence[Path], reads: Reader) -> TextFacts:
+    """DatasetError if the text is not what a model that `reads` it needs."""
     texts = find_texts(paths)
     files = [file for found in texts for file in found.files]
     num_bytes = sum(found.num_bytes for found in texts)
-    fields: dict[str, str] = {}
-    kind = "tokens" if kind_of(files[0]) == ".npy" else "text"
+    found = Found("tokens" if kind_of(files[0]) == ".npy" else "text", {}, rows=False)
+    record: dict[str, Any] = {}
     try:
-        if plain := [file for file in files if pairs and kind_of(file) not in RECORDS]:
+        needs = "reads a source and writes a target" if reads.pairs else "tells the label of a text"
+        if plain := [file for file in files if kind_of(file) not in RECORDS and (reads.pairs or reads.classifies)]:
             hint = "give .jsonl or .parquet with a field for each"
-            raise DatasetError("this model reads a source and writes a target", where=str(plain[0]), hint=hint)
+            raise DatasetError(f"this model {needs}", where=str(plain[0]), hint=hint)
         if records := [file for file in files if kind_of(file) in RECORDS]:
-            fields, kind = _fields(first_record(records[0]), records[0], pairs)
-        tokens = {file: _tokens_in(file, fields) for file in files}
+            record = first_record(records[0])
+            found = find_fields(record, records[0], reads)
+        tokens = {file: _tokens_in(file, found.fields) for file in files}
     except OSError as error:
         raise DatasetError(f"can't read: {error.strerror or error}", where=str(error.filename or files[0])) from error
     for file in files:  # one in a folder may be empty
         if not tokens[file] and (file in paths or not any(tokens.values())):
             raise DatasetError("the file is empty", where=str(file))
-    return TextFacts(len(files), num_bytes, sum(tokens.values()), fields, kind)
+    if not found.rows:
+        return TextFacts(len(files), num_bytes, sum(tokens.values()), found)
+    each = max(1, about_tokens_of(json.dumps(record, default=str)))
+    longest = max(about_tokens_of(str(record.get(name, ""))) for name in found.fields.values())
+    return TextFacts(len(files), num_bytes, sum(tokens.values()), found, max(1, sum(tokens.values()) // each), longest)
 
 
 def _tokens_in(file: Path, fields: Mapping[str, str]) -> int:
     """About how many tokens a file has. DatasetError if its beginning is not what `fields` say."""
     if kind_of(file) == ".npy":
         return about_tokens(file)
-    wanted = next((name for key, name in fields.items() if key != "target_field"), "text")
+    wanted = next(iter(fields.values()), "text")
     first = next(read_documents(file, wanted), None)
     if first is None:
         return 0
     if "messages_field" in fields:
         messages_of(first)
     return about_tokens(file)
-
-
-def _fields(record: Mapping[str, Any], file: Path, pairs: bool) -> tuple[dict[str, str], str]:
-    """Which fields of a record hold what is learned."""
-    if pairs:
-        for source, target in _PAIRS:
-            if isinstance(record.get(source), str) and isinstance(record.get(target), str):
-                return {"source_field": source, "target_field": target}, "pairs"
-        raise _unclear(record, file, "dataset.source_field and dataset.target_field")
-    for name in _CHATS:
-        if isinstance(record.get(name), list):
-            return {"messages_field": name}, "chats"
-    strings = [name for name, value in record.items() if isinstance(value, str)]
-    for name in (*_TEXTS, *(strings if len(strings) == 1 else ())):
-        if name in strings:
-            return {"text_field": name}, "text"
-    raise _unclear(record, file, "dataset.text_field or dataset.messages_field")
-
-
-def _unclear(record: Mapping[str, Any], file: Path, keys: str) -> DatasetError:
-    names = ", ".join(list(map(str, record))[:12]) or "nothing"
-    return DatasetError(
-        f"which field is to be learned? There is: {names}",
-        where=str(file),
-        hint=f"put one field with the whole text, or chat messages, into each record, or write a recipe with {keys}",
-    )
