@@ -23,7 +23,7 @@ from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.optimizer import kernel_of, newton_schulz_flops
 
-STEPS, RATE = 4, 1e-2
+STEPS, RATE = 10, 1e-2
 VOCABULARY = CONFIGS["llama"]["vocab_size"]
 
 

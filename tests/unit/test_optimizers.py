@@ -20,7 +20,7 @@ from zinf_cli.model_state import num_factors
 from zinf_cli.recipe.recipe import Optimizer
 from zinf_cli.train.optimizer import KERNELS, kernel_of, undecayed
 
-STEPS = 6
+STEPS = 10
 
 
 class PublishedLion(torch.optim.Optimizer):

@@ -223,6 +223,20 @@ def test_documents_are_kept_apart_unless_asked(tokenizer: Path, tmp_path: Path) 
     assert isinstance(opened(tmp_path, tokenizer, LLAMA, ["one two " * 9]).train, TokenStream), "a single text"
 
 
+def test_chats_that_teach_nothing_are_counted_and_skipped(tokenizer: Path, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "one two"}, {"role": "assistant", "content": "yes " * 9}
+    rows = [[asked], [asked, {**said, "content": "no"}], [asked, said], [asked, asked]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    dataset = {"path": str(tmp_path / "chats.jsonl"), "messages_field": "messages"}
+    text = opened(tmp_path, tokenizer, LLAMA, TEXTS, **dataset)
+    assert text.train.num_windows(8) == 2
+    assert text.lines == (
+        "packed: 2 chats in 2 windows of 8; 93.8% of their tokens are real",
+        "longer than train.seq_len=8: 1 chats; 7 tokens behind that are left out",
+        "left out: 2 chats, where nobody who is learned from says anything",
+    )
+
+
 def test_a_model_that_cannot_keep_them_apart_says_so(tokenizer: Path, tmp_path: Path) -> None:
     text = opened(tmp_path, tokenizer, BERT, TEXTS)
     assert isinstance(text.train, TokenStream)
