@@ -150,6 +150,7 @@ def assert_evaluated(run: Ended, plain: Plain) -> None:
     assert last["eval_accuracy"] == pytest.approx(accuracy)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "pooling", "num_negatives"), [("bert", "mean", NEGATIVES), ("bert", "cls", 0), ("llama", "lasttoken", 1)]
 )

@@ -150,6 +150,7 @@ FORMS: list[Any] = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("form", range(len(FORMS)))
 def test_parts_of_a_chat_name_their_pictures(form: int, data: Path, tmp_path: Path) -> None:
     """Tokens, places and pixels are those of paths in a field; one of two parts may take its path from there."""
