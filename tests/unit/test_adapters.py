@@ -43,12 +43,13 @@ def test_the_losses_are_those_of_peft_on_every_tier(forked: ForkedRanks, tmp_pat
     expected, _ = plain(workshop.recipe)
     assert run.losses == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0] - 0.1
+    norms = [line["grad_norm"] for line in run.metrics[1:]]
     for number, placement in enumerate([on("cpu"), on("device"), changes(MIXED)]):
-        placed = workshop.fork(forked, f"placed-{number}", *placement)
-        assert placed.losses == run.losses
-        assert [line["grad_norm"] for line in placed.metrics[1:]] == [line["grad_norm"] for line in run.metrics[1:]]
-    sweeps = workshop.fork(forked, "sweeps", "train.micro_batches_per_sweep=1", *changes(MIXED))
-    assert sweeps.losses == pytest.approx(expected, rel=1e-5)
+        placed = workshop.fork(forked, f"placed-{number}", "train.max_steps=4", *placement)
+        assert placed.losses == run.losses[:4]
+        assert [line["grad_norm"] for line in placed.metrics[1:]] == norms[:4]
+    sweeps = workshop.fork(forked, "sweeps", "train.micro_batches_per_sweep=1", "train.max_steps=4", *changes(MIXED))
+    assert sweeps.losses == pytest.approx(expected[:4], rel=1e-5)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -50,6 +50,7 @@ def tried(source: ModelSource) -> Survey:
     return survey(model, partial(model_loss, model, ids, ids), 1, Trial(open_weights(model, source).read, CPU))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("model_type", ASKING)
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_what_models_ask_of_data_is_answered(model_type: str) -> None:
@@ -66,6 +67,7 @@ def test_t5_without_dropout_is_surveyed_whole() -> None:
     assert [use.input_bytes for use in dry.uses.values()] == [use.input_bytes for use in wet.uses.values()]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_guess_is_generous(name: str) -> None:
     """Where a model can't be tried, the plan gives it at least what it would have been found to take."""
@@ -81,6 +83,7 @@ def test_a_guess_is_generous(name: str) -> None:
     assert guess.loss_bytes >= seen.loss_bytes
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_real_data_shows_what_no_data_did(name: str) -> None:
     seen, dry = tried(random_source(name)), surveyed(random_source(name))
