@@ -20,7 +20,7 @@ from benchmarks.played_hosts import LOGIN_S, RANKS
 from zinf_cli.errors import HostError, ZinfError
 from zinf_cli.launch.client_channel import allow_files
 from zinf_cli.launch.openssh import OpenSsh
-from zinf_cli.launch.transport import SILENCE_S, Channel
+from zinf_cli.launch.transport import MOST_RECEIVED, SILENCE_S, Channel
 from zinf_cli.recipe.hosts import Host
 
 
@@ -65,8 +65,8 @@ class _PlayedChannel:
     def fileno(self) -> int:
         return self._link.fileno()
 
-    def receive(self) -> bytes:
-        return self._link.recv(1 << 16)
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        return self._link.recv(most)
 
     def has_room(self) -> bool:
         return True

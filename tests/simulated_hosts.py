@@ -17,7 +17,7 @@ from zinf_cli.launch.preflight import check_hosts
 from zinf_cli.launch.program import Agent, Program
 from zinf_cli.launch.relay import Relay
 from zinf_cli.launch.runner import Outcome, World, run_ranks
-from zinf_cli.launch.transport import Channel
+from zinf_cli.launch.transport import MOST_RECEIVED, Channel
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.version import code_digest
 
@@ -88,8 +88,8 @@ class SimulatedChannel:
     def fileno(self) -> int:
         return self._here.fileno()
 
-    def receive(self) -> bytes:
-        return self._here.recv(1 << 16)
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        return self._here.recv(most)
 
     def has_room(self) -> bool:
         return True
@@ -164,8 +164,8 @@ class RelayChannel:
     def fileno(self) -> int:
         return self.link.fileno()
 
-    def receive(self) -> bytes:
-        return self.link.recv(1 << 16)
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        return self.link.recv(most)
 
     def has_room(self) -> bool:
         return True

@@ -23,7 +23,7 @@ from zinf_cli.launch.frames import WINDOW, Frames, Kind, frame, frames_of, taken
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.switchboard import Switchboard
-from zinf_cli.launch.transport import SILENCE_S, Channel, Gone, Transport
+from zinf_cli.launch.transport import MOST_RECEIVED, SILENCE_S, Channel, Gone, Transport
 from zinf_cli.recipe.hosts import Host
 
 _TRIES = 3
@@ -281,12 +281,12 @@ class RelayedChannel:
     def fileno(self) -> int:
         return self._ready
 
-    def receive(self) -> bytes:
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
         with self._changing:
-            data = bytes(self._come)
-            self._come.clear()
+            data = bytes(self._come[:most])
+            del self._come[:most]
             over = self._over.is_set()
-            if not over:  # else it can be read for ever: after the last bytes comes the end
+            if not over and not self._come:  # once it is over, it can be read for ever: the last that comes is the end
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._ready)
         self._untold += len(data)

@@ -30,7 +30,15 @@ from zinf_cli.errors import HostError
 from zinf_cli.launch.fabric_config import INSTALL, KnownHosts, refuse_misread
 from zinf_cli.launch.refusal import Refusal, Shared, patiently
 from zinf_cli.launch.ssh import Files
-from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import (
+    MOST_RECEIVED,
+    SILENCE_S,
+    Channel,
+    Greeting,
+    remote_line,
+    supervisor_command,
+    supervisor_program,
+)
 from zinf_cli.recipe.hosts import Host
 
 _CONNECT_S = 10
@@ -195,8 +203,8 @@ class _SshChannel:
     def fileno(self) -> int:
         return self._out.fileno()
 
-    def receive(self) -> bytes:
-        return self._out.recv(1 << 16)
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        return self._out.recv(most)
 
     def has_room(self) -> bool:
         return bool(self._session.send_ready())

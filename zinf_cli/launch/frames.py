@@ -16,7 +16,7 @@ _COUNT = struct.Struct("!I")
 MOST_BYTES = 1 << 16
 """Bytes in one frame. So no host holds up the others of its group for long."""
 WINDOW = 1 << 15
-"""Bytes of a host that the launcher has not taken in yet. With so many or more, its relay does not read it."""
+"""Bytes of a host that a relay sends before the launcher has taken them in. Then it does not read the host."""
 
 
 class Kind(IntEnum):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO
 
-from zinf_cli.launch.transport import Channel, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import MOST_RECEIVED, Channel, supervisor_command, supervisor_program
 from zinf_cli.recipe.hosts import Host
 
 
@@ -45,8 +45,8 @@ class OverPipes:
     def fileno(self) -> int:
         return self._out.fileno()
 
-    def receive(self) -> bytes:
-        return os.read(self._out.fileno(), 1 << 16)
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        return os.read(self._out.fileno(), most)
 
     def has_room(self) -> bool:
         """Whether a few bytes are taken at once. OSError where the pipe is closed."""

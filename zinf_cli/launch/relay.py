@@ -46,6 +46,8 @@ _END_S = SILENCE_S + 2.0
 """Seconds that all hosts together have to end. They have been told at once."""
 
 _GIVE_UP_S = 2.0
+_LEAST_BYTES = 1 << 12
+"""To read of a host that has to wait and is gone: the kernel tells of its end however little the launcher takes."""
 
 
 class Relay:
@@ -209,7 +211,7 @@ class _Relayed:
     def hear(self) -> bool:
         assert self._channel is not None
         try:
-            data = self._channel.receive()
+            data = self._channel.receive(max(self._room, _LEAST_BYTES))
         except OSError:
             data = b""
         if not data:

@@ -16,6 +16,7 @@ from zinf_cli.recipe.hosts import Host
 SILENCE_S = 10.0
 """Seconds of silence after which an end of a lifeline to another machine takes the other end for lost."""
 
+MOST_RECEIVED = 1 << 16
 _MOST_DROPPED = 1 << 16
 
 _MODULES = (
@@ -44,8 +45,8 @@ class Channel(Protocol):
     def fileno(self) -> int:
         """What can be polled: `receive` does not wait once it can be read."""
 
-    def receive(self) -> bytes:
-        """Wait for bytes, and return those that have come. b"" or Gone once the supervisor is gone."""
+    def receive(self, most: int = MOST_RECEIVED) -> bytes:
+        """Wait for bytes, and return those that have come, at most so many. b"" or Gone once the supervisor is gone."""
 
     def has_room(self) -> bool:
         """Whether a few bytes can be sent without waiting for the supervisor."""
