@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from simulated_hosts import HOSTS, Simulated, SimulatedChannel
-from zinf_cli.launch.connection import _MOST_UNTAKEN, Lifelines, at_all
+from zinf_cli.launch import connection as of_connections
+from zinf_cli.launch.connection import Lifelines, at_all
 from zinf_cli.launch.transport import Channel
 from zinf_cli.recipe.hosts import Host
 
@@ -48,15 +50,22 @@ class Talkative(Simulated):
         return TalkativeChannel(self, host)
 
 
-def test_a_host_waits_until_what_it_has_said_is_taken() -> None:
+@pytest.mark.parametrize(("of_one", "of_all"), [(1 << 16, 1 << 26), (1 << 21, 1 << 16)])
+def test_a_host_waits_until_what_it_has_said_is_taken(
+    of_one: int, of_all: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_connections, "_MOST_UNTAKEN", of_one)
+    monkeypatch.setattr(of_connections, "_MOST_UNTAKEN_OF_ALL", of_all)
     with Lifelines(Talkative()) as lifelines:
         connection = lifelines.connect(HOSTS[0])
+        while not connection._paused:
+            time.sleep(0.01)
         numbers = []
         for _ in range(EVENTS):
+            assert connection._events.num_bytes < (1 << 16) + (1 << 17)  # and what one look reads
             event = connection.hear_event(20)
             assert event is not None
             numbers.append(event["number"])
-            assert connection._events.num_bytes < _MOST_UNTAKEN + (1 << 17)  # and what one look reads
         assert numbers == list(range(EVENTS))
 
 

@@ -36,6 +36,8 @@ _MOST_AT_ONCE = 128
 """How many hosts are connected to, or asked something, at the same time."""
 _MOST_UNTAKEN = 1 << 16
 """Bytes of a host's events that wait to be taken in. With more, the host has to wait."""
+_MOST_UNTAKEN_OF_ALL = 1 << 26
+"""The same of all hosts. Of more than a thousand, each has its share."""
 
 T = TypeVar("T")
 
@@ -171,10 +173,15 @@ class Connection:
         try:
             return self._events.get(timeout)
         finally:
-            if self._paused and self._events.num_bytes <= _MOST_UNTAKEN:
+            if self._paused and not self._has_enough:
                 self._paused = False
                 self._patience.renew()
                 self._switchboard.resume(self)
+
+    @property
+    def _has_enough(self) -> bool:
+        share = _MOST_UNTAKEN_OF_ALL // max(1, len(self._switchboard))
+        return self._events.num_bytes > min(_MOST_UNTAKEN, share)
 
     def _next(
         self,
@@ -290,7 +297,7 @@ class Connection:
             self._parts.append(rest)
         for line in lines:
             self._take(line)
-        if self._events.num_bytes > _MOST_UNTAKEN and not self._paused:
+        if self._has_enough and not self._paused:
             self._paused = True
             self._switchboard.pause(self)
 

@@ -50,6 +50,9 @@ class Switchboard:
             self._lines.clear()
             self._heard.close()
 
+    def __len__(self) -> int:
+        return len(self._lines)
+
     def join(self, line: Line) -> None:
         with self._changing:
             if not self._heard.closed:
