@@ -142,7 +142,7 @@ def test_ways_to_ask_for_nodes(cluster: Cluster) -> None:
     lab = cluster.lab
     assert found(lab, allocation=("--gpus=3",)) == [("srun", "2 CPU"), ("srun", "1 CPU")]
     assert found(lab, allocation=("--gres=gpu:1",)) == [("srun", "1 CPU")] * 2
-    assert found(lab, allocation=("--ntasks=5", "--ntasks-per-node=3")) == [("srun", "2 CPU"), ("srun", "3 CPU")]
+    assert found(lab, allocation=("--ntasks=5",)) == [("srun", "2 CPU"), ("srun", "3 CPU")]
     assert found(lab, "--ssh") == [("OpenSSH", "1 CPU")] * 2
     words = [*lab.launcher, "salloc", "-Q", "-N2", *command("zinf_by_relays"), "doctor", "--hosts", "slurm", "--json"]
     done = subprocess.run(words, env=lab.environment, capture_output=True, text=True, check=True)
