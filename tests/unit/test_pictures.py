@@ -28,6 +28,7 @@ from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.setup import open_model, open_text
+from zinf_cli.train.surveyed import first_micro_batch
 
 ROWS, STEPS = 16, 3
 
@@ -182,6 +183,10 @@ def test_texts_without_pictures_beside_those_with_them(data: Path, forked: Forke
     assert not rows[0]["images"]
     write(data / "mixed.jsonl", rows)
     workshop.content["dataset"]["path"] = str(data / "mixed.jsonl")
+    workshop.write()
+    recipe = load_recipe(workshop.recipe)
+    looked_at = first_micro_batch(open_text(recipe, open_model(recipe, "fp32"), 1), recipe, 0)
+    assert "pixel_values" in looked_at.beside
     run = workshop.fork(forked, "one")
     losses, _ = plain(workshop, data, data / "llava")
     assert run.losses == pytest.approx(losses, abs=1e-6)
