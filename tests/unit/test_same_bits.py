@@ -13,7 +13,7 @@ import torch
 from in_process import run
 from tiny_recipes import recipe_of
 from zinf_cli.plan.search import best_plan
-from zinf_cli.train import loop, setup
+from zinf_cli.train import loop, rank_batches
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.setup import model_loss
 
@@ -54,7 +54,7 @@ def test_the_request_is_there_wherever_the_model_computes(
         return found
 
     monkeypatch.setattr(loop, "_device", device)
-    monkeypatch.setattr(setup, "model_loss", loss)
+    monkeypatch.setattr(rank_batches, "loss_of", lambda recipe, model: loss)
     recipe = recipe_of(tmp_path, "llama")
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"deterministic": asked})})
     run(recipe, best_plan(recipe, find_figures(recipe, 1)))
