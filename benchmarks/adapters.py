@@ -1,8 +1,8 @@
 """`python -m benchmarks.adapters`: an adapter on a model on NVMe, beside that model trained whole and plain peft.
 
 The demo's model (recipes/fetch_smollm2.py) learns from chats in fp32. Trained whole, it has parameters, gradients
-and optimizer states on NVMe; with an adapter, the model's parameters alone. Both have the same memory, in which the
-plan keeps what then is not recomputed. They take turns, and are watched from outside. A few steps of plain peft, in
+and optimizer states on NVMe; with an adapter, the model's parameters alone. Neither recomputes: there is memory for
+activations, and the plan keeps them. They take turns, and are watched from outside. A few steps of plain peft, in
 memory, have the losses that the adapter's have to be.
 """
 
@@ -35,7 +35,6 @@ from zinf_cli.train.setup import open_text
 
 WHOLE = {"params": "nvme", "grads": "nvme", "optimizer": "nvme", "activations": "cpu"}
 ADAPTED = {"params": "nvme", "grads": "cpu", "optimizer": "cpu", "activations": "cpu"}
-BUDGET = "1.3GiB"
 SEQ_LEN, SEQUENCES = 256, 2
 
 
@@ -75,9 +74,15 @@ def recipe_of(data: Path, steps: int, out: Path, tiers: dict[str, str], adapter:
         "model": {"name_or_path": str(data / "smollm2-135m")},
         **({} if adapter is None else {"adapter": adapter}),
         "dataset": {"path": str(data / "chats"), "messages_field": "messages"},
-        "train": {"seq_len": SEQ_LEN, "global_batch_size": SEQUENCES, "max_steps": steps, "precision": "fp32"},
+        "train": {
+            "seq_len": SEQ_LEN,
+            "micro_batch_size": SEQUENCES,
+            "global_batch_size": SEQUENCES,
+            "max_steps": steps,
+            "precision": "fp32",
+        },
         "optimizer": {"lr": 2e-4},
-        "offload": {**tiers, "cpu_memory": BUDGET, "nvme_path": str(out / "nvme")},
+        "offload": {**tiers, "nvme_path": str(out / "nvme")},
         "logging": {"tensorboard": False, "report": False},
         "output_dir": str(out),
     }

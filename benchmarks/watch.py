@@ -68,7 +68,7 @@ def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Pa
         count = _lines(steps_file)
         if count >= skip and before is None:
             before, count_before = now, count
-        if count > count_after:
+        if count > count_after and now.read + now.written >= after.read + after.written:  # else a rank is gone
             after, count_after = now, count
         time.sleep(INTERVAL_S)
     reader.join(5)
