@@ -47,7 +47,7 @@ _END_S = SILENCE_S + 2.0
 
 _GIVE_UP_S = 2.0
 _LEAST_BYTES = 1 << 12
-"""To read of a host that has to wait and is gone: the kernel tells of its end however little the launcher takes."""
+"""A host with room for less has to wait. That it is gone the kernel tells all the same, and then this much is read."""
 
 
 class Relay:
@@ -191,9 +191,9 @@ class _Relayed:
     def go_on(self, num_bytes: int) -> None:
         """Count what the launcher has taken in. Hear the host again if it had to wait for that."""
         with self._changing_room:
-            waits = self._room <= 0
+            waits = self._room < _LEAST_BYTES
             self._room += num_bytes
-            goes_on = waits and self._room > 0
+            goes_on = waits and self._room >= _LEAST_BYTES
         if goes_on:
             self._switchboard.resume(self)
 
@@ -202,7 +202,7 @@ class _Relayed:
         self._say(*frames_of(self._number, data))
         with self._changing_room:
             self._room -= len(data)
-            return self._room > 0
+            return self._room >= _LEAST_BYTES
 
     def fileno(self) -> int:
         assert self._channel is not None
