@@ -15,7 +15,12 @@ from zinf_cli.engine.options import EngineOptions
 from zinf_cli.engine.ranks import Ranks
 from zinf_cli.models.checkpoint_reader import CheckpointReader
 from zinf_cli.models.model import ModelSource
+from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.train.checkpoint_writer import CheckpointWriter, Position
+from zinf_cli.train.resume import plain
+
+RECIPE = plain(Recipe.model_validate({"model": {"config": {"model_type": "llama"}}, "dataset": {"path": __file__}}))
+"""Of a checkpoint that is exported. Its text only has to be there."""
 
 
 def save(engine: Engine, run_dir: Path, step: int, keep: int | None = None) -> Path:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from xxhash import xxh3_64_hexdigest
 
+from checkpoints import RECIPE
 from own_processes import in_processes
 from peaks import peak_of_export
 from plain import engine_losses, open_engine
@@ -36,7 +37,7 @@ from zinf_cli.train.export import export
 def save(engine: Engine, source: ModelSource, run_dir: Path) -> Path:
     """A checkpoint of `engine` as a run writes it."""
     files = partial(model_files, source, engine.model, None, print)
-    CheckpointWriter(run_dir, engine, Ranks(), files, None).write(Position(1, "fp32", 3, "text", None, {}))
+    CheckpointWriter(run_dir, engine, Ranks(), files, None).write(Position(1, "fp32", 3, "text", None, RECIPE))
     return folders.step_folder(run_dir, 1)
 
 
@@ -150,7 +151,7 @@ def test_all_that_training_does_not_change_goes_along(tmp_path: Path) -> None:
     notes: list[str] = []
     engine = open_engine(source, EngineOptions())
     files = partial(model_files, source, engine.model, None, notes.append)
-    CheckpointWriter(tmp_path / "run", engine, Ranks(), files, None).write(Position(1, "fp32", 3, "text", None, {}))
+    CheckpointWriter(tmp_path / "run", engine, Ranks(), files, None).write(Position(1, "fp32", 3, "text", None, RECIPE))
     engine.close()
     (note,) = notes
     assert "film.mp4 does not go into checkpoints: 128 MiB are too much" in note

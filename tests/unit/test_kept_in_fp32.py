@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DeepseekV3PreTrainedModel, Glm4MoePreTrainedModel, GPT2LMHeadModel
 
-from checkpoints import params_of, resumed, save
+from checkpoints import RECIPE, params_of, resumed, save
 from plain import engine_losses, every_other_unit_cached, everything_on, open_engine, plain_losses
 from tiny_models import CONFIGS, KEPT_IN_FP32, random_source, skip_unless_known
 from zinf_cli.checkpoint.manifest import Manifest
@@ -155,7 +155,7 @@ def test_an_export_in_bf16_keeps_fp32_what_the_class_does(tmp_path: Path) -> Non
     trained = params_of(engine)
     files = model_files(source, engine.model, None, print)
     CheckpointWriter(tmp_path / "run", engine, Ranks(), lambda: files, None).write(
-        Position(2, "bf16", 6, "text", None, {})
+        Position(2, "bf16", 6, "text", None, RECIPE)
     )
     engine.close()
     export(tmp_path / "run", tmp_path / "out", "bf16")

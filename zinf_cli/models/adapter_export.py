@@ -51,7 +51,7 @@ def _source_of(reader: CheckpointReader) -> ModelSource:
 
 def head_of(reader: CheckpointReader) -> Head:
     """What the model of a checkpoint has on top."""
-    return head_for(reader.manifest.recipe.get("train", {}).get("objective", "auto"))
+    return head_for(reader.manifest.recipe["train"].get("objective", "auto"))
 
 
 def write_adapter(reader: CheckpointReader, out: Path, dtype: torch.dtype) -> int:
