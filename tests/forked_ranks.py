@@ -1,30 +1,25 @@
 """Runs of a recipe in ranks that are forked from a process with torch imported: a start takes half a second.
 
-`python -m forked_ranks` reads a job a line and answers each with the exit codes of its ranks, negative for a signal:
-
-    {"recipe": "r.yaml", "changes": ["train.max_steps=3"], "ranks": 2, "kill": {"after_s": 0.7}}
-    {"recipe": "r.yaml", "changes": [], "ranks": 2, "kill": {"rank": 1, "call": "fsync", "nth": 5, "before": true}}
-    {"recipe": "r.yaml", "changes": [], "ranks": 2, "most": 1000}
-
-With "most" the model is cut into parts of so many elements, whether it has to be or not. A kill is SIGKILL to the
-process group of all ranks: some time after their start, or just before or after a rank's nth call of a function of
-`os`.
+That process is itself a fork (own_processes.py), and does one job after the other.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from own_processes import FORKS
 
 if TYPE_CHECKING:
     from zinf_cli.recipe.recipe import Recipe
@@ -34,18 +29,17 @@ class ForkedRanks:
     """The process, from a test's side."""
 
     def __enter__(self) -> ForkedRanks:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "forked_ranks"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._jobs, theirs = FORKS.Pipe()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = FORKS.Process(target=_serve, args=(theirs, environment), daemon=True)
+        self._process.start()
+        theirs.close()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._process as process:
-            process.kill()
+        self._process.kill()
+        self._process.join()
+        self._jobs.close()
 
     def run(
         self,
@@ -55,23 +49,26 @@ class ForkedRanks:
         kill: dict[str, Any] | None = None,
         most: int | None = None,
     ) -> list[int]:
-        """The exit codes of the ranks; their output is in the run's logs/forked.log. `changes` are KEY=VALUE."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"recipe": str(recipe), "changes": list(changes), "ranks": ranks, "kill": kill, "most": most}
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        codes: list[int] = json.loads(self._process.stdout.readline())
+        """The exit codes of the ranks, negative for a signal; their output is in the run's logs/forked.log.
+
+        `changes` are KEY=VALUE. With `most` the model is cut into parts of so many elements, whether it has to be or
+        not. `kill` is SIGKILL to the process group of all ranks: {"after_s": 0.7} after their start, or
+        {"rank": 1, "call": "fsync", "nth": 5, "before": True} just before or after a rank's nth call of a function of
+        `os`.
+        """
+        self._jobs.send((str(recipe), list(changes), ranks, kill, most))
+        codes: list[int] = self._jobs.recv()
         return codes
 
 
-def _serve() -> None:
-    import zinf_cli.train.figures
-    import zinf_cli.train.loop  # noqa: F401
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        print(json.dumps(_run(**json.loads(line))), file=answers, flush=True)
+def _serve(jobs: Connection, environment: Mapping[str, str]) -> None:
+    """Do jobs until the test's process is gone."""
+    os.environ.clear()
+    os.environ.update(environment)
+    gc.freeze()  # as the agent does
+    with suppress(EOFError):
+        while True:
+            jobs.send(_run(*jobs.recv()))
 
 
 def _run(recipe: str, changes: list[str], ranks: int, kill: dict[str, Any] | None, most: int | None) -> list[int]:
@@ -99,6 +96,8 @@ def _run(recipe: str, changes: list[str], ranks: int, kill: dict[str, Any] | Non
 
 def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
     """A child that does `work` in process group `group` (0: its own), and exits with what it returns."""
+    import torch
+
     pid = os.fork()
     if pid:
         with suppress(OSError):
@@ -111,6 +110,7 @@ def _fork(work: Callable[[], int], run_dir: Path, group: int) -> int:
         log = os.open(run_dir / "logs" / "forked.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        torch.set_num_threads(1)
         code = work()
     except BaseException:
         import traceback
@@ -179,7 +179,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    _serve()

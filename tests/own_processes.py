@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -12,18 +13,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["zinf_cli.train.loop", "zinf_cli.train.export"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["zinf_cli.train.loop", "zinf_cli.train.figures", "zinf_cli.train.export"])
 
 
 def in_processes(function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
     """What `function` returns for each of `arguments`. The processes run at once."""
-    with ProcessPoolExecutor(len(arguments), _FORKS, _end_with_the_test) as pool:
+    with ProcessPoolExecutor(len(arguments), FORKS, _end_with_the_test) as pool:
         return [future.result() for future in [pool.submit(function, *some) for some in arguments]]
 
 
 def _end_with_the_test() -> None:
-    """Where a test is killed, nothing else would end the processes of its own."""
+    """Where a test is killed, nothing else would end the processes of its own. What is imported stays (conftest.py)."""
+    gc.freeze()
 
     def wait() -> None:
         test = multiprocessing.parent_process()
