@@ -18,10 +18,14 @@ SPEED = float(os.environ.get("ZINF_TEST_SPEED", "1"))
 """How many times as fast as this one a machine seems whose speeds are measured. No outcome may follow from it."""
 
 
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What tests import stays. The garbage collector need not look through half a million objects again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,26 +39,31 @@ def no_files_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture(autouse=True, scope="session")
-def other_speeds(no_files_of_the_users: Path) -> Iterator[None]:
-    """Everything that measures a speed does so by the clock of bench/; launches of their own read a hardware.yaml."""
-    if SPEED == 1:
-        yield
-        return
+def speeds(no_files_of_the_users: Path) -> Iterator[None]:
+    """The speed that a plan follows is stated: to measure it takes half a second, and launches do so.
+
+    As on another machine, everything that measures a speed does so by the clock of bench/, and launches of their own
+    read a hardware.yaml.
+    """
     from zinf_cli.bench import links, nvme
     from zinf_cli.machine.profile_file import Links, save_measured
+    from zinf_cli.train import figures
 
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() / SPEED, sleep=time.sleep)
-    rates = {"fp32": {16: 2e10 * SPEED}}
-    found = Links(accelerators=0, cpu_memory=16 << 30, matmul=rates, block=rates, adamw=4e8 * SPEED)
-    save_measured(no_files_of_the_users / "zinf" / "hardware.yaml", "links", found, "another machine")
+    flops = 2e10 * SPEED
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(links, "time", clock)
-        patch.setattr(nvme, "time", clock)
+        patch.setattr(figures, "_flops", lambda *_: flops)
+        if SPEED != 1:
+            clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() / SPEED, sleep=time.sleep)
+            rates = {"fp32": {16: flops}}
+            found = Links(accelerators=0, cpu_memory=16 << 30, matmul=rates, block=rates, adamw=4e8 * SPEED)
+            save_measured(no_files_of_the_users / "zinf" / "hardware.yaml", "links", found, "another machine")
+            patch.setattr(links, "time", clock)
+            patch.setattr(nvme, "time", clock)
         yield
 
 
 @pytest.fixture(scope="session")
-def forked(other_speeds: None) -> Iterator[ForkedRanks]:
+def forked(speeds: None) -> Iterator[ForkedRanks]:
     with ForkedRanks() as ranks:
         yield ranks
 
