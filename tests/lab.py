@@ -325,6 +325,8 @@ def _configure(lab: Lab, host: LabHost, *, address: str) -> Path:
         known_hosts.write(f"{names} {key}\n")
     shared = ("PYTHONPATH", "XDG_CACHE_HOME", "PATH")  # by the last, hosts log in to each other as the user does
     variables = {"LAB_HOST": host.name, **{name: lab.environment[name] for name in shared}}
+    if "OMP_WAIT_POLICY" in lab.environment:  # see the Makefile
+        variables["OMP_WAIT_POLICY"] = lab.environment["OMP_WAIT_POLICY"]
     config = host.folder / "sshd_config"
     config.write_text(
         f"ListenAddress {address}\nPort {host.port}\nHostKey {host.folder / 'host_key'}\nPidFile none\nUsePAM no\n"
