@@ -163,15 +163,13 @@ def test_an_adapter_is_compared_with_its_model(workshop: Workshop, forked: Forke
     assert_as(workshop.fork(forked, "parts"), expected)
 
 
-def test_a_run_that_goes_on_knows_what_it_began_with(workshop: Workshop, tmp_path: Path) -> None:
-    ended = workshop.launch("train.max_steps=2")
-    assert ended.code == 0, ended.err
+def test_a_run_that_goes_on_knows_what_it_began_with(workshop: Workshop, forked: ForkedRanks, tmp_path: Path) -> None:
+    workshop.fork(forked, "run", "train.max_steps=2")
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(as_text(row)) + "\n" for row in range(100, 120)))
-    other = workshop.launch(f"dataset.eval_path={tmp_path / 'other.jsonl'}", "dataset.eval_fraction=null")
-    assert other.code == 2
-    assert "the text is another one" in other.message
-    again = workshop.launch()
-    assert again.code == 0, again.err
+    other = [f"dataset.eval_path={tmp_path / 'other.jsonl'}", "dataset.eval_fraction=null"]
+    with pytest.raises(ZinfError, match="the text is another one"):
+        find_figures(load_recipe(workshop.recipe, [f"output_dir={tmp_path / 'run'}", *other]), 1)
+    again = workshop.fork(forked, "run")
     assert [line["step"] for line in again.metrics] == [0, 1, 2, 3, 4]
 
 
