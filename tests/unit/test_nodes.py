@@ -80,6 +80,29 @@ def test_the_cores_near_a_drive(tmp_path: Path) -> None:
     assert cores_near_drives([], tmp_path) == set()
 
 
+def test_the_node_of_a_partition_of_a_raid(tmp_path: Path) -> None:
+    """The kernel has the drives of a RAID in its folder, and not in those of its partitions."""
+    partition = tmp_path / "sys/devices/virtual/block/md0/md0p1"
+    (partition.parent / "slaves").mkdir(parents=True)
+    partition.mkdir()
+    drive = make_drive(tmp_path, "01", 1)
+    (partition.parent / "slaves" / drive.name).symlink_to(drive)
+    put_on(tmp_path, tmp_path, partition)
+    assert nodes_of_drive(tmp_path, tmp_path) == {1}
+
+
+def test_the_node_of_a_drive_with_several_ports(tmp_path: Path) -> None:
+    """The kernel has it beside links to the controllers that lead to it, since one port may take another's place."""
+    subsystem = tmp_path / "sys/devices/virtual/nvme-subsystem/nvme-subsys0"
+    partition = subsystem / "nvme0n1/nvme0n1p1"
+    partition.mkdir(parents=True)
+    for name, node in (("01", 0), ("02", 1)):
+        namespace = make_drive(tmp_path, name, node).parent
+        (subsystem / f"nvme{int(name) - 1}").symlink_to(namespace.parent)
+    put_on(tmp_path, tmp_path, partition)
+    assert nodes_of_drive(tmp_path, tmp_path) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("drives", "said"), [([1], "9.90 GiB, node 1 (accelerators: 0)"), ([0], "9.90 GiB"), ([], "9.90 GiB")]
 )

@@ -37,12 +37,19 @@ def nodes_of_accelerators(root: Path = Path("/")) -> frozenset[int]:
 
 
 def _nodes_of_block(block: Path) -> frozenset[int]:
-    """Of a block device: the drive, the partition, or what is made of several, such as a RAID."""
+    """Of a block device: a drive, what is made of several, such as a RAID, or a partition of one of these.
+
+    A drive with several ports lies in the folder of its subsystem, beside links to the controllers (nvme0, nvme1).
+    """
     for place in (block, *block.parents):
         if (node := _node_of(place)) is not None:
             return frozenset((node,))
-    parts = (_nodes_of_block(part.resolve()) for part in block.glob("slaves/*"))
-    return frozenset[int]().union(*parts)
+        below = [*place.glob("slaves/*")]
+        if place.name.startswith("nvme-subsys"):
+            below += [link for link in place.glob("nvme*") if link.is_symlink()]
+        if below:
+            return frozenset[int]().union(*(_nodes_of_block(part.resolve()) for part in below))
+    return frozenset()
 
 
 def _node_of(device: Path) -> int | None:
