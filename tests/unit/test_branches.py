@@ -180,6 +180,35 @@ def test_a_login_that_fails_in_a_way_of_its_own_is_refused_all_the_same() -> Non
         assert lifelines.way_to(FOUR[1]) == "simulated"
 
 
+def test_a_machine_without_room_for_a_relay_does_without() -> None:
+    class Full(SimulatedTree):
+        def open_relay(self, host: Host, launch_id: str) -> Channel:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    with Lifelines(Full()) as lifelines:
+        assert [row.cells["by"] for row in check_hosts(FOUR, lifelines).rows] == ["simulated"] * 4
+
+
+def test_a_machine_without_room_for_another_thread_gives_hosts_up_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the thread that hears all hosts end."""
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("gives up"):
+            raise RuntimeError("can't start new thread")
+        start_any(thread)
+
+    start_any = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with Lifelines(SimulatedTree()) as lifelines:
+        first, second, third, fourth = connected(lifelines)
+        for patience in (lifelines._branches.relays[1]._patience, second._patience):
+            patience._until = patience._seconds = 0.0  # it is over
+        assert third.hear_event(20) is None
+        assert fourth.hear_event(20) is None
+        assert second.hear_event(20) is None
+        assert first.request("reach") == "eth0"
+
+
 def test_a_machine_without_room_for_another_connection_says_so() -> None:
     class Full(SimulatedTree):
         def open(self, host: Host, launch_id: str) -> Channel:

@@ -23,7 +23,7 @@ from zinf_cli.launch.frames import WINDOW, Frames, Kind, frame, frames_of, taken
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.switchboard import Switchboard
-from zinf_cli.launch.transport import MOST_RECEIVED, SILENCE_S, Channel, Gone, Transport
+from zinf_cli.launch.transport import MOST_RECEIVED, SILENCE_S, Channel, Gone, Transport, give_up
 from zinf_cli.recipe.hosts import Host
 
 _TRIES = 3
@@ -72,7 +72,7 @@ class Branches:
         """Start a relay for a group, on the first of its hosts where that is possible."""
         assert isinstance(self._transport, Branching)
         for number, host in enumerate(group[:_TRIES]):
-            with suppress(HostError):  # if it can't be reached at all, `open` says why
+            with suppress(HostError, OSError):  # if it can't be reached at all, `open` says why
                 channel = self._transport.open_relay(host, self._launch_id)
                 relay = Relay(host, channel, self._switchboard)
                 self.relays.append(relay)
@@ -204,7 +204,7 @@ class Relay:
 
     def _give_up(self, why: str) -> None:
         self._lose(why)
-        threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
+        give_up(self._channel, self.host.name)
 
     def _lose(self, why: str) -> None:
         with self._changing:

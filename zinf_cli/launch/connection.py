@@ -22,7 +22,7 @@ from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
 from zinf_cli.launch.ssh import Ssh
 from zinf_cli.launch.switchboard import Switchboard
-from zinf_cli.launch.transport import Channel, Gone, Transport
+from zinf_cli.launch.transport import Channel, Gone, Transport, give_up
 from zinf_cli.recipe.hosts import Host
 
 _LOOK_S = 0.1
@@ -245,7 +245,7 @@ class Connection:
 
     def _give_up(self, why: str) -> None:
         self._ended = why
-        threading.Thread(target=self._channel.abort, name=f"gives up {self.host.name}", daemon=True).start()
+        give_up(self._channel, self.host.name)
 
     def _send(self, data: bytes) -> None:
         with self._sending:

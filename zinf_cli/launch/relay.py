@@ -37,7 +37,7 @@ from zinf_cli.launch.process_tree import become_subreaper, end_descendants
 from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.srun import Srun
 from zinf_cli.launch.switchboard import Switchboard
-from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, Transport
+from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, Transport, give_up
 from zinf_cli.recipe.hosts import Host
 
 _HEARTBEAT_S = 1.0
@@ -157,7 +157,7 @@ class _Relayed:
         """Hang up when all is passed on, or give the host up at once. Its thread does the rest."""
         self._waiting.put(None)
         if at_once and self._channel is not None:
-            threading.Thread(target=self._channel.abort, name=f"gives up host {self._number}", daemon=True).start()
+            give_up(self._channel, f"host {self._number}")
 
     @property
     def is_open(self) -> bool:

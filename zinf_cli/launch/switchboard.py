@@ -89,7 +89,9 @@ class Switchboard:
                         self._forget(descriptor)
             if time.monotonic() >= due:
                 due = time.monotonic() + _HEARTBEAT_S
-                for descriptor, line in tuple(self._lines.items()):
+                with self._changing:
+                    lines = tuple(self._lines.items())
+                for descriptor, line in lines:
                     with self._changing:
                         if self._lines.get(descriptor) is line:
                             line.beat()

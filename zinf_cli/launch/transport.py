@@ -7,6 +7,7 @@ A Transport opens a Channel to a host. There is one for this machine (pipes.py),
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol
@@ -65,6 +66,14 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Close what is left of the channel, after `hang_up` or `abort`."""
+
+
+def give_up(channel: Channel, name: str) -> None:
+    """Abort a channel to `name`, in a thread: whoever hears other hosts does not wait. Where no thread starts, here."""
+    try:
+        threading.Thread(target=channel.abort, name=f"gives up {name}", daemon=True).start()
+    except RuntimeError:
+        channel.abort()
 
 
 class Transport(Protocol):
