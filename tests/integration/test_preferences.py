@@ -36,7 +36,8 @@ def texts_of(row: int) -> tuple[str, str, str]:
 
 
 def as_text(row: int) -> dict[str, Any]:
-    return dict(zip(("prompt", "chosen", "rejected"), texts_of(row), strict=True))
+    prompt, *answers = texts_of(row)
+    return dict(zip(("prompt", "chosen", "rejected"), (prompt, *(f" {answer}" for answer in answers)), strict=True))
 
 
 def as_chats(row: int) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def test_a_run_that_goes_on_knows_what_it_began_with(workshop: Workshop, forked:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["dataset.path=FOLDER/half.jsonl"], "half.jsonl:2: expected two answers, got 'w1' and None (set dataset.cho"),
+        (["dataset.path=FOLDER/half.jsonl"], "half.jsonl:2: expected two answers, got ' w1' and None (set dataset.ch"),
         (["dataset.path=FOLDER/tokens.npy"], "dpo needs pairs of answers, and .npy files have none"),
         (["dataset.packing=documents"], "dataset.packing: dpo compares two answers"),
         (["train.seq_len=2"], "the text has nothing to train on"),
@@ -184,7 +185,7 @@ def test_a_run_that_goes_on_knows_what_it_began_with(workshop: Workshop, forked:
     ],
 )
 def test_what_is_no_pair_of_answers(changes: list[str], said: str, workshop: Workshop, tmp_path: Path) -> None:
-    rows = [as_text(0), {"prompt": "w1", "chosen": "w1"}]
+    rows = [as_text(0), {"prompt": "w1", "chosen": " w1"}]
     (tmp_path / "half.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     workshop.write()
     with pytest.raises(ZinfError) as caught:

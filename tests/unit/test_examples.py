@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats").mkdir()
     for name in ("chats", "tech_support", "coding", "trivia"):
         (folder / "chats" / f"{name}.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 300)
-    pair = {"prompt": "one two", "chosen": "three yes", "rejected": "no"}
+    pair = {"prompt": "one two", "chosen": " three yes", "rejected": " no"}
     (folder / "preferences.jsonl").write_text(f"{json.dumps(pair)}\n" * 300)
     texts = [{"text": "one two three yes" if good else "no two", "label": "good" if good else "bad"} for good in (0, 1)]
     (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts) * 150)

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Raw
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tiny_models import WORDS
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.data import TextSource, open_token_stream
+from zinf_cli.text.documents import Document
+from zinf_cli.text.tokens import Tokenizer
 
 
 def test_documents_are_tokenised_at_once_as_one_by_one(tokenizer: Path, tmp_path: Path) -> None:
@@ -26,3 +31,28 @@ def test_documents_are_tokenised_at_once_as_one_by_one(tokenizer: Path, tmp_path
     path.write_text("".join(json.dumps({"text": 3 if number == 400 else "one"}) + "\n" for number in range(600)))
     with pytest.raises(DatasetError, match=r"a\.jsonl:401: expected text, got int"):
         open_token_stream(source, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "tokens", "said"),
+    [
+        ("Q:", "yes", ["▁Q", ":", "yes", "</s>"], 2),  # tokenised alone, the answer would be ▁yes
+        ("Q:", " yes", ["▁Q", ":", "▁yes", "</s>"], 2),
+        ("Q: ", "yes", ["▁Q", ":", "▁yes", "</s>"], 2),  # the prompt alone ends with ▁
+    ],
+)
+def test_an_answer_has_the_tokens_it_has_behind_its_prompt(
+    prompt: str, answer: str, tokens: list[str], said: int, tmp_path: Path
+) -> None:
+    words = ["<unk>", "</s>", "▁", "Q", "▁Q", ":", "yes", "▁yes", "no", "▁no", *"yesno"]
+    raw = Raw(models.Unigram([(word, -1.0) for word in dict.fromkeys(words)], unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    row = Document("here", answer, beside={"prompt": prompt, "rejected": " no"})
+    (ids, mask), _ = Tokenizer(tmp_path).encode_answers(row, ("chosen", "rejected", "prompt"))
+    assert fast.convert_ids_to_tokens(ids) == tokens
+    assert mask == [False] * said + [True] * (len(tokens) - said)
+    merged = Document("here", "yes", beside={"prompt": "", "rejected": "no"})
+    with pytest.raises(DatasetError, match="here: a prompt or an answer has no tokens"):
+        next(Tokenizer(tmp_path).encode_answers(merged, ("chosen", "rejected", "prompt")))

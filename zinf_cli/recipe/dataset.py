@@ -42,7 +42,8 @@ class Dataset(Section):
     target_field: str = "target"
     """And the one that holds what the decoder is to write; both are cut at train.seq_len tokens."""
     prompt_field: str = "prompt"
-    """For train.objective dpo: the field with what is answered, text or chat messages; or answers are whole chats."""
+    """For train.objective dpo: the field with what is answered, text or chat messages; or answers are whole chats.
+    A text is followed by the answer at once, so a space between them has to be in one of both."""
     chosen_field: str = "chosen"
     """The field with the answer that is to be preferred."""
     rejected_field: str = "rejected"

@@ -183,8 +183,10 @@ class Tokenizer:
     ) -> Iterator[tuple[list[int], list[bool]]]:
         """(tokens, mask) of the chosen answer and of the rejected one, each behind the prompt.
 
-        The mask is that of the answer. `fields` are those of chosen, rejected and prompt. An answer ends with the
-        end-of-text token, or as the chat template ends it. DatasetError if the document has no two answers.
+        They are tokenised together, as SentencePiece puts a space before a text that is tokenised alone. The mask is
+        that of the answer: it begins with the first token that the prompt alone does not have. `fields` are those of
+        chosen, rejected and prompt. An answer ends with the end-of-text token, or as the chat template ends it.
+        DatasetError if the document has no two answers.
         """
         chosen, rejected, prompt = document.content, document.beside.get(fields[1]), document.beside.get(fields[2])
         if not all(isinstance(answer, str | list) and answer for answer in (chosen, rejected)):
@@ -209,12 +211,20 @@ class Tokenizer:
             asked, texts = self._answered(document, chosen, rejected, prompt)
         for begin, text in zip(asked, texts, strict=True):
             before = list(self._encode(begin, document)["input_ids"])
-            answer = list(self._encode(text[len(begin) :], document)["input_ids"])
+            ids = list(self._encode(text, document)["input_ids"])
+            same = next(
+                (n for n, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other), len(before)
+            )
             if isinstance(chosen, str) and self.end is not None:
-                answer.append(self.end)
-            if not before or not answer:
+                ids.append(self.end)
+            if not before or not ids[same:]:
                 raise DatasetError("a prompt or an answer has no tokens", where=document.where)
-            yield [*before, *answer], [False] * len(before) + [True] * len(answer)
+            if not same:
+                raise DatasetError(
+                    f"the first token of {begin!r:.40} is another one once it is answered, so nothing is before it",
+                    where=document.where,
+                )
+            yield ids, [False] * same + [True] * (len(ids) - same)
 
     def _answered(
         self, document: Document, chosen: list[Any], rejected: list[Any], prompt: Any
