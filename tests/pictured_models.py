@@ -15,6 +15,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
@@ -31,13 +33,13 @@ TEMPLATE = (
 )
 
 
-def _tokenizer(*special: str) -> PreTrainedTokenizerFast:
+def _tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """A word a token; the image's tokens are special."""
     names = ["<pad>", "<bos>", "<end>", "<user>", "<bot>", "[UNK]", *WORDS, *special]
     raw = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     known = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "[UNK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(special), **known)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(special), **known, **named)
 
 
 def _llava() -> Any:
@@ -55,14 +57,30 @@ def _idefics3() -> Any:
     return Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TEMPLATE.replace("IMAGE", "<image>"))
 
 
-PROCESSORS: dict[str, Callable[[], Any]] = {"llava": _llava, "idefics3": _idefics3}
+def _gemma3() -> Any:
+    """Tokens of a picture see each other: the processor says which tokens they are."""
+    images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    known = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
+    tokenizer = _tokenizer(*known.values(), **known)
+    template = TEMPLATE.replace("IMAGE", "<boi>")
+    return Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
+
+
+PROCESSORS: dict[str, Callable[[], Any]] = {"llava": _llava, "idefics3": _idefics3, "gemma3": _gemma3}
+
+CHANGES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "llava": lambda processor: {"image_token_index": processor.image_token_id},
+    "idefics3": lambda processor: {"image_token_id": processor.image_token_id},
+    "gemma3": lambda processor: {"image_token_index": processor.image_token_ids[0], "mm_tokens_per_image": 4},
+}
+"""What a tiny configuration says of a processor's tokens."""
 
 
 def save_pictured(folder: Path, name: str) -> None:
     """A tiny model of the type `name` with random weights and its processor."""
     processor = PROCESSORS[name]()
     config = next(configs(name))
-    config["image_token_index" if name == "llava" else "image_token_id"] = processor.image_token_id
+    config |= CHANGES[name](processor)
     torch.manual_seed(3)
     model_type = config.pop("model_type")
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **config))

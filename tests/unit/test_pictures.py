@@ -23,7 +23,7 @@ from zinf_cli.errors import ZinfError
 from zinf_cli.recipe.recipe_file import load_recipe
 from zinf_cli.text.chats import PICTURES
 from zinf_cli.text.documents import Document
-from zinf_cli.text.pictures import Processor, open_picture
+from zinf_cli.text.pictures import KINDS, Processor, open_picture
 from zinf_cli.text.token_stream import MASKED
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
@@ -210,8 +210,29 @@ def test_pixels_are_made_with_the_settings_of_tokens(tmp_path: Path) -> None:
     document = Document("here", "w1 <image> w2", beside={PICTURES: ["wide.png"]})
     found = processor.encode(document, tmp_path / "rows.jsonl", ("assistant",))
     seen = found.ids.count(AutoProcessor.from_pretrained(tmp_path).image_token_id)
-    pixels = processor.beside([[str(tmp_path / "wide.png")]], torch.tensor([found.ids]))["pixel_values"]
+    pixels = processor.beside([[str(tmp_path / "wide.png")]], *2 * [torch.tensor([found.ids])])["pixel_values"]
     assert seen == len(pixels) > 1  # a token for each patch
+
+
+def test_what_a_processor_makes_beside_all_that_is_known_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(AutoProcessor.from_pretrained(data / "llava"))
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda *given, **more: call(*given, **more) | {"cross_attention_mask": [[1]]})
+    document = Document("here", "w1 <image> w2", beside={PICTURES: ["pictures/1.png"]})
+    with pytest.raises(ZinfError, match="here: LlavaProcessor makes cross_attention_mask of a text as well, which"):
+        Processor(data / "llava").encode(document, data / "rows.jsonl", ("assistant",))
+
+
+def test_tokens_behind_a_prompt_are_of_another_kind(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor says so by kinds and labels, as PaliGemma's does: 0 of what is read, 1 of what is learned."""
+    kind = type(AutoProcessor.from_pretrained(data / "llava"))
+    monkeypatch.setattr(kind, "model_input_names", property(lambda self: ["pixel_values", *2 * [KINDS], "labels"]))
+    labels = torch.tensor([[MASKED, MASKED, 5, 6, MASKED]])
+    found = Processor(data / "llava").beside([], torch.tensor([[3, 4, 5, 6, 0]]), labels)
+    assert found.keys() == {KINDS}
+    assert found[KINDS].tolist() == [[0, 0, 1, 1, 0]]
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:

@@ -105,7 +105,7 @@ class Collator:
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0])
         if isinstance(kind, LabelledStream | PicturedStream):
             pictured = isinstance(kind, PicturedStream)
-            beside = self._beside(stream, samples or (Sample(0, 0),), input_ids) if pictured else {}
+            beside = self._beside(stream, samples or (Sample(0, 0),), input_ids, labels) if pictured else {}
             num_tokens = int(third[0].sum()) if samples else 0
             return Batch(input_ids, labels, num_targets, index, num_tokens, attention_mask=third[0], beside=beside)
         if not num_targets:
@@ -115,11 +115,13 @@ class Collator:
             return Batch(input_ids, labels, num_targets, index, num_tokens, position_ids=third[0])
         return Batch(input_ids, labels, num_targets, index, num_tokens)
 
-    def _beside(self, stream: Stream, samples: Sequence[Sample], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _beside(
+        self, stream: Stream, samples: Sequence[Sample], input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """What the model takes beside the tokens of texts with pictures."""
         rows = [_at(stream, sample.window, self.seq_len) for sample in samples]
         parts = [(part, index) for part, index in rows if isinstance(part, PicturedStream)]
-        return parts[0][0].processor.beside([part.pictures(index) for part, index in parts], input_ids)
+        return parts[0][0].processor.beside([part.pictures(index) for part, index in parts], input_ids, labels)
 
     def has_targets(self, stream: Stream) -> bool:
         """Whether any window has a label that the loss uses. True for a stream that is shorter than a window."""

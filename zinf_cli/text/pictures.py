@@ -21,8 +21,11 @@ from zinf_cli.text.cache import identity
 from zinf_cli.text.chats import render_chat
 from zinf_cli.text.documents import Document, refuse_halves
 from zinf_cli.text.picture_parts import PROCESSOR_FILES, with_pictures
-from zinf_cli.text.token_stream import Seen
+from zinf_cli.text.token_stream import MASKED, Seen
 from zinf_cli.version import version_of
+
+KINDS = "token_type_ids"
+"""What processors call kinds of tokens, and what nearly all tokenizers make too."""
 
 
 class Pictured(NamedTuple):
@@ -59,6 +62,8 @@ class Processor:
             raise DatasetError("no processor of pictures here", where=str(directory), hint=_WITHOUT)
         self._tokenizer: Any = self._processor.tokenizer
         self._directory = directory
+        self._known = False
+        """Whether all that it makes of a text with pictures is known here."""
 
     @staticmethod
     def fingerprint(directory: Path) -> list[str]:
@@ -105,19 +110,36 @@ class Processor:
             raise DatasetError("a text has no tokens", where=document.where)
         return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))
 
-    def beside(self, rows: Sequence[Sequence[str]], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def beside(
+        self, rows: Sequence[Sequence[str]], input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """What the model takes beside the tokens of texts, by its argument's name.
 
-        That is of the pictures at the paths in `rows`, one a text, and which of `input_ids` (int64 [texts, length])
-        stand for them, if the model asks for that. DatasetError if a picture can't be read.
+        That is of the pictures at the paths in `rows`, one a text, and of the tokens (`input_ids` and `labels`, int64
+        [texts, length]). DatasetError if a picture can't be read.
         """
-        wanted = self._processor.model_input_names
         opened = [[open_picture(Path(path), path) for path in row] for row in rows if row]
         found: Any = self._processor.image_processor(opened, **self._settings) if opened else {}
-        taken = {name: value for name, value in found.items() if name in wanted}
-        if "mm_token_type_ids" in wanted:
-            taken["mm_token_type_ids"] = torch.isin(input_ids, torch.tensor(self.stand_ins)).to(torch.int64)
-        return taken
+        taken = {name: value for name, value in found.items() if name in self._processor.model_input_names}
+        return taken | self._of_tokens(input_ids, labels)
+
+    def _of_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What kind of token each is, if the model takes that: int64 [texts, length], by its argument's name."""
+        names, kinds = self._processor.model_input_names, {}
+        for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
+            if name in names:
+                kinds[name] = torch.tensor(getattr(self._processor, f"create_{name}")(input_ids.tolist()))
+        if self._names_kinds:  # of a prompt and its answer (PaliGemma), or of pictures (Gemma 3)
+            of_answers = "labels" in names
+            kinds[KINDS] = labels != MASKED if of_answers else torch.isin(input_ids, torch.tensor(self.stand_ins))
+        return {name: kind.to(torch.int64) for name, kind in kinds.items()}
+
+    @property
+    def _names_kinds(self) -> bool:
+        """Whether the processor itself, and not its tokenizer, says what kind of token each is."""
+        both = (self._processor.model_input_names, self._tokenizer.model_input_names)
+        own, its = (list(names).count(KINDS) for names in both)
+        return own > its
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -158,6 +180,9 @@ class Processor:
                 ]
         except Exception as error:  # foreign code
             raise DatasetError(f"the processor fails: {_first_line(error)}", where=document.where) from error
+        if pictures and not self._known:
+            self._refuse_more(found, pictures, document.where)
+            self._known = True
         ids, stand_ins = list(found["input_ids"][0]), set(self.stand_ins)
         places = len(spans) if pictures else sum(token in stand_ins for token in ids)
         if places != len(pictures):
@@ -167,7 +192,24 @@ class Processor:
             )  # fmt: skip
         return ids, [first for first, _ in found["offset_mapping"][0]], spans
 
+    def _refuse_more(self, found: Any, pictures: Sequence[Any], where: str) -> None:
+        """DatasetError if what the processor makes of a text with pictures, `found`, has more than `beside` gives.
 
+        A model that takes it would compute something else without it.
+        """
+        tokens = torch.tensor(found["input_ids"])
+        given = {*self._processor.image_processor([list(pictures)], **self._settings), *self._of_tokens(tokens, tokens)}
+        if more := set(found) - given - _OF_TEXT:
+            raise DatasetError(
+                f"{type(self._processor).__name__} makes {', '.join(sorted(more))} of a text as well, which is not "
+                "carried to the model",
+                where=where,
+                hint=_WITHOUT,
+            )
+
+
+_OF_TEXT = {"input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets", "labels", KINDS}
+"""What a processor makes of the text alone. It makes the last two of what stands behind a prompt, which is learned."""
 _WITHOUT = "give a model that takes pictures, with its processor's files, or leave dataset.images_field out"
 
 
