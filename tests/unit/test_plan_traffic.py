@@ -26,6 +26,7 @@ from zoo.shrink import configs
 pytestmark = pytest.mark.usefixtures("own_folders", "stated_speed")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("per_sweep", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "mixtral", "bert", "deepseek_v3"])
@@ -41,6 +42,7 @@ def test_traffic_is_as_planned(name: str, per_sweep: int, clip: float | None, tm
     assert written / len(lines) == pytest.approx(plan.nvme_written, rel=0.08)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stays", ["nothing", "some", "all"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "t5", "bert", "bloom", "opt", "phi3"])
 def test_each_byte_that_parts_save_is_in_the_plan(

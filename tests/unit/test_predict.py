@@ -120,10 +120,13 @@ def answer(path: Path, capsys: pytest.CaptureFixture[str], *overrides: str, **fl
     return document
 
 
-def test_a_recipe_is_estimated_as_it_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_is_estimated_as_it_is_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     recipe = recipe_of(tmp_path, "llama-tied")
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     found = answer(tmp_path / "r.yaml", capsys)
+    request.getfixturevalue("looked_at_here")
     plan = best_plan(recipe, figures_of(recipe))
     assert found["params"] == plan.figures.model.num_params
     assert found["placement"] == plan.placement

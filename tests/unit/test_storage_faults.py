@@ -26,6 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("scenario", "fault"), [(name, fault) for name, faults in SAMPLE.items() for fault in faults])
 def test_a_fault_is_named_or_makes_no_difference(scenario: str, fault: str, lab: Lab) -> None:
     kind, nth, how = fault.split("-")
