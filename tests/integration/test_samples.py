@@ -69,6 +69,7 @@ def test_samples_are_what_transformers_writes(
 def test_a_head_in_tiles_writes_the_same(workshop: Workshop, forked: ForkedRanks) -> None:
     workshop.content["model"]["config"] |= {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 16384}
     workshop.content["optimizer"]["lr"] = 1e-4
+    workshop.content["train"] |= {"max_steps": 2}
     whole = workshop.fork(forked, "whole")
     plan = json.loads((whole.run_dir / "plan.json").read_text())
     needed = next(limit["needed"] for limit in plan["limits"] if limit["tier"] == "cpu")
