@@ -1,8 +1,9 @@
-"""Says what it reads at first, then what it is told."""
+"""Says what it reads at first, line by line up to an empty one; then what it is told."""
 
 from __future__ import annotations
 
 import sys
 
-print("I have read " + sys.stdin.readline(), end="", flush=True)
+while line := sys.stdin.readline().strip():
+    print("I have read", line, flush=True)
 print("told", sys.stdin.read())

@@ -71,9 +71,12 @@ def test_it_reads_its_opening_at_once_and_what_it_says_is_heard() -> None:
         connection = lifelines.connect(this_machine(1))
         connection.request("stand_by", command=words, environment={}, defaults={}, opening="this\n")
         assert heard(connection) == {"event": "said", "line": "I have read this"}
-        told = connection.capture(words, within=20, text="go")
-        assert told["output"] == "I have read this\ntold go\n"
-        anew = connection.capture(words, within=20, opening="that\n", text="go")
+        more = "x" * (3 << 20)
+        connection.request("ask", text=f"{more}\n")
+        assert heard(connection) == {"event": "said", "line": f"I have read {more}"}
+        told = connection.capture(words, within=20, text="\ngo")
+        assert told["output"] == f"I have read this\nI have read {more}\ntold go\n"
+        anew = connection.capture(words, within=20, opening="that\n", text="\ngo")
         assert anew["output"] == "I have read that\ntold go\n"
 
 

@@ -87,7 +87,8 @@ class Child:
 
     def news(self) -> list[str]:
         """The lines that it has printed since the last call."""
-        *lines, _ = os.pread(self._kept[0].fileno(), _MOST_TEXT, self._said).split(b"\n")
+        descriptor = self._kept[0].fileno()
+        *lines, _ = os.pread(descriptor, os.fstat(descriptor).st_size - self._said, self._said).split(b"\n")
         self._said += sum(len(line) + 1 for line in lines)
         return [line.decode(errors="replace") for line in lines]
 

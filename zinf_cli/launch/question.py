@@ -57,14 +57,18 @@ def figures_from(
 ) -> FiguresOf:
     """What finds the figures of a recipe.
 
-    `asked` says that the agent behind the connection was asked for those of the whole model when it was started.
-    `in_part`, a part of a long text is enough.
+    `asked` says that an agent stands by behind the connection, and was asked for those of the whole model when it was
+    started. It is asked for those of parts as well: it has imported what that takes. `in_part`, a part of a long text
+    is enough.
     """
 
     def figures_of(most: int | None, tell: Tell = nobody) -> Figures:
-        if asked and most is None:
-            return _overheard(connection, tell)
-        return _ask(question(recipe, slots, hosts, most, in_part=in_part), connection)
+        text = question(recipe, slots, hosts, most, in_part=in_part)
+        if not asked:
+            return _ask(text, connection)
+        if most is not None:
+            connection.request("ask", text=text)
+        return _overheard(connection, tell)
 
     return figures_of
 
@@ -80,7 +84,7 @@ def _ask(asked: str, connection: Connection) -> Figures:
 
 
 def _overheard(connection: Connection, tell: Tell) -> Figures:
-    """The answer of that host's agent, which was asked when it was started.
+    """The answer of that host's agent, which was asked.
 
     Errors are those of `_ask`; HostError where the host is lost.
     """

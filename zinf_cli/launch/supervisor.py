@@ -235,6 +235,12 @@ class Supervisor:
         self._standing_by = self._start(command, environment, defaults)
         self._standing_by.tell(opening)
 
+    def do_ask(self, text: str) -> None:
+        """Let the process that stands by read `text` as well."""
+        if self._standing_by is not None:  # else its end is an event
+            with contextlib.suppress(BrokenPipeError):
+                self._standing_by.tell(text)
+
     def do_run(
         self,
         command: Sequence[str],

@@ -4,11 +4,12 @@ It imports MODULE, and with it torch, before it gets its order: that can happen 
 imports nothing, and ranks share what was imported. A fork takes over all memory, but no other threads. So nothing here
 may use the device or start torch's threads.
 
-Two lines of JSON come on stdin. The first is null, or a question about the recipe (question.py), which is answered on
-stdout. The second is the order: this host's "part" of the run (elastic.py), the "function" of MODULE that ranks run,
-its "run_dir" and "arguments", the "environment" of the ranks, "defaults" for variables that this host does not set, and
-the "log" for all output of the agent. If something fails, the last line on stdout is {"failed": ...}. It has the first
-"rank" of this host that failed, and its exit "code" (negative for a signal), or the "error" that ended the agent.
+Lines of JSON come on stdin. The first is null, or a question about the recipe (question.py), which is answered on
+stdout. Others may follow, about the model in parts. The last line is the order: this host's "part" of the run
+(elastic.py), the "function" of MODULE that ranks run, its "run_dir" and "arguments", the "environment" of the ranks,
+"defaults" for variables that this host does not set, and the "log" for all output of the agent. If something fails, the
+last line on stdout is {"failed": ...}. It has the first "rank" of this host that failed, and its exit "code" (negative
+for a signal), or the "error" that ended the agent.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from zinf_cli.train.rank_process import run_rank
 
 
 def main() -> None:
-    """Wait for the order and follow it."""
+    """Answer what is asked, wait for the order and follow it."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # an import that asks for devices must not start CUDA
     out, line = answers_to(), sys.stdin.readline()
     question = Question(line, out) if json.loads(line) else None
@@ -45,7 +46,8 @@ def main() -> None:
     gc.enable()
     if question is not None:
         question.answer()
-    order = json.loads(sys.stdin.readline())
+    while "recipe" in (order := json.loads(line := sys.stdin.readline())):
+        Question(line, out).answer()
     with Path(order["log"]).open("wb") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
