@@ -16,62 +16,23 @@ numpy are places, too. Objects that hide their state from Python (an iterator, a
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from types import FunctionType, MethodType, SimpleNamespace
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from zinf_cli.engine.compute.carriers import BARE, Carrier, Reach, ends_walk, holds_values, read_carrier
+from zinf_cli.engine.compute.carriers import Reach
+from zinf_cli.engine.compute.held import WEIGHTS, Held, Settled, States, held_now, is_still, stateful
 from zinf_cli.engine.compute.spaces import ABSENT, PLAIN, Search
-from zinf_cli.engine.units.tiles import TiledWeight
 from zinf_cli.errors import ModelError
-from zinf_cli.tiers.streams import streams_of
 
-WEIGHTS = (nn.Parameter, TiledWeight)
-"""Classes of what updates alone change."""
-
-_STATEFUL: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {
-    torch.Generator: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
-    random.Random: (lambda own: own.getstate(), lambda own, state: own.setstate(state)),
-    np.random.RandomState: (lambda own: own.get_state(), lambda own, state: own.set_state(state)),
-    np.random.Generator: (lambda own: own.bit_generator.state, lambda own, state: _set_bits(own, state)),
-    np.ndarray: (lambda own: own.copy(), lambda own, state: np.copyto(own, state)),
-    torch.Tensor: (lambda own: own.detach().clone(), lambda own, state: _set_values(own, state)),
-}
-"""Functions that read and that restore the state of an object of a class."""
-
-
-@dataclass
-class _Held:
-    """What a place held at some moment, with all that was reached from there and from no earlier place."""
-
-    value: Any
-    carriers: Sequence[Carrier] = ()
-    states: Sequence[tuple[Any, Any]] = ()
-    """(object, its state)."""
-
-    def same_as(self, other: _Held) -> bool:
-        return (
-            _same(self.value, other.value)
-            and len(self.carriers) == len(other.carriers)
-            and len(self.states) == len(other.states)
-            and all(map(_same_carrier, self.carriers, other.carriers))
-            and all(_same(one, two) for (_, one), (_, two) in zip(self.states, other.states, strict=True))
-        )
-
-
-_States = Mapping[int, tuple[Any, Any]]
-"""(object, its state), by the object's id."""
-Moment = dict[tuple[str, str], _Held]
+Moment = dict[tuple[str, str], Held]
 """What places held, by space and name."""
-_ABSENT = _Held(ABSENT)
+_Look = dict[str, dict[str, Held]]
+"""The same of all places, by space and then by name."""
+_ABSENT = Held(ABSENT)
 
 
 class MovingState:
@@ -83,9 +44,11 @@ class MovingState:
         self._is_of_weight = is_of_weight
         self._new = True
         """Whether there may be spaces that the search has not found yet."""
-        self._before: Moment = {}
+        self._before: _Look = {}
+        self._settled: dict[str, Settled | None] = {}
+        """By space, of those that are compared at once."""
         self._last: Moment = {}
-        self._states: _States = {}
+        self._states: States = {}
         """States of the last look at the whole model. An object that still holds its state is not copied again."""
         self._asked: list[tuple[tuple[str, str], torch.Tensor]] = []
         """(place, whether it holds something else than at `begin`: a bool scalar on an accelerator), not read yet."""
@@ -108,12 +71,15 @@ class MovingState:
     def look(self) -> None:
         """See what has moved since `begin`."""
         now, before = self._now(self._asked), self._before
-        self._moved |= before.keys() - now.keys()
-        self._moved |= {
-            place
-            for place, held in now.items()
-            if (known := before.get(place, _ABSENT)) is not held and not held.same_as(known)
-        }
+        for label in before.keys() | now.keys():
+            held, known = now.get(label, {}), before.get(label, {})
+            if held is not known:
+                self._moved |= {(label, name) for name in known.keys() - held.keys()}
+                self._moved |= {
+                    (label, name)
+                    for name, one in held.items()
+                    if (other := known.get(name, _ABSENT)) is not one and not one.same_as(other)
+                }
 
     @property
     def moved(self) -> set[tuple[str, str]]:
@@ -139,7 +105,7 @@ class MovingState:
 
     def refuse_views(self, places: Iterable[tuple[str, str]] | None = None) -> None:
         """ModelError if one of the `places`, or of all, holds a view of a weight. It would not follow the weight."""
-        for place in self._now() if places is None else places:
+        for place in _flat(self._now()) if places is None else places:
             value = self.value(place)
             for tensor in [value] if isinstance(value, torch.Tensor) else Reach([value], most=sys.maxsize).tensors:
                 if not isinstance(tensor, WEIGHTS) and self._is_of_weight(tensor):
@@ -175,7 +141,7 @@ class MovingState:
 
     def put_back(self) -> None:
         """Put the model back to what it was at `begin`."""
-        self.go_to({**dict.fromkeys(self._now(), _ABSENT), **self._before})
+        self.go_to({**dict.fromkeys(_flat(self._now()), _ABSENT), **_flat(self._before)})
 
     def moment(self) -> Moment:
         """What the places that move hold now. A place that is unchanged since the last moment is not copied again."""
@@ -185,7 +151,9 @@ class MovingState:
             for place, held in self._of_those_that_move().items()
         }
         self._moved |= {
-            place for place, held in self._last.items() if not held.same_as(self._before.get(place, _ABSENT))
+            (label, name)
+            for (label, name), held in self._last.items()
+            if not held.same_as(self._before.get(label, {}).get(name, _ABSENT))
         }
         return self._last
 
@@ -198,154 +166,62 @@ class MovingState:
             for owner, state in held.states:
                 stateful(owner)[1](owner, state)
 
-    def _now(self, asked: list[tuple[tuple[str, str], torch.Tensor]] | None = None) -> Moment:
+    def _now(self, asked: list[tuple[tuple[str, str], torch.Tensor]] | None = None) -> _Look:
         """What all places hold. Objects on an accelerator are copied or, with `asked`, taken to be as they were at the
         last look, and compared with that there: `asked` gets the answers to come."""
         seen: set[int] = set()
-        now: Moment = {}
+        now: _Look = {}
         for label, space in self._search.spaces.items():
+            settled, known = self._settled.get(label), self._before.get(label, {})
+            if settled is not None and settled.is_so(seen):
+                now[label] = known
+                continue
+            now[label] = held = {}
             for name, value in space.values().items():
-                place = label, name
-                known = self._before.get(place)
-                if type(value) in PLAIN:  # most values: what was held before is that same object
-                    now[place] = known if known is not None and known.value is value else _Held(value)
-                elif known is not None and id(value) not in seen and _is_still(value, known):
-                    seen.add(id(value))
-                    now[place] = known
-                else:
-                    answers: list[torch.Tensor] | None = None if asked is None else []
-                    now[place] = _held(value, seen, self._states, answers)
-                    if asked is not None:
-                        asked.extend((place, differs) for differs in answers or ())
-        self._states = {id(pair[0]): pair for held in now.values() for pair in held.states}
+                held[name] = self._held_at((label, name), value, known.get(name), seen, asked)
+            if len(held) == len(known) and all(known.get(name) is one for name, one in held.items()):
+                now[label] = known
+            self._settled[label] = Settled.found(space.owner, held) if now[label] is known else None
+        self._states = {
+            id(pair[0]): pair
+            for label, held in now.items()
+            if self._settled[label] is None
+            for one in held.values()
+            for pair in one.states
+        }
         return now
+
+    def _held_at(
+        self,
+        place: tuple[str, str],
+        value: Any,
+        known: Held | None,
+        seen: set[int],
+        asked: list[tuple[tuple[str, str], torch.Tensor]] | None,
+    ) -> Held:
+        """What a place holds now, as `known` if it is that."""
+        if type(value) in PLAIN:  # most values: what was held before is that same object
+            return known if known is not None and known.value is value else Held(value)
+        if known is not None and is_still(value, known, seen):
+            return known
+        answers: list[torch.Tensor] | None = None if asked is None else []
+        held = held_now(value, seen, self._states, answers)
+        if asked is not None:
+            asked.extend((place, differs) for differs in answers or ())
+        return held
 
     def _of_those_that_move(self) -> Moment:
         seen: set[int] = set()
         values = {label: self._search.spaces[label].values() for label, _ in self.moving}
-        return {(label, name): _held(values[label].get(name, ABSENT), seen, {}) for label, name in sorted(self.moving)}
+        return {
+            (label, name): held_now(values[label].get(name, ABSENT), seen, {}) for label, name in sorted(self.moving)
+        }
+
+
+def _flat(look: _Look) -> Moment:
+    return {(label, name): held for label, part in look.items() for name, held in part.items()}
 
 
 def named(place: tuple[str, str]) -> str:
     """A place in words for the user."""
     return ".".join(part for part in place if part)
-
-
-def _held(value: Any, seen: set[int], known: _States, asked: list[torch.Tensor] | None = None) -> _Held:
-    """What `value` holds now. The state of an object is taken from `known` if the object still holds it.
-
-    Whether one on an accelerator does is not known yet: with `asked`, which gets the answer to come, it is taken to do.
-    """
-    carriers: list[Carrier] = []
-    states: list[tuple[Any, Any]] = []
-    ahead = [value]
-    while ahead:
-        part = ahead.pop()
-        kind = type(part)
-        if kind in PLAIN or id(part) in seen:
-            continue
-        if kind in BARE:
-            seen.add(id(part))
-            carriers.append(Carrier(part, read_carrier(part)))
-            ahead.extend(reversed(carriers[-1].held.values()))
-        elif isinstance(part, tuple):
-            ahead.extend(reversed(part))
-        elif kind is MethodType:
-            ahead.append(part.__self__)
-        elif isinstance(part, torch.Tensor) and (isinstance(part, WEIGHTS) or part.grad_fn is not None):
-            continue  # updates alone change a weight; a tensor with a graph belongs to one call
-        elif (access := stateful(part)) is not None:
-            seen.add(id(part))
-            owner, state = known.get(id(part), (None, None))
-            still = owner is part and isinstance(part, torch.Tensor) and _still(part, state, asked)
-            states.append((part, state if still else access[0](part)))
-        elif not ends_walk(part) and not foreign(kind) and holds_values(part):
-            seen.add(id(part))
-            carriers.append(Carrier(part, read_carrier(part)))
-            ahead.extend(reversed(carriers[-1].held.values()))
-    return _Held(value, carriers, states)
-
-
-def _is_still(value: Any, known: _Held) -> bool:
-    """Whether `value` is the list, dict or set that was `known`, with the very items, none of which can change.
-
-    Most objects that models keep are such, so that nothing is made anew for them.
-    """
-    if type(value) not in BARE or known.value is not value or len(known.carriers) != 1:
-        return False
-    held, keyed = known.carriers[0].held, isinstance(value, dict)
-    return len(held) == len(value) and all(
-        old is item and type(item) in PLAIN and (not keyed or before[1] is key)
-        for (before, old), (key, item) in zip(held.items(), value.items() if keyed else enumerate(value), strict=True)
-    )
-
-
-def _still(tensor: torch.Tensor, state: torch.Tensor, asked: list[torch.Tensor] | None) -> bool:
-    """Whether a tensor still holds `state`, or is taken to: see `_held`."""
-    if tensor.is_meta or streams_of(tensor.device).on_cpu:
-        return _same(tensor, state)
-    if asked is None or not _alike(tensor, state):
-        return False
-    asked.append((_bits(tensor) != _bits(state)).any())
-    return True
-
-
-def stateful(value: Any) -> Any:
-    """The functions that read and restore the state of an object; None if it is not of such a class."""
-    return next((_STATEFUL[base] for base in type(value).__mro__ if base in _STATEFUL), None)
-
-
-def foreign(kind: type) -> bool:
-    """Whether a class is one of Python's library (a logger, a lock): its objects lead into the whole program."""
-    room = kind.__module__.partition(".")[0]
-    own = room in ("builtins", "collections") or kind in (SimpleNamespace, FunctionType, partial)
-    return not own and room in sys.stdlib_module_names
-
-
-def _same(one: Any, two: Any) -> bool:
-    """Whether two values are the same. Tensors and arrays are the same if they hold the same bytes."""
-    if one is two:
-        return True
-    if type(one) is not type(two):
-        return False
-    if isinstance(one, torch.Tensor):
-        return _alike(one, two) and (one.is_meta or torch.equal(_bits(one), _bits(two)))
-    if isinstance(one, np.ndarray):
-        return one.shape == two.shape and one.dtype == two.dtype and bool(one.tobytes() == two.tobytes())
-    if isinstance(one, tuple):
-        return len(one) == len(two) and all(map(_same, one, two))
-    if isinstance(one, dict):
-        return list(one) == list(two) and all(map(_same, one.values(), two.values()))
-    return type(one) in PLAIN and repr(one) == repr(two)
-
-
-def _same_carrier(one: Carrier, two: Carrier) -> bool:
-    return (
-        one.owner is two.owner
-        and list(one.held) == list(two.held)
-        and all(map(_same, one.held.values(), two.held.values()))
-    )
-
-
-def _alike(one: torch.Tensor, two: torch.Tensor) -> bool:
-    return (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements as integers, 1-D. As numbers a NaN would differ from itself, and 0.0 would equal -0.0."""
-    if tensor.dtype is torch.bool or tensor.element_size() > 8:
-        integer = torch.uint8
-    else:  # as wide as an element: torch compares single bytes many times slower
-        integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().reshape(-1).view(integer)
-
-
-def _set_bits(generator: np.random.Generator, state: Any) -> None:
-    generator.bit_generator.state = state
-
-
-def _set_values(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Set values without autograd's count of changes: to a graph that has saved the tensor, it is as it was."""
-    if not _same(tensor, values):
-        tensor.data = tensor.data if tensor.shape == values.shape else torch.empty_like(values)
-        tensor.data.copy_(values)

@@ -42,7 +42,7 @@ _VARIABLES: tuple[type, ...] = (
 """Types of values that count as state where a class or a variable of a function holds them. So do objects of classes
 that belong to no library."""
 _NO_VARIABLES = (type, enum.Enum)
-_LIBRARIES = frozenset({"torch", "transformers", "zinf_cli", *sys.stdlib_module_names})
+_LIBRARIES = frozenset({"torch", "transformers", "peft", "zinf_cli", *sys.stdlib_module_names})
 _INSTALLED = {"site-packages", "dist-packages"}
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from zinf_cli.engine.compute.carriers import holds_values
-from zinf_cli.engine.compute.moving_state import WEIGHTS, MovingState, foreign, named, stateful
+from zinf_cli.engine.compute.held import WEIGHTS, foreign, stateful
+from zinf_cli.engine.compute.moving_state import MovingState, named
 from zinf_cli.engine.compute.spaces import ABSENT
 
 _TREE = "moved places"

@@ -167,7 +167,7 @@ class Sweep:
             losses: list[torch.Tensor] = []
             back: list[int] = []
             for unit in self._forward_units(members):
-                if self._checks or [unit] == self._route.forward[-1:]:  # the model may put back what it has changed
+                if self._checks or self._comes_to_last(unit, visited):  # the model may put back what it has changed
                     self._state.look()
                 if self._turns_at(unit, visited, members):
                     back = self._backward_units(members, visited)
@@ -191,6 +191,10 @@ class Sweep:
         before, self._route = self._route, Route.of(visited, back, self._experts)
         if before.forward == self._route.forward:
             self._route.experts = {**before.experts, **self._route.experts}
+
+    def _comes_to_last(self, unit: int, visited: Sequence[int]) -> bool:
+        """Whether `unit` ends the route: not as the embedding, whose weight the head may share."""
+        return self._route.forward[-1:] == [unit] and visited.count(unit) + 1 >= self._route.forward.count(unit)
 
     def _turns_at(self, unit: int, visited: Sequence[int], members: list[SweepMember]) -> bool:
         """Whether `unit` is expected to be the last one of forward. Disagreement if not all ranks have come there."""
