@@ -185,13 +185,6 @@ def test_a_checkpoint_with_tensors_that_do_not_fit(workshop: Workshop) -> None:
         assert part in caught.value.line()
 
 
-def test_memory_as_a_file_system_is_used_and_told(workshop: Workshop) -> None:
-    ended = workshop.launch("offload.nvme_path=/dev/shm/zinf-test", "train.max_steps=1")
-    assert ended.code == 0, ended.err
-    assert "note: /dev/shm/zinf-test: this is memory (tmpfs), not a drive" in " ".join(ended.err.split())
-    assert not Path("/dev/shm/zinf-test").exists()
-
-
 def test_a_loss_that_is_nan_stops_the_run_with_its_step_and_text(workshop: Workshop, forked: ForkedRanks) -> None:
     ended = workshop.launch("optimizer.lr=1e30", "train.max_steps=9")
     assert ended.code == 1
@@ -222,29 +215,35 @@ def test_a_rank_that_is_killed_is_named(workshop: Workshop) -> None:
     assert workshop.left_behind() == []
 
 
-@pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c(workshop: Workshop, presses: int) -> None:
+def test_ctrl_c_twice(workshop: Workshop) -> None:
     process = workshop.start("train.max_steps=100000", "--slots", "2")
     wait_for_steps(workshop.folder / "run", 3)
-    for _ in range(presses):
+    for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.3 if presses == 2 else 0)
-    ended = workshop.end(process)
-    assert ended.code == 130
-    assert "stopping after this step" in ended.err or presses == 2
+        time.sleep(0.3)
+    assert_interrupted(workshop, workshop.end(process))
+
+
+def assert_interrupted(workshop: Workshop, ended: Ended) -> None:
+    assert ended.code == 130, ended.err
     assert ended.summary["status"] == "interrupted"
     assert ended.summary["steps"] == len(ended.losses)
     assert workshop.left_behind() == []
 
 
-def test_two_runs_do_not_share_a_folder(workshop: Workshop) -> None:
-    process = workshop.start("train.max_steps=100000")
-    wait_for_steps(workshop.folder / "run", 1)
+def test_a_run_in_memory_as_a_file_system_does_not_share_its_folder_and_ends_by_ctrl_c(workshop: Workshop) -> None:
+    memory = Path("/dev/shm/zinf-test")
+    process = workshop.start("train.max_steps=100000", "--slots", "2", f"offload.nvme_path={memory}")
+    wait_for_steps(workshop.folder / "run", 3)
     second = workshop.launch()
-    os.killpg(process.pid, signal.SIGINT)
     assert second.code == 3
     assert "another run is using this folder" in second.message
-    assert workshop.end(process).code == 130
+    os.killpg(process.pid, signal.SIGINT)
+    ended = workshop.end(process)
+    assert "stopping after this step" in ended.err
+    assert_interrupted(workshop, ended)
+    assert f"note: {memory}: this is memory (tmpfs), not a drive" in " ".join(ended.err.split())
+    assert not memory.exists()
 
 
 def test_a_run_is_not_its_screens(workshop: Workshop) -> None:

@@ -27,7 +27,7 @@ def near(tmp_path: Path) -> Iterator[FarWorkshop]:
 
 @pytest.fixture
 def apart(tmp_path: Path) -> Iterator[ApartWorkshop]:
-    with namespace_lab(tmp_path, 4) as lab:
+    with namespace_lab(tmp_path, 3) as lab:
         yield ApartWorkshop(tmp_path, lab)
 
 
@@ -43,18 +43,17 @@ def test_two_hosts_train_as_one_rank_does(near: FarWorkshop, forked: ForkedRanks
     assert near.left_behind() == []
 
 
-def test_four_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop, forked: ForkedRanks) -> None:
-    apart.content["train"]["global_batch_size"] = 8
+def test_three_hosts_that_share_nothing_train_as_one_rank_does(apart: ApartWorkshop, forked: ForkedRanks) -> None:
     own = apart.lab.hosts[1].local / "run" / "metrics.jsonl"
     own.parent.mkdir()
     own.write_text("of a run that this host did by itself\n")
     alone = apart.fork(forked, "alone")
-    four = apart.launch("--hosts", apart.lab.hostfile())
-    assert four.code == 0, four.err
-    assert four.losses == pytest.approx(alone.losses, rel=1e-5)
+    three = apart.launch("--hosts", apart.lab.hostfile())
+    assert three.code == 0, three.err
+    assert three.losses == pytest.approx(alone.losses, rel=1e-5)
     plan = json.loads((apart.run_dir / "plan.json").read_text())
-    assert [host["host"] for host in plan["hosts"]] == ["node1", "node2", "node3", "node4"]
-    for rank in range(4):
+    assert [host["host"] for host in plan["hosts"]] == ["node1", "node2", "node3"]
+    for rank in range(3):
         assert f"rank {rank} on node{rank + 1}" in (apart.run_dir / "logs" / f"rank-{rank:05d}.log").read_text()
     assert apart.left_behind() == [str(own.parent / "earlier" / "1" / "metrics.jsonl")]
 

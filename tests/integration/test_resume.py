@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from crash_chain import TinyRun
 from forked_ranks import ForkedRanks
 from tiny_models import CONFIGS
-from workshop import ZINF, Workshop, wait_for_steps
+from workshop import Workshop, wait_for_steps
 from zinf_cli.checkpoint.folder import checkpoints_of, step_folder
 from zinf_cli.checkpoint.manifest import Manifest
+from zinf_cli.cli import app
 from zinf_cli.models.checkpoint_reader import CheckpointReader
 
 STEPS = 8
@@ -199,9 +200,7 @@ def test_ctrl_c_a_crash_and_a_damaged_checkpoint(workshop: Workshop, forked: For
     assert anew.code == 0, anew.err
     assert len(anew.metrics) == 2
     assert checkpoints_of(run_dir / "earlier" / "1")[0].name == "step-00000040"
-    exported = subprocess.run(
-        [*ZINF, "export", str(run_dir), str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
-    assert exported.returncode == 0, exported.stderr
+    exported = CliRunner().invoke(app, ["export", str(run_dir), str(tmp_path / "out")])
+    assert exported.exit_code == 0, exported.stderr
     assert exported.stdout.startswith(f"{tmp_path / 'out'}: step 1, ")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
