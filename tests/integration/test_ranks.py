@@ -75,7 +75,8 @@ def run_ranks(world_size: int, cases: list[Case], folder: Path) -> list[list[lis
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_agree_with_one_whatever_the_placement(world_size: int, tmp_path: Path) -> None:
     placements: list[dict[str, Any]] = [dict.fromkeys(CLASSES, tier) for tier in ("cpu", "device", "nvme")]
-    placements += [{state: "nvme"} for state in CLASSES]
+    if world_size == 2:
+        placements += [{state: "nvme"} for state in CLASSES]
     placements += [{**placements[2], "cached": True}]
     architectures: list[tuple[str, dict[str, Any]]] = [
         ("llama-tied", {"attention_dropout": 0.2}),

@@ -167,6 +167,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, of old hooks and of gradients that an input does not need
+@pytest.mark.sampled
 @pytest.mark.parametrize("mode", IN_MODES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_of_a_user_is_exact(kind: str, mode: Mode, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ TWELVE: dict[str, dict[str, Any]] = {
 """What makes them 12 experts a layer."""
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_experts_learn_with_the_bits_of_plain_pytorch(name: str, tmp_path: Path) -> None:
@@ -150,6 +151,7 @@ def test_experts_learn_with_the_bits_of_plain_pytorch(name: str, tmp_path: Path)
     engine.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")  # of models, about their configurations
 def test_a_norm_that_clips_is_the_same_whole_and_cut(name: str) -> None:

@@ -59,6 +59,7 @@ def read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_export_is_what_transformers_saves(name: str, tmp_path: Path) -> None:
     source = random_source(name)

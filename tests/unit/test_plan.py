@@ -124,6 +124,7 @@ def test_the_least_buffers_are_enough_for_eager_updates(tmp_path: Path) -> None:
     assert [line["loss"] for line in tight] == [line["loss"] for line in ample]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_activations_are_as_planned(name: str, tmp_path: Path, closed: list[Closed]) -> None:
     recipe = recipe_of(tmp_path, name).model_copy(update={"activation_checkpointing": "none"})
