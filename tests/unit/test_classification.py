@@ -13,7 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    FunnelTokenizer,
+)
 from transformers import AutoTokenizer as Tokenizers
 
 from forked_ranks import ForkedRanks
@@ -24,9 +31,12 @@ from zinf_cli.models.model import build_model
 from zinf_cli.models.weights import open_weights
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
+from zinf_cli.text.documents import Document
+from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.train.export import export
 from zinf_cli.train.figures import find_figures
 from zinf_cli.train.setup import model_source, open_model, open_text
+from zoo.shrink import configs
 
 LABELS = ["bad", "so so", "good"]
 SEQ_LEN, STEPS = 8, 4
@@ -125,6 +135,51 @@ def test_a_new_head_learns_as_in_plain_transformers(
     assert exported.config.pad_token_id == config.pad_token_id
     for ours, theirs in zip(exported.parameters(), model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_padding_token_that_the_model_does_not_know_pads_nothing(
+    workshop: Workshop, forked: ForkedRanks, tmp_path: Path
+) -> None:
+    """Older configurations have -1 for none."""
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1}))
+    run = workshop.fork(forked, "one")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": None}))
+    losses, _ = plain(workshop.recipe, tmp_path / "llama", tmp_path / "rows.jsonl")
+    assert run.losses == pytest.approx(losses, abs=1e-6)
+
+
+def test_a_model_of_several_parts_pads_as_its_text_does(
+    workshop: Workshop, forked: ForkedRanks, tmp_path: Path
+) -> None:
+    """Gemma 3's configuration names the padding token in its part of text alone."""
+    entries = next(configs("gemma3"))
+    folder, model_type = tmp_path / "gemma3", entries.pop("model_type")
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **entries)).save_pretrained(folder)
+    save_word_tokenizer(folder, WORDS, unk_token="[MASK]", end="</s>", eos_token="</s>", pad_token="<pad>")
+    workshop.content["model"]["name_or_path"] = str(folder)
+    run = workshop.fork(forked, "one")
+    losses, _ = plain(workshop.recipe, folder, tmp_path / "rows.jsonl")
+    assert run.losses == pytest.approx(losses, abs=1e-6)
+
+
+def test_tokens_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    """Funnel's model tells its first token from the others by what its tokenizer says of it."""
+    words = {word: number for number, word in enumerate(["<unk>", "<cls>", "<sep>", "<pad>", "<mask>", "one", "two"])}
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    FunnelTokenizer(vocab=words, model_input_names=names).save_pretrained(tmp_path)
+    with pytest.raises(ZinfError, match="FunnelTokenizer gives tokens of a text kinds"):
+        Tokenizer(tmp_path).encode_whole([Document("here", "one two")])
+
+
+def test_a_model_that_reads_where_texts_are_padded_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    """XLNet sums a text up in the last token of its row; its own tokenizer pads at the beginning."""
+    small = {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    workshop.content["model"] = {"config": {"model_type": "xlnet", "vocab_size": 96, **small}}
+    workshop.content["dataset"]["tokenizer"] = str(tmp_path / "bert")
+    workshop.write()
+    with pytest.raises(ZinfError, match="XLNetForSequenceClassification sums a text up in the last token of its row"):
+        find_figures(load_recipe(workshop.recipe), 1)
 
 
 def test_a_single_label_is_a_number_to_come_close_to(workshop: Workshop, forked: ForkedRanks, tmp_path: Path) -> None:

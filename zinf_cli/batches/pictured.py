@@ -24,6 +24,8 @@ class PicturedStream(Rows):
 
     processor: Processor
     seq_len: int
+    pad: int
+    """The token that pads a text."""
 
     def num_windows(self, seq_len: int) -> int:
         """The number of texts."""
@@ -37,7 +39,7 @@ class PicturedStream(Rows):
         start, stop = (int(bound) for bound in self.starts[self._kept[index] :][:2])
         part = slice(start, min(stop, start + seq_len))
         tokens = torch.from_numpy(self.stream.tokens[part].astype(np.int64))
-        input_ids = torch.full((seq_len,), self.processor.pad)
+        input_ids = torch.full((seq_len,), self.pad)
         labels, attention = torch.full((seq_len,), MASKED), torch.zeros(seq_len, dtype=torch.int64)
         input_ids[: len(tokens)], attention[: len(tokens)] = tokens, 1
         labels[: len(tokens)] = tokens.masked_fill(torch.from_numpy(~self.stream.loss_mask[part]), MASKED)

@@ -55,6 +55,7 @@ def labelled_of(
     tokens: Sequence[TokenStream],
     held_out: Mapping[str, TokenStream],
     *,
+    pad: int,
     special: frozenset[int],
 ) -> Windows:
     """Texts with a label. `special` are the tokenizer's special tokens."""
@@ -62,7 +63,7 @@ def labelled_of(
     number = config.problem_type == "regression"
 
     def labelled(part: TokenStream) -> LabelledStream:
-        return LabelledStream(part, config.pad_token_id, special, number)
+        return LabelledStream(part, pad, special, number)
 
     return _rows_of(recipe, f"{type(model).__name__} tells the label of a text", tokens, held_out, labelled)
 
@@ -97,11 +98,12 @@ def pictured_of(
     held_out: Mapping[str, TokenStream],
     *,
     processor: Processor,
+    pad: int,
 ) -> Windows:
     """Texts with pictures."""
 
     def pictured(part: TokenStream) -> PicturedStream:
-        return PicturedStream(part, processor, recipe.train.seq_len)
+        return PicturedStream(part, processor, recipe.train.seq_len, pad)
 
     return _rows_of(recipe, "a text may have pictures", tokens, held_out, pictured)
 

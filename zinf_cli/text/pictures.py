@@ -75,8 +75,14 @@ class Processor:
     @property
     def pad(self) -> int:
         """The token that fills a sequence up."""
-        found = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        found = (self._tokenizer.pad_token_id, self.end)
         return next((int(token) for token in found if token is not None), 0)
+
+    @property
+    def end(self) -> int | None:
+        """The end-of-text token."""
+        end: int | None = self._tokenizer.eos_token_id
+        return end
 
     @property
     def stand_ins(self) -> list[int]:
@@ -103,9 +109,8 @@ class Processor:
             token not in stand_in and not _within(place, inside) and (moved is None or _within(place, moved))
             for token, place in zip(ids, offsets, strict=True)
         ]
-        end = self._tokenizer.eos_token_id
-        if said is None and end is not None:
-            ids, mask = [*ids, int(end)], [*mask, True]
+        if said is None and self.end is not None:
+            ids, mask = [*ids, self.end], [*mask, True]
         if not ids:
             raise DatasetError("a text has no tokens", where=document.where)
         return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))

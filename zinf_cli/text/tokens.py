@@ -160,6 +160,13 @@ class Tokenizer:
         for ids, document in zip(encoded["input_ids"], documents, strict=True):
             if not ids:
                 raise DatasetError("a text has no tokens", where=document.where)
+        if any(map(any, encoded.get("token_type_ids", ()))):
+            raise DatasetError(
+                f"{type(self._tokenizer).__name__} gives tokens of a text kinds (token_type_ids), which do not reach "
+                "the model: it would read another text",
+                where=str(self._directory),
+                hint="train a model of another type",
+            )
         return list(encoded["input_ids"])
 
     def encode_pair(self, document: Document, target_field: str) -> tuple[list[int], list[bool]]:

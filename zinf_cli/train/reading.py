@@ -100,7 +100,8 @@ def _of_pictures(recipe: Recipe, model: nn.Module, objective: Objective) -> Read
     directory = dataset.tokenizer or recipe.model.name_or_path
     if directory is None:
         raise DatasetError("pictures need a processor", hint="set dataset.tokenizer to a directory with one")
-    make = partial(pictured_of, processor=Processor(directory))
+    processor = Processor(directory)
+    make = partial(pictured_of, processor=processor, pad=pad_of(model, processor))
     return Reading(make, {"pictures": dataset.images_field}, "reads texts with pictures")
 
 
@@ -108,6 +109,12 @@ def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
     """How texts with labels are read. A model that does not know which token pads a text is told the tokenizer's."""
     dataset = recipe.dataset
     config: Any = model.config
+    if getattr(getattr(model, "sequence_summary", None), "summary_type", None) in ("last", "cls_index"):
+        raise ModelError(
+            f"{type(model).__name__} sums a text up in the last token of its row, which pads it here",
+            where="train.objective",
+            hint="train a classifier of another type, such as bert",
+        )
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     number = config.problem_type == "regression"
     if recipe.train.objective == "classification" and not dataset.labels and _are_made_up(names):
@@ -120,10 +127,12 @@ def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
     if directory is None:
         raise DatasetError("texts with a label need a tokenizer", hint="set dataset.tokenizer")
     tokenizer = Tokenizer(directory)
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad
+    pad = pad_of(model, tokenizer)
+    for part in (config, config.get_text_config()):  # a classifier may look for a text's last token by it
+        if hasattr(part, "pad_token_id"):
+            part.pad_token_id = pad
     return Reading(
-        partial(labelled_of, special=tokenizer.special),
+        partial(labelled_of, pad=pad, special=tokenizer.special),
         {"labels": Labels(dataset.label_field, () if number else names)},
         "tells the label of a text",
     )
@@ -131,18 +140,17 @@ def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
 
 def _of_rows(recipe: Recipe, model: nn.Module) -> Reading:
     """How texts that are compared are read."""
-    dataset, config = recipe.dataset, model.config
+    dataset = recipe.dataset
     directory = dataset.tokenizer or recipe.model.name_or_path
     if directory is None:
         raise DatasetError("texts that are compared need a tokenizer", hint="set dataset.tokenizer")
     tokenizer = Tokenizer(directory)
     compared = Compared(dataset.query_field, dataset.positive_field, dataset.negative_field, recipe.train.num_negatives)
-    pad = getattr(config, "pad_token_id", None)
     pooling, why = pooling_in(recipe, model)
     make = partial(
         compared_of,
         texts_of_a_row=compared.texts_of_a_row,
-        pad=tokenizer.pad if pad is None else pad,
+        pad=pad_of(model, tokenizer),
         special=tokenizer.special,
         pooled_by=f"{_POOLED[pooling]} ({why})",
     )
@@ -164,6 +172,20 @@ def pooling_files_of(recipe: Recipe, model: nn.Module) -> Iterator[tuple[str, by
     config: Any = model.config
     if recipe.train.objective == "embedding":
         yield from pooling_files(recipe.model.name_or_path, pooling_in(recipe, model)[0], config.hidden_size)
+
+
+def pad_of(model: nn.Module, tokenizer: Tokenizer | Processor) -> int:
+    """The token that fills a sequence up: the model's, or else the tokenizer's, of those that the model knows."""
+    config: Any = model.config
+    configs = (config.get_text_config(), config)  # of a model of several parts, only that of its text may have one
+    found = (*(getattr(one, "pad_token_id", None) for one in configs), tokenizer.pad, tokenizer.end, 0)
+    return next(int(token) for token in found if token is not None and 0 <= token < vocabulary_of(model))
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """The number of rows of the input embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
 
 
 def _are_made_up(names: Sequence[str]) -> bool:

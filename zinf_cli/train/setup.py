@@ -31,7 +31,7 @@ from zinf_cli.text.token_stream import TokenStream
 from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
 from zinf_cli.train.optimizer import mark_whole
-from zinf_cli.train.reading import pooling_in, reading_of
+from zinf_cli.train.reading import pooling_in, reading_of, vocabulary_of
 from zinf_cli.train.samples import Prompts, open_prompts
 
 _PART_TOKENS, _PART_WINDOWS = 1 << 20, 16
@@ -306,9 +306,3 @@ def _collator(recipe: Recipe, model: nn.Module) -> Collator:
             )
         masking = Tokenizer(directory).masking(vocabulary_of(model), recipe.seed)
     return Collator(objective, recipe.train.seq_len, masking)
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """The number of rows of the input embedding."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[0])
