@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from zinf_cli.plan.memory import CLASSES, Choice
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import least_seconds, profile_here
 from zinf_cli.plan.search import best_plan
+from zinf_cli.plan.traffic import nvme_traffic
 from zinf_cli.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -85,6 +87,21 @@ def test_with_more_memory_a_step_takes_no_longer(
         assert seconds(plan) <= 1.01 * seconds(fastest)
         fastest = min(plan, fastest, key=seconds)
     assert seconds(plans[-1]) < 0.8 * seconds(plans[0])
+
+
+def test_units_may_have_their_parameters_alone_in_memory(tmp_path: Path) -> None:
+    """A byte with parameters spares a step three bytes of traffic, one with all state of a unit 2.25."""
+    figures = figures_of("fp32", 1)
+    recipe = recipe_of(tmp_path, "llama", tier="auto", seq_len=TOKENS, micro_batch_size=1, global_batch_size=2)
+    profile = profile_of(figures, tmp_path)
+    least = planned(recipe, figures, profile, MIB).limits[0].needed
+    plan = planned(recipe, figures, profile, least + 200 * MIB)
+    assert plan.cached_states == ("params",)
+    held = [figures.model.units[number].trainable_bytes for number in plan.cached_units]
+    assert sum(held) == next(line.num_bytes for line in plan.lines if line.what == "cached")
+    turn = figures.model.units[-1].trainable_bytes * (len(figures.model.units) - 1 in plan.cached_units)
+    streamed = nvme_traffic(figures, replace(plan.choice, cached=frozenset(), update="deferred"), 1, 2)
+    assert plan.nvme_traffic_clipped == streamed.total - 3 * sum(held) + turn  # the turn brings its own once
 
 
 def seconds(plan: Plan) -> float:

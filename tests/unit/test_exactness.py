@@ -253,7 +253,7 @@ def test_speculative_updates(name: str, world: str, tmp_path: Path) -> None:
     ("how", "name"),
     [
         *product(
-            ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only"],
+            ["deferred", "eager", "speculative", "sweeps of one", "bf16", "moments only", "parameters only"],
             ["llama", "llama-tied", "t5", "qwen3_moe"],
         )
     ],
@@ -266,7 +266,8 @@ def test_cached_units_change_no_bit(name: str, how: str, tmp_path: Path) -> None
         micro_batches_per_sweep=1 if how == "sweeps of one" else None,
     )
     dtype = torch.bfloat16 if how == "bf16" else torch.float32
-    cached = every_other_unit_cached(streamed, *(["optimizer"] if how == "moments only" else []))
+    some = {"moments only": ["optimizer"], "parameters only": ["params"]}
+    cached = every_other_unit_cached(streamed, *some.get(how, []))
     clip = None if how == "eager" else CLIP_THAT_BITES_SOMETIMES[name]
     steps = LONG if how == "speculative" else STEPS
     losses, moved = [], []

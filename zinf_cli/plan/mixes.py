@@ -1,8 +1,8 @@
 """What the memory that a placement leaves is filled with: shadows, kept activations, cached units, in several mixes.
 
-Only the time of a step tells which mix is worth most. With more memory there is always one that has all that a mix has
-with less, so that a step never takes longer: of a mix that begins with cached units there is also one with a unit less,
-whose memory holds more of the rest.
+Only the time of a step tells which mix is worth most. Units are cached with all of their state, or with some classes of
+it. With more memory there is always a mix that has all that one has with less, so that a step never takes longer: of a
+mix that begins with cached units there is also one with a unit less, whose memory holds more of the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from zinf_cli.recipe.recipe import Recipe
 
 UNSURE = 0.03
 """The share by which a plan's memory may be wrong: benchmarks/README.md, "Predictions"."""
+SHARES = (frozenset(STATES), frozenset({"params", "optimizer"}), frozenset({"params"}), frozenset({"optimizer"}))
+"""Which classes of a cached unit's state may lie in memory. In fp32 with updates in the next forward, a byte of memory
+spares a step 3 bytes if it holds parameters, 2 if it holds moments, and 2.25 if it holds all state. Of these, forward,
+where the drive has most to do, has 2, 2 and 1.75."""
 
 
 def mixes(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iterator[Plan]:
@@ -39,18 +43,20 @@ def _filled(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Iter
     auto = frozenset(state for state in STATES if getattr(recipe.offload, state) == "auto")
     figures, choice = plan.figures, replace(plan.choice, cacheable=auto)
     kept = _keeping(recipe, plan, judge)
+    yield kept
     if choice.cache_tier == "device":
-        yield kept
         room = plan.room("device", UNSURE) if choice.cached_states else 0
         for first in cacheable_on_device(figures, choice, room):
             if (way := judge(replace(choice, cached=first))).fits:
                 yield _keeping(recipe, way, judge)
         return
-    later = cacheable(figures, choice, kept.room("cpu", UNSURE))
-    yield judge(replace(kept.choice, cacheable=auto, cached=frozenset(later))) if later else kept
-    cached = cacheable(figures, choice, plan.room("cpu", UNSURE))
-    for count in range(len(cached), max(len(cached) - 2, len(later)), -1):
-        yield _keeping(recipe, judge(replace(choice, cached=frozenset(cached[:count]))), judge)
+    for states in dict.fromkeys(replace(choice, cacheable=auto & share).cached_states for share in SHARES):
+        some = replace(choice, cacheable=states)
+        if later := cacheable(figures, some, kept.room("cpu", UNSURE)):
+            yield judge(replace(kept.choice, cacheable=states, cached=frozenset(later)))
+        cached = cacheable(figures, some, plan.room("cpu", UNSURE))
+        for count in range(len(cached), max(len(cached) - 2, len(later)), -1):
+            yield _keeping(recipe, judge(replace(some, cached=frozenset(cached[:count]))), judge)
 
 
 def _keeping(recipe: Recipe, plan: Plan, judge: Callable[[Choice], Plan]) -> Plan:
