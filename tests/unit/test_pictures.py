@@ -235,6 +235,33 @@ def test_tokens_behind_a_prompt_are_of_another_kind(data: Path, monkeypatch: pyt
     assert found[KINDS].tolist() == [[0, 0, 1, 1, 0]]
 
 
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_template_that_marks_answers_decides_what_is_learned(name: str, tmp_path: Path) -> None:
+    """The tokens and the mask are those of the processor. Not the end of a turn; and earlier turns are rewritten."""
+    processor = PROCESSORS[name]()
+    words = "{% if m.content is string %}{{ m.content }}"
+    said = "{{ m.content if loop.last else m.content + ' w59' }}"
+    marked = (
+        "{% if m.role == 'assistant' %}{% generation %}" + said + "{% endgeneration %}{% elif m.content is string %}"
+    )
+    processor.chat_template = processor.chat_template.replace(words, marked + "{{ m.content }}")
+    processor.save_pretrained(tmp_path)
+    picture(1).save(tmp_path / "1.png")
+    question, answer = turns(0)
+    question["content"][0] |= {"path": str(tmp_path / "1.png")}
+    messages = [question, answer, *turns(1, of_picture=False)]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    expected = processor.apply_chat_template(messages, **options)
+    document = Document("here", messages, beside={PICTURES: []})
+    found = Processor(tmp_path).encode(document, tmp_path / "rows.jsonl", ("assistant",))
+    assert found.ids == list(expected["input_ids"][0])
+    assert found.mask == [bool(one) for one in expected["assistant_masks"][0]]
+    learned = processor.tokenizer.convert_ids_to_tokens(
+        [i for i, own in zip(found.ids, found.mask, strict=True) if own]
+    )
+    assert learned == [*answer["content"].split(), "w59", *messages[-1]["content"].split()]
+
+
 def write(path: Path, rows: Sequence[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -35,6 +35,14 @@ def marked_tokens(document: Document, template: Template) -> tuple[list[int], li
     return list(encoded["input_ids"]), [bool(said) for said in encoded["assistant_masks"]]
 
 
+def marked_spans(
+    document: Document, template: Template, spans: Callable[..., list[tuple[int, int]]]
+) -> tuple[str, list[tuple[int, int]]]:
+    """A dialog as a template writes it that `marks_answers`, and what it marks: `spans(messages, tools)` finds that."""
+    text, messages = _rendered(document, template)
+    return text, spans(messages, _tools(document))
+
+
 def marks_answers(source: str) -> bool:
     """Whether a template, as it is written, marks what the assistant says: `{% generation %}`."""
     return bool(_MARKED.search(source))

@@ -18,7 +18,7 @@ import torch
 from zinf_cli.custom_code import custom_code_refused, names_custom_code
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.cache import identity
-from zinf_cli.text.chats import render_chat
+from zinf_cli.text.chats import ANSWERS, marked_spans, marks_answers, render_chat
 from zinf_cli.text.documents import Document, refuse_halves
 from zinf_cli.text.picture_parts import PROCESSOR_FILES, with_pictures
 from zinf_cli.text.token_stream import MASKED, Seen
@@ -99,15 +99,18 @@ class Processor:
         can't be read or has no place in it.
         """
         document, paths = with_pictures(document, file)
-        text, said = self._text_of(document, roles)
+        marked = isinstance(document.content, list) and tuple(roles) == (ANSWERS,) and marks_answers(self._template)
+        text, said = self._text_of(document, roles, marked=marked)
         pictures = [open_picture(path, document.where) for path in paths]
         ids, offsets, spans = self._encoded(text, pictures, document)
         moved = [tuple(_moved(place, spans) for place in span) for span in said] if said is not None else None
         stand_in = set(self.stand_ins)
         inside = [(first, last) for _, (first, last) in spans]
         mask = [
-            token not in stand_in and not _within(place, inside) and (moved is None or _within(place, moved))
-            for token, place in zip(ids, offsets, strict=True)
+            token not in stand_in
+            and not _within(first, inside)
+            and (moved is None or (_over(first, last, moved) if marked else _within(first, moved)))
+            for token, (first, last) in zip(ids, offsets, strict=True)
         ]
         if said is None and self.end is not None:
             ids, mask = [*ids, self.end], [*mask, True]
@@ -154,23 +157,45 @@ class Processor:
         settings: dict[str, Any] = merged["images_kwargs"]
         return settings
 
-    def _text_of(self, document: Document, roles: Sequence[str]) -> tuple[str, list[tuple[int, int]] | None]:
-        """(the text, the spans that are learned; None: all of it)."""
+    @property
+    def _template(self) -> str:
+        """The chat template as it is written; empty if there is none."""
+        found = self._processor.chat_template or self._tokenizer.chat_template or ""
+        return str(found.get("default", "") if isinstance(found, dict) else found)
+
+    def _text_of(
+        self, document: Document, roles: Sequence[str], *, marked: bool
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """(the text, the spans that are learned; None: all of it). `marked`: those that the template marks."""
         if isinstance(document.content, str):
             refuse_halves(document.content, document.where)
             return document.content, None
         if not isinstance(document.content, list):
             raise DatasetError(f"expected text, got {type(document.content).__name__}", where=document.where)
-        if not (self._processor.chat_template or self._tokenizer.chat_template):
+        if not self._template:
             raise DatasetError(
                 "this processor has no chat template", where=str(self._directory), hint="use dataset.text_field"
             )
-        return render_chat(document, self._processor.apply_chat_template, roles)
+        template = self._processor.apply_chat_template
+        return marked_spans(document, template, self._marked) if marked else render_chat(document, template, roles)
+
+    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[tuple[int, int]]:
+        """The spans that the chat template marks as what the assistant says."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _, found = render_jinja_template(
+            [messages],
+            tools=tools,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return [(first, last) for first, last in found[0]]
 
     def _encoded(
         self, text: str, pictures: Sequence[Any], document: Document
-    ) -> tuple[list[int], list[int], list[tuple[tuple[int, int], tuple[int, int]]]]:
-        """(tokens, where each begins, (span in the text, span once pictures are put in) of each picture's place)."""
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[tuple[int, int], tuple[int, int]]]]:
+        """(tokens, the span of each, (span in the text, span once pictures are put in) of each picture's place)."""
         options = {"add_special_tokens": False, "return_offsets_mapping": True}
         try:
             if not pictures:
@@ -195,7 +220,7 @@ class Processor:
                 f"{len(pictures)} pictures and {places} places for them", where=document.where,
                 hint=f"write {self._processor.image_token} where a picture stands, or a part {{type: image}} in a chat",
             )  # fmt: skip
-        return ids, [first for first, _ in found["offset_mapping"][0]], spans
+        return ids, [(first, last) for first, last in found["offset_mapping"][0]], spans
 
     def _refuse_more(self, found: Any, pictures: Sequence[Any], where: str) -> None:
         """DatasetError if what the processor makes of a text with pictures, `found`, has more than `beside` gives.
@@ -235,6 +260,11 @@ def open_picture(path: Path, where: str) -> Any:
 
 def _within(place: int, spans: Sequence[tuple[int, ...]]) -> bool:
     return any(first <= place < last for first, last in spans)
+
+
+def _over(first: int, last: int, spans: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a token at [first, last) has some of the spans, as transformers counts it into its mask."""
+    return any(first < span[1] and last > span[0] for span in spans)
 
 
 def _moved(place: int, spans: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> int:
