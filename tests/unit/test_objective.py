@@ -56,7 +56,7 @@ def test_a_batch_weighs_as_much_as_the_targets_of_its_rows(name: str) -> None:
     mask[:4], mask[5:length], mask[length : length + 2] = False, False, False  # the first row has one target
     text: Any = stream(3 * length, mask)
     if objective is Objective.TARGET_OF_SOURCE:
-        text = PairStream(text, pad=0)
+        text = PairStream(text, 0, (1, 1))
     masking = Masking(95, np.arange(3), 96, seed=1) if objective is Objective.MASKED_TOKENS else None
     collator = Collator(objective, length, masking)
     samples = [Sample(window, window) for window in range(2)]

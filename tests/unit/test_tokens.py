@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Raw
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tiny_models import WORDS
+from zinf_cli.batches.rows import shortened
 from zinf_cli.errors import DatasetError
 from zinf_cli.text.data import TextSource, open_token_stream
 from zinf_cli.text.documents import Document
@@ -56,3 +57,30 @@ def test_an_answer_has_the_tokens_it_has_behind_its_prompt(
     merged = Document("here", "yes", beside={"prompt": "", "rejected": "no"})
     with pytest.raises(DatasetError, match="here: a prompt or an answer has no tokens"):
         next(Tokenizer(tmp_path).encode_answers(merged, ("chosen", "rejected", "prompt")))
+
+
+@pytest.mark.parametrize(
+    ("template", "tail", "kept"),
+    [
+        ("$A", 0, "one two three"),
+        ("<s> $A", 0, "<s> one two"),
+        ("$A </s>", 1, "one two </s>"),
+        ("<s> $A </s> en", 2, "<s> </s> en"),
+    ],
+)
+def test_a_text_that_is_cut_keeps_what_its_tokenizer_puts_behind_it(
+    template: str, tail: int, kept: str, tmp_path: Path
+) -> None:
+    """As with a tokenizer's own truncation. A text may end with a special token of its own."""
+    words = ["<unk>", "<s>", "</s>", "en", "one", "two", "three", "four"]
+    raw = Raw(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, number) for number, word in enumerate(words[:4])]
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    assert Tokenizer(tmp_path).tail() == Tokenizer(tmp_path).tail("text_target") == tail
+    text = "one two three four </s>"
+    ids = shortened(np.array(fast(text)["input_ids"]), 3, tail).tolist()
+    assert ids == fast(text, truncation=True, max_length=3)["input_ids"]
+    assert fast.convert_ids_to_tokens(ids) == kept.split()

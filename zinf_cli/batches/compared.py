@@ -31,8 +31,8 @@ class ComparedStream(Rows):
     texts_of_a_row: int
     pad: int
     """The token that pads a text."""
-    ends_with: frozenset[int]
-    """See `padded`."""
+    tail: int
+    """How many special tokens its tokenizer puts behind it: a text that is cut keeps them."""
 
     def num_windows(self, seq_len: int) -> int:
         """The number of rows. A text that is longer than `seq_len` is cut."""
@@ -49,7 +49,7 @@ class ComparedStream(Rows):
         """
         bounds = self._bounds[index * self.texts_of_a_row :][: self.texts_of_a_row + 1]
         texts = (self.stream.tokens[int(start) : int(stop)] for start, stop in pairwise(bounds))
-        rows = [padded(tokens, seq_len, self.pad, self.ends_with) for tokens in texts]
+        rows = [padded(tokens, seq_len, self.pad, self.tail) for tokens in texts]
         input_ids, attention = (torch.stack(column) for column in zip(*rows, strict=True))
         return input_ids, torch.tensor(0), attention
 

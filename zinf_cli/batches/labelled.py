@@ -17,8 +17,8 @@ class LabelledStream(Rows):
 
     pad: int
     """The token that pads a text."""
-    ends_with: frozenset[int]
-    """See `padded`."""
+    tail: int
+    """How many special tokens its tokenizer puts behind it: a text that is cut keeps them."""
     number: bool
     """Whether a label is a number to come close to, and not that of a class."""
 
@@ -37,6 +37,6 @@ class LabelledStream(Rows):
         """
         assert self.stream.labels is not None
         start, stop = (int(bound) for bound in self.starts[index : index + 2])
-        input_ids, attention = padded(self.stream.tokens[start:stop], seq_len, self.pad, self.ends_with)
+        input_ids, attention = padded(self.stream.tokens[start:stop], seq_len, self.pad, self.tail)
         kind = torch.float32 if self.number else torch.int64
         return input_ids, torch.tensor(float(self.stream.labels[index])).to(kind), attention

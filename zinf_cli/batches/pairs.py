@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zinf_cli.batches.rows import Rows
+from zinf_cli.batches.rows import Rows, shortened
 from zinf_cli.text.token_stream import MASKED
 
 _BLOCK = 1 << 24
@@ -23,9 +23,12 @@ _BLOCK = 1 << 24
 
 @dataclass(frozen=True)
 class PairStream(Rows):
-    """A stream of pairs, each a sequence of its own; nothing is packed. `pad` is the token that pads a source."""
+    """A stream of pairs, each a sequence of its own; nothing is packed."""
 
     pad: int
+    """The token that pads a source."""
+    tails: tuple[int, int]
+    """How many special tokens its tokenizer puts behind a source, and behind a target: one that is cut keeps them."""
 
     def num_windows(self, seq_len: int) -> int:
         """The number of pairs. A source or target that is longer than `seq_len` is cut."""
@@ -37,12 +40,12 @@ class PairStream(Rows):
             yield f"{cut} pairs are longer than train.seq_len={seq_len} and are cut there"
 
     def window(self, index: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(input_ids, labels, attention_mask) of pair `index`, each int64 [seq_len], padded if it is shorter.
-
-        A source or target that is cut keeps its last token, by which a tokenizer marks the end.
-        """
+        """(input_ids, labels, attention_mask) of pair `index`, each int64 [seq_len], padded if it is shorter."""
         start, middle, stop = (int(edge) for edge in np.append(self._edges[2 * index :][:3], len(self))[:3])
-        source, target = (self._part(*bounds, seq_len) for bounds in ((start, middle), (middle, stop)))
+        parts = (self.stream.tokens[start:middle], self.stream.tokens[middle:stop])
+        source, target = (
+            torch.from_numpy(shortened(part, seq_len, tail)) for part, tail in zip(parts, self.tails, strict=True)
+        )
         input_ids = torch.full((seq_len,), self.pad)
         attention, labels = torch.zeros_like(input_ids), torch.full((seq_len,), MASKED)
         input_ids[: len(source)], attention[: len(source)], labels[: len(target)] = source, 1, target
@@ -51,12 +54,6 @@ class PairStream(Rows):
     @cached_property
     def starts(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return np.append(self._edges[::2], len(self))
-
-    def _part(self, start: int, stop: int, seq_len: int) -> torch.Tensor:
-        tokens = self.stream.tokens[start:stop].astype(np.int64)
-        if len(tokens) > seq_len:
-            tokens = np.append(tokens[: seq_len - 1], tokens[-1])
-        return torch.from_numpy(tokens)
 
     @cached_property
     def _edges(self) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -51,17 +51,18 @@ class Rows(ABC):
         return replace(self, stream=first), replace(self, stream=last)
 
 
-def padded(
-    tokens: np.ndarray[Any, Any], seq_len: int, pad: int, ends_with: frozenset[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, attention_mask) of a text, each int64 [seq_len]: cut there, or padded, where the mask is 0.
-
-    `ends_with` are the special tokens by which a tokenizer marks the end: a text that is cut keeps its own.
-    """
-    tokens = tokens.astype(np.int64)
-    if len(tokens) > seq_len:
-        last = tokens[-1:] if int(tokens[-1]) in ends_with else tokens[:0]
-        tokens = np.concatenate((tokens[: seq_len - len(last)], last))
+def padded(tokens: np.ndarray[Any, Any], seq_len: int, pad: int, tail: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of a text, int64 [seq_len]: `shortened`, or padded, where the mask is 0."""
+    tokens = shortened(tokens, seq_len, tail)
     input_ids, attention = torch.full((seq_len,), pad), torch.zeros(seq_len, dtype=torch.int64)
     input_ids[: len(tokens)], attention[: len(tokens)] = torch.from_numpy(tokens), 1
     return input_ids, attention
+
+
+def shortened(tokens: np.ndarray[Any, Any], seq_len: int, tail: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The tokens of a text, int64, `seq_len` at most. The last `tail`, which a tokenizer puts behind each, stay."""
+    tokens = tokens.astype(np.int64)
+    if len(tokens) <= seq_len:
+        return tokens
+    tail = min(tail, seq_len)
+    return np.concatenate((tokens[: seq_len - tail], tokens[len(tokens) - tail :]))

@@ -28,11 +28,23 @@ Windows = tuple[Stream, dict[str, Stream], tuple[str, ...]]
 
 
 def pairs_of(
-    recipe: Recipe, model: nn.Module, tokens: Sequence[TokenStream], held_out: Mapping[str, TokenStream]
+    recipe: Recipe,
+    model: nn.Module,
+    tokens: Sequence[TokenStream],
+    held_out: Mapping[str, TokenStream],
+    *,
+    pad: int,
+    tails: tuple[int, int],
 ) -> Windows:
-    """Pairs of a source and its target. `tokens` are those of each text that has a weight, or of all."""
-    pad = getattr(model.config, "pad_token_id", None) or 0
-    return _rows_of(recipe, f"{type(model).__name__} reads pairs", tokens, held_out, lambda part: PairStream(part, pad))
+    """Pairs of a source and its target. `tokens` are those of each text that has a weight, or of all.
+
+    The tokenizer puts `tails` tokens behind a source and behind a target.
+    """
+
+    def paired(part: TokenStream) -> PairStream:
+        return PairStream(part, pad, tails)
+
+    return _rows_of(recipe, f"{type(model).__name__} reads pairs", tokens, held_out, paired)
 
 
 def preferences_of(
@@ -56,14 +68,14 @@ def labelled_of(
     held_out: Mapping[str, TokenStream],
     *,
     pad: int,
-    special: frozenset[int],
+    tail: int,
 ) -> Windows:
-    """Texts with a label. `special` are the tokenizer's special tokens."""
+    """Texts with a label, padded with `pad`. The tokenizer puts `tail` tokens behind each."""
     config: Any = model.config
     number = config.problem_type == "regression"
 
     def labelled(part: TokenStream) -> LabelledStream:
-        return LabelledStream(part, pad, special, number)
+        return LabelledStream(part, pad, tail, number)
 
     return _rows_of(recipe, f"{type(model).__name__} tells the label of a text", tokens, held_out, labelled)
 
@@ -76,13 +88,13 @@ def compared_of(
     *,
     texts_of_a_row: int,
     pad: int,
-    special: frozenset[int],
+    tail: int,
     pooled_by: str,
 ) -> Windows:
-    """Rows of texts that are compared. `special` are the tokenizer's special tokens, `pooled_by` is for the plan."""
+    """Rows of texts that are compared. The tokenizer puts `tail` tokens behind each; `pooled_by` is for the plan."""
 
     def compared(part: TokenStream) -> ComparedStream:
-        return ComparedStream(part, texts_of_a_row, pad, special)
+        return ComparedStream(part, texts_of_a_row, pad, tail)
 
     reason = "embedding compares the texts of rows"
     stream, other, lines = _rows_of(recipe, reason, tokens, held_out, compared)

@@ -143,10 +143,14 @@ class Tokenizer:
         found = (self._tokenizer.pad_token_id, self.end)
         return next((int(token) for token in found if token is not None), 0)
 
-    @property
-    def special(self) -> frozenset[int]:
-        """The special tokens."""
-        return frozenset(self._tokenizer.all_special_ids)
+    def tail(self, name: str = "text") -> int:
+        """How many special tokens it puts behind a text, which is passed as argument `name`."""
+        probe = Document(str(self._directory), "a")
+        whole, bare = (
+            list(self._encode("a", probe, name, add_special_tokens=special)["input_ids"]) for special in (True, False)
+        )
+        ends = range(len(whole), len(bare) - 1, -1)
+        return next((len(whole) - end for end in ends if bare and whole[end - len(bare) : end] == bare), 0)
 
     def encode_whole(self, documents: Sequence[Document]) -> list[list[int]]:
         """The tokens of texts with their special tokens, as classifiers and embedding models read them.

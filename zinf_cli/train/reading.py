@@ -73,7 +73,7 @@ def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Readin
         return _of_pictures(recipe, model, objective)
     if objective is Objective.TARGET_OF_SOURCE:
         return Reading(
-            pairs_of,
+            _pairs_of(recipe, model),
             {"pair_fields": (dataset.source_field, dataset.target_field)},
             "is an encoder-decoder: it learns to write a target from a source",
         )
@@ -86,6 +86,15 @@ def reading_of(recipe: Recipe, model: nn.Module, objective: Objective) -> Readin
     if objective is Objective.SIMILARITY:
         return _of_rows(recipe, model)
     return Reading(windows_of)
+
+
+def _pairs_of(recipe: Recipe, model: nn.Module) -> Callable[..., Windows]:
+    """What makes windows of pairs. Without a tokenizer there will be no tokens of which to make them."""
+    directory = recipe.dataset.tokenizer or recipe.model.name_or_path
+    if directory is None:
+        return partial(pairs_of, pad=0, tails=(0, 0))
+    tokenizer = Tokenizer(directory)
+    return partial(pairs_of, pad=pad_of(model, tokenizer), tails=(tokenizer.tail(), tokenizer.tail("text_target")))
 
 
 def _of_pictures(recipe: Recipe, model: nn.Module, objective: Objective) -> Reading:
@@ -132,7 +141,7 @@ def _of_labels(recipe: Recipe, model: nn.Module) -> Reading:
         if hasattr(part, "pad_token_id"):
             part.pad_token_id = pad
     return Reading(
-        partial(labelled_of, pad=pad, special=tokenizer.special),
+        partial(labelled_of, pad=pad, tail=tokenizer.tail()),
         {"labels": Labels(dataset.label_field, () if number else names)},
         "tells the label of a text",
     )
@@ -151,7 +160,7 @@ def _of_rows(recipe: Recipe, model: nn.Module) -> Reading:
         compared_of,
         texts_of_a_row=compared.texts_of_a_row,
         pad=pad_of(model, tokenizer),
-        special=tokenizer.special,
+        tail=tokenizer.tail(),
         pooled_by=f"{_POOLED[pooling]} ({why})",
     )
     return Reading(make, {"compared": compared}, "compares the texts of a row")
