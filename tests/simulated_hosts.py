@@ -7,7 +7,7 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ FACTS = {
     "drives": {}, "paths": {}, "memlock": -1, "huge_pages": "madvise", "cores": 64,
 }  # fmt: skip
 
-Answer = Callable[[Host, dict[str, Any]], list[dict[str, Any]]]
+Answer = Callable[[Host, dict[str, Any]], Iterable[dict[str, Any]]]
 
 
 def well(host: Host, request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -188,10 +188,10 @@ class RelayChannel:
         self.link.close()
 
 
-def launch(transport: Simulated, run_dir: Path) -> Outcome:
+def launch(transport: Simulated, run_dir: Path, hosts: Sequence[Host] = HOSTS) -> Outcome:
     program = Program(AGENT, "life", [], run_dir, {"recipe.yaml": "", "plan.json": ""}, [], False, {})
     with Lifelines(transport) as lifelines:
-        preflight = check_hosts(HOSTS, lifelines)
+        preflight = check_hosts(hosts, lifelines)
         preflight.require_ready()
         world = World(lifelines, preflight.connections, preflight.rendezvous)
         return run_ranks(program, world, on_poll=lambda: None, notify=print)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import math
 import os
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count as count_on
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +81,42 @@ def test_a_relay_that_is_lost_is_the_cause_of_its_group(tmp_path: Path) -> None:
     assert "lost as well; ended on node000" in outcome.others
     swept = sorted(host for host, do in transport.requests if do == "sweep")
     assert swept == [f"node{number:03d}" for number in range(50, 60)]
+
+
+def test_files_that_a_lost_relay_has_cut_off_are_whole_in_the_end(tmp_path: Path) -> None:
+    """What ranks write is on its way, more than anybody takes in at a time, when the relay is killed."""
+    part, count = b"0123456789" * 1000, 8
+    name = "logs/rank-00024.log"
+
+    def file(number: int) -> dict[str, Any]:
+        data = base64.b64encode(part).decode()
+        return {"event": "file", "path": name, "offset": number * len(part), "data": data}
+
+    def talk() -> None:
+        channel = transport.channels["node003"]
+        with suppress(OSError):
+            for number in count_on():
+                channel._say(file(number))
+
+    def cut() -> None:
+        while not (tmp_path / name).exists():
+            time.sleep(0.01)
+        transport.relays["node002"].abort()
+
+    def writes(host: Host, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        said = never_ends(host, request)
+        if host.name == "node003" and request["do"] == "close_folder":
+            yield from map(file, range(count))
+        yield from said
+        if host.name == "node003" and said == [{"answer": 1}]:
+            for action in (talk, cut):
+                threading.Thread(target=action, daemon=True).start()
+
+    transport = SimulatedTree(writes)
+    outcome = launch(transport, tmp_path, FOUR)
+    assert outcome.failure is not None
+    assert outcome.failure.host == "node002"
+    assert (tmp_path / name).read_bytes() == part * count
 
 
 def test_hosts_of_a_lost_relay_say_so() -> None:
