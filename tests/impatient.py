@@ -17,7 +17,7 @@ class Impatient(Pipes):
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, self.there_s)
-        channel = _PipeChannel(supervisor_command(sys.executable, program))
+        channel = _PipeChannel(supervisor_command(sys.executable, program, launch_id))
         channel.silence_s = self.here_s
         channel.send(program)
         return channel

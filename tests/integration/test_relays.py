@@ -99,15 +99,13 @@ def test_a_relay_behind_a_cut_cable_is_named_and_leaves_nothing(apart: Workshop)
 
 
 @LONG
-def test_a_relay_that_hangs_is_named_and_is_all_that_is_left(apart: Workshop) -> None:
+def test_a_relay_that_hangs_is_named_and_ended(apart: Workshop) -> None:
     process = apart.train()
     (relay,) = of_module(apart.lab, 2, RELAY)
     os.kill(relay, signal.SIGSTOP)
     ended = apart.end(process)
     assert ended.code == 1, ended.err
     assert "node3: gave no sign of life for 10 s" in ended.message
-    wait_until(lambda: set(apart.lab.processes()) - set(apart.lab.named("ssh")) == {relay}, 20)
-    os.kill(relay, signal.SIGCONT)
     assert apart.left_behind() == []
     assert apart.lab.connections() == []
 

@@ -34,7 +34,7 @@ PAUSE_S = 4.0
 @contextmanager
 def bare_supervisor(silence_s: float) -> Iterator[subprocess.Popen[bytes]]:
     program = supervisor_program("0" * 32, silence_s)
-    words = supervisor_command(sys.executable, program)
+    words = supervisor_command(sys.executable, program, "0" * 32)
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
         assert process.stdin is not None
         assert process.stdout is not None

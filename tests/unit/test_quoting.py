@@ -24,17 +24,18 @@ def test_the_words_of_a_command_arrive_as_they_are(shell: str, name: str) -> Non
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / name
         python.symlink_to(str(shutil.which("echo")))
-        command = supervisor_command(str(python), b"x" * 123)
+        command = supervisor_command(str(python), b"x" * 123, "0" * 32)
         done = subprocess.run([shell, "-c", remote_line(command)], capture_output=True, text=True, check=False)
-    assert done.stdout == f"{' '.join(command[1:])}\n", done.stderr
+    assert done.stdout == f"{' '.join(command[command.index(str(python)) + 1 :])}\n", done.stderr
 
 
 def test_the_program_of_a_supervisor_stands_alone() -> None:
     """It runs in a Python that has nothing but the standard library, and ends when its lifeline does."""
     program = supervisor_program("0" * 32, 10.0)
-    command = supervisor_command("/usr/bin/env", program)[1:]
+    python = str(shutil.which("python3", path="/usr/bin:/bin") or shutil.which("python3"))
+    *before, _, isolated, loads, loader, size = supervisor_command(python, program, "0" * 32)
     done = subprocess.run(
-        [str(shutil.which("python3", path="/usr/bin:/bin") or shutil.which("python3")), "-I", "-S", *command],
+        [*before, python, isolated, "-S", loads, loader, size],
         input=program,
         capture_output=True,
         check=True,

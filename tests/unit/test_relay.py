@@ -20,6 +20,7 @@ from simulated_hosts import HOSTS, RelayChannel, SimulatedTree
 from zinf_cli.errors import HostError
 from zinf_cli.launch.branches import Relay, RelayedChannel
 from zinf_cli.launch.frames import MOST_BYTES, WINDOW, Frames, Kind, frame, frames_of, language, taken
+from zinf_cli.launch.process_tree import LAUNCH_ID
 from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.switchboard import Switchboard
 from zinf_cli.launch.transport import MOST_RECEIVED, Gone
@@ -203,12 +204,12 @@ def start_relay(*arguments: str, **variables: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **variables},
+        env={**os.environ, LAUNCH_ID: "id", **variables},
     )
 
 
 def test_a_relay_of_another_zinf_is_none() -> None:
-    out, error = start_relay("0123456789abcdef", "ssh").communicate(b"id\n")
+    out, error = start_relay("0123456789abcdef", "ssh").communicate()
     assert (out, error) == (b"", b"its zinf is not the launcher's\n")
 
 
@@ -221,7 +222,7 @@ def test_a_relay_ends_logins_that_go_on(tmp_path: Path) -> None:
     relay = start_relay(language(), "ssh", PATH=path, HANGING_SSH=str(takes))
     assert relay.stdin is not None
     assert relay.stdout is not None
-    relay.stdin.write(b"id\n" + opened(own=False))
+    relay.stdin.write(opened(own=False))
     relay.stdin.flush()
     while not takes.exists() or not takes.read_text():
         time.sleep(0.02)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from programs import command
 from zinf_cli.launch.connection import Connection, Lifelines
 from zinf_cli.launch.part import visible_accelerators
 from zinf_cli.launch.pipes import Pipes
+from zinf_cli.launch.process_tree import LAUNCH_ID
 from zinf_cli.recipe.hosts import Host, this_machine
 
 
@@ -150,3 +153,25 @@ def test_the_port_that_other_hosts_try_is_open_at_one_address(monkeypatch: pytes
         found = [one for child in psutil.Process().children() for one in child.net_connections("inet")]
         assert [one.laddr for one in found if one.status == psutil.CONN_LISTEN] == [("127.0.0.1", port["port"])]
         assert connection.request("reach", address=port["address"], port=port["port"], timeout_s=5) == "lo"
+
+
+def test_a_supervisor_that_hangs_is_ended_by_another_one(tmp_path: Path) -> None:
+    with Lifelines(Pipes()) as lifelines:
+        hanging, other = (lifelines.connect(this_machine(1)) for _ in range(2))
+        _, pid = stand_by(hanging, tmp_path / "pid")
+        os.kill(psutil.Process(pid).ppid(), signal.SIGSTOP)
+        assert other.request("sweep") >= 1
+        assert hanging.hear_event(20) is None
+        assert hanging.lost == "the connection was lost, or its supervisor killed"
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_sweep_spares_what_has_started_the_supervisor() -> None:
+    """As a relay does, on its own host."""
+    script = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
+    sweeps = "import sys; from zinf_cli.launch.process_tree import end_marked; print(end_marked('a-launch'))"
+    words = [sys.executable, "-c", script, sys.executable, "-c", sweeps]
+    done = subprocess.run(
+        words, env={**os.environ, LAUNCH_ID: "a-launch"}, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "0\n"

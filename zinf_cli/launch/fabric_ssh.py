@@ -170,7 +170,7 @@ def _start_supervisor(connection: Any, python: str, launch_id: str) -> Channel:
     session = connection.transport.open_session(timeout=_CONNECT_S)
     greeting = Greeting(launch_id)
     program = supervisor_program(launch_id, _SshChannel.silence_s, greeting)
-    session.exec_command(remote_line(supervisor_command(python, program)))
+    session.exec_command(remote_line(supervisor_command(python, program, launch_id)))
     channel = _SshChannel(session, connection, greeting)
     channel.send(program)
     return channel

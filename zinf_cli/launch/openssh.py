@@ -23,7 +23,15 @@ from zinf_cli.launch.openssh_route import Destination, Route, route
 from zinf_cli.launch.refusal import Refusal, patiently
 from zinf_cli.launch.said import Said
 from zinf_cli.launch.ssh import Files
-from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, remote_line, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import (
+    SILENCE_S,
+    Channel,
+    Greeting,
+    marked_command,
+    remote_line,
+    supervisor_command,
+    supervisor_program,
+)
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.search_path import module_command
 
@@ -60,12 +68,12 @@ class OpenSsh:
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, SILENCE_S, Greeting(launch_id))
-        return self._start(host, supervisor_command(self._python, program), program, launch_id)
+        return self._start(host, supervisor_command(self._python, program, launch_id), program, launch_id)
 
     def open_relay(self, host: Host, launch_id: str) -> Channel:
         """Start a relay (relay.py) there, which has to have zinf in the same place."""
-        command = module_command("zinf_cli.launch.relay", language(), "ssh")
-        return self._start(host, command, f"{launch_id}\n".encode(), launch_id)
+        command = marked_command(launch_id, module_command("zinf_cli.launch.relay", language(), "ssh"))
+        return self._start(host, command, b"", launch_id)
 
     def _start(self, host: Host, command: Sequence[str], program: bytes, launch_id: str) -> Channel:
         """Run `command` there, send `program` to it and wait for its greeting."""

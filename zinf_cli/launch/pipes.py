@@ -28,7 +28,7 @@ class Pipes:
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, self._silence_s)
-        channel = _PipeChannel(supervisor_command(sys.executable, program))
+        channel = _PipeChannel(supervisor_command(sys.executable, program, launch_id))
         channel.send(program)
         return channel
 

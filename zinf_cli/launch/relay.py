@@ -33,7 +33,7 @@ from zinf_cli.launch.connection import find_ssh
 from zinf_cli.launch.frames import MOST_BYTES, WINDOW, Frames, Kind, bytes_taken, frame, frames_of, language
 from zinf_cli.launch.patience import Patience
 from zinf_cli.launch.pipes import Pipes
-from zinf_cli.launch.process_tree import become_subreaper, end_descendants
+from zinf_cli.launch.process_tree import LAUNCH_ID, become_subreaper, end_descendants
 from zinf_cli.launch.sender import Sender
 from zinf_cli.launch.srun import Srun
 from zinf_cli.launch.switchboard import Switchboard
@@ -236,7 +236,7 @@ def _wait_for(hosts: list[_Relayed], seconds: float) -> list[_Relayed]:
 
 
 def main() -> None:
-    """Greet with the mark of the launch, whose id is the first line of stdin. Then serve.
+    """Greet with the mark of the launch, whose id is in its environment. Then serve.
 
     The first argument is the launcher's frames.language(); the second by what to reach hosts, "ssh" or "srun".
     """
@@ -246,17 +246,14 @@ def main() -> None:
     heard, told = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nothing else here may take, or add, a byte of the link
     os.dup2(2, 1)
-    launch_id = b""
-    while not launch_id.endswith(b"\n") and (byte := os.read(heard, 1)):
-        launch_id += byte
+    launch_id = os.environ.pop(LAUNCH_ID)  # not for each ssh: a sweep of this host would end it
     with contextlib.suppress(OSError):
         os.setsid()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: None)  # ignored, they would be so by each ssh as well
     become_subreaper()
-    own = launch_id.decode().strip()
-    relay = Relay(heard, told, own, Pipes(SILENCE_S), Srun() if by == "srun" else find_ssh())
-    os.write(told, Greeting(own).words)
+    relay = Relay(heard, told, launch_id, Pipes(SILENCE_S), Srun() if by == "srun" else find_ssh())
+    os.write(told, Greeting(launch_id).words)
     with contextlib.suppress(KeyboardInterrupt):
         relay.serve()
     end_descendants()  # what is still logging in, or does not hear of the end

@@ -13,8 +13,14 @@ from functools import cached_property
 from zinf_cli.errors import HostError, UsageError
 from zinf_cli.launch.client_channel import ClientChannel, allow_files
 from zinf_cli.launch.frames import language
-from zinf_cli.launch.process_tree import LAUNCH_ID
-from zinf_cli.launch.transport import SILENCE_S, Channel, Greeting, supervisor_command, supervisor_program
+from zinf_cli.launch.transport import (
+    SILENCE_S,
+    Channel,
+    Greeting,
+    marked_command,
+    supervisor_command,
+    supervisor_program,
+)
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.search_path import module_command
 
@@ -45,9 +51,7 @@ class Srun:
 
     def open(self, host: Host, launch_id: str) -> Channel:
         program = supervisor_program(launch_id, SILENCE_S, Greeting(launch_id))
-        # A supervisor does not hear of the end of its srun, so another one has to find it (Supervisor.do_sweep).
-        mark = f",{LAUNCH_ID}={launch_id}"
-        return self._start(host, supervisor_command(sys.executable, program), program, launch_id, mark)
+        return self._start(host, supervisor_command(sys.executable, program, launch_id), program, launch_id)
 
     def open_relay(self, host: Host, launch_id: str) -> Channel:
         """Start a relay (relay.py) in a step, which starts the steps of its group.
@@ -56,15 +60,13 @@ class Srun:
         """
         if self._signals_all:
             raise HostError("Slurm signals all processes of a step (ProctrackType)", where=host.name)
-        command = module_command("zinf_cli.launch.relay", language(), "srun")
-        return self._start(host, command, f"{launch_id}\n".encode(), launch_id)
+        command = marked_command(launch_id, module_command("zinf_cli.launch.relay", language(), "srun"))
+        return self._start(host, command, b"", launch_id)
 
-    def _start(
-        self, host: Host, command: Sequence[str], program: bytes, launch_id: str, variables: str = ""
-    ) -> Channel:
+    def _start(self, host: Host, command: Sequence[str], program: bytes, launch_id: str) -> Channel:
         """Run `command` in a step on a node, send `program` to it and wait for its greeting."""
         assert host.job is not None
-        where = [f"--jobid={host.job}", f"--nodelist={host.host}", f"--export=ALL{variables}"]
+        where = [f"--jobid={host.job}", f"--nodelist={host.host}", "--export=ALL"]
         gpus = [f"--gpus={host.gpus}"] if host.gpus else []
         words = [self._srun, *_STEP, *where, *gpus, *command]
         try:

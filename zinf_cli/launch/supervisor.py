@@ -282,7 +282,7 @@ class Supervisor:
         end_descendants()
 
     def do_sweep(self) -> int:
-        """End what an earlier supervisor of this launch has left. Returns the number of processes."""
+        """End an earlier supervisor of this launch, and what it has left. Returns the number of processes."""
         return end_marked(self._launch_id)
 
 

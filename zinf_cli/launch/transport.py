@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Protocol
 
+from zinf_cli.launch.process_tree import LAUNCH_ID
 from zinf_cli.recipe.hosts import Host
 
 SILENCE_S = 10.0
@@ -99,7 +100,7 @@ class Greeting:
 
     @property
     def words(self) -> bytes:
-        """What the supervisor prints first: the mark, which nobody else can know."""
+        """What the supervisor prints first: the mark, which nothing else prints."""
         return self._mark
 
     def after(self, data: bytes) -> bytes | None:
@@ -109,12 +110,18 @@ class Greeting:
         return rest if mark else None
 
 
-def supervisor_command(python: str, program: bytes) -> list[str]:
+def supervisor_command(python: str, program: bytes, launch_id: str) -> list[str]:
     """The command to run on the host, before `program` is sent to its stdin.
 
     Its Python is isolated: nothing in the working directory or on PYTHONPATH takes the place of the standard library.
     """
-    return [python, "-I", "-c", _LOADER, str(len(program))]
+    return marked_command(launch_id, [python, "-I", "-c", _LOADER, str(len(program))])
+
+
+def marked_command(launch_id: str, command: Sequence[str]) -> list[str]:
+    """`command` with the launch's id in its environment: by that a supervisor finds it there (Supervisor.do_sweep)."""
+    mark = f'export {LAUNCH_ID}={launch_id}; exec "$@"'  # `env` would take a word with "=" for a variable
+    return ["/bin/sh", "-c", mark, "sh", *command]
 
 
 def remote_line(command: Sequence[str]) -> str:
