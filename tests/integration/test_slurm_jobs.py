@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -166,8 +168,10 @@ def test_a_warning_that_comes_to_steps_alone_leaves_a_checkpoint(cluster: Cluste
 
 
 @LONG
-def test_a_job_whose_nodes_are_behind_relays_is_cancelled_and_leaves_a_checkpoint(tmp_path: Path) -> None:
-    """The step of a relay has the sruns of its group, which the end of the job must not end."""
+def test_a_job_whose_nodes_are_behind_relays_is_stopped_goes_on_is_cancelled_and_leaves_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """The step of a relay has the sruns of its group, which the end of the job must not end; nor must Ctrl-Z."""
     with slurm_lab(tmp_path, [Node()] * 4, proctrack="cgroup") as lab:
         lab.program = command("zinf_by_relays")
         cluster = Cluster(tmp_path, lab)
@@ -176,6 +180,13 @@ def test_a_job_whose_nodes_are_behind_relays_is_cancelled_and_leaves_a_checkpoin
         wait_for_steps(cluster.run_dir, 2)
         found = [of_module(lab, host, "zinf_cli.launch.relay") for host in range(4)]
         assert [sum(psutil.Process(pid).name() != "srun" for pid in pids) for pids in found] == [1, 0, 1, 0]
+        launcher = psutil.Process(of_module(lab, 0, "zinf_by_relays")[-1])
+        launcher.send_signal(signal.SIGTSTP)
+        wait_until(lambda: launcher.status() == psutil.STATUS_STOPPED, 10)
+        time.sleep(13)  # the silence that would end a host is shorter
+        launcher.send_signal(signal.SIGCONT)
+        stopped_at = cluster.last_step()
+        wait_until(lambda: cluster.last_step() >= stopped_at + 2, 60)
         lab.slurm("scancel", job)
         assert cluster.stopped(job) >= 2
 
