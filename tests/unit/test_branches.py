@@ -242,7 +242,8 @@ def test_a_machine_without_room_for_another_thread_gives_hosts_up_all_the_same(m
     monkeypatch.setattr(threading.Thread, "start", start)
     with Lifelines(SimulatedTree()) as lifelines:
         first, second, third, fourth = connected(lifelines)
-        for patience in (lifelines._branches.relays[1]._patience, second._patience):
+        relay = lifelines._branches._by_host[FOUR[2]]
+        for patience in (relay._patience, second._patience):
             patience._until = patience._seconds = 0.0  # it is over
         assert third.hear_event(20) is None
         assert fourth.hear_event(20) is None
