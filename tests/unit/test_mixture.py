@@ -135,3 +135,7 @@ def test_a_recipe_with_weights_is_written_as_it_was_read(tmp_path: Path) -> None
     recipe.write_text(dump_recipe(once))
     assert load_recipe(recipe) == once
     assert (once.dataset.paths, once.dataset.weights) == ((tmp_path / "A",), (1.0,))
+
+
+def test_a_share_that_is_nearly_nothing_takes_nothing() -> None:
+    assert MixedOrder([10, 10], [1.0, 1e-17], 4, seed=0, shuffle=True).sources(0) == [4, 0]

@@ -26,6 +26,8 @@ from zinf_cli.text.token_stream import TokenStream, digest
 Part = TokenStream | PackedStream | PairStream | PreferenceStream | LabelledStream | PicturedStream | ComparedStream
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The golden ratio's fraction, of 2**64."""
+_LARGEST = 2.0**64 - 2**11
+"""The largest number below 2**64. A share too small for a float would begin at 2**64 itself."""
 _BLOCK = 1 << 20
 """Places that are counted at once."""
 
@@ -74,7 +76,7 @@ class MixedOrder(BatchOrder):
         self._orders = [BatchOrder(count, min(1, count), seed, shuffle) for count in num_windows]
         self._firsts = [0, *accumulate(num_windows)]
         bounds = np.cumsum(weights)[:-1] / sum(weights)
-        self._bounds = (bounds * 2.0**64).astype(np.uint64)
+        self._bounds = np.minimum(bounds * 2.0**64, _LARGEST).astype(np.uint64)
         self._phase = np.random.Generator(np.random.PCG64([seed])).integers(2**64, dtype=np.uint64)
         self._counted = (0, np.zeros(len(num_windows), dtype=np.int64))
 
