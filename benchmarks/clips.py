@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import launch_command
 from benchmarks.pairs import Run, arguments_of, in_turn, laid_out, losses_apart, printed_by
@@ -54,6 +56,7 @@ def inside(folder: Path, way: str) -> None:
     """Plan and train in this process."""
     from zinf_cli.engine.engine import Engine
     from zinf_cli.train import loop
+    from zinf_cli.train.process_memory import heap_for_each
 
     run_dir, plan = laid_out(folder)
     if way == WAYS[0]:  # no share of clipped steps is below it
@@ -66,6 +69,7 @@ def inside(folder: Path, way: str) -> None:
         return step(*args, **{**kwargs, "max_grad_norm": norm})
 
     Engine.train_step = clipped_now_and_then  # type: ignore[method-assign]
+    heap_for_each(torch.get_num_threads())
     loop.train(run_dir)
     print((run_dir / METRICS).read_text())
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.case import MODELS
 from benchmarks.contenders import WARM_UP
@@ -65,8 +66,10 @@ def one_run(folder: Path, most: int | None) -> dict[str, Any]:
 def inside(folder: Path, most: int | None) -> None:
     """Plan and train in this process."""
     from zinf_cli.train import loop
+    from zinf_cli.train.process_memory import heap_for_each
 
     run_dir, _ = laid_out(folder, most)
+    heap_for_each(torch.get_num_threads())
     loop.train(run_dir)
     print((run_dir / METRICS).read_text())
 

@@ -26,6 +26,12 @@ def test_aligned_blocks_that_come_and_go_take_each_others_places() -> None:
     assert int(said.stdout) < 96 << 20  # without MALLOC's tunables glibc 2.36 takes 370 MB
 
 
+def test_threads_that_compute_have_heaps_and_all_others_share_them() -> None:
+    plain = {name: value for name, value in environment().items() if name != "MALLOC_ARENA_MAX"}
+    said = subprocess.run(command("heaps_of_threads"), env=plain, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["2", "2"]
+
+
 def test_free_memory_goes_back_while_a_process_takes_more_than_it_should() -> None:
     before = process_memory()["VmRSS"]
     with returning_free_memory(above=before + (32 << 20)):

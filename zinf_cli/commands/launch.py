@@ -249,15 +249,14 @@ def _least_room(preflight: Preflight) -> Room:
 
 
 MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(MAPPED),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
 }
-"""glibc's heap of a rank: one for all threads, of which one computes at a time, and fixed thresholds. Left to itself it
-keeps what each micro-batch's thread freed (the demo: 1.21 instead of 1.41 GiB), and maps large temporaries anew each
-time. Those of 16 MiB and more are mapped: between small ones in the heap, they leave holes that nothing fits into (the
-demo's logits: a peak of 1.11 or 1.28 GiB, by chance). In huge pages that takes little time.
+"""glibc's heaps of a rank have fixed thresholds. Left to itself glibc maps large temporaries anew each time. Those of
+16 MiB and more are mapped: between small ones in the heap, they leave holes that nothing fits into (the demo's logits:
+a peak of 1.11 or 1.28 GiB, by chance). In huge pages that takes little time. The rank sees to the number of its heaps
+(train/process_memory.py): one for each thread would keep what each micro-batch's thread freed.
 
 No small block is kept aside when it is freed. Before glibc 2.38 an aligned block, such as a tensor's, is cut from a
 place that is a little larger. The rest, if it is kept aside, does not join the block again when that is freed. What is

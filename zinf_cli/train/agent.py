@@ -82,8 +82,12 @@ def _with_its_threads(life: partial[int]) -> int:
     """Live, in the rank itself: torch starts threads when it is told their number, and the guard has yet to fork."""
     import torch
 
+    from zinf_cli.train.process_memory import heap_for_each
+
     if "OMP_NUM_THREADS" in os.environ:  # which torch read when it was imported
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        torch.set_num_threads(threads)
+        heap_for_each(threads)
     return life()
 
 

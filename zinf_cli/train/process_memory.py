@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3  # of mallopt(3)
+import torch
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
 _APART = 2**20
 """Bytes."""
 LOOK_S = 0.02
@@ -22,6 +24,19 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def heap_for_each(threads: int) -> None:
+    """Have glibc make a heap for each of the `threads` that compute, and no others. Called before other threads start.
+
+    An operator such as attention in bf16 takes hundreds of small blocks in all these threads at once. In one heap they
+    wait for each other then, asleep. All threads that start later share these heaps. MALLOC_ARENA_MAX of the
+    environment comes first.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if "MALLOC_ARENA_MAX" not in os.environ and mallopt is not None:
+        mallopt(_M_ARENA_MAX, threads)
+        torch.ones(threads << 16).add_(1)  # large enough for all of them, which so have the first heaps
 
 
 @contextmanager
