@@ -264,8 +264,10 @@ class Checker:
         """An operation on the current stream uses memory of the allocator, at these addresses, and gives results there.
 
         As soon as that is freed, the allocator has it for what is queued next on the stream that had taken it. So no
-        other stream may use it.
+        other stream may use it. What torch.tensor has made is seen first as it is lifted: nothing else has used it.
         """
+        if name == "aten::lift_fresh":
+            used, results = set(), used | results
         with self._lock:
             stream, site = self.current(DEVICE), _site()
             own = None if stream is self._compute else stream

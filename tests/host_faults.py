@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,12 @@ _MOST_S = 90.0
 
 def of_module(lab: Lab, host: int, module: str) -> list[int]:
     """Processes on a host that run a module, the first to start first."""
-    pids = lab.processes(lab.hosts[host])
-    found = [pid for pid in pids if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return sorted(found, key=lambda pid: psutil.Process(pid).create_time())  # numbers of processes begin again
+    started = {}
+    for pid in lab.processes(lab.hosts[host]):
+        with suppress(OSError, psutil.NoSuchProcess):  # it has ended by now
+            if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                started[pid] = psutil.Process(pid).create_time()
+    return sorted(started, key=started.__getitem__)  # numbers of processes begin again
 
 
 def kill_rank(lab: Lab, launcher: subprocess.Popen[str]) -> None:
