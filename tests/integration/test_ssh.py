@@ -103,6 +103,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with loopback_lab(tmp_path_factory.mktemp("lab"), len(SERVERS)) as lab:
         _make_keys(lab)
         _change_servers(lab)
+        (lab.folder / "included").write_text(f"Host include\n HostName {server(lab, 'plain').name}\n")
         (lab.folder / "sockets").mkdir()
         lab.environment["XDG_RUNTIME_DIR"] = str(lab.folder / "sockets")
         yield lab
@@ -205,7 +206,6 @@ def nothing_is_left(lab: Lab) -> bool:
 
 def test_what_works_for_ssh_works_here(lab: Lab) -> None:
     cases = here()
-    (lab.folder / "included").write_text(f"Host include\n HostName {server(lab, 'plain').name}\n")
     configure(lab, *(case.lines.replace("{name}", name) for name, case in cases.items()))
     found = dict(zip(cases, connect(lab, list(cases)), strict=True))
     assert found == {name: server(lab, case.leads_to).name for name, case in cases.items()}
