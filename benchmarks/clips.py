@@ -15,16 +15,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from benchmarks.case import NEVER_CLIPS, Case
 from benchmarks.contenders import launch_command
-from benchmarks.pairs import Run, arguments_of, in_turn, laid_out, losses_apart, printed_by
+from benchmarks.pairs import Run, arguments_of, in_turn, laid_out, losses_apart, printed_by, train_as_a_rank
 from benchmarks.results import report
 from zinf_cli.commands.launch import MALLOC
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import load_recipe
-from zinf_cli.run_folder.names import METRICS, PLAN
+from zinf_cli.run_folder.names import PLAN
 
 EVERY = 10
 """Of so many steps one is clipped."""
@@ -55,8 +53,6 @@ def one_run(folder: Path, way: str) -> dict[str, Any]:
 def inside(folder: Path, way: str) -> None:
     """Plan and train in this process."""
     from zinf_cli.engine.engine import Engine
-    from zinf_cli.train import loop
-    from zinf_cli.train.process_memory import heap_for_each
 
     run_dir, plan = laid_out(folder)
     if way == WAYS[0]:  # no share of clipped steps is below it
@@ -69,9 +65,7 @@ def inside(folder: Path, way: str) -> None:
         return step(*args, **{**kwargs, "max_grad_norm": norm})
 
     Engine.train_step = clipped_now_and_then  # type: ignore[method-assign]
-    heap_for_each(torch.get_num_threads())
-    loop.train(run_dir)
-    print((run_dir / METRICS).read_text())
+    train_as_a_rank(run_dir)
 
 
 def main() -> None:

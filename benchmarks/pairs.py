@@ -20,7 +20,7 @@ from benchmarks.results import add_save
 from zinf_cli.plan.plan import Plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe, load_recipe
-from zinf_cli.run_folder.names import PLAN, RECIPE
+from zinf_cli.run_folder.names import METRICS, PLAN, RECIPE
 
 Run = Mapping[str, Any]
 """What one run has found; its losses among it."""
@@ -72,6 +72,18 @@ def laid_out(folder: Path, most: int | None = None) -> tuple[Path, Plan]:
     plan = best_plan(recipe, find_figures(recipe, 1, most=most))
     (run_dir / PLAN).write_text(json.dumps(plan.to_json()))
     return run_dir, plan
+
+
+def train_as_a_rank(run_dir: Path) -> None:
+    """Train in this process, with heaps as a rank has them (the caller starts it with MALLOC), and print the steps."""
+    import torch
+
+    from zinf_cli.train import loop
+    from zinf_cli.train.process_memory import heap_for_each
+
+    heap_for_each(torch.get_num_threads())
+    loop.train(run_dir)
+    print((run_dir / METRICS).read_text())
 
 
 def losses_apart(pair: tuple[Run, Run]) -> float:

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.case import MODELS
 from benchmarks.contenders import WARM_UP
-from benchmarks.pairs import arguments_of, in_turn, laid_out, losses_apart, printed_by
+from benchmarks.pairs import arguments_of, in_turn, laid_out, losses_apart, printed_by, train_as_a_rank
 from benchmarks.results import report
 from zinf_cli.commands.launch import MALLOC
 from zinf_cli.recipe.recipe import Recipe
-from zinf_cli.run_folder.names import METRICS
 
 TOKENS, MICRO_BATCHES = 64, 8
 QUARTER = 4_200_000
@@ -65,13 +63,8 @@ def one_run(folder: Path, most: int | None) -> dict[str, Any]:
 
 def inside(folder: Path, most: int | None) -> None:
     """Plan and train in this process."""
-    from zinf_cli.train import loop
-    from zinf_cli.train.process_memory import heap_for_each
-
     run_dir, _ = laid_out(folder, most)
-    heap_for_each(torch.get_num_threads())
-    loop.train(run_dir)
-    print((run_dir / METRICS).read_text())
+    train_as_a_rank(run_dir)
 
 
 def main() -> None:

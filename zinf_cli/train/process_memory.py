@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+_LIBC = ctypes.CDLL(None)
+_MALLOPT = getattr(_LIBC, "mallopt", None)
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
 _APART = 2**20
 """Bytes."""
@@ -21,7 +23,7 @@ GROWTH = 24 << 20
 
 def return_free_memory() -> None:
     """Give freed pages that malloc keeps back to the kernel (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -33,9 +35,8 @@ def heap_for_each(threads: int) -> None:
     wait for each other then, asleep. All threads that start later share these heaps. MALLOC_ARENA_MAX of the
     environment comes first.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if "MALLOC_ARENA_MAX" not in os.environ and mallopt is not None:
-        mallopt(_M_ARENA_MAX, threads)
+    if "MALLOC_ARENA_MAX" not in os.environ and _MALLOPT is not None:
+        _MALLOPT(_M_ARENA_MAX, threads)
         torch.ones(threads << 16).add_(1)  # large enough for all of them, which so have the first heaps
 
 
@@ -48,15 +49,14 @@ def mapped_apart() -> Iterator[None]:
     done where the environment does not fix the threshold: glibc chooses it then.
     """
     threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if threshold is None or mallopt is None:
+    if threshold is None or _MALLOPT is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, _APART)
+    _MALLOPT(_M_MMAP_THRESHOLD, _APART)
     try:
         yield
     finally:
-        mallopt(_M_MMAP_THRESHOLD, int(threshold))
+        _MALLOPT(_M_MMAP_THRESHOLD, int(threshold))
 
 
 @contextmanager
@@ -99,7 +99,7 @@ class _MallocInfo(ctypes.Structure):
 
 def _not_in_use(memory: Mapping[str, int]) -> int:
     """Bytes of `process_memory` that malloc has not handed out. Without glibc's mallinfo2, all of them."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    mallinfo = getattr(_LIBC, "mallinfo2", None)
     if mallinfo is None:
         return memory.get("VmRSS", 0)
     mallinfo.restype = _MallocInfo

@@ -172,7 +172,7 @@ def _holds_the_same(carrier: Carrier, own: Set[int]) -> bool:
 
 
 def _still(tensor: torch.Tensor, state: torch.Tensor, asked: list[torch.Tensor] | None) -> bool:
-    """Whether a tensor still holds `state`, or is taken to: see `_held`."""
+    """Whether a tensor still holds `state`, or is taken to: see `held_now`."""
     if tensor.is_meta or streams_of(tensor.device).on_cpu:
         return _same(tensor, state)
     if asked is None or not _alike(tensor, state):
