@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import load_image
@@ -212,6 +213,21 @@ def test_pixels_are_made_with_the_settings_of_tokens(tmp_path: Path) -> None:
     seen = found.ids.count(AutoProcessor.from_pretrained(tmp_path).image_token_id)
     pixels = processor.beside([[str(tmp_path / "wide.png")]], *2 * [torch.tensor([found.ids])])["pixel_values"]
     assert seen == len(pixels) > 1  # a token for each patch
+
+
+def test_a_text_begins_as_its_tokenizer_begins_it(tmp_path: Path) -> None:
+    processor = PROCESSORS["llava"]()
+    begins = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    processor.tokenizer.backend_tokenizer.post_processor = begins
+    processor.save_pretrained(tmp_path)
+    picture(1).save(tmp_path / "1.png")
+    expected = processor(text=["w1 <image> w2"], images=[[picture(1)]])["input_ids"][0]
+    document = Document("here", "w1 <image> w2", beside={PICTURES: ["1.png"]})
+    found = Processor(tmp_path).encode(document, tmp_path / "rows.jsonl", ("assistant",))
+    assert processor.tokenizer.convert_ids_to_tokens(found.ids[:2]) == ["<bos>", "w1"]
+    assert found.ids == [*expected, processor.tokenizer.eos_token_id]
+    image = processor.image_token_id
+    assert found.mask == [token != image for token in found.ids]
 
 
 def test_what_a_processor_makes_beside_all_that_is_known_is_refused(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tiny_models import WORDS
 from zinf_cli.batches.rows import shortened
 from zinf_cli.errors import DatasetError
+from zinf_cli.text import documents
 from zinf_cli.text.data import TextSource, open_token_stream
 from zinf_cli.text.documents import Document
 from zinf_cli.text.tokens import Tokenizer
@@ -59,6 +60,44 @@ def test_an_answer_has_the_tokens_it_has_behind_its_prompt(
         next(Tokenizer(tmp_path).encode_answers(merged, ("chosen", "rejected", "prompt")))
 
 
+def _framed(template: str, folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of words in `folder`, with special tokens around a text ($A) as in `template`."""
+    words = ["<unk>", "<s>", "</s>", "en", "one", "two", "three", "four"]
+    raw = Raw(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(word, number) for number, word in enumerate(words[:4])]
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "en <s> $A"])
+def test_a_document_begins_as_its_tokenizer_begins_it(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text is what the tokenizer makes of it, with one end; so is a prompt, and a text that is read in pieces."""
+    monkeypatch.setattr(documents, "PIECE", 6)
+    fast, cache = _framed(template, tmp_path), tmp_path / "cache"
+    head, whole = fast(" ")["input_ids"][: template.split().index("$A")], fast("one two three four")["input_ids"]
+    whole = [*(token for token in whole if token != fast.eos_token_id), fast.eos_token_id]
+    begun = "".join(f"{token} " for token in fast.convert_ids_to_tokens(head))  # such as a rendered dialog
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"{b}one two three four"}) + "\n" for b in ("", begun))
+    )
+    (tmp_path / "b.txt").write_text("one two\nthree\nfour")
+    rows, text = (
+        open_token_stream(TextSource((tmp_path / name,), tokenizer=tmp_path), cache) for name in ("a.jsonl", "b.txt")
+    )
+    assert rows.tokens.tolist() == 2 * whole
+    assert text.tokens.tolist() == whole
+    assert Tokenizer(tmp_path).encode_prompt("one two three four", chat=False) == whole[:-1]
+    row = Document("here", " two", beside={"prompt": "one", "rejected": " three"})
+    chosen, rejected = Tokenizer(tmp_path).encode_answers(row, ("chosen", "rejected", "prompt"))
+    assert fast.convert_ids_to_tokens(chosen[0]) == [*begun.split(), "one", "two", "</s>"]
+    assert chosen[1] == rejected[1] == [False] * (len(head) + 1) + [True, True]
+
+
 @pytest.mark.parametrize(
     ("template", "tail", "kept"),
     [
@@ -72,13 +111,7 @@ def test_a_text_that_is_cut_keeps_what_its_tokenizer_puts_behind_it(
     template: str, tail: int, kept: str, tmp_path: Path
 ) -> None:
     """As with a tokenizer's own truncation. A text may end with a special token of its own."""
-    words = ["<unk>", "<s>", "</s>", "en", "one", "two", "three", "four"]
-    raw = Raw(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = [(word, number) for number, word in enumerate(words[:4])]
-    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(tmp_path)
+    fast = _framed(template, tmp_path)
     assert Tokenizer(tmp_path).tail() == Tokenizer(tmp_path).tail("text_target") == tail
     text = "one two three four </s>"
     ids = shortened(np.array(fast(text)["input_ids"]), 3, tail).tolist()

@@ -32,7 +32,7 @@ from zinf_cli.text.token_stream import NotAsWrittenError, TokenBlock, TokenStrea
 from zinf_cli.text.tokens import Tokenizer
 from zinf_cli.told import Tell, nobody
 
-CACHE_VERSION = 8
+CACHE_VERSION = 9
 LARGEST_TOKEN = 2**31 - 1
 _BLOCK = 1 << 22
 _MOST, _CHARACTERS = 256, 4 * PIECE

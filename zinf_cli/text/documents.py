@@ -49,6 +49,8 @@ class Document:
     ends: bool = True
     beside: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of the record, by name."""
+    begins: bool = True
+    """Whether it is the first piece."""
     seen: float = 1.0
     """The share of the file, by its bytes on the drive or its rows, that was read when this was."""
 
@@ -103,15 +105,15 @@ def first_record(path: Path) -> dict[str, Any]:
 def _text_pieces(path: Path) -> Iterator[Document]:
     """The document of a .txt file, cut at line ends so that memory stays bounded."""
     piece: list[str] = []
-    size, where = 0, str(path)
+    size, where, begins = 0, str(path), True
     for number, line, seen in _lines(path, LONGEST_PIECE):
         if size > PIECE:
-            yield Document(where, "".join(piece), ends=False, seen=seen)
-            piece, size, where = [], 0, f"{path}:{number}"
+            yield Document(where, "".join(piece), ends=False, begins=begins, seen=seen)
+            piece, size, where, begins = [], 0, f"{path}:{number}", False
         piece.append(line)
         size += len(line)
     if size:
-        yield Document(where, "".join(piece))
+        yield Document(where, "".join(piece), begins=begins)
 
 
 def _json_lines(path: Path, field: str, beside: Sequence[str]) -> Iterator[Document]:

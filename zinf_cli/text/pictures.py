@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from zinf_cli.text.cache import identity
 from zinf_cli.text.chats import ANSWERS, marked_spans, marks_answers, render_chat
 from zinf_cli.text.documents import Document, refuse_halves
 from zinf_cli.text.picture_parts import PROCESSOR_FILES, with_pictures
+from zinf_cli.text.special_tokens import around, begun
 from zinf_cli.text.token_stream import MASKED, Seen
 from zinf_cli.version import version_of
 
@@ -84,6 +86,11 @@ class Processor:
         end: int | None = self._tokenizer.eos_token_id
         return end
 
+    @cached_property
+    def _head(self) -> list[int]:
+        """The special tokens that its tokenizer puts before a text."""
+        return around(lambda special: self._tokenizer("a", add_special_tokens=special)["input_ids"])[0]
+
     @property
     def stand_ins(self) -> list[int]:
         """The tokens in whose place the model puts what it sees of a picture."""
@@ -95,8 +102,8 @@ class Processor:
     def encode(self, document: Document, file: Path, roles: Sequence[str]) -> Pictured:
         """The tokens of a text, or of chat messages of which `roles` are learned. `file` is the one it stands in.
 
-        A text ends with the end-of-text token, and all of it is learned. DatasetError if it is neither, or a picture
-        can't be read or has no place in it.
+        A text begins with what its tokenizer puts before one, ends with the end-of-text token, and all of it is
+        learned. DatasetError if it is neither, or a picture can't be read or has no place in it.
         """
         document, paths = with_pictures(document, file)
         marked = isinstance(document.content, list) and tuple(roles) == (ANSWERS,) and marks_answers(self._template)
@@ -112,8 +119,10 @@ class Processor:
             and (moved is None or (_over(first, last, moved) if marked else _within(first, moved)))
             for token, (first, last) in zip(ids, offsets, strict=True)
         ]
-        if said is None and self.end is not None:
-            ids, mask = [*ids, self.end], [*mask, True]
+        if said is None:
+            head = begun(ids, self._head)[: -len(ids) or None]
+            tail = [] if self.end is None else [self.end]
+            ids, mask = [*head, *ids, *tail], [True] * len(head) + mask + [True] * len(tail)
         if not ids:
             raise DatasetError("a text has no tokens", where=document.where)
         return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from zinf_cli.text.chats import (
 )
 from zinf_cli.text.documents import Document, refuse_halves
 from zinf_cli.text.masking import Masking
+from zinf_cli.text.special_tokens import around, begun
 from zinf_cli.version import version_of
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -112,7 +114,7 @@ class Tokenizer:
         """
         document = Document("samples.prompts", text)
         if not chat:
-            return list(self._encode(text, document)["input_ids"])
+            return begun(self._encode(text, document)["input_ids"], self._head)
         turn = Document("samples.prompts", [{"role": "user", "content": text}])
         return list(self._encode(render_prompt(turn, self._templated()), document)["input_ids"])
 
@@ -121,7 +123,8 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def encode_texts(self, documents: Sequence[Document]) -> list[list[int]]:
-        """The tokens of texts, without special tokens. Where a document ends, the end-of-text token is the last.
+        """The tokens of texts. A document begins with the special tokens that the tokenizer puts before a text, unless
+        it has them already; where it ends, the end-of-text token is the last.
 
         A tokenizer of the tokenizers library takes all cores for them.
         """
@@ -132,9 +135,12 @@ class Tokenizer:
         end = self._tokenizer.eos_token_id
         if end is None:
             end = self._tokenizer.sep_token_id  # BERT's
+        begins = [
+            begun(ids, self._head) if document.begins else ids for ids, document in zip(encoded, documents, strict=True)
+        ]
         return [
             [*ids, end] if document.ends and end is not None else ids
-            for ids, document in zip(encoded, documents, strict=True)
+            for ids, document in zip(begins, documents, strict=True)
         ]
 
     @property
@@ -145,12 +151,17 @@ class Tokenizer:
 
     def tail(self, name: str = "text") -> int:
         """How many special tokens it puts behind a text, which is passed as argument `name`."""
+        return self._around(name)[1]
+
+    @cached_property
+    def _head(self) -> list[int]:
+        """The special tokens that it puts before a text."""
+        return self._around("text")[0]
+
+    def _around(self, name: str) -> tuple[list[int], int]:
+        """See around()."""
         probe = Document(str(self._directory), "a")
-        whole, bare = (
-            list(self._encode("a", probe, name, add_special_tokens=special)["input_ids"]) for special in (True, False)
-        )
-        ends = range(len(whole), len(bare) - 1, -1)
-        return next((len(whole) - end for end in ends if bare and whole[end - len(bare) : end] == bare), 0)
+        return around(lambda special: self._encode("a", probe, name, add_special_tokens=special)["input_ids"])
 
     def encode_whole(self, documents: Sequence[Document]) -> list[list[int]]:
         """The tokens of texts with their special tokens, as classifiers and embedding models read them.
@@ -196,7 +207,7 @@ class Tokenizer:
 
         They are tokenised together, as SentencePiece puts a space before a text that is tokenised alone. The mask is
         that of the answer: it begins with the first token that the prompt alone does not have. `fields` are those of
-        chosen, rejected and prompt. An answer ends with the end-of-text token, or as the chat template ends it.
+        chosen, rejected and prompt. A text begins and ends as in encode_texts, a chat as its template has it.
         DatasetError if the document has no two answers.
         """
         chosen, rejected, prompt = document.content, document.beside.get(fields[1]), document.beside.get(fields[2])
@@ -223,6 +234,8 @@ class Tokenizer:
         for begin, text in zip(asked, texts, strict=True):
             before = list(self._encode(begin, document)["input_ids"])
             ids = list(self._encode(text, document)["input_ids"])
+            if isinstance(chosen, str):
+                before, ids = begun(before, self._head), begun(ids, self._head)
             same = next(
                 (n for n, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other), len(before)
             )
