@@ -102,6 +102,18 @@ def test_what_lies_on_a_device_takes_from_the_memory_that_it_shares(tmp_path: Pa
     assert "cpu with device" in screen.getvalue()
 
 
+def test_what_an_accelerator_has_left_is_one_ranks(tmp_path: Path) -> None:
+    """It was divided by the ranks of the host, as what they share is."""
+    figures = find_figures(recipe := recipe_of(tmp_path, "llama", "device"), 2)
+    machine = replace(figures.machine, accelerators=2, device_bytes=1 << 34)
+    plan = best_plan(recipe, replace(figures, machine=machine), room=Room(1 << 34, 1 << 34))
+    left = {limit.tier: limit.allowed - limit.needed for limit in plan.limits}
+    assert (plan.room("device"), plan.room("cpu")) == (left["device"], left["cpu"] // 2)
+    console = Console(width=200, file=(screen := StringIO()))
+    console.print(plan_screen(plan, "tiny", []))
+    assert "device, each of 2" in screen.getvalue()
+
+
 def test_a_model_that_no_accelerator_holds_is_planned(tmp_path: Path) -> None:
     """A placement whose updates stream nothing has no chunk buffers to shrink."""
     recipe = recipe_of(tmp_path, "llama", "auto")

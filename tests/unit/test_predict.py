@@ -150,7 +150,21 @@ def test_a_config_is_enough_and_the_machine_may_be_another(tmp_path: Path, capsy
     assert found["micro_batches"] == 2
     assert found["precision"] == "bf16"
     assert set(found["placement"].values()) == {"device"}
-    assert found["tiers"]["device"]["have_bytes"] <= 32 << 30
+    device = found["tiers"]["device"]  # of a host, as of an estimate without a model
+    assert 16 * (28 << 30) < device["may_use_bytes"] <= 16 * (32 << 30)
+    assert sum(device["terms"].values()) == device["need_bytes"]
+
+
+@pytest.mark.usefixtures("looked_at_here")
+def test_a_flag_counts_as_given_also_if_it_says_the_default_of_an_estimate_without_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(tmp_path, "llama", micro_batch_size=2)
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    asked, one = (
+        answer(tmp_path / "r.yaml", capsys, global_batch=4, **flags) for flags in ({}, {"micro_batch_size": 1})
+    )
+    assert (asked["micro_batches"], one["micro_batches"]) == (2, 4)
 
 
 @pytest.mark.usefixtures("looked_at_here")

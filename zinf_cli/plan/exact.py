@@ -11,7 +11,7 @@ from zinf_cli.model_state import STATES
 from zinf_cli.plan.buffers import block_bytes
 from zinf_cli.plan.memory import state_bytes
 from zinf_cli.plan.placement import TIERS
-from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.plan import Limit, Plan
 from zinf_cli.plan.predict import cluster_of
 from zinf_cli.plan.simulate import rates_of
 from zinf_cli.plan.sizes import efficiency
@@ -21,14 +21,14 @@ from zinf_cli.recipe.recipe import Recipe
 def reasons_of(plan: Plan, recipe: Recipe) -> dict[str, str]:
     """A line for each class: its tier, and why it lies there."""
     sizes = {line.what: line.num_bytes for line in plan.lines}
-    left = {limit.tier: limit.allowed - limit.needed for limit in plan.limits}
+    tiers = [limit.tier for limit in plan.limits]
     reasons = {}
     for state, tier in plan.placement.items():
         if getattr(recipe.offload, state) != "auto":
             reasons[state] = f"{tier}: as the recipe says"
             continue
-        faster = [name for name in TIERS[: TIERS.index(tier)] if name in left]
-        room = [f"{name} has {format_bytes(max(0, left[name]))} left for it" for name in faster]
+        faster = [name for name in TIERS[: TIERS.index(tier)] if name in tiers]
+        room = [f"{name} has {format_bytes(max(0, plan.room(name)))} left for it" for name in faster]
         why = ", ".join(room) if room else "the fastest tier"
         count = len(plan.cached_units)
         some = f" but for {count} {'unit' if count == 1 else 'units'}" if state in plan.cached_states else ""
@@ -40,8 +40,7 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
     """The plan as JSON, with the keys of every estimate. `tokens` are those of one micro-batch."""
     model, world = plan.figures.model, plan.world_size
     sizes = state_bytes(plan.figures, plan.choice)
-    again = 4 / 3 if not plan.kept_units else 1
-    flops = model.flops_per_token * again * tokens * plan.micro_batches
+    flops = model.flops_per_token * tokens * plan.micro_batches
     return {
         "params": model.num_params,
         "architecture": model.architecture,
@@ -61,18 +60,7 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
             block_bytes(number, plan.figures, plan.choice, 1) for number in range(len(model.units))
         ),
         "efficiency": _efficiency(plan, tokens, profile),
-        "tiers": {
-            limit.tier: {
-                "need_bytes": limit.needed,
-                "have_bytes": limit.allowed,
-                "terms": {
-                    line.what: line.num_bytes * plan.figures.ranks_per_host
-                    for line in plan.lines
-                    if line.tier == limit.tier
-                },
-            }
-            for limit in plan.limits
-        },
+        "tiers": {limit.tier: _on_a_host(plan, limit) for limit in plan.limits},
         "placement": plan.placement,
         "fits": plan.fits,
         "step_s": plan.step_s,
@@ -82,6 +70,17 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
         "lanes": plan.busy,
         "nvme_traffic_bytes": plan.nvme_traffic,
         "checkpoint": None if plan.checkpoint is None else asdict(plan.checkpoint),
+    }
+
+
+def _on_a_host(plan: Plan, limit: Limit) -> dict[str, Any]:
+    """Bytes of a tier on one host, on all its accelerators together."""
+    ranks = plan.figures.ranks_per_host
+    count = ranks // plan.ranks_at(limit.tier)
+    return {
+        "need_bytes": limit.needed * count,
+        "may_use_bytes": limit.allowed * count,
+        "terms": {line.what: line.num_bytes * ranks for line in plan.lines if line.tier == limit.tier},
     }
 
 

@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Limit:
-    """A tier of one host: bytes that the run takes there, and bytes that it may take."""
+    """A tier of a host, or of one accelerator (device): bytes that the run takes there, and bytes that it may take."""
 
     tier: str
     needed: int
@@ -145,7 +145,11 @@ class Plan:
     def room(self, tier: str, unsure: float = 0.0) -> int:
         """Bytes that are left for each rank on a tier, even if the plan is too low by a share `unsure`."""
         limit = next(limit for limit in self.limits if limit.tier == tier)
-        return (limit.allowed - int(limit.needed * (1 + unsure))) // self.figures.ranks_per_host
+        return (limit.allowed - int(limit.needed * (1 + unsure))) // self.ranks_at(tier)
+
+    def ranks_at(self, tier: str) -> int:
+        """How many ranks share the limit of a tier: those of a host; of an accelerator, one."""
+        return 1 if tier == "device" else self.figures.ranks_per_host
 
     @property
     def collective_timeout_s(self) -> float:

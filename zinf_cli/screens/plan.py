@@ -147,7 +147,7 @@ def _places(plan: Plan) -> str:
 
 def _ranks(plan: Plan) -> str:
     kind = "accelerator" if plan.figures.machine.accelerators else "CPU"
-    threads = f", {plan.threads_per_rank} threads each" if kind == "CPU" else ""
+    threads = f", {_count(plan.threads_per_rank, 'thread', 'threads')} each" if kind == "CPU" else ""
     return f"{kind} {'rank' if plan.world_size == 1 else 'ranks'}{threads}"
 
 
@@ -172,7 +172,7 @@ def _expectation(plan: Plan) -> str:
     if plan.nvme_traffic:
         rate = plan.nvme_traffic_clipped * plan.figures.ranks_per_host / plan.nvme_s / 1e9
         known = "the measured" if plan.drives_measured else "an assumed"
-        traffic = format_bytes(plan.nvme_traffic_clipped)
+        traffic = format_bytes(plan.nvme_traffic_clipped) + (" a rank" if plan.figures.ranks_per_host > 1 else "")
         text += f", {traffic} to and from NVMe ({format_seconds(plan.nvme_s)} at {known} {rate:.2g} GB/s)"
     return text
 
@@ -216,6 +216,8 @@ def _limits_table(plan: Plan) -> Table:
     table.add_column("may use", justify="right")
     table.add_column("limit set by", style="dim")
     for limit in plan.limits:
-        shared = " with device" if limit.tier == "cpu" and plan.figures.machine.one_pool else ""
-        table.add_row(f"{limit.tier}{shared}", format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
+        word = " with device" if limit.tier == "cpu" and plan.figures.machine.one_pool else ""
+        if limit.tier == "device" and plan.figures.ranks_per_host > 1:
+            word = f", each of {plan.figures.ranks_per_host}"
+        table.add_row(f"{limit.tier}{word}", format_bytes(limit.needed), format_bytes(limit.allowed), limit.origin)
     return table
