@@ -182,8 +182,8 @@ def estimate(
     heads: Heads = None,
     vocab: Vocab = 0,
     max_model: MaxModel = False,
-    seq_len: SeqLen = 1024,
-    micro_batch_size: MicroBatchSize = 1,
+    seq_len: SeqLen = None,
+    micro_batch_size: MicroBatchSize = None,
     gradient_accumulation_steps: GradientAccumulationSteps = None,
     global_batch_size: GlobalBatchSize = None,
     hosts: EstimateHosts = None,
@@ -220,8 +220,8 @@ def estimate(
     if path is None:
         estimate_by_flags(flags, Screen())
         return
-    if params or layers or hidden:
-        raise UsageError("give either a RECIPE or --params", hint=f"{path} is taken for the recipe")
+    if params or layers or hidden or heads or vocab:
+        raise UsageError("give either a RECIPE or the flags of a model", hint=f"{path} is taken for the recipe")
     from zinf_cli.commands.estimate_recipe import estimate_recipe
 
     estimate_recipe(path, given, flags, Screen())

@@ -47,7 +47,7 @@ def test_the_dgx2_is_that_of_figure_2b() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_profile_is_whole(name: str) -> None:
-    profile = load_profile(name)
+    profile = BUILT_IN[name]
     assert profile.name == name
     assert min(profile.device_memory, profile.cpu_memory, profile.drives.space) > 1e10
     assert profile.flops("bf16", 1024) < profile.peak("bf16")
@@ -83,15 +83,15 @@ def test_each_bench_leaves_the_section_of_the_other(tmp_path: Path) -> None:
 def test_the_file_beside_the_recipe_comes_before_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     recipe = tmp_path / "recipes" / "r.yaml"
-    assert find_measured(None, recipe) is None
+    assert find_measured(recipe) is None
     save_measured(tmp_path / "config" / "zinf" / "hardware.yaml", "nvme", nvme(tmp_path), "user")
-    found = find_measured(None, recipe)
+    found = find_measured(recipe)
     assert found is not None
     assert found.name == "user"
     assert found.covers((tmp_path / "not" / "there",))
     assert not found.covers((Path("/proc"),))
     save_measured(recipe.parent / "hardware.yaml", "nvme", nvme(tmp_path), "beside")
-    found = find_measured(None, recipe)
+    found = find_measured(recipe)
     assert found is not None
     assert found.name == "beside"
 
@@ -102,12 +102,12 @@ def test_what_a_power_cut_left_is_no_profile(tmp_path: Path, monkeypatch: pytest
     torn, notes = tmp_path / "zinf" / "hardware.yaml", list[str]()
     torn.parent.mkdir()
     torn.write_bytes(content)
-    assert find_measured(None, None, notes.append) is None
+    assert find_measured(None, notes.append) is None
     assert [str(torn) in note for note in notes] == [True]
     with pytest.raises(UsageError):  # which was asked for by name
-        find_measured(torn, None)
+        load_measured(torn)
     save_measured(torn, "nvme", nvme(tmp_path), "box")
-    assert find_measured(None, None) is not None
+    assert find_measured(None) is not None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from zinf_cli.plan.sizes import Transformer, shape_of
 from zinf_cli.recipe.batch import sequences_per_step
 
 DEFAULT_PROFILE = "dgx2"
+DEFAULT_SEQ_LEN = 1024
 FEWEST_PARAMS = 100_000
 FLAG_OF_KEY = {
     "train.seq_len": "seq_len",
@@ -29,6 +30,7 @@ FLAG_OF_KEY = {
     "train.gradient_accumulation_steps": "accumulation",
     "train.global_batch_size": "global_batch",
 }
+"""The flags that are keys of a recipe as well."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Flags:
     hidden: int | None = None
     heads: int | None = None
     vocab: int = 0
-    seq_len: int = 1024
-    micro_batch_size: int = 1
+    seq_len: int | None = None
+    micro_batch_size: int | None = None
     accumulation: int | None = None
     global_batch: int | None = None
     nodes: int = 1
@@ -87,12 +89,13 @@ def save_timeline(played: Simulation, path: Path) -> None:
 def scenario_of(flags: Flags) -> Scenario:
     """The flags as a scenario; UsageError for what makes no sense."""
     values = _overridden(flags)
+    micro = values.micro_batch_size or 1
     profile = _profile(flags.hardware)
     if flags.gpus_per_node is not None and profile.accelerators:
         profile = profile.with_accelerators(flags.gpus_per_node)
     ranks = flags.gpus_per_node or profile.accelerators or 1
     world = flags.nodes * ranks
-    sequences = sequences_per_step(values.micro_batch_size, values.accumulation, values.global_batch, world)
+    sequences = sequences_per_step(micro, values.accumulation, values.global_batch, world)
     if flags.strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {flags.strategy}", hint=f"known: {', '.join(STRATEGIES)}")
     return Scenario(
@@ -100,8 +103,8 @@ def scenario_of(flags: Flags) -> Scenario:
         profile=profile,
         hosts=flags.nodes,
         ranks=ranks,
-        micro_batch_size=values.micro_batch_size,
-        micro_batches=-(-sequences // (world * values.micro_batch_size)),
+        micro_batch_size=micro,
+        micro_batches=-(-sequences // (world * micro)),
         per_sweep=_per_sweep(flags.overrides),
         strategy=flags.strategy,
         pinned=_pinned(flags.overrides, profile),
@@ -110,6 +113,7 @@ def scenario_of(flags: Flags) -> Scenario:
 
 
 def _model(flags: Flags) -> Transformer:
+    seq_len = flags.seq_len or DEFAULT_SEQ_LEN
     if flags.params is not None:
         if flags.layers or flags.hidden or flags.heads:
             raise UsageError("give either --params or --layers and --hidden", hint="--params picks a usual shape")
@@ -119,15 +123,15 @@ def _model(flags: Flags) -> Transformer:
             raise UsageError(f"--params: {error}") from error
         if params < FEWEST_PARAMS:
             raise UsageError(f"--params: {format_count(params)} is no transformer", hint="for example --params 7B")
-        return shape_of(params, flags.vocab, flags.seq_len)
+        return shape_of(params, flags.vocab, seq_len)
     if flags.layers is None or flags.hidden is None:
         if flags.max_model:
-            return shape_of(1e9, flags.vocab, flags.seq_len)
+            return shape_of(1e9, flags.vocab, seq_len)
         raise UsageError("no model", hint="give a RECIPE, --params 1T, or --layers and --hidden")
     heads = flags.heads or max(1, flags.hidden // 128)
     if flags.hidden % heads:
         raise UsageError(f"--hidden {flags.hidden} can't be divided among {heads} heads", hint="set --heads")
-    return Transformer(flags.layers, flags.hidden, heads, flags.vocab, flags.seq_len)
+    return Transformer(flags.layers, flags.hidden, heads, flags.vocab, seq_len)
 
 
 def _profile(name: str | None) -> Profile:
@@ -138,7 +142,7 @@ def _profile(name: str | None) -> Profile:
 
     if name is not None:
         return load_profile(name)
-    measured = find_measured(None, None)
+    measured = find_measured(None)
     return to_profile(measured) if measured and measured.nvme and measured.links else BUILT_IN[DEFAULT_PROFILE]
 
 

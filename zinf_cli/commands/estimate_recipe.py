@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from zinf_cli.commands.estimate import Flags, save_timeline
+from zinf_cli.commands.estimate import FLAG_OF_KEY, Flags, save_timeline
 from zinf_cli.errors import RecipeError, UsageError
 from zinf_cli.launch.connection import Lifelines, transport_to
 from zinf_cli.launch.question import figures_from
@@ -69,7 +69,7 @@ def estimate_recipe(path: Path, overrides: Sequence[str], flags: Flags, console:
             if elsewhere is not None:
                 profile = _with_ranks(elsewhere, figures)
             else:
-                measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(None, path)
+                measured = load_measured(Path(flags.hardware)) if flags.hardware else find_measured(path)
                 profile = profile_here(figures, nvme_folders(recipe), measured)
             room = room_for(recipe, figures)
             plan = planned(recipe, lambda figures: figures, profile, room)
@@ -109,17 +109,8 @@ def _elsewhere(hardware: str | None) -> Profile | None:
 
 
 def _flagged(flags: Flags) -> list[str]:
-    """Flags that are keys of a recipe as well, where they differ from their default."""
-    plain = Flags()
-    names = {
-        "seq_len": "train.seq_len",
-        "micro_batch_size": "train.micro_batch_size",
-        "accumulation": "train.gradient_accumulation_steps",
-        "global_batch": "train.global_batch_size",
-    }
-    return [
-        f"{key}={getattr(flags, name)}" for name, key in names.items() if getattr(flags, name) != getattr(plain, name)
-    ]
+    """The flags that were given and are keys of a recipe as well."""
+    return [f"{key}={value}" for key, flag in FLAG_OF_KEY.items() if (value := getattr(flags, flag)) is not None]
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _plan_and_run(recipe: Recipe, request: Request, console: Console, min_hosts:
             ready = _this_machine_ready(recipe, request, lifelines)
         with progress(console, "reading the model and the text") as tell:
             figures = ready.figures_of(None, lambda share: tell(share, "tokenising the text"))
-        profile = profile_here(figures, nvme_folders(recipe), find_measured(None, request.recipe))
+        profile = profile_here(figures, nvme_folders(recipe), find_measured(request.recipe))
         before = plan_in(recipe.output_dir) if resumed else None
         plan = plan_in_parts(recipe, figures, ready.figures_of, profile, ready.hosts, ready.room, before)
         if not plan.fits:

@@ -39,8 +39,10 @@ Vocab = Annotated[int, typer.Option(min=0, help="Rows of a tied embedding.", ric
 MaxModel = Annotated[
     bool, typer.Option("--max-model", help="Or: find the largest model that fits.", rich_help_panel=MODEL)
 ]
-SeqLen = Annotated[int, typer.Option(min=1, help="Tokens of a sequence.", rich_help_panel=STEP)]
-MicroBatchSize = Annotated[int, typer.Option(min=1, help="Sequences a GPU computes at once.", rich_help_panel=STEP)]
+SeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (default: 1024).", rich_help_panel=STEP)]
+MicroBatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Sequences a GPU computes at once (default: 1).", rich_help_panel=STEP)
+]
 GradientAccumulationSteps = Annotated[
     int | None,
     typer.Option(min=1, help="Micro-batches of a step on each GPU (default: 1).", rich_help_panel=STEP),

@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 def cores_near(device: str, root: Path = Path("/")) -> frozenset[int]:
-    """The cores on the node of a PCI device, such as 0000:3b:00.0. None where the kernel knows no node for it."""
+    """The cores on the node of a PCI device, such as 0000:3b:00.0. Empty where the kernel knows no node for it."""
     node = _node_of(root / f"sys/bus/pci/devices/{device}")
     return frozenset() if node is None else _cores_on(node, root)
 
 
 def cores_near_drives(folders: Iterable[Path], root: Path = Path("/")) -> frozenset[int]:
-    """The cores on the node of the drives under `folders`. None where they are on several, or the kernel knows none."""
+    """The cores on the node of the drives under `folders`. Empty where there are several, or the kernel knows none."""
     nodes = frozenset[int]().union(*(nodes_of_drive(folder, root) for folder in folders))
     return _cores_on(next(iter(nodes)), root) if len(nodes) == 1 else frozenset()
 
 
 def nodes_of_drive(folder: Path, root: Path = Path("/")) -> frozenset[int]:
-    """The nodes that the drives of a folder's file system hang on. None for a file system that is not on drives."""
+    """The nodes that the drives of a folder's file system hang on. Empty for a file system that is not on drives."""
     with suppress(OSError):
         device = next(place for place in (folder, *folder.parents) if place.exists()).stat().st_dev
         return _nodes_of_block((root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve())

@@ -176,13 +176,11 @@ def _say(line: str) -> None:
     print(printable(f"note: {line}"), file=sys.stderr)
 
 
-def find_measured(hardware: Path | None, recipe: Path | None, notice: Callable[[str], None] = _say) -> Measured | None:
-    """The profile file that was named, or the first there is; None without one.
+def find_measured(recipe: Path | None, notice: Callable[[str], None] = _say) -> Measured | None:
+    """The first profile file of `places` that can be used; None without one.
 
-    One that nobody named and that can't be used, as a power cut leaves it, is as good as none: `notice` is told.
+    One that can't be used, as a power cut leaves it, is as good as none: `notice` is told.
     """
-    if hardware is not None:
-        return load_measured(hardware)
     for path in filter(Path.is_file, places(recipe)):
         try:
             return load_measured(path)
@@ -194,7 +192,7 @@ def find_measured(hardware: Path | None, recipe: Path | None, notice: Callable[[
 def load_measured(path: Path) -> Measured:
     """Read and check a hardware.yaml; UsageError with every problem in one line."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         hint = f"built-in profiles: {', '.join(BUILT_IN)}; zinf bench measures this machine"
         raise UsageError(f"no such profile: {error.strerror}", where=str(path), hint=hint) from error
@@ -210,11 +208,8 @@ def load_measured(path: Path) -> Measured:
 
 
 def load_profile(name: str) -> Profile:
-    """A built-in profile by its name, or a measured one by its file; UsageError for what is neither or not whole."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    path = Path(name).expanduser()
-    measured = load_measured(path)
+    """A measured profile by its file; UsageError for what is none or not whole."""
+    measured = load_measured(Path(name))
     for section, command in (("nvme", "zinf bench nvme"), ("links", "zinf bench links")):
         if getattr(measured, section) is None:
             raise UsageError(f"{section} is missing", where=name, hint=f"{command} --out {name} adds it")

@@ -83,10 +83,10 @@ class Estimate:
                 continue
             faster = TIERS[TIERS.index(scenario.compute_tier) : TIERS.index(tier)]
             allowed = [name for name in faster if name in STRATEGIES[scenario.strategy].tiers[state]]
-            room = [self._room(name, sizes[state]) for name in allowed]
-            reasons[state] = f"{format_bytes(sizes[state])}" + (
-                f"; {', '.join(room)}" if room else ", the fastest tier"
-            )
+            why = "; " + ", ".join(self._room(name, sizes[state]) for name in allowed)
+            if not allowed:
+                why = f", as {scenario.strategy} has it" if faster else ", the fastest tier"
+            reasons[state] = format_bytes(sizes[state]) + why
         return reasons
 
     def _room(self, tier: str, num_bytes: float) -> str:
