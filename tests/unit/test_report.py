@@ -144,7 +144,7 @@ def test_a_step_that_takes_no_time_waits_no_share(tmp_path: Path, plan: Plan) ->
 def test_a_plan_that_never_waits_waits_no_less_than_nothing(plan: Plan) -> None:
     """It was told as "-0 %" where times of one lane add up to a little more than the step."""
     busy = replace(plan, busy={**plan.busy, "compute": 1 + 1e-9})
-    assert _predicted(busy, 1, [], [])["wait_share"] == 0
+    assert _predicted(busy, 1, [])["wait_share"] == 0
 
 
 def test_texts_from_outside_stay_texts(tmp_path: Path, plan: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,18 @@ from zinf_cli.run_folder.names import LOGS, TRACE, files_of_ranks
 
 
 def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
-    """The content of summary.json: how the run ended, totals, medians, and the plan beside measured values."""
+    """The content of summary.json: how the run ended, totals, and the plan beside what was measured.
+
+    Totals and losses are of the whole run. What is held against the plan are the steps of this launch alone: before it,
+    the run may have had another plan.
+    """
     status = "interrupted" if outcome.ended_as_asked else "failed" if outcome.failure else "done"
     steps = [line for line in watch.lines if "loss" in line]
     trained = [line for line in steps if not line.get("skipped")]
-
-    steady, ranks = _steady(trained), plan.figures.ranks_per_host
-
-    def median(key: str) -> float | None:
-        return statistics.median(line[key] for line in steady) if steady else None
-
-    waits = [line["wait_s"] / line["step_s"] for line in steady]
-    traffic = [line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steady]
-    unclipped = [_unclipped(line) for line in steady]
-    planned = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in unclipped]
-    expected = [plan.calm_step_s if each else plan.step_s for each in unclipped]
-    if (saved := plan.checkpoint) is not None and saved.interval == 1:  # else most steps have none
-        planned = [traffic + saved.traffic // plan.world_size for traffic in planned]
-        expected = [saved.step_s] * len(expected)
-    reached = [line["experts_reached"] for line in steady if "experts_reached" in line]
-    wait_share = statistics.median(waits) if waits else None
-    moments = plan.figures.optimizer.state_dtype
+    launched = [line for line in steps if line["step"] > (watch.first_step or 0)]
+    steady = _steady([line for line in launched if not line.get("skipped")])
+    measured = _measured(launched, steady, plan, outcome)
+    wait_share, moments = measured["wait_share"], plan.figures.optimizer.state_dtype
     return {
         "status": status,
         **_told(outcome.failure),
@@ -59,25 +50,42 @@ def summarise(plan: Plan, watch: Watch, outcome: Outcome) -> dict[str, Any]:
         "bottleneck": None if wait_share is None else "nvme" if wait_share > 0.5 else "compute",
         "endurance_bytes": plan.endurance_bytes,
         "moments": moments if moments == "fp32" else f"{moments}, rounded",
-        "measured": {
-            "step_s": median("step_s"),
-            "tokens_per_s": median("tokens_per_s"),
-            "tflops_per_rank": median("tflops_per_rank"),
-            "wait_share": wait_share,
-            "host_cpu_bytes": outcome.host_cpu_bytes,
-            "cpu_bytes": max((line["cpu_bytes"] for line in steps), default=None),
-            "device_bytes": max((line["device_bytes"] for line in steps), default=None),
-            "nvme_bytes": max((line["nvme_bytes"] for line in steps), default=None),
-            "nvme_traffic": statistics.median(traffic) if traffic else None,
-            "drives_written": ranks * sum(line["nvme_write_bytes"] for line in steps),
-            "experts_reached": statistics.median(reached) if reached else None,
-        },
-        "predicted": _predicted(plan, len(steps), planned, expected),
+        "measured": measured,
+        "predicted": _predicted(plan, len(launched), steady),
     }
 
 
-def _predicted(plan: Plan, steps: int, traffic: Sequence[int], step_s: Sequence[float]) -> dict[str, Any]:
-    """The plan of a run of `steps` steps; `traffic` and `step_s` are those of the steps that are compared."""
+def _measured(
+    steps: Sequence[dict[str, Any]], steady: Sequence[dict[str, Any]], plan: Plan, outcome: Outcome
+) -> dict[str, Any]:
+    """Peaks and sums of `steps`, medians of those that are `steady`."""
+
+    def median(values: Iterable[float]) -> float | None:
+        found = list(values)
+        return statistics.median(found) if found else None
+
+    def most(key: str) -> int | None:
+        return max((line[key] for line in steps), default=None)
+
+    return {
+        **{key: median(line[key] for line in steady) for key in ("step_s", "tokens_per_s", "tflops_per_rank")},
+        "wait_share": median(line["wait_s"] / line["step_s"] for line in steady),
+        "host_cpu_bytes": outcome.host_cpu_bytes,
+        **{key: most(key) for key in ("cpu_bytes", "device_bytes", "nvme_bytes")},
+        "nvme_traffic": median(line["nvme_read_bytes"] + line["nvme_write_bytes"] for line in steady),
+        "drives_written": plan.figures.ranks_per_host * sum(line["nvme_write_bytes"] for line in steps),
+        "experts_reached": median(line["experts_reached"] for line in steady if "experts_reached" in line),
+    }
+
+
+def _predicted(plan: Plan, steps: int, steady: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The plan of a run of `steps` steps, and of those that are compared."""
+    unclipped = [_unclipped(line) for line in steady]
+    traffic = [plan.nvme_traffic if each else plan.nvme_traffic_clipped for each in unclipped]
+    step_s = [plan.calm_step_s if each else plan.step_s for each in unclipped]
+    if (saved := plan.checkpoint) is not None and saved.interval == 1:  # else most steps have none
+        traffic = [num_bytes + saved.traffic // plan.world_size for num_bytes in traffic]
+        step_s = [saved.step_s] * len(step_s)
     return {
         "step_s": statistics.median(step_s) if step_s else plan.step_s,
         "wait_share": max(0.0, 1 - plan.busy["compute"]),  # the sum of a busy lane may round up to more
