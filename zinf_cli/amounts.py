@@ -30,6 +30,14 @@ def format_bytes(num_bytes: float) -> str:
     return _format(num_bytes, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), " ")
 
 
+def format_decimal(num_bytes: float) -> str:
+    """Decimal units, as drives are rated and speeds are told in: 12.9 MB, 5 TB."""
+    for name, unit in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.3g} {name}"
+    return f"{num_bytes / 1000:.3g} kB"
+
+
 def format_count(count: float) -> str:
     """Decimal suffixes: 135M, 1.01T."""
     return _format(count, 1000, ("", "K", "M", "B", "T"), "")

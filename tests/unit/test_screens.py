@@ -27,7 +27,7 @@ def test_hosts_by_memory_and_what_went_to_and_from_their_drives() -> None:
     now = Vitals("node1", 2**30, 2**30, 2**20, time=12.0)
     heading, line = shown(hosts_table([(before, now)], slow="node2"))
     assert heading.split() == ["host", "memory", "read", "write"]
-    assert line.split() == ["node1", "1.00", "GiB", "512", "MiB/s", "0", "B/s"]
+    assert line.split() == ["node1", "1.00", "GiB", "537", "MB/s", "0", "kB/s"]
     assert shown(hosts_table([(before, now)], slow="node1"))[1].endswith("the others wait for it")
 
 

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from in_process import run
 from tiny_recipes import recipe_of
+from zinf_cli.amounts import format_decimal
 from zinf_cli.machine.profile_file import Best, Measured, Nvme, load_measured, save_measured
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.search import best_plan
-from zinf_cli.plan.wear import on_drives, step_bytes, wear_line
+from zinf_cli.plan.wear import step_bytes, wear_line
 from zinf_cli.recipe.recipe import Checkpoint
 from zinf_cli.screens.plan import plan_screen
 from zinf_cli.screens.run import summary_screen
@@ -55,7 +56,7 @@ def test_the_line_of_a_plan(tmp_path: Path) -> None:
         assert "zinf · tiny" in screen.getvalue()
         assert (str(wear_line(told)) in screen.getvalue()) == shows
     assert wear_line(plan_of(tmp_path, "cpu")) is None
-    assert list(map(on_drives, (999, 12.9e6, 4.06e11, 5e12))) == ["0.999 kB", "12.9 MB", "406 GB", "5 TB"]
+    assert list(map(format_decimal, (999, 12.9e6, 4.06e11, 5e12))) == ["0.999 kB", "12.9 MB", "406 GB", "5 TB"]
 
 
 @pytest.mark.parametrize(

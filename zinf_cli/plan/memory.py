@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from zinf_cli.model_state import (
-    STATES,
-)
+from zinf_cli.model_state import STATES
 from zinf_cli.plan.layout import Figures, UnitFigures
 
 MIB = 2**20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zinf_cli.amounts import format_decimal
 from zinf_cli.plan.plan import Plan
 
 TB = 1e12
@@ -16,21 +17,15 @@ def step_bytes(plan: Plan) -> float:
     return written * plan.figures.ranks_per_host
 
 
-def on_drives(num_bytes: float) -> str:
-    """Decimal units, as drives are rated in: 12.9 MB, 5 TB."""
-    for name, unit in (("TB", TB), ("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.3g} {name}"
-    return f"{num_bytes / 1000:.3g} kB"
-
-
 def wear_line(plan: Plan) -> str | None:
     """What the whole run writes, what it writes a day, and the share of the drives' endurance; None if nothing."""
     if not (written := step_bytes(plan)):
         return None
     run = written * plan.max_steps
     day = written * _DAY / plan.calm_step_s
-    text = f"{on_drives(run)} are written to a host's drives in {plan.max_steps} steps, {on_drives(day)} a day"
+    text = (
+        f"{format_decimal(run)} are written to a host's drives in {plan.max_steps} steps, {format_decimal(day)} a day"
+    )
     if plan.endurance_bytes is None:
         return text
     share, days = 100 * run / plan.endurance_bytes, plan.endurance_bytes / day

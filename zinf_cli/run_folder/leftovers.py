@@ -46,7 +46,7 @@ def leftovers_of(path: Path, damaged: bool = False) -> list[Leftover]:
     unless it is whole or its drive does not give it.
     """
     if not path.is_dir():
-        raise UsageError("no such folder", where=str(path))
+        raise UsageError("no such folder", where=str(path), hint="give a run's folder, or the one that runs are in")
     runs = [path] if _is_run(path) else sorted(filter(_is_run, path.iterdir()))
     found = []
     for run_dir in runs:

@@ -1,1 +1,1 @@
-"""What a user sees. Everything goes to stderr; stdout is for --json."""
+"""What a user sees: a launch and all progress on stderr, the answer of every other command on stdout."""

@@ -258,5 +258,8 @@ def alternatives_screen(plan: Plan, others: Sequence[Alternative], each: int) ->
         cells = figures if row.plan.fits else (Text("does not fit", style="bold red"), "", "", figures[-1])
         table.add_row(outside(row.change + (" *" if row.other_results else "")), *cells)
     clipped = " Steps are clipped ones, which take longest." if plan.update == "speculative" else ""
-    note = f"A speed of 1 is {speed:.3g} tokens a second.{clipped} CPU memory is a host's. * Trains to other results."
+    note = (
+        f"A speed of 1 is {speed:.3g} tokens a second.{clipped} NVMe is of a rank, CPU memory of a host. "
+        "* Trains to other results."
+    )
     return Panel(Group(table, Text(), Text(note, style="dim")), title="what each choice would buy", expand=False)

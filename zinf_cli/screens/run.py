@@ -15,11 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.amounts import format_bytes
+from zinf_cli.amounts import format_bytes, format_decimal
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.plan.plan import Plan
-from zinf_cli.plan.wear import on_drives
 from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT
 from zinf_cli.screen import outside
 
@@ -111,7 +110,7 @@ class RunView:
             "speed",
             f"{values['tokens_per_s']:.0f} tokens/s   {values['tflops_per_rank']:.3g} TFLOP/s per rank",
         )
-        on_drives = f"   nvme {format_bytes(values['nvme_bytes'])}" if _uses_drives(values) else ""
+        on_drives = f"   nvme {format_bytes(values['nvme_bytes'])}" if values["nvme_bytes"] else ""
         table.add_row("memory", f"cpu {format_bytes(values['cpu_bytes'])}{on_drives}")
         if on_drives:
             table.add_row("drive", _drive(values))
@@ -133,7 +132,7 @@ def hosts_table(vitals: Sequence[tuple[Vitals, Vitals]], slow: str | None = None
     for before, now in vitals:
         seconds = max(1e-3, now.time - before.time)
         rates = ((now.read - before.read) / seconds, (now.written - before.written) / seconds)
-        cells = [format_bytes(now.memory), *(f"{format_bytes(max(0.0, rate))}/s" for rate in rates)]
+        cells = [format_bytes(now.memory), *(f"{format_decimal(max(0.0, rate))}/s" for rate in rates)]
         late = now.host == slow
         table.add_row(now.host, *cells, "the others wait for it" if late else "", style="yellow" if late else "")
     return table
@@ -146,7 +145,7 @@ def step_line(values: dict[str, Any], max_steps: int) -> str:
         f"step {values['step']}/{max_steps}  {loss}{_evaluated(values)}  "
         f"{values['step_s']:.2f} s  {values['tokens_per_s']:.0f} tokens/s  waiting "
         f"{100 * values['wait_s'] / values['step_s']:.0f} %  cpu {format_bytes(values['cpu_bytes'])}"
-        + (f"  nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}" if _uses_drives(values) else "")
+        + (f"  nvme {format_bytes(values['nvme_bytes'])}, {_drive(values)}" if values["nvme_bytes"] else "")
     )
 
 
@@ -154,10 +153,6 @@ def _evaluated(values: dict[str, Any], before: str = "  ") -> str:
     """What a line of metrics.jsonl has of held-out text."""
     loss = f"{before}eval_loss {_number(values[HELD_OUT], '.4f')}" if HELD_OUT in values else ""
     return loss + (f"  eval_accuracy {values[ACCURACY]:.1%}" if ACCURACY in values else "")
-
-
-def _uses_drives(values: dict[str, Any]) -> bool:
-    return any(values[key] for key in ("nvme_bytes", "nvme_read_bytes", "nvme_write_bytes"))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -168,8 +163,8 @@ def _number(value: float | None, form: str) -> str:
 def _drive(values: dict[str, Any]) -> str:
     seconds = values["step_s"]
     return (
-        f"read {format_bytes(values['nvme_read_bytes'] / seconds)}/s  "
-        f"write {format_bytes(values['nvme_write_bytes'] / seconds)}/s"
+        f"read {format_decimal(values['nvme_read_bytes'] / seconds)}/s  "
+        f"write {format_decimal(values['nvme_write_bytes'] / seconds)}/s"
     )
 
 
@@ -230,7 +225,7 @@ def _perplexity(loss: float) -> str:
 def _written(num_bytes: float, endurance_bytes: float | None) -> str:
     """Bytes, and their share of what drives are rated for; nothing if there are none."""
     share = "" if endurance_bytes is None else f", {100 * num_bytes / endurance_bytes:.2g} % of their life"
-    return f"{on_drives(num_bytes)}{share}" if num_bytes else ""
+    return f"{format_decimal(num_bytes)}{share}" if num_bytes else ""
 
 
 def checkpoint_screen(folder: Path, verdicts: Sequence[Verdict]) -> RenderableType:
