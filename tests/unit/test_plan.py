@@ -25,7 +25,7 @@ from zinf_cli.machine.hardware import Room, room_here
 from zinf_cli.models.model import build_model
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
-from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.plan import CheckpointStep, Plan
 from zinf_cli.plan.refusal import does_not_fit
 from zinf_cli.plan.search import best_plan
 from zinf_cli.recipe.recipe import Recipe
@@ -231,6 +231,8 @@ def test_the_first_lines_say_whether_it_fits_where_it_lies_and_how_long_it_takes
     assert re.fullmatch(r"lies +parameters, gradients, optimizer states, activations on NVMe", lines[1])
     assert re.fullmatch(r"takes +5 min 00 s for 3 steps, 1 min 40 s a step, bound by nvme", lines[2])
     assert lines[3] == ""
+    saved = CheckpointStep(2, "checkpoints", 1 << 30, 1 << 30, drive_shared=True, step_s=130.0)
+    assert "6 min 00 s for 3 steps, 1 min 40 s a step" in first_lines(replace(plan, step_s=100.0, checkpoint=saved))[2]
     elsewhere = {**plan.placement, "activations": "cpu"}
     full = tuple(replace(limit, allowed=limit.needed - 1) for limit in plan.limits)
     lines = first_lines(replace(plan, placement=elsewhere, limits=full, resume="step-1"))
@@ -262,6 +264,26 @@ def test_auto_leaves_memory_only_as_far_as_it_must(tmp_path: Path) -> None:
     less = recipe.offload.model_copy(update={"cpu_memory": 1 << 20})
     with pytest.raises(CapacityError, match=r"cpu needs .*, offload\.cpu_memory allows"):
         raise does_not_fit(best_plan(recipe.model_copy(update={"offload": less}), figures))
+
+
+@pytest.mark.parametrize(
+    ("tier", "offload", "said", "steps"),
+    [
+        ("auto", {"cpu_memory": 1 << 20}, "; the launcher ", "raise offload.cpu_memory, shorten "),  # all is on NVMe
+        ("cpu", {"cpu_memory": 1 << 20}, "; the launcher ", "raise offload.cpu_memory, move states to nvme "),
+        ("nvme", {"nvme_space": 1 << 12}, "nvme needs ", "raise offload.nvme_space"),
+        ("nvme", {"nvme_space": 1 << 12, "cpu_memory": 1 << 20}, "nvme needs ", "raise offload.cpu_memory, raise "),
+    ],
+)
+def test_what_does_not_fit_names_what_can_be_done(
+    tier: str, offload: dict[str, int], said: str, steps: str, tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, "llama", tier=tier)
+    tight = recipe.model_copy(update={"offload": recipe.offload.model_copy(update=offload)})
+    refused = does_not_fit(best_plan(tight, find_figures(recipe, 1)))
+    assert said in refused.message
+    assert refused.hint is not None
+    assert refused.hint.startswith(steps)
 
 
 def test_where_memory_for_all_micro_batches_is_not_there_groups_of_them_make_sweeps(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import CapacityError
-from zinf_cli.plan.checkpoints import checkpoint_bytes
+from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
 from zinf_cli.plan.refusal import does_not_fit
@@ -42,6 +42,12 @@ def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, 
     endless = replace(figures, data=replace(figures.data, max_steps=10**9))
     with pytest.raises(CapacityError, match=r"checkpoints need .*TiB, this machine allows .*keep_latest_k"):
         raise does_not_fit(best_plan(many, endless))
+
+
+def test_a_drive_that_is_full_allows_nothing() -> None:
+    """It allowed less than nothing."""
+    drive = CheckpointDrive("runs/run/checkpoints", free_bytes=5, shared=1.0, to_come=1)
+    assert (drive.left(2), drive.left(9)) == (3, 0)
 
 
 def test_a_checkpoint_is_as_large_as_the_plan_says(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class CheckpointDrive:
 
     def left(self, nvme_bytes: int) -> int:
         """Free bytes for checkpoints, when the NVMe tier has taken `nvme_bytes` evenly from its folders."""
-        return self.free_bytes - int(nvme_bytes * self.shared)
+        return max(0, self.free_bytes - int(nvme_bytes * self.shared))
 
 
 def checkpoint_drive(recipe: Recipe, nvme_folders: Sequence[Path], max_steps: int) -> CheckpointDrive | None:

@@ -9,9 +9,9 @@ from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room
 from zinf_cli.plan.buffers import block_bytes
 from zinf_cli.plan.layout import Figures
-from zinf_cli.plan.memory import MIB, NAMES
+from zinf_cli.plan.memory import MIB, NAMES, host_bytes
 from zinf_cli.plan.parts import least_part
-from zinf_cli.plan.plan import Plan
+from zinf_cli.plan.plan import Limit, Plan
 from zinf_cli.plan.search import CHECKPOINTS, frugal_plan
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
@@ -52,24 +52,41 @@ def refusal(
 
 def does_not_fit(plan: Plan, why: str = "") -> CapacityError:
     """The error for a plan that does not fit: what is too much, on which tier, and what to do; `why` comes after it."""
-    problems = []
-    for limit in plan.limits:
-        if limit.needed > limit.allowed:
-            parts = ", ".join(
-                f"{NAMES[line.what]} {format_bytes(line.num_bytes)}"
-                for line in plan.lines
-                if line.tier == limit.tier and line.num_bytes
-            )
-            count = plan.figures.ranks_per_host
-            ranks = f" on each of {count} ranks" if parts and count > 1 else ""
-            problems.append(
-                f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
-                f"{limit.origin} allows {format_bytes(limit.allowed)}{': ' if parts else ''}{parts}{ranks}"
-            )
-    tiers = {limit.tier for limit in plan.limits if limit.needed > limit.allowed}
-    hint = "move states to nvme (offload.*), shorten train.seq_len, or lower train.micro_batch_size"
-    if tiers == {"nvme"}:
-        hint = "free space on the drive or add a folder to offload.nvme_path"
-    elif tiers == {CHECKPOINTS}:
-        hint = "free space on the drive of output_dir, set checkpoint.keep_latest_k or raise checkpoint.interval"
-    return CapacityError("does not fit: " + "; ".join([*problems, *([why] if why else [])]), hint=hint)
+    short = [limit for limit in plan.limits if limit.needed > limit.allowed]
+    problems = [
+        f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
+        f"{limit.origin} allows {format_bytes(limit.allowed)}{_parts(plan, limit.tier)}"
+        for limit in short
+    ]
+    problems += [why] if why else []
+    return CapacityError(f"does not fit: {'; '.join(problems)}", hint=_next_steps(plan, short))
+
+
+def _parts(plan: Plan, tier: str) -> str:
+    """What the bytes on a tier are for."""
+    ranks, machine = plan.figures.ranks_per_host, plan.figures.machine
+    parts = [
+        f"{NAMES[line.what]} {format_bytes(line.num_bytes)}"
+        for line in plan.lines
+        if line.tier == tier and line.num_bytes
+    ]
+    if not parts:
+        return ""
+    each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    launcher = host_bytes(ranks, machine.shared_bytes) if tier == "cpu" else 0
+    beside = f"; the launcher {format_bytes(launcher)}" if launcher > 0 else ""
+    return f": {', '.join(parts)}{each}{beside}"
+
+
+def _next_steps(plan: Plan, short: Sequence[Limit]) -> str:
+    """What a user can do about limits that are too low."""
+    tiers = {limit.tier for limit in short}
+    steps = [f"raise {limit.origin}" for limit in short if limit.origin.startswith("offload.")]
+    if any(limit.tier == "nvme" and not limit.origin.startswith("offload.") for limit in short):
+        steps += ["free space on the drive", "add a folder to offload.nvme_path"]
+    if CHECKPOINTS in tiers:
+        steps += ["free space on the drive of output_dir", "set checkpoint.keep_latest_k", "raise checkpoint.interval"]
+    if tiers - {"nvme", CHECKPOINTS}:
+        steps += ["move states to nvme (offload.*)"] * ("nvme" not in {*tiers, *plan.placement.values()})
+        steps += ["shorten train.seq_len", "lower train.micro_batch_size"]
+    return " or ".join([*([", ".join(steps[:-1])] if steps[1:] else []), steps[-1]])

@@ -97,7 +97,10 @@ def _answers(plan: Plan) -> dict[str, str]:
         + (cached if plan.cached_units and set(states) & set(plan.cached_states) else "")
         for tier, states in tiers.items()
     ]
-    steps = f"{format_seconds(plan.max_steps * plan.step_s)} for {_steps(plan)}, " if plan.resume is None else ""
+    seconds, saved = plan.max_steps * plan.step_s, plan.checkpoint
+    if saved is not None:
+        seconds += -(-plan.max_steps // saved.interval) * (saved.step_s - plan.step_s)
+    steps = f"{format_seconds(seconds)} for {_steps(plan)}, " if plan.resume is None else ""
     return {
         "fits" if plan.fits else "too large": ", ".join(sizes),
         "lies": "; ".join(lies),
