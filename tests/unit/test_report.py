@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tiny_recipes import recipe_of
+from zinf_cli.amounts import format_bytes
 from zinf_cli.commands import report as command
 from zinf_cli.errors import UsageError
 from zinf_cli.launch.summary import _predicted
@@ -145,6 +146,13 @@ def test_a_plan_that_never_waits_waits_no_less_than_nothing(plan: Plan) -> None:
     """It was told as "-0 %" where times of one lane add up to a little more than the step."""
     busy = replace(plan, busy={**plan.busy, "compute": 1 + 1e-9})
     assert _predicted(busy, 1, [])["wait_share"] == 0
+
+
+def test_traffic_lies_beside_that_of_clipped_and_of_unclipped_steps(tmp_path: Path, plan: Plan) -> None:
+    unclipped = replace(plan, nvme_traffic=plan.nvme_traffic_clipped * 2, calm_step_s=plan.step_s)
+    words = [" ".join(page_of(write_run(tmp_path / n, p)).shown.split()) for n, p in (("a", plan), ("b", unclipped))]
+    said = f"where nothing is clipped {format_bytes(unclipped.nvme_traffic)}"
+    assert [said in each for each in words] == [False, True]
 
 
 def test_texts_from_outside_stay_texts(tmp_path: Path, plan: Plan) -> None:

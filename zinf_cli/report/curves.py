@@ -174,15 +174,16 @@ def _seconds(runs: Sequence[Run]) -> Picture:
         _draw(axes, f"step_s-{number}", role, *run.curve("step_s"))
         legend.append(Mark(role, "line", f"{name}measured"))
         if run.plan is not None:
-            planned, calm = run.plan.step_s, run.plan.calm_step_s
-            levels = {"planned": planned}
-            if run.plan.update == "speculative" and format_seconds(calm) != format_seconds(planned):
-                levels["where nothing is clipped"] = calm
-            for text, seconds in levels.items():
+            for text, seconds in _planned(run.plan.step_s, run.plan.calm_step_s, format_seconds).items():
                 legend.append(_level(axes, _second(runs, role), seconds, top, f"{name}{text}", format_seconds(seconds)))
     axes.set_ylim(0, top * 1.15)
     numbers_beside(axes, lambda value: f"{value:.3g} s")
     return Picture("step_s", "Seconds a step", drawn(axes), tuple(legend))
+
+
+def _planned(clipped: float, unclipped: float, said: Callable[[float], str]) -> dict[str, float]:
+    """What was planned, and what where nothing is clipped, if that is told apart."""
+    return {"planned": clipped} | ({"where nothing is clipped": unclipped} if said(unclipped) != said(clipped) else {})
 
 
 def _level(axes: Axes, role: str, height: float, top: float, text: str, said: str) -> Mark:
@@ -218,9 +219,8 @@ def _traffic(runs: Sequence[Run]) -> Picture:
         _draw(axes, f"traffic-{number}", role, steps, read + written)
         legend.append(Mark(role, "line", f"{name}both"))
         if run.plan is not None:
-            said = format_bytes(run.plan.nvme_traffic_clipped)
-            second = _second(runs, role)
-            legend.append(_level(axes, second, run.plan.nvme_traffic_clipped, top, f"{name}planned", said))
+            for text, moved in _planned(run.plan.nvme_traffic_clipped, run.plan.nvme_traffic, format_bytes).items():
+                legend.append(_level(axes, _second(runs, role), moved, top, f"{name}{text}", format_bytes(moved)))
     bytes_beside(axes, top * 1.15)
     return Picture("traffic", "NVMe traffic of rank 0, a step", drawn(axes), tuple(legend))
 
