@@ -188,6 +188,8 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three\n")
     with pytest.raises(ZinfError, match="hf download"):
         written(tmp_path, tmp_path / "a.txt")
+    with pytest.raises(ZinfError, match="directory comes first"):
+        written(tmp_path / "a.txt", tmp_path)
 
 
 def test_values_stay_what_they_are() -> None:

@@ -80,6 +80,13 @@ def test_each_bench_leaves_the_section_of_the_other(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["hardware.yaml"]
 
 
+@pytest.mark.parametrize("out", [".", "file/hardware.yaml"])
+def test_what_cant_be_kept_is_an_error_in_a_line(out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't be written"):
+        save_measured(tmp_path / out, "nvme", nvme(tmp_path), "box")
+
+
 def test_the_file_beside_the_recipe_comes_before_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     recipe = tmp_path / "recipes" / "r.yaml"

@@ -247,7 +247,7 @@ def rates_between(links: Links | None, accelerators: int) -> dict[str, Any]:
 
 
 def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> None:
-    """Put one section into the file, in place of what it had there; the other one stays."""
+    """Put one section into the file, in place of what it had there; the other one stays. UsageError if it can't."""
     try:
         there = load_measured(path) if path.is_file() else Measured()
     except UsageError as error:
@@ -255,8 +255,12 @@ def save_measured(path: Path, section: str, values: Nvme | Links, name: str) -> 
         there = Measured()
     measured = there.model_copy(update={"name": name, section: values})
     tree = {key: _given(plain(value)) for key, value in measured if value is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, yaml.safe_dump(tree, sort_keys=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, yaml.safe_dump(tree, sort_keys=False))
+    except OSError as error:
+        hint = "give --out another file"
+        raise UsageError(f"can't be written: {error.strerror or error}", where=str(path), hint=hint) from error
 
 
 def _given(value: Any) -> Any:

@@ -84,7 +84,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str], list[str]]:
     try:
         node = parse(path.read_bytes().decode("utf-8-sig"))  # once: it may be a pipe
     except OSError as error:
-        raise RecipeError([f"{path}: {error.strerror or error}"]) from error
+        hint = "; zinf init MODEL TEXT writes a recipe" if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError([f"{path}: {error.strerror or error}{hint}"]) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError([f"{path}:{line}: not UTF-8 text"]) from error

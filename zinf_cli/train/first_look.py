@@ -64,6 +64,8 @@ def look_at_model(folder: Path) -> ModelFacts:
     except (OSError, ValueError, RecursionError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or error
         hint = None if path.is_file() else "download a model first: hf download ORG/NAME --local-dir DIRECTORY"
+        if folder.is_file():
+            hint = "the model's directory comes first, then the text"
         raise ModelError(f"can't be read: {why}", where=str(path), hint=hint) from error
     if not isinstance(config, dict):
         raise ModelError("is no configuration of a model", where=str(path))
