@@ -34,13 +34,18 @@ def format_decimal(num_bytes: float) -> str:
     """Decimal units, as drives are rated and speeds are told in: 12.9 MB, 5 TB."""
     for name, unit in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if num_bytes >= unit:
-            return f"{num_bytes / unit:.3g} {name}"
-    return f"{num_bytes / 1000:.3g} kB"
+            return f"{format_number(num_bytes / unit)} {name}"
+    return f"{format_number(num_bytes / 1000)} kB"
 
 
 def format_count(count: float) -> str:
     """Decimal suffixes: 135M, 1.01T."""
     return _format(count, 1000, ("", "K", "M", "B", "T"), "")
+
+
+def format_number(value: float) -> str:
+    """Three significant digits and no exponent: 0.0123, 12.3, 18500."""
+    return f"{float(f'{value:.3g}'):.12g}"
 
 
 def format_seconds(value: float) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from in_process import run
 from tiny_recipes import recipe_of
-from zinf_cli.amounts import format_decimal
+from zinf_cli.amounts import format_decimal, format_number
 from zinf_cli.machine.profile_file import Best, Measured, Nvme, load_measured, save_measured
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
@@ -49,18 +49,19 @@ def test_the_line_of_a_plan(tmp_path: Path) -> None:
     rated = replace(plan, endurance_bytes=6e14)
     line = wear_line(rated)
     assert line is not None
-    assert line.endswith("10 TB a day: 0.83 % of the 600 TB they are rated for, or 60 days")
+    assert line.endswith("10 TB a day: 0.833 % of the 600 TB they are rated for, or 60 days")
     for told, rest, shows in ((rated, None, True), (rated, "rest", True), (plan, None, True), (plan, "rest", False)):
         screen = StringIO()
         Console(width=500, file=screen).print(plan_screen(told, "tiny", rest=rest))
         assert "zinf · tiny" in screen.getvalue()
         assert (str(wear_line(told)) in screen.getvalue()) == shows
     assert wear_line(plan_of(tmp_path, "cpu")) is None
-    assert list(map(format_decimal, (999, 12.9e6, 4.06e11, 5e12))) == ["0.999 kB", "12.9 MB", "406 GB", "5 TB"]
+    assert list(map(format_decimal, (999, 12.9e6, 4.06e11, 5e15))) == ["0.999 kB", "12.9 MB", "406 GB", "5000 TB"]
+    assert list(map(format_number, (1 / 81, 60.0, 1234.5, 18_449))) == ["0.0123", "60", "1230", "18400"]
 
 
 @pytest.mark.parametrize(
-    ("endurance", "shown"), [(600e12, "2.5 TB, 0.42 % of their life"), (None, "2.5 TB"), (1.0, "")]
+    ("endurance", "shown"), [(600e12, "2.5 TB, 0.417 % of their life"), (None, "2.5 TB"), (1.0, "")]
 )
 def test_the_line_of_a_summary(endurance: float | None, shown: str) -> None:
     ends = {"status": "done", "moments": "fp32", "steps": 1, "max_steps": 1, "skipped_steps": 0}

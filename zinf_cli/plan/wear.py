@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from zinf_cli.amounts import format_decimal
+from zinf_cli.amounts import format_decimal, format_number
 from zinf_cli.plan.plan import Plan
 
-TB = 1e12
 _DAY = 24 * 3600
 
 
@@ -28,5 +27,5 @@ def wear_line(plan: Plan) -> str | None:
     )
     if plan.endurance_bytes is None:
         return text
-    share, days = 100 * run / plan.endurance_bytes, plan.endurance_bytes / day
-    return f"{text}: {share:.2g} % of the {plan.endurance_bytes / TB:.4g} TB they are rated for, or {days:.3g} days"
+    share, days = (format_number(part) for part in (100 * run / plan.endurance_bytes, plan.endurance_bytes / day))
+    return f"{text}: {share} % of the {format_decimal(plan.endurance_bytes)} they are rated for, or {days} days"

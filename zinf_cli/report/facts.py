@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zinf_cli.amounts import format_bytes, format_count, format_seconds
+from zinf_cli.amounts import format_bytes, format_count, format_number, format_seconds
 from zinf_cli.report.run import Run
 from zinf_cli.run_folder.metrics import ACCURACY, HELD_OUT, held_out_of
 
@@ -59,7 +59,7 @@ def facts(run: Run) -> Iterator[Fact]:
             yield Fact(label, f"{values[-1]:.4f}", f"from {values[0]:.4f}" if len(values) > 1 else "")
     rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("seconds a step", "step_s", format_seconds),
-        ("tokens a second", "tokens_per_s", lambda value: f"{value:.4g}"),
+        ("tokens a second", "tokens_per_s", format_number),
         ("waiting for data", "wait_share", lambda value: f"{100 * value:.0f} %"),
         ("accelerator memory", "device_bytes", format_bytes),
         ("CPU memory", "cpu_bytes", format_bytes),

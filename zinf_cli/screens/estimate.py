@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.amounts import format_bytes, format_count, format_seconds
+from zinf_cli.amounts import format_bytes, format_count, format_number, format_seconds
 from zinf_cli.plan.estimate import BAND, Estimate
 from zinf_cli.plan.failures import expected_failures
 from zinf_cli.plan.memory import NAMES
@@ -118,7 +118,7 @@ def _verdict(answer: Estimate) -> Table:
     table.add_row(
         "step",
         f"{format_seconds(played.step_s)}, give or take {100 * BAND:.0f} %; "
-        f"{answer.tflops:.3g} TFLOP/s per rank, waiting {100 * played.waiting:.0f} %",
+        f"{answer.tflops:.3g} TFLOP/s per rank with recompute, waiting {100 * played.waiting:.0f} %",
     )
     table.add_row("bound by", f"{played.bottleneck}; {_what_would_move_it(answer)}")
     busy = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in played.busy.items() if share >= 0.005)
@@ -259,7 +259,7 @@ def alternatives_screen(plan: Plan, others: Sequence[Alternative], each: int) ->
         table.add_row(outside(row.change + (" *" if row.other_results else "")), *cells)
     clipped = " Steps are clipped ones, which take longest." if plan.update == "speculative" else ""
     note = (
-        f"A speed of 1 is {speed:.3g} tokens a second.{clipped} NVMe is of a rank, CPU memory of a host. "
+        f"A speed of 1 is {format_number(speed)} tokens a second.{clipped} NVMe is of a rank, CPU memory of a host. "
         "* Trains to other results."
     )
     return Panel(Group(table, Text(), Text(note, style="dim")), title="what each choice would buy", expand=False)

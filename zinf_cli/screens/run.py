@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from zinf_cli.amounts import format_bytes, format_decimal
+from zinf_cli.amounts import format_bytes, format_decimal, format_number
 from zinf_cli.checkpoint.verify import Verdict
 from zinf_cli.launch.vitals import Vitals
 from zinf_cli.plan.plan import Plan
@@ -224,7 +224,7 @@ def _perplexity(loss: float) -> str:
 
 def _written(num_bytes: float, endurance_bytes: float | None) -> str:
     """Bytes, and their share of what drives are rated for; nothing if there are none."""
-    share = "" if endurance_bytes is None else f", {100 * num_bytes / endurance_bytes:.2g} % of their life"
+    share = "" if endurance_bytes is None else f", {format_number(100 * num_bytes / endurance_bytes)} % of their life"
     return f"{format_decimal(num_bytes)}{share}" if num_bytes else ""
 
 
