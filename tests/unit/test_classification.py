@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -208,6 +208,29 @@ def test_an_adapter_brings_its_head(workshop: Workshop, forked: ForkedRanks, tmp
     theirs: Any = model
     for ours, wanted in zip(merged.parameters(), theirs.merge_and_unload().parameters(), strict=True):
         assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+def test_an_adapter_holds_all_that_is_new(workshop: Workshop, forked: ForkedRanks, tmp_path: Path) -> None:
+    """A pooler that the checkpoint lacks is no part of peft's heads: it would be drawn anew where the adapter is
+    loaded."""
+    workshop.content["model"]["name_or_path"] = str(tmp_path / "bert")
+    workshop.content["adapter"] = {"type": "lora", "r": 4, "target_modules": ["query"]}
+    workshop.write()
+    wanted = r"adapter.modules_to_save: bert.pooler.dense.bias, .* are new, .*: add \[pooler\]"
+    with pytest.raises(ZinfError, match=wanted):
+        find_figures(load_recipe(workshop.recipe), 1)
+    workshop.content["adapter"] |= {"modules_to_save": ["pooler"]}
+    run = workshop.fork(forked, "one")
+    export(run.run_dir, tmp_path / "adapter")
+    export(run.run_dir, tmp_path / "merged", merge=True)
+    torch.manual_seed(8)  # of another head and pooler
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=len(LABELS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see plain_peft.py
+        loaded: Any = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(3, 11).view(1, -1)
+    assert torch.allclose(loaded.eval()(ids).logits, merged.eval()(ids).logits, atol=1e-5)
 
 
 def plain_of(workshop: Workshop, tmp_path: Path) -> tuple[list[float], nn.Module]:

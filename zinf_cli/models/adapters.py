@@ -27,7 +27,7 @@ from zinf_cli.engine.units.store import to_placeholders
 from zinf_cli.errors import ModelError, RecipeError
 from zinf_cli.models.model import ModelSource, build_model
 from zinf_cli.models.objective import Objective, objective_of
-from zinf_cli.models.weights import open_weights, tied_names
+from zinf_cli.models.weights import PretrainedWeights, open_weights, tied_names
 from zinf_cli.recipe.adapter import Adapter
 
 NAME = "default"
@@ -98,16 +98,26 @@ def base_name(name: str) -> str | None:
 
 
 class AdaptedWeights:
-    """A RangedWeights over an adapted model: those of the model without adapter, and the adapter's first ones."""
+    """A RangedWeights over an adapted model: those of the model without adapter, and the adapter's first ones.
+
+    RecipeError if a new head would be lost: it is neither in the model's folder nor in the adapter.
+    """
 
     def __init__(
-        self, source: ModelSource, settings: Adapter, dtype: torch.dtype, notice: Callable[[str], None]
+        self,
+        adapted: nn.Module,
+        source: ModelSource,
+        settings: Adapter,
+        dtype: torch.dtype,
+        notice: Callable[[str], None],
     ) -> None:
         self._source = source
         self._settings = settings
         self._dtype = dtype
         base = build_model(source, dtype)
         self._base = open_weights(base, source, notice)
+        if isinstance(self._base, PretrainedWeights) and source.head == "classifier":
+            _check_new(adapted, self._base.new)
         self._stored_as = {name: names[0] for names in tied_names(base) for name in names}
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -158,6 +168,19 @@ def _check_names(model: PreTrainedModel, settings: Adapter) -> None:
                 )
     if problems:
         raise RecipeError(problems)
+
+
+def _check_new(adapted: nn.Module, new: Sequence[str]) -> None:
+    """RecipeError if the adapter has no copy of a `new` parameter of the classifier: peft makes one of two names."""
+    saved = {base_name(name) for name, _ in adapted.named_parameters() if ".modules_to_save." in name}
+    lost = [name for name in new if name not in saved]
+    if lost:
+        paths = (name.split(".") for name in lost)
+        modules = dict.fromkeys("pooler" if "pooler" in path else path[0] for path in paths)
+        raise RecipeError(
+            [f"adapter.modules_to_save: {', '.join(lost)} of {type(adapted).__name__} are new, drawn from the seed, "
+             f"and an adapter would neither train nor hold them: add [{', '.join(modules)}]"]
+        )  # fmt: skip
 
 
 def _did_you_mean(name: str, there: Sequence[str]) -> str:

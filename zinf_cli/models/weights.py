@@ -102,7 +102,9 @@ class PretrainedWeights:
     ) -> None:
         self._model = skeleton(model)
         self._files = files
-        self._origins = _judge(self._model, _plan(self._model, files.keys()), files, notice, new_head=new_head)
+        plan = _plan(self._model, files.keys())
+        self._origins, self.new = _judge(self._model, plan, files, notice, new_head=new_head)
+        """Names of the parameters of a new head."""
         self._seed = seed
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -215,8 +217,8 @@ def _plan(model: PreTrainedModel, keys: Sequence[str]) -> _Plan:
 
 def _judge(
     model: PreTrainedModel, plan: _Plan, files: SafetensorsFiles, notice: Callable[[str], None], *, new_head: bool
-) -> dict[str, _Origins]:
-    """The conversions that yield each parameter, found from headers alone.
+) -> tuple[dict[str, _Origins], list[str]]:
+    """(the conversions that yield each parameter, the names of those of a new head), found from headers alone.
 
     A parameter that its class allows to be absent has none, nor has one of a new head. CheckpointError if tensors are
     missing, have a wrong shape, or show that config.json is not theirs. `notice` is told of tensors that are left out.
@@ -248,7 +250,8 @@ def _judge(
     verdict = LoadStateDictInfo(absent, set(homeless), set(), [], {}, set())
     model._adjust_missing_and_unexpected_keys(verdict)  # drops what the model class says to ignore
     missing = sorted(verdict.missing_keys, key=dot_natural_key)
-    if new_head and (drawn := _of_a_head(model, missing, yields)):
+    drawn = _of_a_head(model, missing, yields) if new_head else []
+    if drawn:
         notice(f"new, and drawn from the seed: {_some(drawn)}")
         missing = [name for name in missing if name not in drawn]
     homeless = {name: homeless[name] for name in sorted(verdict.unexpected_keys, key=dot_natural_key)}
@@ -264,7 +267,7 @@ def _judge(
     if extra:
         count = f" ({len(extra)} in all)" if len(extra) > _LISTED else ""
         notice(f"{files.directory}: left out, as {type(model).__name__} has no place for it: {_some(extra)}{count}")
-    return origins
+    return origins, drawn
 
 
 def _of_a_head(model: PreTrainedModel, missing: Sequence[str], known: Collection[str]) -> list[str]:

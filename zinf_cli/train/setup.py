@@ -98,11 +98,14 @@ def open_model(recipe: Recipe, precision: str) -> nn.Module:
 def first_weights(
     recipe: Recipe, precision: str, model: nn.Module, notice: Callable[[str], None] = lambda line: None
 ) -> RangedWeights:
-    """Where a model from `open_model` has its weights from, when a run begins. Errors are those of open_weights()."""
+    """Where a model from `open_model` has its weights from, when a run begins.
+
+    Errors are those of open_weights() and, of an adapter, of AdaptedWeights.
+    """
     source = model_source(recipe)
     if recipe.adapter.type is None:
         return open_weights(model, source, notice)
-    return AdaptedWeights(source, recipe.adapter, DTYPES[precision], notice)
+    return AdaptedWeights(model, source, recipe.adapter, DTYPES[precision], notice)
 
 
 def model_loss(
