@@ -91,7 +91,7 @@ def plain(recipe_path: Path, folder: Path, rows: Path) -> tuple[list[float], nn.
             assert torch.equal(param, drawn[name])
     tokenizer = Tokenizers.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     texts = [json.loads(line) for line in rows.read_text().splitlines()]
     order = open_text(recipe, open_model(recipe, "fp32"), 1).order
     if recipe.adapter.type is not None:
@@ -149,18 +149,24 @@ def test_a_padding_token_that_the_model_does_not_know_pads_nothing(
     assert run.losses == pytest.approx(losses, abs=1e-6)
 
 
+@pytest.mark.parametrize("pad", [0, None])
 def test_a_model_of_several_parts_pads_as_its_text_does(
-    workshop: Workshop, forked: ForkedRanks, tmp_path: Path
+    pad: int | None, workshop: Workshop, forked: ForkedRanks, tmp_path: Path
 ) -> None:
-    """Gemma 3's configuration names the padding token in its part of text alone."""
+    """Gemma 3's configuration names the padding token in its part of text alone; or it is the tokenizer's, there."""
     entries = next(configs("gemma3"))
     folder, model_type = tmp_path / "gemma3", entries.pop("model_type")
     AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **entries)).save_pretrained(folder)
     save_word_tokenizer(folder, WORDS, unk_token="[MASK]", end="</s>", eos_token="</s>", pad_token="<pad>")
     workshop.content["model"]["name_or_path"] = str(folder)
+    entries = json.loads((folder / "config.json").read_text())
+    entries["text_config"]["pad_token_id"] = pad
+    (folder / "config.json").write_text(json.dumps(entries))
     run = workshop.fork(forked, "one")
     losses, _ = plain(workshop.recipe, folder, tmp_path / "rows.jsonl")
     assert run.losses == pytest.approx(losses, abs=1e-6)
+    export(run.run_dir, tmp_path / "exported")
+    assert AutoConfig.from_pretrained(tmp_path / "exported").get_text_config().pad_token_id == WORDS.index("<pad>")
 
 
 def test_tokens_of_several_kinds_are_refused(tmp_path: Path) -> None:

@@ -329,6 +329,20 @@ def test_a_scale_that_a_loss_in_fp16_can_not_hold_changes_nothing(tmp_path: Path
     engine.close()
 
 
+def test_a_scale_that_has_fallen_to_one_grows_again() -> None:
+    """As GradScaler's. An infinite step at a scale of one is not for the scale."""
+    ours, theirs, finite_steps = LossScale(growth_interval=3), torch.tensor(2.0**16), torch.tensor(0, dtype=torch.int32)
+    for finite in [False] * 16 + [True] * 7:
+        assert ours.takes(finite=finite, loss=1.0)
+        torch._amp_update_scale_(theirs, finite_steps, torch.tensor(float(not finite)), 2.0, 0.5, 3)
+        assert (ours.scale, ours.finite_steps) == (theirs.item(), finite_steps.item())
+    assert ours.scale == 4
+    one = LossScale(scale=1.0, finite_steps=5)
+    assert not one.takes(finite=False, loss=1.0)
+    assert not LossScale().takes(finite=False, loss=math.inf)
+    assert one == LossScale(scale=1.0, finite_steps=5)
+
+
 def test_a_loss_is_judged_with_its_gradient_unless_it_has_no_weight(tmp_path: Path) -> None:
     engine = open_engine(random_source("llama"), everything_on("nvme", tmp_path), dtype=torch.float16)
     ids = torch.arange(24).reshape(2, 12) + 3

@@ -40,8 +40,9 @@ def config_of(source: ModelSource, model: nn.Module) -> str:
     _, config = load_class(source)
     config.architectures = [type(model).__name__]
     ours: Any = model.config
-    if (pad := getattr(ours, "pad_token_id", None)) is not None:  # a classifier may have it from the tokenizer
-        config.pad_token_id = pad
+    for stored, known in ((config, ours), (config.get_text_config(), ours.get_text_config())):
+        if (pad := getattr(known, "pad_token_id", None)) is not None:  # a classifier may have it from the tokenizer
+            stored.pad_token_id = pad
     return str(config.to_json_string())
 
 

@@ -273,9 +273,8 @@ class Run:
         self._writer.judge(finite=result.finite)
         if not result.finite and sink is not None:
             self._writer.drop_newest()
-        if self._loss_scale is not None and math.isfinite(loss) and self._loss_scale.scale > 1:
-            self._loss_scale.note(finite=result.finite)
-        elif not result.finite:
+        of_scale = self._loss_scale is not None and self._loss_scale.takes(finite=result.finite, loss=loss)
+        if not result.finite and not of_scale:
             self._blow_ups.judge(f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} {_windows(windows)}")
         if result.finite:
             self._blow_ups.over(step + 1)

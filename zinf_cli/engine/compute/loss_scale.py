@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -15,6 +16,16 @@ class LossScale:
     scale: float = 2.0**16
     growth_interval: int = 2000
     finite_steps: int = 0
+
+    def takes(self, *, finite: bool, loss: float) -> bool:
+        """Note how a step ended. False if it was not `finite`, and not for its scale; then nothing changes.
+
+        It is not the scale if the `loss` is not finite either, or nothing is scaled up.
+        """
+        if not finite and not (math.isfinite(loss) and self.scale > 1):
+            return False
+        self.note(finite=finite)
+        return True
 
     def note(self, *, finite: bool) -> None:
         """A step has ended. If it was not `finite`, its update was dropped."""
