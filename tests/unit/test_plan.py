@@ -22,12 +22,13 @@ from tiny_recipes import recipe_of
 from zinf_cli.engine.engine import Engine
 from zinf_cli.errors import CapacityError
 from zinf_cli.machine.hardware import Room, room_here
+from zinf_cli.machine.profiles import MEMORY_SHARE
 from zinf_cli.models.model import build_model
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import KEPT_MORE
 from zinf_cli.plan.plan import CheckpointStep, Plan
 from zinf_cli.plan.refusal import does_not_fit
-from zinf_cli.plan.search import best_plan
+from zinf_cli.plan.search import best_plan, frugal_plan
 from zinf_cli.recipe.recipe import Recipe
 from zinf_cli.recipe.recipe_file import dump_recipe
 from zinf_cli.screens.plan import plan_screen
@@ -112,6 +113,18 @@ def test_what_an_accelerator_has_left_is_one_ranks(tmp_path: Path) -> None:
     console = Console(width=200, file=(screen := StringIO()))
     console.print(plan_screen(plan, "tiny", []))
     assert "device, each of 2" in screen.getvalue()
+
+
+def test_buffers_shrink_to_what_each_accelerator_has(tmp_path: Path) -> None:
+    """They shrank by what all ranks of the host share: with two by half of what was needed."""
+    figures = find_figures(recipe := recipe_of(tmp_path, "llama", "cpu"), 2)
+    ample, room = replace(figures.machine, accelerators=2, device_bytes=1 << 34), Room(1 << 34, 1 << 34)
+    whole = frugal_plan(recipe, replace(figures, machine=ample), room=room)
+    spare = whole.working.total - whole.working.shrunk(whole.working.total).total
+    (needed,) = (limit.needed for limit in whole.limits if limit.tier == "device")
+    scarce = replace(ample, device_bytes=int((needed - spare * 9 // 10) / MEMORY_SHARE))
+    assert spare
+    assert frugal_plan(recipe, replace(figures, machine=scarce), room=room).fits
 
 
 def test_a_model_that_no_accelerator_holds_is_planned(tmp_path: Path) -> None:

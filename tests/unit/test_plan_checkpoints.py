@@ -18,6 +18,7 @@ from tiny_recipes import CLASSES, recipe_of
 from zinf_cli.amounts import format_bytes
 from zinf_cli.checkpoint.manifest import Manifest
 from zinf_cli.errors import CapacityError
+from zinf_cli.machine.hardware import Room
 from zinf_cli.plan.checkpoints import CheckpointDrive, checkpoint_bytes
 from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.predict import profile_here
@@ -42,6 +43,16 @@ def test_checkpoints_take_the_space_the_plan_says(kept: int | None, count: int, 
     endless = replace(figures, data=replace(figures.data, max_steps=10**9))
     with pytest.raises(CapacityError, match=r"checkpoints need .*TiB, this machine allows .*keep_latest_k"):
         raise does_not_fit(best_plan(many, endless))
+
+
+def test_where_only_checkpoints_lack_room_state_stays_in_memory(tmp_path: Path) -> None:
+    """The most frugal plan was refused, which needs the full drive for state as well."""
+    recipe = recipe_of(tmp_path, "llama", "auto").model_copy(update={"checkpoint": Checkpoint(interval=1)})
+    figures = find_figures(recipe, 1)
+    endless = replace(figures, data=replace(figures.data, max_steps=10**9))
+    plan = best_plan(recipe, endless, room=Room(1 << 34, 0))
+    assert plan.lacks == {"checkpoints"}
+    assert set(plan.placement.values()) == {"cpu"}
 
 
 def test_a_drive_that_is_full_allows_nothing() -> None:

@@ -76,7 +76,7 @@ def plan_document(plan: Plan, tokens: int, profile: Profile) -> dict[str, Any]:
 def _on_a_host(plan: Plan, limit: Limit) -> dict[str, Any]:
     """Bytes of a tier on one host, on all its accelerators together."""
     ranks = plan.figures.ranks_per_host
-    count = ranks // plan.ranks_at(limit.tier)
+    count = ranks // plan.figures.ranks_at(limit.tier)
     return {
         "need_bytes": limit.needed * count,
         "may_use_bytes": limit.allowed * count,

@@ -227,6 +227,10 @@ class Figures:
         """Of the parameters, but for those that the model keeps in fp32."""
         return PRECISIONS[self.precision]
 
+    def ranks_at(self, tier: str) -> int:
+        """How many ranks share the limit of a tier: those of a host; of an accelerator, one."""
+        return 1 if tier == "device" else self.ranks_per_host
+
     def trained(self, unit: UnitFigures) -> tuple[tuple[OptimizerState, str, int], ...]:
         """The unit's trainable parameters: how many of each dtype, by what is kept of them."""
         masters = unit.master_numel - unit.whole_master_numel

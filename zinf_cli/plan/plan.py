@@ -135,7 +135,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether no tier, and no drive of checkpoints, needs more than it may use."""
-        return all(limit.needed <= limit.allowed for limit in self.limits)
+        return not self.lacks
+
+    @property
+    def lacks(self) -> set[str]:
+        """The tiers, `checkpoints` among them, that need more than they may use."""
+        return {limit.tier for limit in self.limits if limit.needed > limit.allowed}
 
     def over(self, tier: str) -> int:
         """Bytes that a host has too few on a tier; negative where some are left."""
@@ -145,11 +150,7 @@ class Plan:
     def room(self, tier: str, unsure: float = 0.0) -> int:
         """Bytes that are left for each rank on a tier, even if the plan is too low by a share `unsure`."""
         limit = next(limit for limit in self.limits if limit.tier == tier)
-        return (limit.allowed - int(limit.needed * (1 + unsure))) // self.ranks_at(tier)
-
-    def ranks_at(self, tier: str) -> int:
-        """How many ranks share the limit of a tier: those of a host; of an accelerator, one."""
-        return 1 if tier == "device" else self.figures.ranks_per_host
+        return (limit.allowed - int(limit.needed * (1 + unsure))) // self.figures.ranks_at(tier)
 
     @property
     def collective_timeout_s(self) -> float:

@@ -54,7 +54,8 @@ def best_plan(
     hosts: Sequence[Host] = (),
     room: Room | None = None,
 ) -> Plan:
-    """The plan of the fastest placement that fits, or of the most frugal one if none does.
+    """The plan of the fastest placement that fits. If none does, one that lacks room for checkpoints alone, or else the
+    most frugal one.
 
     `profile` is the machine that the run is for; without one, it is this machine as far as it is known. Without
     `hosts`, all ranks are on one. `room` is what each host has; without it, what this machine has now.
@@ -64,16 +65,19 @@ def best_plan(
     """
     judge, micro_batches = _judge(recipe, figures, hosts, room)
     profile = profile or profile_here(figures, nvme_folders(recipe), None)
+    unkept: Plan | None = None
     for choices in _choices(recipe, figures, micro_batches):
         frugal = judge(choices[-1])
         ways: list[Plan] = []
-        for plan in () if _hopeless(frugal) else _worth_filling([judge(choice) for choice in choices]):
+        plans = [] if _hopeless(frugal) else [judge(choice) for choice in choices]
+        unkept = unkept or next((plan for plan in plans if plan.lacks <= {CHECKPOINTS}), None)
+        for plan in _worth_filling(plans):
             ways += mixes(recipe, plan, judge)
             if _lacks_nothing(ways[-1]):
                 break
         if ways:
             return _with_cost_of_sweeps(_fastest(ways, recipe, profile), recipe, profile, judge)
-    return _with_time(frugal, recipe, profile)
+    return _with_time(unkept or frugal, recipe, profile)
 
 
 def _worth_filling(plans: Sequence[Plan]) -> Sequence[Plan]:
@@ -99,7 +103,8 @@ def _hopeless(frugal: Plan) -> bool:
 
     A placement with more in memory spares these at most.
     """
-    return frugal.over(frugal.choice.compute_tier) > frugal.working.total * frugal.figures.ranks_per_host
+    tier = frugal.choice.compute_tier
+    return frugal.over(tier) > frugal.working.total * frugal.figures.ranks_at(tier)
 
 
 def fits(recipe: Recipe, figures: Figures, hosts: Sequence[Host] = (), room: Room | None = None) -> bool:
@@ -240,8 +245,8 @@ def _plan(
     budgets = _budgets(recipe, figures, room)
     tight = (choice.compute_tier, *(["cpu"] if figures.machine.one_pool else []))
     needed = _needed(figures, choice, states, working, room)
-    if (over := max(needed[tier] - budgets[tier][0] for tier in tight)) > 0:
-        working = working.shrunk(-(-over // figures.ranks_per_host))
+    if (over := max(-(-(needed[tier] - budgets[tier][0]) // figures.ranks_at(tier)) for tier in tight)) > 0:
+        working = working.shrunk(over)
         needed = _needed(figures, choice, states, working, room)
     folders = nvme_folders(recipe)
     lines = tuple(_lines(figures, choice, states, working, room))

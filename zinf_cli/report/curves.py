@@ -246,4 +246,4 @@ def _levels(run: Run, tier: str) -> tuple[float, float]:
         return 0.0, 0.0
     planned = sum(line.num_bytes for line in run.plan.lines if line.tier == tier)
     limits = [limit.allowed for limit in run.plan.limits if limit.tier == tier]
-    return planned, limits[0] / run.plan.ranks_at(tier) if limits else 0.0
+    return planned, limits[0] / run.plan.figures.ranks_at(tier) if limits else 0.0
