@@ -231,7 +231,7 @@ class LrScheduler(Section):
     name: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt"] = "constant"
     """The shape after the warmup; wsd (warmup, stable, decay) stays at lr, and falls by a cosine at the end."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps from 0 to lr."""
+    """Steps from 0 to lr; wsd begins at its share min_lr_ratio."""
     decay_steps: Annotated[int, Field(ge=1)] | None = None
     """The last steps, in which wsd falls; by default a tenth of the run."""
     min_lr_ratio: Annotated[Number, Field(ge=0, le=1)] = 0.0

@@ -14,7 +14,8 @@ def learning_rate(recipe: Recipe, step: int, max_steps: int) -> float:
     """The rate of update `step` (from 0) of `max_steps`."""
     scheduler = recipe.lr_scheduler
     if step < scheduler.warmup_steps:
-        return recipe.optimizer.lr * step / max(1, scheduler.warmup_steps)
+        least = scheduler.min_lr_ratio if scheduler.name == "wsd" else 0.0
+        return recipe.optimizer.lr * (least + (1.0 - least) * step / scheduler.warmup_steps)
     return recipe.optimizer.lr * _share(scheduler, step - scheduler.warmup_steps, max_steps - scheduler.warmup_steps)
 
 
