@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -59,17 +59,19 @@ def watch(command: Sequence[str], environment: Mapping[str, str], steps_file: Pa
     reader.start()
     peak = 0
     before: _Look | None = None
+    threads: dict[int, tuple[int, float]] = {}
     count_before = 0
     after = _Look()
     count_after = 0
     while process.poll() is None:
         now = _look(process.pid)
+        threads |= now.threads  # at the end of a run its drives' threads are gone before its last line is seen
         peak = max(peak, now.memory)
         count = _lines(steps_file)
         if count >= skip and before is None:
             before, count_before = now, count
         if count > count_after and now.read + now.written >= after.read + after.written:  # else a rank is gone
-            after, count_after = now, count
+            after, count_after = replace(now, threads=dict(threads)), count
         time.sleep(INTERVAL_S)
     reader.join(5)
     if process.returncode != 0:
