@@ -135,12 +135,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether no tier, and no drive of checkpoints, needs more than it may use."""
-        return not self.lacks
+        return not self.short
 
     @property
-    def lacks(self) -> set[str]:
-        """The tiers, `checkpoints` among them, that need more than they may use."""
-        return {limit.tier for limit in self.limits if limit.needed > limit.allowed}
+    def short(self) -> tuple[Limit, ...]:
+        """The limits of tiers, and of the drive of checkpoints, that need more than they may use."""
+        return tuple(limit for limit in self.limits if limit.needed > limit.allowed)
 
     def over(self, tier: str) -> int:
         """Bytes that a host has too few on a tier; negative where some are left."""

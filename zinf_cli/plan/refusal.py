@@ -11,7 +11,7 @@ from zinf_cli.plan.buffers import block_bytes
 from zinf_cli.plan.layout import Figures
 from zinf_cli.plan.memory import MIB, NAMES, host_bytes
 from zinf_cli.plan.parts import least_part
-from zinf_cli.plan.plan import Limit, Plan
+from zinf_cli.plan.plan import Plan
 from zinf_cli.plan.search import CHECKPOINTS, frugal_plan
 from zinf_cli.recipe.hosts import Host
 from zinf_cli.recipe.recipe import Recipe
@@ -52,14 +52,13 @@ def refusal(
 
 def does_not_fit(plan: Plan, why: str = "") -> CapacityError:
     """The error for a plan that does not fit: what is too much, on which tier, and what to do; `why` comes after it."""
-    short = [limit for limit in plan.limits if limit.needed > limit.allowed]
     problems = [
         f"{limit.tier} {'need' if limit.tier == CHECKPOINTS else 'needs'} {format_bytes(limit.needed)}, "
         f"{limit.origin} allows {format_bytes(limit.allowed)}{_parts(plan, limit.tier)}"
-        for limit in short
+        for limit in plan.short
     ]
     problems += [why] if why else []
-    return CapacityError(f"does not fit: {'; '.join(problems)}", hint=_next_steps(plan, short))
+    return CapacityError(f"does not fit: {'; '.join(problems)}", hint=_next_steps(plan))
 
 
 def _parts(plan: Plan, tier: str) -> str:
@@ -78,11 +77,11 @@ def _parts(plan: Plan, tier: str) -> str:
     return f": {', '.join(parts)}{each}{beside}"
 
 
-def _next_steps(plan: Plan, short: Sequence[Limit]) -> str:
+def _next_steps(plan: Plan) -> str:
     """What a user can do about limits that are too low."""
-    tiers = {limit.tier for limit in short}
-    steps = [f"raise {limit.origin}" for limit in short if limit.origin.startswith("offload.")]
-    if any(limit.tier == "nvme" and not limit.origin.startswith("offload.") for limit in short):
+    tiers = {limit.tier for limit in plan.short}
+    steps = [f"raise {limit.origin}" for limit in plan.short if limit.origin.startswith("offload.")]
+    if any(limit.tier == "nvme" and not limit.origin.startswith("offload.") for limit in plan.short):
         steps += ["free space on the drive", "add a folder to offload.nvme_path"]
     if CHECKPOINTS in tiers:
         steps += ["free space on the drive of output_dir", "set checkpoint.keep_latest_k", "raise checkpoint.interval"]

@@ -70,7 +70,7 @@ def best_plan(
         frugal = judge(choices[-1])
         ways: list[Plan] = []
         plans = [] if _hopeless(frugal) else [judge(choice) for choice in choices]
-        unkept = unkept or next((plan for plan in plans if plan.lacks <= {CHECKPOINTS}), None)
+        unkept = unkept or next((plan for plan in plans if {limit.tier for limit in plan.short} <= {CHECKPOINTS}), None)
         for plan in _worth_filling(plans):
             ways += mixes(recipe, plan, judge)
             if _lacks_nothing(ways[-1]):
@@ -203,9 +203,8 @@ def _with_cost_of_sweeps(plan: Plan, recipe: Recipe, profile: Profile, judge: Ca
     if plan.per_sweep >= plan.micro_batches:
         return plan
     together = _with_time(judge(replace(plan.choice, per_sweep=plan.micro_batches)), recipe, profile)
-    lacking = tuple(limit for limit in together.limits if limit.needed > limit.allowed)
     traffic = plan.nvme_traffic_clipped - together.nvme_traffic_clipped
-    return replace(plan, sweep_cost=SweepCost(lacking, traffic, max(0.0, plan.step_s - together.step_s)))
+    return replace(plan, sweep_cost=SweepCost(together.short, traffic, max(0.0, plan.step_s - together.step_s)))
 
 
 def _choices(recipe: Recipe, figures: Figures, micro_batches: int) -> Iterator[list[Choice]]:
@@ -352,7 +351,7 @@ def _lines(figures: Figures, choice: Choice, states: dict[str, int], working: Wo
 def _needed(figures: Figures, choice: Choice, states: dict[str, int], working: Working, room: Room) -> dict[str, int]:
     needed = {"device": 0, "cpu": host_bytes(figures.ranks_per_host, figures.machine.shared_bytes), "nvme": 0}
     for line in _lines(figures, choice, states, working, room):
-        needed[line.tier] += line.num_bytes * (1 if line.tier == "device" else figures.ranks_per_host)
+        needed[line.tier] += line.num_bytes * figures.ranks_at(line.tier)
     if needed["nvme"]:
         needed["nvme"] += GROWTH * figures.ranks_per_host  # the sizes of some activations depend on data
     if figures.machine.one_pool:

@@ -120,9 +120,9 @@ class Processor:
             for token, (first, last) in zip(ids, offsets, strict=True)
         ]
         if said is None:
-            head = begun(ids, self._head)[: -len(ids) or None]
-            tail = [] if self.end is None else [self.end]
-            ids, mask = [*head, *ids, *tail], [True] * len(head) + mask + [True] * len(tail)
+            whole, tail = begun(ids, self._head), [] if self.end is None else [self.end]
+            mask = [True] * (len(whole) - len(ids)) + mask + [True] * len(tail)
+            ids = whole + tail
         if not ids:
             raise DatasetError("a text has no tokens", where=document.where)
         return Pictured(ids, mask, tuple(Seen(str(path), identity(path)) for path in paths))

@@ -135,12 +135,10 @@ class Tokenizer:
         end = self._tokenizer.eos_token_id
         if end is None:
             end = self._tokenizer.sep_token_id  # BERT's
-        begins = [
-            begun(ids, self._head) if document.begins else ids for ids, document in zip(encoded, documents, strict=True)
-        ]
+        tail = [] if end is None else [end]
         return [
-            [*ids, end] if document.ends and end is not None else ids
-            for ids, document in zip(begins, documents, strict=True)
+            [*(begun(ids, self._head) if document.begins else ids), *(tail if document.ends else [])]
+            for ids, document in zip(encoded, documents, strict=True)
         ]
 
     @property
